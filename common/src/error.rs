@@ -1,0 +1,190 @@
+//! Errors on the wire: one type, turned into a `google.rpc.Status` at the last step.
+//!
+//! Every status carries exactly one ErrorInfo with every value that its message mentions. Causes that are nobody's
+//! business outside go to the log, not into a status.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::names::Kind;
+
+/// The domain of every ErrorInfo.
+pub const DOMAIN: &str = "batchai";
+
+/// Clients that are told to come again wait this long.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
+
+/// A field of a request and what is wrong with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The path as in the request, for example `job.node_count`.
+    pub field: String,
+    /// What is wrong and what to do.
+    pub reason: String,
+}
+
+impl Fault {
+    /// A fault.
+    pub fn new(field: impl Into<String>, reason: impl Into<String>) -> Fault {
+        Fault {
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+}
+
+/// Why a request is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ApiError {
+    #[error("invalid request: {}", list(.0))]
+    Invalid(Vec<Fault>),
+    #[error("not served yet: {}", list(.0))]
+    NotServed(Vec<Fault>),
+    #[error("{} {name} does not exist", .kind.noun())]
+    NotFound { kind: Kind, name: String },
+    #[error("log file {file} of {job} does not exist; {hint}")]
+    NoSuchFile {
+        job: String,
+        file: String,
+        hint: String,
+    },
+    #[error("{} {name} exists already", .kind.noun())]
+    AlreadyExists { kind: Kind, name: String },
+    #[error("{name}: {why}")]
+    WrongState { name: String, why: String },
+    #[error("{name} has changed since: its etag is {actual}, not {expected}; read it again")]
+    StaleEtag {
+        name: String,
+        expected: String,
+        actual: String,
+    },
+    #[error("{what} is full; try again soon")]
+    Busy { what: &'static str },
+    #[error("this replica cannot serve: {why}")]
+    Unavailable { why: String, leader: Option<String> },
+    #[error("the request may or may not have been carried out: {why}; look before you repeat it")]
+    Unknown { why: String },
+    #[error("internal error; the log of the replica names it by {id}")]
+    Internal { id: String },
+}
+
+fn list(faults: &[Fault]) -> String {
+    let parts: Vec<_> = faults
+        .iter()
+        .map(|f| format!("{}: {}", f.field, f.reason))
+        .collect();
+    parts.join("; ")
+}
+
+impl From<ApiError> for Status {
+    fn from(error: ApiError) -> Status {
+        let (code, reason) = class(&error);
+        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata(&error));
+        match &error {
+            ApiError::Invalid(faults) | ApiError::NotServed(faults) => {
+                for fault in faults {
+                    details.add_bad_request_violation(&fault.field, &fault.reason);
+                }
+            }
+            ApiError::NotFound { kind, name } | ApiError::AlreadyExists { kind, name } => {
+                details.set_resource_info(kind.noun(), name, "", error.to_string());
+            }
+            ApiError::NoSuchFile { file, .. } => {
+                details.set_resource_info("log file", file, "", error.to_string());
+            }
+            ApiError::WrongState { name, why } => {
+                details.add_precondition_failure_violation("STATE", name, why);
+            }
+            ApiError::Busy { what } => {
+                details.add_quota_failure_violation(*what, error.to_string());
+                details.set_retry_info(Some(RETRY_AFTER));
+            }
+            ApiError::Unavailable { .. } | ApiError::Unknown { .. } => {
+                details.set_retry_info(Some(RETRY_AFTER));
+            }
+            ApiError::Internal { id } => {
+                details.set_request_info(id, "");
+            }
+            ApiError::StaleEtag { .. } => {}
+        }
+        Status::with_error_details(code, error.to_string(), details)
+    }
+}
+
+/// Code and reason. Clients repeat only UNAVAILABLE by themselves, so an unknown outcome is not that.
+fn class(error: &ApiError) -> (Code, &'static str) {
+    match error {
+        ApiError::Invalid(_) => (Code::InvalidArgument, "INVALID_FIELD"),
+        ApiError::NotServed(_) => (Code::Unimplemented, "FIELD_NOT_SERVED"),
+        ApiError::NotFound { .. } => (Code::NotFound, "RESOURCE_NOT_FOUND"),
+        ApiError::NoSuchFile { .. } => (Code::NotFound, "FILE_NOT_FOUND"),
+        ApiError::AlreadyExists { .. } => (Code::AlreadyExists, "RESOURCE_EXISTS"),
+        ApiError::WrongState { .. } => (Code::FailedPrecondition, "WRONG_STATE"),
+        ApiError::StaleEtag { .. } => (Code::Aborted, "STALE_ETAG"),
+        ApiError::Busy { .. } => (Code::ResourceExhausted, "BUSY"),
+        ApiError::Unavailable { .. } => (Code::Unavailable, "UNAVAILABLE"),
+        ApiError::Unknown { .. } => (Code::Aborted, "OUTCOME_UNKNOWN"),
+        ApiError::Internal { .. } => (Code::Internal, "INTERNAL"),
+    }
+}
+
+fn metadata(error: &ApiError) -> HashMap<String, String> {
+    let pairs: Vec<(&str, String)> = match error {
+        ApiError::Invalid(faults) | ApiError::NotServed(faults) => {
+            let fields: Vec<_> = faults.iter().map(|f| f.field.as_str()).collect();
+            vec![("fields", fields.join(","))]
+        }
+        ApiError::NotFound { kind, name } | ApiError::AlreadyExists { kind, name } => {
+            vec![("type", kind.noun().into()), ("name", name.clone())]
+        }
+        ApiError::NoSuchFile { job, file, hint } => {
+            vec![
+                ("job", job.clone()),
+                ("file", file.clone()),
+                ("hint", hint.clone()),
+            ]
+        }
+        ApiError::WrongState { name, why } => vec![("name", name.clone()), ("why", why.clone())],
+        ApiError::StaleEtag {
+            name,
+            expected,
+            actual,
+        } => vec![
+            ("name", name.clone()),
+            ("expected", expected.clone()),
+            ("actual", actual.clone()),
+        ],
+        ApiError::Busy { what } => vec![("what", (*what).into())],
+        ApiError::Unavailable { why, leader } => {
+            let mut pairs = vec![("why", why.clone())];
+            pairs.extend(leader.clone().map(|leader| ("leader", leader)));
+            pairs
+        }
+        ApiError::Unknown { why } => vec![("why", why.clone())],
+        ApiError::Internal { id } => vec![("id", id.clone())],
+    };
+    pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_names_every_fault_and_has_one_error_info() {
+        let error = ApiError::Invalid(vec![
+            Fault::new("a.b", "is bad"),
+            Fault::new("c", "is worse"),
+        ]);
+        let status = Status::from(error);
+        assert_eq!(status.code(), Code::InvalidArgument);
+        let details = status.get_error_details();
+        assert_eq!(details.error_info().unwrap().metadata["fields"], "a.b,c");
+        let violations = &details.bad_request().unwrap().field_violations;
+        assert_eq!(violations.len(), 2);
+        assert_eq!(violations[1].description, "is worse");
+    }
+}

@@ -1,0 +1,14 @@
+//! What coordinator, node agent and command share: names, times, errors on the wire, tracing and shutdown.
+//!
+//! Nothing here knows about jobs or nodes beyond their names, and nothing here opens a connection or a file.
+
+pub mod error;
+pub mod limits;
+pub mod listen;
+pub mod names;
+pub mod shutdown;
+pub mod telemetry;
+pub mod time;
+
+/// The version that agents and coordinators tell each other.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,28 @@
+//! Bounds that both ends of a connection must agree on, each with its reason.
+
+use std::time::Duration;
+
+/// The largest message either end takes. A job with every list full stays far below it; raft entries do too.
+pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
+
+/// The largest piece of a log file in one message: large enough that framing costs nothing, small enough that a
+/// reader who follows sees it soon.
+pub const LOG_CHUNK_BYTES_MAX: usize = 64 << 10;
+
+/// How long a unary call may take before the server gives up on it.
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Idle connections are asked for a sign of life this often, so that a peer that vanished is noticed.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+
+/// How long a peer may take to give that sign.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often an agent sends a heartbeat.
+pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(2);
+
+/// A node that has not been heard of for so long gets no new work.
+pub const SUSPECT_AFTER: Duration = Duration::from_secs(15);
+
+/// What a process gets between SIGTERM and SIGKILL.
+pub const TERMINATION_GRACE: Duration = Duration::from_secs(10);

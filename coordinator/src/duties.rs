@@ -1,0 +1,146 @@
+//! PURE. What the leader has to see to: from a State, a time and what was heard of the nodes to more commands.
+//!
+//! Nothing here is remembered: the same State gives the same duties, until the commands they became have changed it.
+
+use std::collections::BTreeMap;
+
+use batchai_common::limits::SUSPECT_AFTER;
+use batchai_common::time::millis;
+use batchai_proto::agent::v1::Failure;
+use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{AllocateNode, FailAttempt, InitEnsemble, ReleaseNode};
+use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
+
+use crate::scheduler;
+use crate::state::attempts::{self, Attempt, Phase};
+use crate::state::{Cluster, State};
+
+/// How long the nodes of an attempt may take to get ready. Preparation commands download data sets: generous.
+pub const PREPARE_DEADLINE_MS: i64 = 60 * 60 * 1000;
+
+/// At most so many commands of a kind at once; the rest follows from the State that these lead to.
+const COMMANDS_MAX: usize = 256;
+
+/// When each node was last heard of, and what time it is now, in milliseconds since 1970. Not part of the State.
+#[derive(Clone, Debug, Default)]
+pub struct Heard {
+    pub now: i64,
+    pub last: BTreeMap<String, i64>,
+}
+
+impl Heard {
+    /// The node was heard of lately enough to be given work.
+    pub fn is_alive(&self, node: &str) -> bool {
+        let limit = SUSPECT_AFTER.as_millis() as i64;
+        self.last
+            .get(node)
+            .is_some_and(|last| self.now - last < limit)
+    }
+}
+
+/// Who asks, as far as duties depend on it.
+#[derive(Clone, Debug)]
+pub struct Leader {
+    /// The replica's own id: the home of the logs of what it places.
+    pub replica: i64,
+    /// The ensemble's UUID, for its first command.
+    pub ensemble: String,
+}
+
+/// The commands that bring the State closer to what it should be.
+pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
+    if state.ensemble.is_empty() {
+        let ensemble = leader.ensemble.clone();
+        return vec![Kind::InitEnsemble(InitEnsemble { ensemble, epoch: 1 })];
+    }
+    let mut commands = Vec::new();
+    drive_clusters(state, heard, &mut commands);
+    let late = state
+        .attempts
+        .values()
+        .filter_map(|attempt| late(heard.now, attempt));
+    commands.extend(late.take(COMMANDS_MAX));
+    let placements = scheduler::schedule(state, heard, leader.replica);
+    commands.extend(placements.into_iter().map(Kind::Place));
+    commands
+}
+
+/// Gives clusters the nodes they lack and takes those they have too many of.
+fn drive_clusters(state: &State, heard: &Heard, commands: &mut Vec<Kind>) {
+    let mut free: Vec<_> = state
+        .nodes
+        .iter()
+        .filter(|(name, node)| node.cluster.is_none() && heard.is_alive(name))
+        .collect();
+    for (name, cluster) in &state.clusters {
+        let staying = staying(state, cluster);
+        for node in surplus(state, cluster, &staying) {
+            commands.push(Kind::ReleaseNode(ReleaseNode {
+                node: node.to_owned(),
+                cluster: name.clone(),
+                option: cluster.deallocation() as i32,
+            }));
+        }
+        for _ in staying.len()..cluster.target() {
+            let found = free
+                .iter()
+                .position(|(_, node)| cluster.matches(&node.facts));
+            let Some(found) = found else { break };
+            let (node, _) = free.remove(found);
+            let (node, cluster) = (node.clone(), name.clone());
+            commands.push(Kind::AllocateNode(AllocateNode { node, cluster }));
+        }
+        if commands.len() >= COMMANDS_MAX {
+            return;
+        }
+    }
+}
+
+fn staying<'a>(state: &State, cluster: &'a Cluster) -> Vec<&'a str> {
+    let members = cluster.members.iter();
+    let stays = |name: &&String| state.nodes.get(*name).is_some_and(|node| !node.leaving);
+    members.filter(stays).map(String::as_str).collect()
+}
+
+/// The nodes to take: idle ones before busy ones, the last by name first.
+fn surplus<'a>(state: &State, cluster: &Cluster, staying: &[&'a str]) -> Vec<&'a str> {
+    let count = staying.len().saturating_sub(cluster.target());
+    let busy = |name: &str| {
+        state
+            .nodes
+            .get(name)
+            .is_some_and(|node| node.attempt.is_some())
+    };
+    let mut order: Vec<_> = staying.iter().rev().copied().collect();
+    order.sort_by_key(|name| busy(name));
+    order.truncate(count);
+    order
+}
+
+/// An attempt whose nodes took too long to get ready fails, and the error names the slow ones.
+fn late(now: i64, attempt: &Attempt) -> Option<Kind> {
+    let age = now - millis(&attempt.create_time);
+    if attempt.phase != Phase::Preparing || age < PREPARE_DEADLINE_MS {
+        return None;
+    }
+    let slow: Vec<_> = attempt
+        .nodes
+        .iter()
+        .filter(|n| n.phase < NodePhase::Ready)
+        .collect();
+    let slow: Vec<_> = slow.iter().map(|n| n.node.as_str()).collect();
+    let slow = slow.join(", ");
+    let minutes = (PREPARE_DEADLINE_MS / 60_000).to_string();
+    let message = format!("not ready after {minutes} minutes: {slow}");
+    let details = [("nodes", slow.as_str()), ("minutes", minutes.as_str())];
+    let error = attempts::error("JobPreparationTimeout", &message, &details);
+    let failure = Failure {
+        error: Some(error),
+        exit_code: None,
+        infrastructure: false,
+    };
+    Some(Kind::FailAttempt(FailAttempt {
+        attempt: attempt.id.clone(),
+        failure: Some(failure),
+    }))
+}

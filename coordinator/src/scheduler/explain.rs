@@ -1,0 +1,59 @@
+//! PURE. Why a job waits, in words, from the same facts that scheduling uses.
+
+use crate::duties::Heard;
+use crate::state::{Job, State};
+use batchai_common::names::last_id;
+
+use super::fit::Free;
+use super::order;
+
+/// Why a queued job has not started; empty for any other job.
+pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
+    if job.state != batchai_proto::v1::job::State::Queued {
+        return String::new();
+    }
+    let name = &job.spec.cluster;
+    let Some(cluster) = state.clusters.get(name) else {
+        return format!("cluster {name} does not exist any more");
+    };
+    let (wanted, reach) = (job.spec.node_count, cluster.target());
+    let short = last_id(name);
+    if usize::try_from(wanted).is_ok_and(|wanted| wanted > reach) {
+        return format!(
+            "the job wants {wanted} nodes, cluster {short} shall have {reach}: \
+             it cannot start unless the cluster is resized"
+        );
+    }
+    let first = order::candidates(state, cluster).next();
+    if let Some(first) = first.filter(|first| first.spec.name != job.spec.name) {
+        let ahead = order::candidates(state, cluster)
+            .take_while(|other| other.spec.name != job.spec.name)
+            .count();
+        return format!(
+            "{ahead} jobs are ahead of it; next is {}",
+            last_id(&first.spec.name)
+        );
+    }
+    let free = Free::of(state, heard, cluster).len();
+    let silent = cluster
+        .members
+        .iter()
+        .filter(|name| !heard.is_alive(name))
+        .count();
+    let missing = reach.saturating_sub(cluster.members.len());
+    let mut reason = format!("it waits for {wanted} idle nodes of cluster {short}; idle: {free}");
+    if silent > 0 {
+        reason += &format!(", not heard of lately: {silent}");
+    }
+    if missing > 0 {
+        reason += &format!(
+            ", still to join: {missing} of VM size {} (no registered node of that size and image \
+             is free)",
+            cluster.spec.vm_size
+        );
+    }
+    if free >= usize::try_from(wanted).unwrap_or_default() {
+        reason += ", being placed now";
+    }
+    reason
+}

@@ -1,0 +1,35 @@
+//! PURE. Who runs next, and where: from an immutable State to placements, which `apply` validates again.
+//!
+//! Three steps, a file each: `order` (whose turn it is), `fit` (which nodes and ports), `explain` (why a job waits).
+//! There is no back-filling and no preemption.
+
+pub mod explain;
+pub mod fit;
+pub mod order;
+
+use batchai_proto::internal::v1::Place;
+
+use crate::duties::Heard;
+use crate::state::State;
+
+/// At most so many placements at once: what is left is planned from the State that these lead to.
+pub const PLACEMENTS_MAX: usize = 256;
+
+/// The placements that are possible now.
+pub fn schedule(state: &State, heard: &Heard, log_home: i64) -> Vec<Place> {
+    let mut plan = Vec::new();
+    for cluster in state.clusters.values() {
+        let mut free = fit::Free::of(state, heard, cluster);
+        for job in order::candidates(state, cluster) {
+            if plan.len() >= PLACEMENTS_MAX {
+                return plan;
+            }
+            match fit::place(state, &mut free, job, log_home, &plan) {
+                Some(placement) => plan.push(placement),
+                // First come, first served: nobody overtakes the job whose turn it is.
+                None => break,
+            }
+        }
+    }
+    plan
+}

@@ -1,0 +1,19 @@
+//! PURE. Whose turn it is: by priority, then in the order of submission.
+
+use std::sync::Arc;
+
+use crate::state::{Cluster, Job, State};
+
+/// The queued jobs of a cluster in their order. A job that wants more nodes than the cluster shall ever have keeps
+/// nobody else waiting: it is passed over until the cluster is resized.
+pub fn candidates<'a>(
+    state: &'a State,
+    cluster: &'a Cluster,
+) -> impl Iterator<Item = &'a Arc<Job>> {
+    let reach = cluster.target();
+    let queued = cluster
+        .queue
+        .iter()
+        .filter_map(|key| state.jobs.get(&key.job));
+    queued.filter(move |job| usize::try_from(job.spec.node_count).is_ok_and(|n| n <= reach))
+}

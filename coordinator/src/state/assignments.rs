@@ -1,0 +1,54 @@
+//! PURE. What every node shall do, derived from the State: nothing of it is stored.
+
+use batchai_proto::agent::v1::assignment::Desired;
+use batchai_proto::agent::v1::{Assignment, AssignmentList, Host};
+use batchai_proto::v1;
+
+use super::attempts::{Attempt, Phase};
+use super::{Node, State};
+
+/// The whole list of a node's assignments. A node that does not exist has none.
+pub fn assignments(state: &State, name: &str) -> AssignmentList {
+    let Some(node) = state.nodes.get(name) else {
+        return AssignmentList::default();
+    };
+    let attempt = node.attempt.as_ref().and_then(|id| state.attempts.get(id));
+    let assignment = attempt.and_then(|attempt| assignment(state, attempt, name));
+    AssignmentList {
+        revision: node.assigned,
+        assignments: assignment.into_iter().collect(),
+    }
+}
+
+fn assignment(state: &State, attempt: &Attempt, name: &str) -> Option<Assignment> {
+    let desired = match attempt.phase {
+        Phase::Preparing => Desired::Prepare,
+        Phase::Running => Desired::Launch,
+        Phase::Ending => Desired::Stop,
+        Phase::Ended => return None,
+    };
+    let index = attempt.nodes.iter().position(|n| n.node == name)?;
+    let hosts = attempt
+        .nodes
+        .iter()
+        .map(|n| host(state.nodes.get(&n.node), n));
+    Some(Assignment {
+        attempt: attempt.id.clone(),
+        attempt_number: attempt.number,
+        desired: desired as i32,
+        job: Some(v1::Job::clone(&attempt.spec)),
+        hosts: hosts.collect(),
+        host_index: index as i32,
+    })
+}
+
+fn host(node: Option<&std::sync::Arc<Node>>, placed: &super::attempts::AttemptNode) -> Host {
+    let facts = node.map(|node| node.facts.clone()).unwrap_or_default();
+    Host {
+        node: placed.node.clone(),
+        address: facts.addresses.first().cloned().unwrap_or_default(),
+        boot_id: facts.boot_id.clone(),
+        root: facts.root.clone(),
+        port: placed.port,
+    }
+}

@@ -1,0 +1,147 @@
+//! PURE. Clusters: their settings, their nodes and the queue of their jobs.
+//!
+//! Which nodes join or leave is not decided here but in `duties`, by comparing target and members.
+
+use std::cmp::Reverse;
+use std::sync::Arc;
+
+use batchai_common::names::Kind;
+use batchai_proto::internal::v1::{Delete, ResizeCluster};
+use batchai_proto::v1;
+use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
+use imbl::OrdSet;
+
+use super::{Rejection, State, Step, check_etag, check_new, etag, not_found};
+
+/// The order of a cluster's queue: urgent ones first, then by the revision that created them.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct QueueKey {
+    pub priority: Reverse<i32>,
+    pub submitted: i64,
+    pub job: String,
+}
+
+/// A cluster.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cluster {
+    /// What a user set.
+    pub spec: Arc<v1::Cluster>,
+    pub revision: i64,
+    /// The nodes it has, leaving ones included.
+    pub members: OrdSet<String>,
+    /// The jobs that wait for its nodes.
+    pub queue: OrdSet<QueueKey>,
+    /// The jobs that have nodes of it.
+    pub running: OrdSet<String>,
+}
+
+impl Cluster {
+    /// How many nodes it shall have.
+    pub fn target(&self) -> usize {
+        usize::try_from(self.manual().target_node_count).unwrap_or_default()
+    }
+
+    /// What happens to jobs on nodes that leave.
+    pub fn deallocation(&self) -> NodeDeallocationOption {
+        self.manual().node_deallocation_option()
+    }
+
+    fn manual(&self) -> v1::ManualScaleSettings {
+        self.spec
+            .scale_settings
+            .as_ref()
+            .and_then(|s| s.manual)
+            .unwrap_or_default()
+    }
+
+    /// Whether a node with these facts fits.
+    pub fn matches(&self, facts: &v1::NodeFacts) -> bool {
+        let machine = self.spec.virtual_machine_configuration.as_ref();
+        let image = machine.and_then(|m| m.image_reference.as_ref());
+        facts.vm_size == self.spec.vm_size
+            && image.is_none_or(|image| image_text(image) == facts.image)
+    }
+}
+
+/// `publisher:offer:sku:version`, as nodes register it.
+pub fn image_text(image: &v1::ImageReference) -> String {
+    format!(
+        "{}:{}:{}:{}",
+        image.publisher, image.offer, image.sku, image.version
+    )
+}
+
+/// Changes a cluster in place.
+pub(super) fn change(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut Cluster)) {
+    let revision = step.state.revision;
+    if let Some(cluster) = step.state.clusters.get_mut(name) {
+        let cluster = Arc::make_mut(cluster);
+        change(cluster);
+        cluster.revision = revision;
+        step.changed(name);
+    }
+}
+
+pub(super) fn create(step: &mut Step<'_>, cluster: &v1::Cluster) -> Result<(), Rejection> {
+    let state = &mut *step.state;
+    let name = &cluster.name;
+    check_new(Kind::Cluster, name, &state.clusters, &state.workspaces)?;
+    let stored = Cluster {
+        spec: Arc::new(v1::Cluster {
+            create_time: Some(state.time),
+            ..cluster.clone()
+        }),
+        revision: state.revision,
+        members: OrdSet::new(),
+        queue: OrdSet::new(),
+        running: OrdSet::new(),
+    };
+    state.clusters.insert(name.clone(), Arc::new(stored));
+    step.changed(name);
+    Ok(())
+}
+
+pub(super) fn resize(step: &mut Step<'_>, command: &ResizeCluster) -> Result<(), Rejection> {
+    let found = get(step.state, &command.name)?;
+    check_etag(&command.name, &command.etag, &etag(found.revision))?;
+    change(step, &command.name, |cluster| {
+        let spec = Arc::make_mut(&mut cluster.spec);
+        spec.scale_settings = Some(v1::ScaleSettings {
+            manual: command.manual,
+            auto_scale: None,
+        });
+    });
+    Ok(())
+}
+
+pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
+    let name = &command.name;
+    let found = get(step.state, name)?;
+    check_etag(name, &command.etag, &etag(found.revision))?;
+    let queued = found.queue.iter().map(|key| &key.job);
+    if let Some(job) = found.running.iter().chain(queued).next() {
+        let why = format!("job {job} still needs it; terminate or delete that first");
+        return Err(Rejection::WrongState {
+            name: name.clone(),
+            why,
+        });
+    }
+    // A cluster without jobs has no attempt on its nodes: every one of them is free at once.
+    for node in &found.members.clone() {
+        super::nodes::change(step, node, |node| {
+            node.cluster = None;
+            node.leaving = false;
+        });
+    }
+    step.state.clusters.remove(name);
+    step.deleted(name);
+    Ok(())
+}
+
+fn get(state: &State, name: &str) -> Result<Arc<Cluster>, Rejection> {
+    state
+        .clusters
+        .get(name)
+        .cloned()
+        .ok_or_else(|| not_found(Kind::Cluster, name))
+}

@@ -1,0 +1,155 @@
+//! PURE. What must hold of every State, by name. Tests and simulations check all of it after every step.
+
+use super::attempts::Phase;
+use super::{Attempt, State};
+use batchai_common::names;
+
+/// Returns the first invariant that does not hold, and for what.
+pub fn check(state: &State) -> Result<(), String> {
+    parents_exist(state)?;
+    queue_holds_exactly_the_queued_jobs(state)?;
+    members_and_nodes_agree(state)?;
+    nodes_and_attempts_agree(state)?;
+    ended_jobs_are_whole(state)?;
+    ports_are_unique_per_machine(state)
+}
+
+fn parents_exist(state: &State) -> Result<(), String> {
+    let orphan = |name: &String| format!("parents_exist: {name}");
+    for name in state.workspaces.keys() {
+        let parent = names::parent(name).unwrap_or_default();
+        state
+            .resource_groups
+            .get(parent)
+            .ok_or_else(|| orphan(name))?;
+    }
+    for name in state.clusters.keys().chain(state.experiments.keys()) {
+        let parent = names::parent(name).unwrap_or_default();
+        state.workspaces.get(parent).ok_or_else(|| orphan(name))?;
+    }
+    for (name, job) in &state.jobs {
+        let parent = names::parent(name).unwrap_or_default();
+        state.experiments.get(parent).ok_or_else(|| orphan(name))?;
+        if !job.ended() {
+            state
+                .clusters
+                .get(&job.spec.cluster)
+                .ok_or_else(|| orphan(name))?;
+        }
+    }
+    Ok(())
+}
+
+fn queue_holds_exactly_the_queued_jobs(state: &State) -> Result<(), String> {
+    let mut queued = 0;
+    for (name, cluster) in &state.clusters {
+        for key in &cluster.queue {
+            queued += 1;
+            let job = state.jobs.get(&key.job);
+            let right = job.is_some_and(|job| {
+                job.state == batchai_proto::v1::job::State::Queued && &job.spec.cluster == name
+            });
+            if !right {
+                return Err(format!("queue_holds_exactly_the_queued_jobs: {}", key.job));
+            }
+        }
+    }
+    let jobs = state
+        .jobs
+        .values()
+        .filter(|j| j.state == batchai_proto::v1::job::State::Queued);
+    match jobs.count() == queued {
+        true => Ok(()),
+        false => Err("queue_holds_exactly_the_queued_jobs: a queued job is in no queue".into()),
+    }
+}
+
+fn members_and_nodes_agree(state: &State) -> Result<(), String> {
+    for (name, node) in &state.nodes {
+        let member = node.cluster.as_ref().is_none_or(|cluster| {
+            state
+                .clusters
+                .get(cluster)
+                .is_some_and(|cluster| cluster.members.contains(name))
+        });
+        if !member || (node.cluster.is_none() && (node.attempt.is_some() || node.leaving)) {
+            return Err(format!("members_and_nodes_agree: {name}"));
+        }
+    }
+    for (name, cluster) in &state.clusters {
+        for member in &cluster.members {
+            let node = state.nodes.get(member);
+            if node.is_none_or(|node| node.cluster.as_ref() != Some(name)) {
+                return Err(format!("members_and_nodes_agree: {member} of {name}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every live attempt has all of its nodes, and every busy node is in the attempt it is busy with: no two jobs on one
+/// node, gangs all or nothing, at most one live attempt of a job.
+fn nodes_and_attempts_agree(state: &State) -> Result<(), String> {
+    for (name, node) in &state.nodes {
+        let Some(id) = &node.attempt else { continue };
+        let attempt = state.attempts.get(id);
+        if !attempt.is_some_and(|a| a.phase != Phase::Ended && part_of(a, name)) {
+            return Err(format!(
+                "nodes_and_attempts_agree: {name} is busy with {id}"
+            ));
+        }
+    }
+    for (id, attempt) in &state.attempts {
+        let job = state.jobs.get(&attempt.job);
+        if job.is_none_or(|job| job.attempt.as_ref() != Some(id)) {
+            return Err(format!(
+                "nodes_and_attempts_agree: {id} is not its job's latest"
+            ));
+        }
+        let held = |node: &String| {
+            state
+                .nodes
+                .get(node)
+                .is_some_and(|node| node.attempt.as_ref() == Some(id))
+        };
+        let live = attempt.phase != Phase::Ended;
+        if attempt.nodes.iter().any(|n| held(&n.node) != live) {
+            return Err(format!(
+                "nodes_and_attempts_agree: {id} does not have its nodes"
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn part_of(attempt: &Attempt, node: &str) -> bool {
+    attempt.nodes.iter().any(|n| n.node == node)
+}
+
+fn ended_jobs_are_whole(state: &State) -> Result<(), String> {
+    for (name, job) in &state.jobs {
+        let live = job.attempt.as_ref().and_then(|id| state.attempts.get(id));
+        let live = live.is_some_and(|attempt| attempt.phase != Phase::Ended);
+        let running = matches!(
+            job.state,
+            batchai_proto::v1::job::State::Running | batchai_proto::v1::job::State::Terminating
+        );
+        let failed_says_why =
+            job.state != batchai_proto::v1::job::State::Failed || !job.errors.is_empty();
+        if live != running || job.ended() != job.end_time.is_some() || !failed_says_why {
+            return Err(format!("ended_jobs_are_whole: {name} is {:?}", job.state));
+        }
+    }
+    Ok(())
+}
+
+fn ports_are_unique_per_machine(state: &State) -> Result<(), String> {
+    let mut seen = std::collections::BTreeSet::new();
+    for (name, port) in super::attempts::ports_in_use(state) {
+        let machine = state.nodes.get(name).map(|node| node.facts.boot_id.clone());
+        if !seen.insert((machine, port)) {
+            return Err(format!("ports_are_unique_per_machine: {port} of {name}"));
+        }
+    }
+    Ok(())
+}

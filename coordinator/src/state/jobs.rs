@@ -1,0 +1,233 @@
+//! PURE. Jobs: what a user asked for and how it stands.
+//!
+//! ```text
+//! create -> QUEUED -> RUNNING -> SUCCEEDED | FAILED
+//!             ^  |       |  \-> TERMINATING -> FAILED
+//!             |  \-------|----> FAILED              (terminated while queued)
+//!             \----------/                          (infrastructure lost, node taken away)
+//! ```
+//! When a running job is over is decided in `attempts`; here is only what follows for the job.
+
+use std::cmp::Reverse;
+use std::sync::Arc;
+
+use batchai_common::names::Kind;
+use batchai_proto::internal::v1::Delete;
+use batchai_proto::v1;
+use batchai_proto::v1::job::{SchedulingPriority, State as JobState};
+use prost_types::Timestamp;
+
+use super::attempts::{self, Outcome, Verdict};
+use super::clusters::QueueKey;
+use super::{Rejection, Step, check_etag, check_new, clusters, etag, not_found};
+
+/// How often a job may go back to the queue because infrastructure failed.
+pub const INFRASTRUCTURE_RETRIES_MAX: i32 = 3;
+
+/// A job.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// What a user set, with name, uid and output path.
+    pub spec: Arc<v1::Job>,
+    pub revision: i64,
+    /// The revision that created it: its place in the queue.
+    pub submitted: i64,
+    pub state: JobState,
+    pub state_time: Timestamp,
+    pub start_time: Option<Timestamp>,
+    pub end_time: Option<Timestamp>,
+    pub exit_code: Option<i32>,
+    pub errors: Vec<v1::ResourceError>,
+    /// The latest attempt.
+    pub attempt: Option<String>,
+    /// How many attempts it had.
+    pub attempts: i32,
+    /// How many of them infrastructure ended.
+    pub infrastructure_retries: i32,
+    /// It is removed when it has ended.
+    pub deleting: bool,
+}
+
+impl Job {
+    /// It will not run again.
+    pub fn ended(&self) -> bool {
+        matches!(self.state, JobState::Succeeded | JobState::Failed)
+    }
+
+    fn queue_key(&self) -> QueueKey {
+        let priority = match self.spec.scheduling_priority() {
+            SchedulingPriority::Unspecified => SchedulingPriority::Normal,
+            priority => priority,
+        };
+        QueueKey {
+            priority: Reverse(priority as i32),
+            submitted: self.submitted,
+            job: self.spec.name.clone(),
+        }
+    }
+}
+
+/// Changes a job in place.
+pub(super) fn change(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut Job)) {
+    let (revision, time) = (step.state.revision, step.state.time);
+    let Some(job) = step.state.jobs.get_mut(name) else {
+        return;
+    };
+    let job = Arc::make_mut(job);
+    let before = job.state;
+    change(job);
+    job.revision = revision;
+    if job.state != before {
+        job.state_time = time;
+    }
+    step.changed(name);
+}
+
+pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejection> {
+    let state = &mut *step.state;
+    let name = &spec.name;
+    check_new(Kind::Job, name, &state.jobs, &state.experiments)?;
+    if !state.clusters.contains_key(&spec.cluster) {
+        return Err(not_found(Kind::Cluster, &spec.cluster));
+    }
+    let segment = format!("{}/{}/{}", state.ensemble, segment_of(name), spec.uid);
+    let job = Job {
+        spec: Arc::new(v1::Job {
+            create_time: Some(state.time),
+            job_output_directory_path_segment: segment,
+            ..spec.clone()
+        }),
+        revision: state.revision,
+        submitted: state.revision,
+        state: JobState::Queued,
+        state_time: state.time,
+        start_time: None,
+        end_time: None,
+        exit_code: None,
+        errors: Vec::new(),
+        attempt: None,
+        attempts: 0,
+        infrastructure_retries: 0,
+        deleting: false,
+    };
+    let key = job.queue_key();
+    state.jobs.insert(name.clone(), Arc::new(job));
+    step.changed(name);
+    clusters::change(step, &spec.cluster, |cluster| {
+        cluster.queue.insert(key);
+    });
+    Ok(())
+}
+
+/// `{group}/workspaces/{w}/experiments/{e}/jobs/{j}`: the full name without its first collection.
+fn segment_of(name: &str) -> &str {
+    name.split_once('/')
+        .map_or(name, |(_collection, rest)| rest)
+}
+
+pub(super) fn terminate(step: &mut Step<'_>, name: &str) -> Result<(), Rejection> {
+    let job = step
+        .state
+        .jobs
+        .get(name)
+        .cloned()
+        .ok_or_else(|| not_found(Kind::Job, name))?;
+    match (job.state, &job.attempt) {
+        (JobState::Queued, _) => finish(step, name, &Outcome::terminated()),
+        (JobState::Running, Some(attempt)) => {
+            change(step, name, |job| job.state = JobState::Terminating);
+            attempts::decide(step, attempt, Outcome::terminated());
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
+    let name = &command.name;
+    let job = step
+        .state
+        .jobs
+        .get(name)
+        .cloned()
+        .ok_or_else(|| not_found(Kind::Job, name))?;
+    check_etag(name, &command.etag, &etag(job.revision))?;
+    if job.ended() {
+        remove(step, name);
+        return Ok(());
+    }
+    change(step, name, |job| job.deleting = true);
+    terminate(step, name)
+}
+
+fn remove(step: &mut Step<'_>, name: &str) {
+    if let Some(job) = step.state.jobs.remove(name)
+        && let Some(attempt) = &job.attempt
+    {
+        step.state.attempts.remove(attempt);
+    }
+    step.deleted(name);
+}
+
+/// A job got its nodes.
+pub(super) fn start(step: &mut Step<'_>, name: &str, attempt: &str) {
+    let Some(job) = step.state.jobs.get(name).cloned() else {
+        return;
+    };
+    let time = step.state.time;
+    if let Some(earlier) = &job.attempt {
+        step.state.attempts.remove(earlier);
+    }
+    change(step, name, |job| {
+        job.state = JobState::Running;
+        job.start_time = Some(time);
+        job.attempt = Some(attempt.to_owned());
+        job.attempts += 1;
+    });
+    clusters::change(step, &job.spec.cluster, |cluster| {
+        cluster.queue.remove(&job.queue_key());
+        cluster.running.insert(name.to_owned());
+    });
+}
+
+/// The nodes of a job are free again, or it never had any: it ends, or waits for others.
+pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
+    let Some(job) = step.state.jobs.get(name).cloned() else {
+        return;
+    };
+    let requeue = match outcome.verdict {
+        Verdict::Requeue => true,
+        Verdict::InfrastructureFailed => job.infrastructure_retries < INFRASTRUCTURE_RETRIES_MAX,
+        Verdict::Succeeded | Verdict::Failed => false,
+    } && !job.deleting;
+    let time = step.state.time;
+    change(step, name, |job| {
+        if requeue {
+            job.state = JobState::Queued;
+            job.infrastructure_retries +=
+                i32::from(outcome.verdict == Verdict::InfrastructureFailed);
+            return;
+        }
+        let succeeded = outcome.verdict == Verdict::Succeeded;
+        job.state = if succeeded {
+            JobState::Succeeded
+        } else {
+            JobState::Failed
+        };
+        job.start_time = job.start_time.or(Some(time));
+        job.end_time = Some(time);
+        job.exit_code = outcome.exit_code;
+        job.errors = outcome.errors.clone();
+    });
+    clusters::change(step, &job.spec.cluster, |cluster| {
+        cluster.running.remove(name);
+        if requeue {
+            cluster.queue.insert(job.queue_key());
+        } else {
+            cluster.queue.remove(&job.queue_key());
+        }
+    });
+    if job.deleting {
+        remove(step, name);
+    }
+}

@@ -1,0 +1,189 @@
+//! PURE. Nodes: registered by their agents, given to clusters and taken from them by the leader's duties.
+//!
+//! Whether a node is in contact is not part of the State; see `duties::Heard`.
+
+use std::sync::Arc;
+
+use batchai_common::names::Kind;
+use batchai_proto::internal::v1::{AllocateNode, RegisterNode, ReleaseNode};
+use batchai_proto::v1;
+use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
+use prost_types::Timestamp;
+
+use super::attempts::{self, Outcome};
+use super::{Rejection, Step, clusters, jobs, not_found};
+
+/// A machine with an agent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    /// The UUID its agent made once.
+    pub uid: String,
+    /// Journal id and boot id: a new one means that what ran before is gone.
+    pub incarnation: String,
+    pub facts: Arc<v1::NodeFacts>,
+    pub revision: i64,
+    pub create_time: Timestamp,
+    /// The cluster it belongs to.
+    pub cluster: Option<String>,
+    /// It leaves its cluster as soon as it has no attempt.
+    pub leaving: bool,
+    /// The attempt it works for.
+    pub attempt: Option<String>,
+    /// The revision that last changed its assignments.
+    pub assigned: i64,
+}
+
+impl Node {
+    /// What it is doing, as far as the State knows.
+    pub fn state(&self) -> v1::node::State {
+        match self {
+            Node { cluster: None, .. } => v1::node::State::Available,
+            Node { leaving: true, .. } => v1::node::State::Leaving,
+            Node {
+                attempt: Some(_), ..
+            } => v1::node::State::Running,
+            _ => v1::node::State::Idle,
+        }
+    }
+}
+
+/// Changes a node in place. Its cluster shows node counts, so it changes with it.
+pub(super) fn change(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut Node)) {
+    let revision = step.state.revision;
+    let Some(node) = step.state.nodes.get_mut(name) else {
+        return;
+    };
+    let node = Arc::make_mut(node);
+    change(node);
+    node.revision = revision;
+    step.changed(name);
+}
+
+/// Marks that a node's assignments changed.
+pub(super) fn assign(step: &mut Step<'_>, name: &str) {
+    let revision = step.state.revision;
+    if let Some(node) = step.state.nodes.get_mut(name) {
+        Arc::make_mut(node).assigned = revision;
+        step.assigned(name);
+    }
+}
+
+pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<(), Rejection> {
+    let name = &command.name;
+    let facts = Arc::new(command.facts.clone().unwrap_or_default());
+    let Some(known) = step.state.nodes.get(name).cloned() else {
+        let node = Node {
+            uid: command.uid.clone(),
+            incarnation: command.incarnation.clone(),
+            facts,
+            revision: step.state.revision,
+            create_time: step.state.time,
+            cluster: None,
+            leaving: false,
+            attempt: None,
+            assigned: step.state.revision,
+        };
+        step.state.nodes.insert(name.clone(), Arc::new(node));
+        step.changed(name);
+        return Ok(());
+    };
+    if known.uid != command.uid && known.attempt.is_some() {
+        let why = "it is registered under another uid and still has work; start the agent with \
+                   its old data directory, or give it another --name"
+            .to_owned();
+        return Err(Rejection::WrongState {
+            name: name.clone(),
+            why,
+        });
+    }
+    if known.incarnation != command.incarnation
+        && let Some(attempt) = &known.attempt
+    {
+        attempts::lose_node(step, attempt, name);
+    }
+    // A machine that changed its size or image is no longer what its cluster was made of.
+    let misfit = known.cluster.as_ref().is_some_and(|cluster| {
+        step.state
+            .clusters
+            .get(cluster)
+            .is_some_and(|cluster| !cluster.matches(&facts))
+    });
+    change(step, name, |node| {
+        node.uid = command.uid.clone();
+        node.incarnation = command.incarnation.clone();
+        node.facts = facts;
+        node.leaving |= misfit;
+    });
+    assign(step, name);
+    free_if_leaving(step, name);
+    Ok(())
+}
+
+pub(super) fn allocate(step: &mut Step<'_>, command: &AllocateNode) -> Result<(), Rejection> {
+    let node = step.state.nodes.get(&command.node);
+    let node = node.ok_or_else(|| not_found(Kind::Node, &command.node))?;
+    let cluster = step.state.clusters.get(&command.cluster);
+    let cluster = cluster.ok_or_else(|| not_found(Kind::Cluster, &command.cluster))?;
+    if node.cluster.is_some() || !cluster.matches(&node.facts) {
+        let why = "it is not free for that cluster any more".to_owned();
+        return Err(Rejection::Overtaken {
+            name: command.node.clone(),
+            why,
+        });
+    }
+    change(step, &command.node, |node| {
+        node.cluster = Some(command.cluster.clone())
+    });
+    clusters::change(step, &command.cluster, |cluster| {
+        cluster.members.insert(command.node.clone());
+    });
+    Ok(())
+}
+
+pub(super) fn release(step: &mut Step<'_>, command: &ReleaseNode) -> Result<(), Rejection> {
+    let node = step.state.nodes.get(&command.node).cloned();
+    let node = node.ok_or_else(|| not_found(Kind::Node, &command.node))?;
+    if node.cluster.as_deref() != Some(&command.cluster) || node.leaving {
+        let why = "it has left or is leaving that cluster already".to_owned();
+        return Err(Rejection::Overtaken {
+            name: command.node.clone(),
+            why,
+        });
+    }
+    change(step, &command.node, |node| node.leaving = true);
+    clusters::change(step, &command.cluster, |_| {});
+    if let Some(attempt) = &node.attempt {
+        match command.option() {
+            NodeDeallocationOption::WaitForJobCompletion => {}
+            NodeDeallocationOption::Terminate => {
+                let job = step
+                    .state
+                    .attempts
+                    .get(attempt)
+                    .map(|attempt| attempt.job.clone());
+                jobs::terminate(step, &job.unwrap_or_default())?;
+            }
+            NodeDeallocationOption::Requeue | NodeDeallocationOption::Unspecified => {
+                attempts::decide(step, attempt, Outcome::requeue_for_resize());
+            }
+        }
+    }
+    free_if_leaving(step, &command.node);
+    Ok(())
+}
+
+/// A node that leaves and has no attempt belongs to no cluster any more.
+pub(super) fn free_if_leaving(step: &mut Step<'_>, name: &str) {
+    let Some(node) = step.state.nodes.get(name).cloned() else {
+        return;
+    };
+    if let (true, None, Some(cluster)) = (node.leaving, &node.attempt, &node.cluster) {
+        change(step, name, |node| {
+            node.cluster = None;
+            node.leaving = false;
+        });
+        clusters::change(step, cluster, |cluster| {
+            cluster.members.remove(name);
+        });
+    }
+}

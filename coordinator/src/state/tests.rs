@@ -1,0 +1,642 @@
+//! Tells the story of jobs to `apply`, one command at a time, and checks every invariant after each.
+
+use batchai_proto::agent::v1::{AttemptObservation, Failure, Report};
+use batchai_proto::internal::v1::command::Kind as C;
+use batchai_proto::internal::v1::{
+    Command, Delete, InitEnsemble, RecordReport, RegisterNode, ResizeCluster, TerminateJob,
+};
+use batchai_proto::v1::job::State as JobState;
+use batchai_proto::v1::job_attempt_node::Phase as P;
+use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption as Dealloc;
+use proptest::prelude::*;
+
+use super::*;
+use crate::duties::{Heard, Leader, duties};
+use crate::scheduler::explain::pending_reason;
+
+const GROUP: &str = "resourceGroups/g";
+const WORKSPACE: &str = "resourceGroups/g/workspaces/w";
+const EXPERIMENT: &str = "resourceGroups/g/workspaces/w/experiments/e";
+const CLUSTER: &str = "resourceGroups/g/workspaces/w/clusters/c";
+
+/// A State with its invariants checked after every command.
+pub(crate) struct Ensemble {
+    pub state: State,
+    pub heard: Heard,
+    index: u64,
+}
+
+impl Ensemble {
+    /// An ensemble with a cluster of the given target.
+    fn new(target: i32) -> Ensemble {
+        let heard = Heard {
+            now: 1_000_000,
+            ..Heard::default()
+        };
+        let mut e = Ensemble {
+            state: State::default(),
+            heard,
+            index: 0,
+        };
+        let ensemble = "00000000-0000-0000-0000-000000000001".to_owned();
+        e.ok(C::InitEnsemble(InitEnsemble { ensemble, epoch: 1 }));
+        let group = v1::ResourceGroup {
+            name: GROUP.into(),
+            ..Default::default()
+        };
+        e.ok(C::CreateResourceGroup(group));
+        e.ok(C::CreateWorkspace(v1::Workspace {
+            name: WORKSPACE.into(),
+            ..Default::default()
+        }));
+        e.ok(C::CreateExperiment(v1::Experiment {
+            name: EXPERIMENT.into(),
+            ..Default::default()
+        }));
+        let cluster = v1::Cluster {
+            name: CLUSTER.into(),
+            vm_size: "small".into(),
+            scale_settings: Some(v1::ScaleSettings {
+                manual: Some(v1::ManualScaleSettings {
+                    target_node_count: target,
+                    ..Default::default()
+                }),
+                auto_scale: None,
+            }),
+            ..Default::default()
+        };
+        e.ok(C::CreateCluster(cluster));
+        e
+    }
+
+    fn with_nodes(target: i32, count: usize) -> Ensemble {
+        let mut e = Ensemble::new(target);
+        for i in 0..count {
+            e.register(&format!("nodes/n{i}"), "1");
+        }
+        e.settle();
+        e
+    }
+
+    fn try_apply(&mut self, kind: C) -> Result<Vec<Event>, Rejection> {
+        self.index += 1;
+        let time = Some(batchai_common::time::from_millis(self.heard.now));
+        let before = self.state.clone();
+        let result = apply(
+            &mut self.state,
+            self.index,
+            &Command {
+                time,
+                kind: Some(kind),
+            },
+        );
+        if result.is_err() {
+            let untouched = State {
+                applied_index: self.index,
+                ..before
+            };
+            assert_eq!(self.state, untouched, "a rejection changed something");
+        }
+        invariants::check(&self.state).unwrap();
+        result
+    }
+
+    fn ok(&mut self, kind: C) -> Vec<Event> {
+        self.try_apply(kind.clone())
+            .unwrap_or_else(|e| panic!("{kind:?}: {e}"))
+    }
+
+    fn register(&mut self, name: &str, incarnation: &str) {
+        let facts = v1::NodeFacts {
+            vm_size: "small".into(),
+            boot_id: "one-machine".into(),
+            first_port: 20_000,
+            last_port: 20_099,
+            ..Default::default()
+        };
+        self.ok(C::RegisterNode(RegisterNode {
+            name: name.into(),
+            uid: format!("uid-{name}"),
+            incarnation: incarnation.into(),
+            facts: Some(facts),
+        }));
+        self.heard.last.insert(name.into(), self.heard.now);
+    }
+
+    /// Performs duties until there are none.
+    fn settle(&mut self) {
+        let leader = Leader {
+            replica: 1,
+            ensemble: "unused".into(),
+        };
+        for _ in 0..100 {
+            let commands = duties(&self.state, &self.heard, &leader);
+            if commands.is_empty() {
+                return;
+            }
+            for command in commands {
+                // A plan may be overtaken by the command before it, as on a real leader.
+                let _ = self.try_apply(command);
+            }
+        }
+        panic!("duties never end");
+    }
+
+    fn submit(&mut self, id: &str, nodes: i32, change: impl FnOnce(&mut v1::Job)) -> String {
+        let name = format!("{EXPERIMENT}/jobs/{id}");
+        let mut job = v1::Job {
+            name: name.clone(),
+            uid: format!("uid-{id}"),
+            cluster: CLUSTER.into(),
+            node_count: nodes,
+            custom_toolkit_settings: Some(v1::CustomToolkitSettings::default()),
+            ..Default::default()
+        };
+        change(&mut job);
+        self.ok(C::CreateJob(job));
+        self.settle();
+        name
+    }
+
+    fn job(&self, name: &str) -> &Job {
+        &self.state.jobs[name]
+    }
+
+    fn attempt(&self, name: &str) -> Arc<Attempt> {
+        self.state.attempts[self.job(name).attempt.as_ref().unwrap()].clone()
+    }
+
+    /// Reports for the i-th node of the job's attempt.
+    fn see(&mut self, job: &str, i: usize, phase: P, ranks: &[(i32, Option<i32>)]) {
+        let attempt = self.attempt(job);
+        self.see_attempt(&attempt, i, phase, ranks, None);
+    }
+
+    fn see_attempt(
+        &mut self,
+        attempt: &Attempt,
+        i: usize,
+        phase: P,
+        ranks: &[(i32, Option<i32>)],
+        failure: Option<Failure>,
+    ) {
+        let node = attempt.nodes[i].node.clone();
+        let ranks = ranks
+            .iter()
+            .map(|&(rank, exit_code)| v1::JobRank { rank, exit_code });
+        let observation = AttemptObservation {
+            attempt: attempt.id.clone(),
+            phase: phase as i32,
+            ranks: ranks.collect(),
+            files: Vec::new(),
+            failure,
+        };
+        let known = &self.state.nodes[&node];
+        let report = RecordReport {
+            uid: known.uid.clone(),
+            incarnation: known.incarnation.clone(),
+            node,
+            report: Some(Report {
+                attempts: vec![observation],
+            }),
+        };
+        self.ok(C::RecordReport(report));
+        self.settle();
+    }
+
+    /// Takes a two-node job to where its processes run.
+    fn run_two(&mut self, change: impl FnOnce(&mut v1::Job)) -> String {
+        let job = self.submit("j", 2, change);
+        self.see(&job, 0, P::Ready, &[]);
+        self.see(&job, 1, P::Ready, &[]);
+        assert_eq!(self.attempt(&job).phase, attempts::Phase::Running);
+        job
+    }
+
+    fn state_of(&self, job: &str) -> JobState {
+        self.job(job).state
+    }
+}
+
+fn pytorch(job: &mut v1::Job) {
+    job.custom_toolkit_settings = None;
+    job.py_torch_settings = Some(v1::PyTorchSettings::default());
+}
+
+#[test]
+fn a_custom_job_is_over_when_its_master_process_is() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.run_two(|_| {});
+    e.see(&job, 0, P::Ended, &[(0, Some(0))]);
+    assert_eq!(
+        e.state_of(&job),
+        JobState::Running,
+        "the other node still cleans up"
+    );
+    assert_eq!(e.attempt(&job).phase, attempts::Phase::Ending);
+    e.see(&job, 1, P::Ended, &[]);
+    assert_eq!(e.state_of(&job), JobState::Succeeded);
+    assert_eq!(e.job(&job).exit_code, Some(0));
+}
+
+#[test]
+fn a_pytorch_job_is_over_when_all_ranks_are() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.run_two(pytorch);
+    e.see(&job, 1, P::Ended, &[(1, Some(0))]);
+    assert_eq!(
+        e.attempt(&job).phase,
+        attempts::Phase::Running,
+        "rank 0 still runs"
+    );
+    e.see(&job, 0, P::Ended, &[(0, Some(0))]);
+    assert_eq!(e.state_of(&job), JobState::Succeeded);
+}
+
+#[test]
+fn the_first_failing_rank_decides_and_names_itself() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.run_two(pytorch);
+    e.see(&job, 1, P::Ended, &[(1, Some(7))]);
+    assert_eq!(e.attempt(&job).phase, attempts::Phase::Ending);
+    e.see(&job, 0, P::Ended, &[(0, Some(143))]);
+    let job = e.job(&job);
+    assert_eq!((job.state, job.exit_code), (JobState::Failed, Some(7)));
+    assert_eq!(job.errors[0].code, "JobFailed");
+    assert!(
+        job.errors[0].message.contains("rank 1 on nodes/"),
+        "{:?}",
+        job.errors
+    );
+}
+
+#[test]
+fn a_gang_waits_for_all_of_its_nodes() {
+    let mut e = Ensemble::with_nodes(2, 1);
+    let job = e.submit("j", 2, |_| {});
+    assert_eq!(e.state_of(&job), JobState::Queued);
+    let reason = pending_reason(&e.state, &e.heard, e.job(&job));
+    assert!(
+        reason.contains("waits for 2 idle nodes") && reason.contains("idle: 1"),
+        "{reason}"
+    );
+    e.register("nodes/n1", "1");
+    e.settle();
+    assert_eq!(e.state_of(&job), JobState::Running);
+}
+
+#[test]
+fn a_job_out_of_reach_says_so_and_holds_up_nobody() {
+    let mut e = Ensemble::with_nodes(1, 1);
+    let big = e.submit("big", 5, |_| {});
+    let small = e.submit("small", 1, |_| {});
+    assert_eq!(
+        (e.state_of(&big), e.state_of(&small)),
+        (JobState::Queued, JobState::Running)
+    );
+    let reason = pending_reason(&e.state, &e.heard, e.job(&big));
+    assert!(
+        reason.contains("wants 5 nodes") && reason.contains("resized"),
+        "{reason}"
+    );
+}
+
+#[test]
+fn urgent_jobs_go_first_then_those_submitted_first() {
+    let mut e = Ensemble::with_nodes(1, 1);
+    let first = e.submit("first", 1, |_| {});
+    let low = e.submit("low", 1, |j| {
+        j.set_scheduling_priority(v1::job::SchedulingPriority::Low)
+    });
+    let normal = e.submit("a-normal", 1, |_| {});
+    let later = e.submit("a-later", 1, |_| {});
+    let high = e.submit("z-high", 1, |j| {
+        j.set_scheduling_priority(v1::job::SchedulingPriority::High)
+    });
+    let mut order = vec![];
+    for _ in 0..5 {
+        let all = [&first, &low, &normal, &later, &high];
+        let running = *all
+            .iter()
+            .find(|j| e.state_of(j) == JobState::Running)
+            .unwrap();
+        order.push(running.clone());
+        e.see(running, 0, P::Ended, &[(0, Some(0))]);
+    }
+    assert_eq!(order, [first, high, normal, later, low]);
+}
+
+#[test]
+fn a_queued_job_ends_at_once_when_terminated_and_a_running_one_when_its_nodes_are_done() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let running = e.run_two(|_| {});
+    let queued = e.submit("q", 1, |_| {});
+    for name in [&queued, &running, &queued, &running] {
+        e.ok(C::TerminateJob(TerminateJob { name: name.clone() }));
+    }
+    assert_eq!(e.state_of(&queued), JobState::Failed);
+    assert_eq!(e.job(&queued).errors[0].code, "JobTerminated");
+    assert_eq!(e.state_of(&running), JobState::Terminating);
+    e.see(&running, 0, P::Ended, &[(0, Some(143))]);
+    e.see(&running, 1, P::Ended, &[]);
+    let job = e.job(&running);
+    assert_eq!((job.state, job.exit_code), (JobState::Failed, None));
+    assert_eq!(job.errors[0].code, "JobTerminated");
+}
+
+#[test]
+fn a_deleted_running_job_is_gone_when_its_processes_are_and_its_name_is_free() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.run_two(|_| {});
+    e.ok(C::DeleteJob(Delete {
+        name: job.clone(),
+        etag: String::new(),
+    }));
+    assert!(e.job(&job).deleting);
+    e.see(&job, 0, P::Ended, &[(0, Some(143))]);
+    let attempt = e.attempt(&job);
+    e.see_attempt(&attempt, 1, P::Ended, &[], None);
+    assert!(e.state.jobs.is_empty() && e.state.attempts.is_empty());
+    e.submit("j", 2, |_| {});
+}
+
+#[test]
+fn a_new_incarnation_of_a_node_ends_its_attempt_and_the_job_runs_again_but_not_for_ever() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.run_two(|_| {});
+    for round in 0..=jobs::INFRASTRUCTURE_RETRIES_MAX {
+        let earlier = e.attempt(&job);
+        let node = earlier.nodes[1].node.clone();
+        e.register(&node, &format!("boot-{round}"));
+        assert_eq!(
+            e.attempt(&job).phase,
+            attempts::Phase::Ending,
+            "the other node must end first"
+        );
+        e.see(&job, 0, P::Ended, &[(0, Some(143))]);
+        if round < jobs::INFRASTRUCTURE_RETRIES_MAX {
+            assert_ne!(e.attempt(&job).id, earlier.id);
+            assert_eq!(e.state_of(&job), JobState::Running);
+        }
+    }
+    assert_eq!(e.state_of(&job), JobState::Failed);
+    assert_eq!(e.job(&job).errors[0].code, "NodeLost");
+    assert_eq!(e.job(&job).attempts, 1 + jobs::INFRASTRUCTURE_RETRIES_MAX);
+}
+
+#[test]
+fn reports_of_earlier_attempts_and_incarnations_change_nothing() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.run_two(|_| {});
+    let earlier = e.attempt(&job);
+    e.register(&earlier.nodes[1].node.clone(), "2");
+    e.see(&job, 0, P::Ended, &[]);
+    assert_ne!(e.attempt(&job).id, earlier.id);
+    let before = e.attempt(&job);
+    e.see_attempt(&earlier, 0, P::Ended, &[(0, Some(9))], None);
+    assert_eq!(e.attempt(&job), before);
+    let stale = RecordReport {
+        node: earlier.nodes[0].node.clone(),
+        uid: "somebody".into(),
+        ..Default::default()
+    };
+    assert!(matches!(
+        e.try_apply(C::RecordReport(stale)),
+        Err(Rejection::Overtaken { .. })
+    ));
+}
+
+#[test]
+fn a_failed_preparation_fails_the_job_with_its_exit_code() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.submit("j", 2, |_| {});
+    let attempt = e.attempt(&job);
+    let error = attempts::error("JobPreparationFailed", "it failed", &[]);
+    let failure = Failure {
+        error: Some(error),
+        exit_code: Some(3),
+        infrastructure: false,
+    };
+    e.see_attempt(&attempt, 0, P::Ended, &[], Some(failure));
+    e.see_attempt(&attempt, 1, P::Ended, &[], None);
+    assert_eq!(
+        (e.state_of(&job), e.job(&job).exit_code),
+        (JobState::Failed, Some(3))
+    );
+}
+
+#[test]
+fn preparation_has_a_deadline_that_names_the_slow_node() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.submit("j", 2, |_| {});
+    e.see(&job, 0, P::Ready, &[]);
+    e.heard.now += crate::duties::PREPARE_DEADLINE_MS + 1;
+    e.settle();
+    let slow = e.attempt(&job).nodes[1].node.clone();
+    e.see(&job, 0, P::Ended, &[]);
+    e.see(&job, 1, P::Ended, &[]);
+    let error = &e.job(&job).errors[0];
+    assert_eq!(error.code, "JobPreparationTimeout");
+    assert!(
+        error.message.ends_with(&format!(": {slow}")),
+        "{}",
+        error.message
+    );
+}
+
+fn resize(target: i32, option: Dealloc) -> C {
+    let manual = v1::ManualScaleSettings {
+        target_node_count: target,
+        node_deallocation_option: option as i32,
+    };
+    C::ResizeCluster(ResizeCluster {
+        name: CLUSTER.into(),
+        manual: Some(manual),
+        etag: String::new(),
+    })
+}
+
+#[test]
+fn shrinking_does_to_running_jobs_what_was_asked_for() {
+    for (option, expected) in [
+        (Dealloc::Requeue, JobState::Queued),
+        (Dealloc::Terminate, JobState::Failed),
+        (Dealloc::WaitForJobCompletion, JobState::Succeeded),
+    ] {
+        let mut e = Ensemble::with_nodes(2, 2);
+        let job = e.run_two(|_| {});
+        e.ok(resize(0, option));
+        e.settle();
+        e.see(&job, 0, P::Ended, &[(0, Some(0))]);
+        e.see(&job, 1, P::Ended, &[]);
+        assert_eq!(e.state_of(&job), expected, "{option:?}");
+        assert!(
+            e.state.nodes.values().all(|node| node.cluster.is_none()),
+            "{option:?}"
+        );
+        assert!(e.state.clusters[CLUSTER].members.is_empty());
+    }
+}
+
+#[test]
+fn what_still_holds_something_is_not_deleted() {
+    let mut e = Ensemble::with_nodes(1, 1);
+    let job = e.submit("j", 1, |_| {});
+    let delete = |name: &str| Delete {
+        name: name.into(),
+        etag: String::new(),
+    };
+    for kind in [
+        C::DeleteResourceGroup(delete(GROUP)),
+        C::DeleteWorkspace(delete(WORKSPACE)),
+        C::DeleteExperiment(delete(EXPERIMENT)),
+        C::DeleteCluster(delete(CLUSTER)),
+    ] {
+        assert!(matches!(
+            e.try_apply(kind),
+            Err(Rejection::WrongState { .. })
+        ));
+    }
+    e.see(&job, 0, P::Ended, &[(0, Some(0))]);
+    e.ok(C::DeleteJob(delete(&job)));
+    e.ok(C::DeleteExperiment(delete(EXPERIMENT)));
+    e.ok(C::DeleteCluster(delete(CLUSTER)));
+    e.ok(C::DeleteWorkspace(delete(WORKSPACE)));
+    e.ok(C::DeleteResourceGroup(delete(GROUP)));
+    assert!(e.state.nodes.values().all(|node| node.cluster.is_none()));
+}
+
+#[test]
+fn a_stale_etag_is_refused() {
+    let mut e = Ensemble::new(0);
+    let etag = e.state.workspaces[WORKSPACE].etag.clone();
+    assert!(!etag.is_empty());
+    let delete = Delete {
+        name: EXPERIMENT.into(),
+        etag,
+    };
+    assert!(matches!(
+        e.try_apply(C::DeleteExperiment(delete)),
+        Err(Rejection::StaleEtag { .. })
+    ));
+}
+
+#[test]
+fn nodes_of_another_size_or_image_do_not_join_and_silent_ones_get_no_work() {
+    let mut e = Ensemble::new(2);
+    e.register("nodes/n0", "1");
+    let facts = v1::NodeFacts {
+        vm_size: "large".into(),
+        ..Default::default()
+    };
+    e.ok(C::RegisterNode(RegisterNode {
+        name: "nodes/big".into(),
+        uid: "u".into(),
+        incarnation: "1".into(),
+        facts: Some(facts),
+    }));
+    let now = e.heard.now;
+    e.heard.last.insert("nodes/big".into(), now);
+    e.settle();
+    let members: Vec<_> = e.state.clusters[CLUSTER].members.iter().cloned().collect();
+    assert_eq!(members, ["nodes/n0"]);
+    e.heard.now += 60_000;
+    let job = e.submit("j", 1, |_| {});
+    assert_eq!(e.state_of(&job), JobState::Queued);
+    let reason = pending_reason(&e.state, &e.heard, e.job(&job));
+    assert!(reason.contains("not heard of lately: 1"), "{reason}");
+}
+
+/// What a random history is made of.
+#[derive(Clone, Debug)]
+enum Action {
+    Submit {
+        nodes: i32,
+        pytorch: bool,
+        high: bool,
+    },
+    See {
+        job: usize,
+        node: usize,
+        phase: i32,
+        code: Option<i32>,
+        infrastructure: bool,
+    },
+    Terminate(usize),
+    Delete(usize),
+    Reboot(usize),
+    Resize(i32, i32),
+    Pass(i64),
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    prop_oneof![
+        3 => (1..4i32, any::<bool>(), any::<bool>())
+            .prop_map(|(nodes, pytorch, high)| Action::Submit { nodes, pytorch, high }),
+        12 => (0..6usize, 0..3usize, 1..6i32, prop::option::of(0..3i32), prop::bool::weighted(0.1))
+            .prop_map(|(job, node, phase, code, infrastructure)| Action::See {
+                job, node, phase, code, infrastructure
+            }),
+        1 => (0..6usize).prop_map(Action::Terminate),
+        1 => (0..6usize).prop_map(Action::Delete),
+        1 => (0..4usize).prop_map(Action::Reboot),
+        1 => (0..5i32, 0..4i32).prop_map(|(n, o)| Action::Resize(n, o)),
+        1 => (0..20_000i64).prop_map(Action::Pass),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    /// Whatever happens, every invariant holds after every command, and two replicas that apply the same commands
+    /// have the same State.
+    #[test]
+    fn invariants_hold_through_any_history(actions in prop::collection::vec(action(), 1..80)) {
+        let mut e = Ensemble::with_nodes(3, 4);
+        let mut names: Vec<String> = Vec::new();
+        for (i, action) in actions.into_iter().enumerate() {
+            match action {
+                Action::Submit { nodes, pytorch: torch, high } => {
+                    names.push(e.submit(&format!("j{i}"), nodes, |job| {
+                        if torch { pytorch(job) }
+                        if high { job.set_scheduling_priority(v1::job::SchedulingPriority::High) }
+                    }));
+                }
+                Action::See { job, node, phase, code, infrastructure } => {
+                    let Some(name) = names.get(job) else { continue };
+                    let Some(job) = e.state.jobs.get(name) else { continue };
+                    let Some(id) = job.attempt.clone() else { continue };
+                    let attempt = e.state.attempts[&id].clone();
+                    if node >= attempt.nodes.len() { continue }
+                    let failure = infrastructure.then(|| Failure { infrastructure, ..Default::default() });
+                    let failure = failure.map(|f| Failure {
+                        error: Some(attempts::error("X", "x", &[])), ..f
+                    });
+                    let phase = P::try_from(phase).unwrap();
+                    e.see_attempt(&attempt, node, phase, &[(node as i32, code)], failure);
+                }
+                Action::Terminate(job) => {
+                    if let Some(name) = names.get(job) {
+                        let _ = e.try_apply(C::TerminateJob(TerminateJob { name: name.clone() }));
+                    }
+                }
+                Action::Delete(job) => {
+                    if let Some(name) = names.get(job) {
+                        let delete = Delete { name: name.clone(), etag: String::new() };
+                        let _ = e.try_apply(C::DeleteJob(delete));
+                    }
+                }
+                Action::Reboot(node) => e.register(&format!("nodes/n{node}"), &format!("boot-{i}")),
+                Action::Resize(target, option) => {
+                    e.ok(resize(target, Dealloc::try_from(option).unwrap()));
+                }
+                Action::Pass(ms) => {
+                    e.heard.now += ms;
+                    let now = e.heard.now;
+                    e.heard.last.values_mut().for_each(|last| *last = now);
+                }
+            }
+            e.settle();
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! Compiles the `.proto` files without protoc: `protox` parses, `tonic-prost-build` generates.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs, io};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
+    let mut files = Vec::new();
+    collect(&root.join("batchai"), &mut files)?;
+    files.sort();
+    println!("cargo:rerun-if-changed=batchai");
+    println!("cargo:rerun-if-changed=google");
+
+    let mut compiler = protox::Compiler::new([&root])?;
+    compiler
+        .include_imports(true)
+        .include_source_info(true)
+        .open_files(&files)?;
+    // As bytes: the options of fields (google.api.field_behavior) are kept, as extensions, only in this form.
+    fs::write(
+        PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin"),
+        compiler.encode_file_descriptor_set(),
+    )?;
+    tonic_prost_build::configure()
+        .bytes(".batchai.agent.v1.LogChunk.data")
+        .bytes(".batchai.v1.StreamJobLogsResponse.data")
+        .compile_fds(compiler.file_descriptor_set())?;
+    Ok(())
+}
+
+fn collect(dir: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            collect(&path, files)?;
+        } else if path.extension().is_some_and(|e| e == "proto") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
