@@ -18,3 +18,15 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
     });
     Ok(token)
 }
+
+/// Has the kernel send this process SIGTERM when the one that started it ends, however it ends.
+pub fn die_with_parent() {
+    let parent = nix::unistd::getppid();
+    if let Err(error) = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM) {
+        tracing::warn!(%error, "cannot follow the parent process");
+    }
+    // It may have ended before the line above.
+    if nix::unistd::getppid() != parent || parent == nix::unistd::Pid::from_raw(1) {
+        std::process::exit(0);
+    }
+}

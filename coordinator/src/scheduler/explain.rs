@@ -34,7 +34,7 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
             last_id(&first.spec.name)
         );
     }
-    let free = Free::of(state, heard, cluster).len();
+    let free = Free::of(state, heard, cluster).count();
     let silent = cluster
         .members
         .iter()

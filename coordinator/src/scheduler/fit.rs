@@ -31,7 +31,7 @@ impl Free {
     }
 
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.nodes.len()
     }
 }
@@ -45,7 +45,7 @@ pub fn place(
     planned: &[Place],
 ) -> Option<Place> {
     let count = usize::try_from(job.spec.node_count).ok()?;
-    if count == 0 || free.len() < count {
+    if count == 0 || free.count() < count {
         return None;
     }
     let mut ports = Ports::of(state, planned);

@@ -1,0 +1,81 @@
+//! When each node was last heard of by this replica. Not part of the State; a replica starts knowing nobody.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use batchai_common::time::now_millis;
+
+use crate::duties::Heard;
+
+/// One node's contact. The heartbeat path touches nothing else.
+#[derive(Debug, Default)]
+struct Contact {
+    last_ms: AtomicI64,
+    live: AtomicBool,
+}
+
+/// All nodes' contacts.
+#[derive(Clone, Debug, Default)]
+pub struct Contacts {
+    nodes: Arc<Mutex<BTreeMap<String, Arc<Contact>>>>,
+}
+
+/// The one live session of a node. Dropping it makes way for the next.
+pub struct Live {
+    contact: Arc<Contact>,
+}
+
+impl Live {
+    /// The node gave a sign of life.
+    pub fn heard(&self) {
+        self.contact.last_ms.store(now_millis(), Ordering::Relaxed);
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.contact.live.store(false, Ordering::Release);
+    }
+}
+
+impl Contacts {
+    /// Claims the one live session of a node; `None` where another has it.
+    pub fn claim(&self, node: &str) -> Option<Live> {
+        let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let contact = nodes.entry(node.to_owned()).or_default().clone();
+        if contact.live.swap(true, Ordering::Acquire) {
+            return None;
+        }
+        Some(Live { contact })
+    }
+
+    /// What was heard, for duties and readers.
+    pub fn heard(&self) -> Heard {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = nodes
+            .iter()
+            .map(|(name, contact)| (name.clone(), contact.last_ms.load(Ordering::Relaxed)));
+        Heard {
+            now: now_millis(),
+            last: last.filter(|(_, last)| *last > 0).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_has_one_live_session_and_is_alive_once_heard() {
+        let contacts = Contacts::default();
+        let live = contacts.claim("nodes/a").unwrap();
+        assert!(contacts.claim("nodes/a").is_none());
+        assert!(!contacts.heard().is_alive("nodes/a"));
+        live.heard();
+        assert!(contacts.heard().is_alive("nodes/a"));
+        drop(live);
+        assert!(contacts.claim("nodes/a").is_some());
+    }
+}

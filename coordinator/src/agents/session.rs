@@ -1,0 +1,253 @@
+//! One session of one node, from its Hello to its end.
+
+use batchai_common::error::{ApiError, Fault};
+use batchai_common::limits::HEARTBEAT_INTERVAL;
+use batchai_common::names::{Kind as Noun, Name};
+use batchai_proto::agent::v1::{
+    Hello, Report, SessionRequest, SessionResponse, Welcome, session_request, session_response,
+};
+use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{RecordReport, RegisterNode};
+use batchai_proto::v1::NodeFacts;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming};
+
+use super::contacts::{Contacts, Live};
+use crate::replica::hub::Topic;
+use crate::replica::{Handle, ReplicaError};
+use crate::state::{Rejection, assignments::assignments};
+
+/// What a session may have to send and the agent has not taken: it reads at once or is cut off.
+pub const OUTBOX_MAX: usize = 16;
+/// Texts of an agent about itself are short.
+const TEXT_BYTES_MAX: usize = 1024;
+const LIST_MAX: usize = 64;
+
+/// A node that said Hello and was accepted.
+pub struct Session {
+    replica: Handle,
+    name: String,
+    uid: String,
+    incarnation: String,
+    live: Live,
+}
+
+impl Session {
+    /// Accepts a node: registers it and takes in what it holds.
+    pub async fn open(
+        replica: Handle,
+        contacts: &Contacts,
+        hello: Hello,
+    ) -> Result<Session, Status> {
+        let facts = hello.facts.clone().unwrap_or_default();
+        let name = check(&hello, &facts)?.to_string();
+        let Some(live) = contacts.claim(&name) else {
+            let why = "it has a live session already; a second agent must not use its name".into();
+            return Err(ApiError::WrongState { name, why }.into());
+        };
+        let incarnation = format!("{}/{}", hello.journal_id, facts.boot_id);
+        let uid = hello.uid.clone();
+        let register = RegisterNode {
+            name: name.clone(),
+            uid,
+            incarnation: incarnation.clone(),
+            facts: Some(facts),
+        };
+        let known = replica.published().borrow().state.nodes.get(&name).cloned();
+        let unchanged = known.is_some_and(|known| {
+            known.uid == register.uid
+                && known.incarnation == register.incarnation
+                && Some(&*known.facts) == register.facts.as_ref()
+        });
+        if !unchanged {
+            replica
+                .propose(Kind::RegisterNode(register))
+                .await
+                .map_err(status)?;
+        }
+        let session = Session {
+            replica,
+            name,
+            uid: hello.uid,
+            incarnation,
+            live,
+        };
+        session.report(hello.report.unwrap_or_default()).await?;
+        session.live.heard();
+        Ok(session)
+    }
+
+    /// Relays until either side ends.
+    pub async fn run(
+        self,
+        mut incoming: Streaming<SessionRequest>,
+        outbox: mpsc::Sender<Result<SessionResponse, Status>>,
+        shutdown: CancellationToken,
+    ) {
+        tracing::info!(node = %self.name, "session opened");
+        let end = tokio::select! {
+            end = self.take_in(&mut incoming) => end,
+            end = self.send_out(&outbox) => end,
+            () = shutdown.cancelled() => Err(unavailable("the coordinator is shutting down")),
+        };
+        match end {
+            Ok(()) => tracing::info!(node = %self.name, "session ended by the agent"),
+            Err(status) => {
+                tracing::info!(node = %self.name, reason = status.message(), "session ended");
+                // The agent may be gone; it learns the reason only if it is not.
+                let _ = outbox.try_send(Err(status));
+            }
+        }
+    }
+
+    async fn take_in(&self, incoming: &mut Streaming<SessionRequest>) -> Result<(), Status> {
+        while let Some(request) = incoming.message().await? {
+            self.live.heard();
+            match request.message {
+                Some(session_request::Message::Heartbeat(_)) => {}
+                Some(session_request::Message::Report(report)) => self.report(report).await?,
+                Some(session_request::Message::Hello(_)) | None => {
+                    let fault = Fault::new("message", "only the first message is a hello");
+                    return Err(ApiError::Invalid(vec![fault]).into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn report(&self, report: Report) -> Result<(), Status> {
+        if report.attempts.is_empty() {
+            return Ok(());
+        }
+        let command = RecordReport {
+            node: self.name.clone(),
+            uid: self.uid.clone(),
+            incarnation: self.incarnation.clone(),
+            report: Some(report),
+        };
+        self.replica
+            .propose(Kind::RecordReport(command))
+            .await
+            .map_err(status)?;
+        Ok(())
+    }
+
+    async fn send_out(
+        &self,
+        outbox: &mpsc::Sender<Result<SessionResponse, Status>>,
+    ) -> Result<(), Status> {
+        let mut changes = self
+            .replica
+            .hub()
+            .subscribe(Topic::Assignments(self.name.clone()));
+        let published = self.replica.published();
+        let welcome = Welcome {
+            ensemble: published.borrow().state.ensemble.clone(),
+            heartbeat_interval: prost_types::Duration::try_from(HEARTBEAT_INTERVAL).ok(),
+        };
+        send(outbox, session_response::Message::Welcome(welcome))?;
+        let mut sent = -1;
+        loop {
+            let list = assignments(&published.borrow().state, &self.name);
+            if list.revision > sent {
+                sent = list.revision;
+                send(outbox, session_response::Message::Assignments(list))?;
+            }
+            if changes.changed().await.is_err() {
+                return Err(unavailable("the replica has stopped"));
+            }
+        }
+    }
+}
+
+fn send(
+    outbox: &mpsc::Sender<Result<SessionResponse, Status>>,
+    message: session_response::Message,
+) -> Result<(), Status> {
+    outbox
+        .try_send(Ok(SessionResponse {
+            message: Some(message),
+        }))
+        .map_err(|_| {
+            ApiError::Busy {
+                what: "the agent's session",
+            }
+            .into()
+        })
+}
+
+fn unavailable(why: &str) -> Status {
+    ApiError::Unavailable {
+        why: why.to_owned(),
+        leader: None,
+    }
+    .into()
+}
+
+/// Where a report cannot be recorded the session ends: the agent comes again with all it knows.
+fn status(error: ReplicaError) -> Status {
+    match error {
+        ReplicaError::Rejected(Rejection::WrongState { name, why }) => {
+            ApiError::WrongState { name, why }.into()
+        }
+        error => unavailable(&error.to_string()),
+    }
+}
+
+/// Checks everything an agent says about itself; returns its full name.
+fn check(hello: &Hello, facts: &NodeFacts) -> Result<Name, Status> {
+    let mut faults = Vec::new();
+    let name = Name::top(Noun::Node, &hello.node_id);
+    if let Err(error) = &name {
+        faults.push(Fault::new("hello.node_id", error.to_string()));
+    }
+    for (field, text) in [
+        ("hello.uid", &hello.uid),
+        ("hello.journal_id", &hello.journal_id),
+    ] {
+        if uuid::Uuid::try_parse(text).is_err() {
+            faults.push(Fault::new(field, "must be a UUID"));
+        }
+    }
+    let texts = [
+        &facts.vm_size,
+        &facts.image,
+        &facts.boot_id,
+        &facts.root,
+        &facts.agent_version,
+    ];
+    let gpus = facts.gpus.iter().flat_map(|gpu| [&gpu.uuid, &gpu.model]);
+    let long = texts.into_iter().chain(gpus).chain(&facts.addresses);
+    if long.into_iter().any(|text| text.len() > TEXT_BYTES_MAX) {
+        faults.push(Fault::new(
+            "hello.facts",
+            format!("texts have at most {TEXT_BYTES_MAX} bytes"),
+        ));
+    }
+    if facts.gpus.len() > LIST_MAX || facts.addresses.len() > LIST_MAX {
+        faults.push(Fault::new(
+            "hello.facts",
+            format!("lists have at most {LIST_MAX} elements"),
+        ));
+    }
+    let ports = (1..=65_535).contains(&facts.first_port)
+        && (1..=65_535).contains(&facts.last_port)
+        && facts.first_port <= facts.last_port;
+    if !ports {
+        faults.push(Fault::new(
+            "hello.facts.first_port",
+            "must begin a range of ports",
+        ));
+    }
+    if facts.vm_size.is_empty() || facts.boot_id.is_empty() || facts.addresses.is_empty() {
+        faults.push(Fault::new(
+            "hello.facts",
+            "vm_size, boot_id and addresses must be given",
+        ));
+    }
+    match (name, faults.is_empty()) {
+        (Ok(name), true) => Ok(name),
+        _ => Err(ApiError::Invalid(faults).into()),
+    }
+}

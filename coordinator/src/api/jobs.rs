@@ -1,0 +1,222 @@
+//! Jobs, their changes and their logs.
+
+use std::pin::Pin;
+
+use batchai_common::error::ApiError;
+use batchai_common::names::Kind as Noun;
+use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{Delete, TerminateJob};
+use batchai_proto::v1::job_service_server::JobService;
+use batchai_proto::v1::{
+    CreateJobRequest, DeleteJobRequest, GetJobRequest, Job, ListJobsRequest, ListJobsResponse,
+    StreamJobLogsRequest, StreamJobLogsResponse, TerminateJobRequest, WatchJobRequest,
+    WatchJobResponse,
+};
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use uuid::Uuid;
+
+use super::page::page;
+use super::{Api, Faults, job_spec, not_found, parse, views};
+use crate::logs::{self, ReadRequest};
+use crate::replica::hub::Topic;
+use crate::state::State;
+
+/// What a watcher or reader has not taken yet; one that is slow waits for itself only.
+const OUTBOX_MAX: usize = 4;
+/// The only directory that is served.
+const STDOUTERR: &str = "stdouterr";
+
+type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl JobService for Api {
+    async fn create_job(
+        &self,
+        request: Request<CreateJobRequest>,
+    ) -> Result<Response<Job>, Status> {
+        let request = request.into_inner();
+        let mut faults = Faults::default();
+        let name = faults.new_name(Noun::Job, &request.parent, "job_id", &request.job_id);
+        let job = job_spec::check(&mut faults, request.job.unwrap_or_default());
+        let name = faults.finish(name)?;
+        let job = Job {
+            name: name.to_string(),
+            uid: Uuid::new_v4().to_string(),
+            ..job
+        };
+        let state = self.write(Kind::CreateJob(job)).await?;
+        Ok(Response::new(self.job(&state, name.as_str())?))
+    }
+
+    async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
+        let name = parse(Noun::Job, &request.get_ref().name)?;
+        Ok(Response::new(self.job(&self.read().await?, name.as_str())?))
+    }
+
+    async fn list_jobs(
+        &self,
+        request: Request<ListJobsRequest>,
+    ) -> Result<Response<ListJobsResponse>, Status> {
+        let request = request.into_inner();
+        let parent = self.parent(Noun::Job, &request.parent)?;
+        let (state, heard) = (self.read().await?, self.contacts.heard());
+        if !state.experiments.contains_key(parent.as_str()) {
+            return Err(not_found(Noun::Experiment, &parent).into());
+        }
+        let (size, token) = (request.page_size, &request.page_token);
+        let (found, next_page_token) = page(&state.jobs, Some(&parent), Noun::Job, size, token)?;
+        let jobs = found
+            .iter()
+            .map(|(_, job)| views::job(&state, &heard, job))
+            .collect();
+        Ok(Response::new(ListJobsResponse {
+            jobs,
+            next_page_token,
+        }))
+    }
+
+    async fn terminate_job(
+        &self,
+        request: Request<TerminateJobRequest>,
+    ) -> Result<Response<Job>, Status> {
+        let name: String = parse(Noun::Job, &request.get_ref().name)?.into();
+        let state = self
+            .write(Kind::TerminateJob(TerminateJob { name: name.clone() }))
+            .await?;
+        Ok(Response::new(self.job(&state, &name)?))
+    }
+
+    async fn delete_job(&self, request: Request<DeleteJobRequest>) -> Result<Response<()>, Status> {
+        let DeleteJobRequest { name, etag } = request.into_inner();
+        let name = parse(Noun::Job, &name)?.into();
+        self.write(Kind::DeleteJob(Delete { name, etag })).await?;
+        Ok(Response::new(()))
+    }
+
+    type WatchJobStream = Replies<WatchJobResponse>;
+
+    async fn watch_job(
+        &self,
+        request: Request<WatchJobRequest>,
+    ) -> Result<Response<Self::WatchJobStream>, Status> {
+        let name: String = parse(Noun::Job, &request.get_ref().name)?.into();
+        self.job(&self.read().await?, &name)?;
+        let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
+        let api = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = api.watch(&name, &outbox) => {}
+                () = outbox.closed() => {}
+                () = api.shutdown.cancelled() => {
+                    // The watcher may be gone or slow; it sees the stream end in any case.
+                    let _ = outbox.try_send(Err(draining().into()));
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+
+    type StreamJobLogsStream = Replies<StreamJobLogsResponse>;
+
+    async fn stream_job_logs(
+        &self,
+        request: Request<StreamJobLogsRequest>,
+    ) -> Result<Response<Self::StreamJobLogsStream>, Status> {
+        let request = request.into_inner();
+        let read = check_log_request(&request)?;
+        self.job(&self.read().await?, &read.job)?;
+        let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
+        let (replica, logs, shutdown) = (
+            self.replica.clone(),
+            self.logs.clone(),
+            self.shutdown.clone(),
+        );
+        tokio::spawn(async move {
+            let end = outbox.clone();
+            tokio::select! {
+                () = logs::read(replica, logs, read, outbox) => {}
+                () = shutdown.cancelled() => {
+                    // The reader may be gone or slow; it sees the stream end in any case.
+                    let _ = end.try_send(Err(draining().into()));
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+}
+
+impl Api {
+    fn job(&self, state: &State, name: &str) -> Result<Job, ApiError> {
+        let job = state.jobs.get(name);
+        let job = job.ok_or(ApiError::NotFound {
+            kind: Noun::Job,
+            name: name.to_owned(),
+        })?;
+        Ok(views::job(state, &self.contacts.heard(), job))
+    }
+
+    /// Sends the job after every change until it has ended or is gone.
+    async fn watch(&self, name: &str, outbox: &mpsc::Sender<Result<WatchJobResponse, Status>>) {
+        let mut changes = self
+            .replica
+            .hub()
+            .subscribe(Topic::Resource(name.to_owned()));
+        let mut sent = None;
+        loop {
+            let state = self.replica.published().borrow().state.clone();
+            let job = state.jobs.get(name);
+            if job.map(|job| job.revision) != sent || job.is_none() {
+                sent = job.map(|job| job.revision);
+                let view = job.map(|job| views::job(&state, &self.contacts.heard(), job));
+                let over = job.is_none_or(|job| job.ended() && !job.deleting);
+                if outbox
+                    .send(Ok(WatchJobResponse { job: view }))
+                    .await
+                    .is_err()
+                    || over
+                {
+                    return;
+                }
+            }
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn draining() -> ApiError {
+    ApiError::Unavailable {
+        why: "it is shutting down".into(),
+        leader: None,
+    }
+}
+
+fn check_log_request(request: &StreamJobLogsRequest) -> Result<ReadRequest, ApiError> {
+    let mut faults = Faults::default();
+    let job = faults.name("name", Noun::Job, &request.name);
+    let other_directory = !request.directory.is_empty() && request.directory != STDOUTERR;
+    faults.not_served("directory", other_directory);
+    if let Err(error) = batchai_common::names::check_id(Noun::ResourceGroup, &request.file) {
+        faults.invalid("file", error.to_string());
+    }
+    let node = match request.node.is_empty() {
+        true => None,
+        false => faults.name("node", Noun::Node, &request.node),
+    };
+    let offset = u64::try_from(request.offset);
+    if offset.is_err() {
+        faults.invalid("offset", "must not be negative");
+    }
+    let job = faults.finish(job)?;
+    Ok(ReadRequest {
+        job: job.into(),
+        file: request.file.clone(),
+        node: node.map(String::from),
+        offset: offset.unwrap_or_default(),
+        follow: request.follow,
+    })
+}

@@ -1,0 +1,275 @@
+//! Follows one log file of an attempt from an offset to its end.
+//!
+//! Where the end is, the State says: the exit report of a node names its files with their final sizes. A reader that
+//! is slow waits for itself only: it reads from the file, nothing is buffered for it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use batchai_common::error::ApiError;
+use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_common::names::Kind;
+use batchai_proto::v1::StreamJobLogsResponse;
+use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
+use batchai_proto::v1::stream_job_logs_response::End;
+use bytes::Bytes;
+use tokio::sync::{mpsc, watch};
+use tonic::Status;
+
+use super::{FileKey, LogStore};
+use crate::replica::Handle;
+use crate::replica::hub::Topic;
+use crate::state::State;
+use crate::state::attempts::{Attempt, AttemptNode};
+
+/// What to read.
+pub struct ReadRequest {
+    pub job: String,
+    pub file: String,
+    /// The node's full name, where one was named.
+    pub node: Option<String>,
+    pub offset: u64,
+    pub follow: bool,
+}
+
+type Outbox = mpsc::Sender<Result<StreamJobLogsResponse, Status>>;
+
+/// Sends the file into the outbox, up to its end message or an error.
+pub async fn read(replica: Handle, logs: LogStore, request: ReadRequest, outbox: Outbox) {
+    let job = Topic::Resource(request.job.clone());
+    let mut reader = Reader {
+        changes: replica.hub().subscribe(job),
+        replica,
+        logs,
+        request,
+    };
+    let end = tokio::select! {
+        end = reader.run(&outbox) => end,
+        // Nobody reads any more.
+        () = outbox.closed() => return,
+    };
+    if let Err(error) = end {
+        // The reader may have gone away in this very moment.
+        let _ = outbox.send(Err(error.into())).await;
+    }
+}
+
+struct Reader {
+    replica: Handle,
+    logs: LogStore,
+    request: ReadRequest,
+    changes: watch::Receiver<i64>,
+}
+
+/// The file was found.
+struct Found {
+    file: Arc<File>,
+    length: watch::Receiver<u64>,
+    attempt: String,
+    node: String,
+}
+
+impl Reader {
+    async fn run(&mut self, outbox: &Outbox) -> Result<(), ApiError> {
+        let mut found = self.find().await?;
+        let mut offset = self.request.offset;
+        loop {
+            // In this order: a length that is final was final before it was looked at.
+            let last = self.last(&found);
+            let length = *found.length.borrow_and_update();
+            while offset < length {
+                let data = read_piece(found.file.clone(), offset, length).await?;
+                let size = data.len() as u64;
+                let piece = message(&found, offset, data, End::Unspecified);
+                if outbox.send(Ok(piece)).await.is_err() {
+                    return Ok(());
+                }
+                offset += size;
+            }
+            let end = match last {
+                Some(Last::Lost) => End::Truncated,
+                Some(Last::Size(size)) if length >= size => End::Complete,
+                _ if !self.request.follow => End::NotFollowed,
+                _ => {
+                    self.changed(&mut found.length).await?;
+                    continue;
+                }
+            };
+            // The reader may have gone away: it has all there is.
+            let _ = outbox
+                .send(Ok(message(&found, offset, Bytes::new(), end)))
+                .await;
+            return Ok(());
+        }
+    }
+
+    /// Waits until the file or the job has changed.
+    async fn changed(&mut self, length: &mut watch::Receiver<u64>) -> Result<(), ApiError> {
+        let stopped = || ApiError::Unavailable {
+            why: "it is stopping".into(),
+            leader: None,
+        };
+        tokio::select! {
+            changed = length.changed() => changed.map_err(|_| stopped()),
+            changed = self.changes.changed() => changed.map_err(|_| stopped()),
+        }
+    }
+
+    /// Waits, if asked to follow, until the file exists.
+    async fn find(&mut self) -> Result<Found, ApiError> {
+        loop {
+            let attempt = self.attempt()?;
+            for node in attempt.iter().flat_map(|a| &a.nodes) {
+                if self
+                    .request
+                    .node
+                    .as_ref()
+                    .is_some_and(|wanted| wanted != &node.node)
+                {
+                    continue;
+                }
+                let id = attempt.as_ref().map_or("", |a| a.id.as_str());
+                let Some(key) = FileKey::new(id, &node.node, &self.request.file) else {
+                    continue;
+                };
+                let open = self.logs.follow(key).await.map_err(internal)?;
+                if let Some((file, length)) = open {
+                    let (attempt, node) = (id.to_owned(), node.node.clone());
+                    return Ok(Found {
+                        file,
+                        length,
+                        attempt,
+                        node,
+                    });
+                }
+            }
+            if !self.may_come(attempt.as_deref()) || !self.request.follow {
+                return Err(self.no_such_file(attempt.as_deref()));
+            }
+            // A file appears without a change of the job: look again soon.
+            let soon = tokio::time::sleep(std::time::Duration::from_millis(50));
+            tokio::select! {
+                () = soon => {}
+                changed = self.changes.changed() => if changed.is_err() {
+                    return Err(ApiError::Unavailable { why: "it is stopping".into(), leader: None });
+                },
+            }
+        }
+    }
+
+    /// The job's latest attempt; none while it waits for its first.
+    fn attempt(&self) -> Result<Option<Arc<Attempt>>, ApiError> {
+        let published = self.replica.published();
+        let state = &published.borrow().state;
+        let name = &self.request.job;
+        let job = state.jobs.get(name);
+        let job = job.ok_or(ApiError::NotFound {
+            kind: Kind::Job,
+            name: name.clone(),
+        })?;
+        Ok(job
+            .attempt
+            .as_ref()
+            .and_then(|id| state.attempts.get(id))
+            .cloned())
+    }
+
+    /// The file may exist one day: a node that could write it has not ended, or has named it and is yet to send it.
+    fn may_come(&self, attempt: Option<&Attempt>) -> bool {
+        let published = self.replica.published();
+        let state = &published.borrow().state;
+        let ended = state
+            .jobs
+            .get(&self.request.job)
+            .is_none_or(|job| job.ended());
+        let Some(attempt) = attempt else {
+            return !ended;
+        };
+        attempt.nodes.iter().any(|n| {
+            let asked = self
+                .request
+                .node
+                .as_ref()
+                .is_none_or(|wanted| wanted == &n.node);
+            let over = matches!(n.phase, NodePhase::Ended | NodePhase::Lost);
+            asked && (!over || n.files.iter().any(|f| f.name == self.request.file))
+        })
+    }
+
+    fn no_such_file(&self, attempt: Option<&Attempt>) -> ApiError {
+        let nodes = attempt.iter().flat_map(|a| &a.nodes);
+        let mut names: Vec<_> = nodes
+            .flat_map(|n| n.files.iter().map(|f| f.name.as_str()))
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        let hint = match names.is_empty() {
+            true => "no file is known yet".to_owned(),
+            false => format!("it has {}", names.join(", ")),
+        };
+        ApiError::NoSuchFile {
+            job: self.request.job.clone(),
+            file: self.request.file.clone(),
+            hint,
+        }
+    }
+
+    fn last(&self, found: &Found) -> Option<Last> {
+        let published = self.replica.published();
+        let state: &State = &published.borrow().state;
+        // An attempt that the State forgot has nothing more to say.
+        let Some(attempt) = state.attempts.get(&found.attempt) else {
+            return Some(Last::Lost);
+        };
+        let node = attempt.nodes.iter().find(|n| n.node == found.node)?;
+        last_of(node, &self.request.file)
+    }
+}
+
+/// What is known of a file's end.
+enum Last {
+    Size(u64),
+    Lost,
+}
+
+fn last_of(node: &AttemptNode, file: &str) -> Option<Last> {
+    let known = node.files.iter().find(|f| f.name == file);
+    match (node.phase, known) {
+        (NodePhase::Ended | NodePhase::Lost, Some(file)) => Some(Last::Size(
+            u64::try_from(file.size_bytes).unwrap_or_default(),
+        )),
+        (NodePhase::Ended, None) => Some(Last::Size(0)),
+        (NodePhase::Lost, None) => Some(Last::Lost),
+        _ => None,
+    }
+}
+
+async fn read_piece(file: Arc<File>, offset: u64, end: u64) -> Result<Bytes, ApiError> {
+    let size = (end - offset).min(LOG_CHUNK_BYTES_MAX as u64) as usize;
+    let read = move || {
+        let mut data = vec![0; size];
+        file.read_exact_at(&mut data, offset)
+            .map(|()| Bytes::from(data))
+    };
+    tokio::task::spawn_blocking(read)
+        .await
+        .map_err(internal)?
+        .map_err(internal)
+}
+
+fn message(found: &Found, offset: u64, data: Bytes, end: End) -> StreamJobLogsResponse {
+    StreamJobLogsResponse {
+        node: found.node.clone(),
+        attempt: found.attempt.clone(),
+        offset: offset as i64,
+        data,
+        end: end as i32,
+    }
+}
+
+fn internal(error: impl std::fmt::Display) -> ApiError {
+    let id = uuid::Uuid::new_v4().to_string();
+    tracing::error!(%error, id, "cannot read a log file");
+    ApiError::Internal { id }
+}

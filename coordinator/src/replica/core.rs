@@ -1,0 +1,320 @@
+//! One replica as a synchronous core: a raft node, its store and the State.
+//!
+//! It does not know time (it is ticked), threads or the network (messages go in and out as values). What it does with
+//! a Ready follows the order that the raft crate documents, step by step, in [`Core::ready`].
+
+use std::collections::BTreeMap;
+
+use batchai_proto::internal::v1::Command;
+use prost::Message as _;
+use protobuf::Message as _;
+use raft::eraftpb::{ConfChangeV2, Entry, EntryType, Message, MessageType};
+use raft::storage::MemStorage;
+use raft::{Config, RawNode, StateRole};
+
+use super::logger::logger;
+use super::store::{LogStore, Recovered, StoreError};
+use crate::state::{Event, Rejection, State, apply};
+
+/// Ticks between heartbeats, and from the last one to an election. How long a tick is, the caller decides.
+const HEARTBEAT_TICKS: usize = 2;
+const ELECTION_TICKS: usize = 10;
+/// Below what either end of a connection takes, headers and all.
+const MESSAGE_BYTES_MAX: u64 = 1 << 20;
+/// What may be proposed and not yet committed.
+const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
+/// What one Ready may ask to apply, so that ticks are not kept waiting.
+const COMMITTED_BYTES_MAX: u64 = 16 << 20;
+const INFLIGHT_MESSAGES_MAX: usize = 256;
+
+/// Names a proposal or a read towards the caller.
+pub type Ticket = u64;
+
+/// Why a replica cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum CoreError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("raft: {0}")]
+    Raft(#[from] raft::Error),
+    #[error("log entry {index} is not a command: {why}")]
+    Entry { index: u64, why: String },
+    #[error("log entry {index}: {source}")]
+    Unknown { index: u64, source: Rejection },
+}
+
+/// How a proposal ended.
+#[derive(Debug)]
+pub enum Proposed {
+    /// It was applied at this revision, or rejected by the State it met.
+    Applied(Result<i64, Rejection>),
+    /// It never entered the log.
+    NotLeader,
+    /// The replica lost its leadership before the log decided: it may be applied yet.
+    Unknown,
+}
+
+/// What came of the latest input.
+#[derive(Debug, Default)]
+pub struct Output {
+    /// For peers, in order.
+    pub messages: Vec<Message>,
+    pub proposals: Vec<(Ticket, Proposed)>,
+    /// Reads that may now be answered from the State.
+    pub reads: Vec<Ticket>,
+    pub events: Vec<Event>,
+}
+
+/// A replica.
+pub struct Core<S> {
+    raw: RawNode<MemStorage>,
+    store: S,
+    state: State,
+    /// Index -> term and ticket of what this replica proposed and has not seen applied.
+    proposed: BTreeMap<u64, (u64, Ticket)>,
+    /// Index -> reads that wait for it to be applied.
+    reading: BTreeMap<u64, Vec<Ticket>>,
+}
+
+impl<S: LogStore> Core<S> {
+    /// Starts a replica from what its store held. A committed prefix of the log is applied by the first `ready`s.
+    pub fn new(store: S, recovered: Recovered) -> Result<Core<S>, CoreError> {
+        let identity = &recovered.identity;
+        let memory = MemStorage::new_with_conf_state((identity.voters.clone(), vec![]));
+        let last = recovered.entries.last().map_or(0, |entry| entry.index);
+        {
+            let mut core = memory.wl();
+            core.append(&recovered.entries)?;
+            let mut hard_state = recovered.hard_state;
+            // The commit index is written without a sync of its own: it may be behind or ahead of what was synced.
+            hard_state.commit = hard_state.commit.min(last);
+            core.set_hardstate(hard_state);
+        }
+        let config = Config {
+            id: identity.replica_id,
+            election_tick: ELECTION_TICKS,
+            heartbeat_tick: HEARTBEAT_TICKS,
+            max_size_per_msg: MESSAGE_BYTES_MAX,
+            max_uncommitted_size: UNCOMMITTED_BYTES_MAX,
+            max_committed_size_per_ready: COMMITTED_BYTES_MAX,
+            max_inflight_msgs: INFLIGHT_MESSAGES_MAX,
+            check_quorum: true,
+            pre_vote: true,
+            ..Config::default()
+        };
+        let mut raw = RawNode::new(&config, memory, &logger())?;
+        if identity.voters == [identity.replica_id] {
+            // Nobody to wait for.
+            raw.campaign()?;
+        }
+        Ok(Core {
+            raw,
+            store,
+            state: State::default(),
+            proposed: BTreeMap::new(),
+            reading: BTreeMap::new(),
+        })
+    }
+
+    /// The State as far as it is applied.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Whether this replica leads, and has applied everything that was committed before it did.
+    pub fn leads(&self) -> bool {
+        self.raw.raft.state == StateRole::Leader && self.raw.raft.apply_to_current_term()
+    }
+
+    /// The raft id of the leader, as far as it is known.
+    pub fn leader(&self) -> Option<u64> {
+        Some(self.raw.raft.leader_id).filter(|id| *id != 0)
+    }
+
+    /// The current term.
+    pub fn term(&self) -> u64 {
+        self.raw.raft.term
+    }
+
+    /// One tick of the clock.
+    pub fn tick(&mut self) {
+        self.raw.tick();
+    }
+
+    /// A message of a peer.
+    pub fn step(&mut self, message: Message) -> Result<(), CoreError> {
+        Ok(self.raw.step(message)?)
+    }
+
+    /// Proposes commands, all in one message: they share a write and a sync. Returns those that cannot be proposed.
+    pub fn propose(&mut self, commands: &[(Ticket, Command)]) -> Vec<(Ticket, Proposed)> {
+        let refuse = |commands: &[(Ticket, Command)]| {
+            commands
+                .iter()
+                .map(|(ticket, _)| (*ticket, Proposed::NotLeader))
+                .collect()
+        };
+        // A follower would forward them, and nobody would learn what became of them.
+        if !self.leads() || commands.is_empty() {
+            return refuse(commands);
+        }
+        let entry = |command: &Command| Entry {
+            data: command.encode_to_vec().into(),
+            ..Entry::default()
+        };
+        let mut message = Message::default();
+        message.set_msg_type(MessageType::MsgPropose);
+        message.from = self.raw.raft.id;
+        message.entries = commands
+            .iter()
+            .map(|(_, command)| entry(command))
+            .collect::<Vec<_>>()
+            .into();
+        let (first, term) = (self.raw.raft.raft_log.last_index() + 1, self.raw.raft.term);
+        if let Err(error) = self.raw.step(message) {
+            tracing::debug!(%error, "proposals refused");
+            return refuse(commands);
+        }
+        for (index, (ticket, _)) in (first..).zip(commands) {
+            self.proposed.insert(index, (term, *ticket));
+        }
+        Vec::new()
+    }
+
+    /// Asks for leave to answer a read from a State that has everything acknowledged before now. `false` where there is
+    /// nobody to ask yet. The answer may never come: messages get lost, and a leader may turn out to be none.
+    pub fn read(&mut self, ticket: Ticket) -> bool {
+        let elected_but_behind = self.raw.raft.state == StateRole::Leader && !self.leads();
+        if self.leader().is_none() || elected_but_behind {
+            return false;
+        }
+        self.raw.read_index(ticket.to_be_bytes().to_vec());
+        true
+    }
+
+    /// Does everything that the input so far calls for.
+    ///
+    /// # Errors
+    /// The replica must stop: what is on disk is not known, or the log is of a later version.
+    pub fn ready(&mut self) -> Result<Output, CoreError> {
+        let mut output = Output::default();
+        while self.raw.has_ready() {
+            self.ready_once(&mut output)?;
+        }
+        self.fail_what_lost_its_leader(&mut output);
+        Ok(output)
+    }
+
+    /// The raft crate's order: messages, snapshot, committed entries, append and hard state, sync, persisted messages,
+    /// advance, then the same for what advancing made ready.
+    fn ready_once(&mut self, output: &mut Output) -> Result<(), CoreError> {
+        let mut ready = self.raw.ready();
+        // Entries go to followers before our own sync: theirs and ours run at once.
+        output.messages.append(&mut ready.take_messages());
+        for read in ready.take_read_states() {
+            if let Ok(ticket) = read.request_ctx.try_into().map(Ticket::from_be_bytes) {
+                self.reading.entry(read.index).or_default().push(ticket);
+            }
+        }
+        self.apply(ready.take_committed_entries(), output)?;
+        if ready.must_sync() {
+            self.store.append(ready.entries(), ready.hs())?;
+        }
+        {
+            let mut memory = self.raw.mut_store().wl();
+            memory.append(ready.entries())?;
+            if let Some(hard_state) = ready.hs() {
+                memory.set_hardstate(hard_state.clone());
+            }
+        }
+        output.messages.append(&mut ready.take_persisted_messages());
+        let mut light = self.raw.advance(ready);
+        if let Some(commit) = light.commit_index() {
+            self.raw.mut_store().wl().mut_hard_state().commit = commit;
+        }
+        output.messages.append(&mut light.take_messages());
+        // With one voter this is where new entries are committed.
+        self.apply(light.take_committed_entries(), output)?;
+        self.raw.advance_apply();
+        let applied = self.raw.raft.raft_log.applied;
+        let later = self.reading.split_off(&(applied + 1));
+        output.reads.extend(
+            std::mem::replace(&mut self.reading, later)
+                .into_values()
+                .flatten(),
+        );
+        Ok(())
+    }
+
+    fn apply(&mut self, entries: Vec<Entry>, output: &mut Output) -> Result<(), CoreError> {
+        for entry in entries {
+            let result = match entry.entry_type {
+                EntryType::EntryNormal if entry.data.is_empty() => None,
+                EntryType::EntryNormal => Some(self.apply_command(&entry)?),
+                EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => {
+                    self.apply_membership(&entry)?;
+                    None
+                }
+            };
+            let ticket = self.proposed.remove(&entry.index);
+            match (ticket, result) {
+                (Some((term, ticket)), Some(result)) if term == entry.term => {
+                    let revision = self.state.revision;
+                    let result = result.map(|events| {
+                        output.events.extend(events);
+                        revision
+                    });
+                    output.proposals.push((ticket, Proposed::Applied(result)));
+                }
+                (Some((_, ticket)), result) => {
+                    output.events.extend(result.into_iter().flatten().flatten());
+                    output.proposals.push((ticket, Proposed::NotLeader));
+                }
+                (None, result) => output.events.extend(result.into_iter().flatten().flatten()),
+            }
+        }
+        Ok(())
+    }
+
+    fn apply_command(&mut self, entry: &Entry) -> Result<Result<Vec<Event>, Rejection>, CoreError> {
+        let index = entry.index;
+        let command = Command::decode(&*entry.data).map_err(|e| CoreError::Entry {
+            index,
+            why: e.to_string(),
+        })?;
+        match apply(&mut self.state, index, &command) {
+            Err(Rejection::Unknown) => Err(CoreError::Unknown {
+                index,
+                source: Rejection::Unknown,
+            }),
+            result => Ok(result),
+        }
+    }
+
+    fn apply_membership(&mut self, entry: &Entry) -> Result<(), CoreError> {
+        let mut change = ConfChangeV2::default();
+        change
+            .merge_from_bytes(&entry.data)
+            .map_err(|e| CoreError::Entry {
+                index: entry.index,
+                why: e.to_string(),
+            })?;
+        let conf_state = self.raw.apply_conf_change(&change)?;
+        self.raw.mut_store().wl().set_conf_state(conf_state);
+        Ok(())
+    }
+
+    /// What was proposed under an earlier leadership may or may not be applied some day: whoever waits must know.
+    fn fail_what_lost_its_leader(&mut self, output: &mut Output) {
+        if self.raw.raft.state != StateRole::Leader && !self.proposed.is_empty() {
+            let lost = std::mem::take(&mut self.proposed);
+            output
+                .proposals
+                .extend(lost.into_values().map(|(_, t)| (t, Proposed::Unknown)));
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "core_tests.rs"]
+mod tests;

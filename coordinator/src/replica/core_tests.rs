@@ -1,0 +1,169 @@
+use std::collections::BTreeMap;
+
+use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{InitEnsemble, ReplicaIdentity};
+use batchai_proto::v1;
+
+use super::*;
+use crate::replica::store::FORMAT;
+use crate::replica::store::memory::MemoryStore;
+
+fn group(id: &str) -> Command {
+    let name = format!("resourceGroups/{id}");
+    let group = v1::ResourceGroup {
+        name,
+        ..Default::default()
+    };
+    Command {
+        time: None,
+        kind: Some(Kind::CreateResourceGroup(group)),
+    }
+}
+
+fn start(store: &MemoryStore, id: u64, voters: &[u64]) -> Core<MemoryStore> {
+    let identity = ReplicaIdentity {
+        format: FORMAT,
+        ensemble: "e".into(),
+        replica_id: id,
+        voters: voters.to_vec(),
+    };
+    Core::new(store.clone(), store.recover(identity)).unwrap()
+}
+
+/// Several replicas and the messages between them.
+struct Net {
+    cores: BTreeMap<u64, Core<MemoryStore>>,
+    outputs: BTreeMap<u64, Output>,
+    /// Who cannot be reached.
+    cut: Vec<u64>,
+}
+
+impl Net {
+    fn new(voters: &[u64]) -> Net {
+        let cores = voters
+            .iter()
+            .map(|&id| (id, start(&MemoryStore::default(), id, voters)));
+        Net {
+            cores: cores.collect(),
+            outputs: BTreeMap::new(),
+            cut: Vec::new(),
+        }
+    }
+
+    fn settle(&mut self) {
+        loop {
+            let mut messages = Vec::new();
+            for (id, core) in &mut self.cores {
+                let mut output = core.ready().unwrap();
+                messages.append(&mut output.messages);
+                let kept = self.outputs.entry(*id).or_default();
+                kept.proposals.append(&mut output.proposals);
+                kept.reads.append(&mut output.reads);
+            }
+            messages.retain(|m| !self.cut.contains(&m.to) && !self.cut.contains(&m.from));
+            if messages.is_empty() {
+                return;
+            }
+            for message in messages {
+                // A message for a core that has since moved on is refused, as on a real network.
+                let _ = self.cores.get_mut(&message.to).unwrap().step(message);
+            }
+        }
+    }
+
+    fn elect(&mut self) -> u64 {
+        for _ in 0..200 {
+            self.settle();
+            let leader = self
+                .cores
+                .iter()
+                .find(|(id, c)| c.leads() && !self.cut.contains(id));
+            if let Some((id, _)) = leader {
+                return *id;
+            }
+            self.cores.values_mut().for_each(Core::tick);
+        }
+        panic!("no leader");
+    }
+}
+
+#[test]
+fn one_voter_leads_at_once_and_applies_what_it_is_told() {
+    let store = MemoryStore::default();
+    let mut core = start(&store, 1, &[1]);
+    core.ready().unwrap();
+    assert!(core.leads());
+    let refused = core.propose(&[(7, group("a")), (8, group("a"))]);
+    assert!(refused.is_empty());
+    let output = core.ready().unwrap();
+    assert!(matches!(output.proposals[0], (7, Proposed::Applied(Ok(1)))));
+    assert!(matches!(
+        output.proposals[1],
+        (8, Proposed::Applied(Err(Rejection::Exists { .. })))
+    ));
+    assert!(core.read(9));
+    assert_eq!(core.ready().unwrap().reads, [9]);
+
+    let mut again = start(&store, 1, &[1]);
+    again.ready().unwrap();
+    assert_eq!(again.state(), core.state(), "a restart finds everything");
+}
+
+#[test]
+fn three_voters_agree_and_a_cut_off_leader_does_not_pretend() {
+    let mut net = Net::new(&[1, 2, 3]);
+    let leader = net.elect();
+    let init = Command {
+        time: None,
+        kind: Some(Kind::InitEnsemble(InitEnsemble {
+            ensemble: "e".into(),
+            epoch: 1,
+        })),
+    };
+    net.cores
+        .get_mut(&leader)
+        .unwrap()
+        .propose(&[(1, init), (2, group("a"))]);
+    net.settle();
+    // Followers learn what is committed with the next heartbeat.
+    net.cores
+        .values_mut()
+        .for_each(|core| (0..HEARTBEAT_TICKS).for_each(|_| core.tick()));
+    net.settle();
+    let state = net.cores[&leader].state().clone();
+    assert_eq!(state.revision, 2);
+    assert!(net.cores.values().all(|core| core.state() == &state));
+
+    let follower = *net.cores.keys().find(|id| **id != leader).unwrap();
+    let refused = net
+        .cores
+        .get_mut(&follower)
+        .unwrap()
+        .propose(&[(3, group("b"))]);
+    assert!(matches!(refused[..], [(3, Proposed::NotLeader)]));
+
+    net.cut = vec![leader];
+    net.cores
+        .get_mut(&leader)
+        .unwrap()
+        .propose(&[(4, group("c"))]);
+    assert!(net.cores.get_mut(&leader).unwrap().read(5));
+    let other = net.elect();
+    assert_ne!(other, leader);
+    // The old leader notices that no quorum answers, and steps down.
+    for _ in 0..2 * ELECTION_TICKS {
+        net.cores.values_mut().for_each(Core::tick);
+        net.settle();
+    }
+    let output = &net.outputs[&leader];
+    assert!(
+        output
+            .proposals
+            .iter()
+            .any(|p| matches!(p, (4, Proposed::Unknown)))
+    );
+    assert!(
+        !output.reads.contains(&5),
+        "a leader without a quorum answers no read"
+    );
+}

@@ -1,0 +1,250 @@
+//! A coordinator from its configuration to its end: storage, replica, servers, signal, drain.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use batchai_common::limits::{
+    CALL_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX,
+};
+use batchai_common::listen;
+use batchai_proto::agent::v1::agent_service_server::AgentServiceServer;
+use batchai_proto::internal::v1::ReplicaIdentity;
+use batchai_proto::v1::cluster_service_server::ClusterServiceServer;
+use batchai_proto::v1::experiment_service_server::ExperimentServiceServer;
+use batchai_proto::v1::job_service_server::JobServiceServer;
+use batchai_proto::v1::node_service_server::NodeServiceServer;
+use batchai_proto::v1::resource_group_service_server::ResourceGroupServiceServer;
+use batchai_proto::v1::workspace_service_server::WorkspaceServiceServer;
+use nix::fcntl::{Flock, FlockArg};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic_health::server::HealthReporter;
+
+use crate::agents::contacts::Contacts;
+use crate::agents::service::Agents;
+use crate::api::Api;
+use crate::config::Config;
+use crate::duties::Leader;
+use crate::leader;
+use crate::logs::LogStore;
+use crate::replica::core::{Core, CoreError};
+use crate::replica::store::disk::DiskStore;
+use crate::replica::store::{FORMAT, StoreError};
+use crate::replica::{self, Handle};
+
+/// The raft id of the first replica of an ensemble.
+const FIRST_REPLICA: u64 = 1;
+/// How long open calls may take to end when the coordinator does.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// Calls that one connection may have open at once.
+const CALLS_PER_CONNECTION_MAX: usize = 1024;
+const HEADER_BYTES_MAX: u32 = 16 << 10;
+
+/// Why a coordinator does not start or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error(transparent)]
+    Listen(#[from] listen::NotLoopback),
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    #[error("{path}: {source}", path = .path.display())]
+    Data { path: PathBuf, source: io::Error },
+    #[error("{path}: another coordinator uses this data directory", path = .path.display())]
+    Locked { path: PathBuf },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Replica(#[from] CoreError),
+    #[error("serving failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+/// Runs until the token is cancelled.
+pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ServerError> {
+    listen::check(config.listen, config.insecure_lab)?;
+    let _lock = lock(&config.data)?;
+    let logs = config.data.join("logs");
+    let logs =
+        LogStore::new(logs.clone()).map_err(|source| ServerError::Data { path: logs, source })?;
+    let (replica, failed, leader) = start_replica(&config)?;
+    let bound = TcpListener::bind(config.listen).await;
+    let listener = bound.map_err(|source| ServerError::Bind {
+        address: config.listen,
+        source,
+    })?;
+    let address = listener.local_addr()?;
+    let contacts = Contacts::default();
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let duties = tokio::spawn(leader::run(
+        replica.clone(),
+        contacts.clone(),
+        logs.clone(),
+        leader,
+        shutdown.clone(),
+    ));
+    let watch = tokio::spawn(report_health(health, replica.clone(), shutdown.clone()));
+    let api = Api {
+        replica: replica.clone(),
+        contacts: contacts.clone(),
+        logs: logs.clone(),
+        shutdown: shutdown.clone(),
+    };
+    let agents = Agents {
+        replica: replica.clone(),
+        contacts,
+        logs,
+        shutdown: shutdown.clone(),
+    };
+    let serve = routes(api, agents)?
+        .add_service(health_service)
+        .serve_with_incoming_shutdown(
+            TcpListenerStream::new(listener),
+            shutdown.clone().cancelled_owned(),
+        );
+    announce(address)?;
+    let end = until_drained(serve, failed, shutdown.clone()).await;
+    shutdown.cancel();
+    replica.stop();
+    for task in [duties, watch] {
+        if let Err(error) = task.await {
+            tracing::error!(%error, "a task of the coordinator failed");
+        }
+    }
+    end
+}
+
+/// One process per data directory. The lock goes with the process.
+fn lock(data: &PathBuf) -> Result<Flock<File>, ServerError> {
+    let failed = |source| ServerError::Data {
+        path: data.clone(),
+        source,
+    };
+    fs::create_dir_all(data).map_err(failed)?;
+    let file = File::create(data.join("lock")).map_err(failed)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|_| ServerError::Locked { path: data.clone() })
+}
+
+type Started = (Handle, oneshot::Receiver<CoreError>, Leader);
+
+fn start_replica(config: &Config) -> Result<Started, ServerError> {
+    let new = ReplicaIdentity {
+        format: FORMAT,
+        ensemble: uuid::Uuid::new_v4().to_string(),
+        replica_id: FIRST_REPLICA,
+        voters: vec![FIRST_REPLICA],
+    };
+    let (store, recovered) = DiskStore::open(&config.data.join("replica"), &new)?;
+    let leader = Leader {
+        replica: recovered.identity.replica_id as i64,
+        ensemble: recovered.identity.ensemble.clone(),
+    };
+    tracing::info!(
+        ensemble = leader.ensemble,
+        replica = leader.replica,
+        entries = recovered.entries.len(),
+        "log opened"
+    );
+    let (handle, failed) = replica::start(Core::new(store, recovered)?)?;
+    Ok((handle, failed, leader))
+}
+
+fn routes(api: Api, agents: Agents) -> Result<tonic::transport::server::Router, ServerError> {
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(batchai_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+    };
+    macro_rules! limited {
+        ($server:ident, $service:expr) => {
+            $server::new($service).max_decoding_message_size(MESSAGE_BYTES_MAX)
+        };
+    }
+    Ok(Server::builder()
+        .timeout(CALL_TIMEOUT)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_max_header_list_size(HEADER_BYTES_MAX)
+        .concurrency_limit_per_connection(CALLS_PER_CONNECTION_MAX)
+        .tcp_nodelay(true)
+        .add_service(limited!(ResourceGroupServiceServer, api.clone()))
+        .add_service(limited!(WorkspaceServiceServer, api.clone()))
+        .add_service(limited!(ClusterServiceServer, api.clone()))
+        .add_service(limited!(ExperimentServiceServer, api.clone()))
+        .add_service(limited!(NodeServiceServer, api.clone()))
+        .add_service(limited!(JobServiceServer, api))
+        .add_service(limited!(AgentServiceServer, agents))
+        // Current clients ask by v1, older ones only by v1alpha.
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?))
+}
+
+/// Whoever started this process learns where it listens, and that it does.
+fn announce(address: SocketAddr) -> io::Result<()> {
+    tracing::info!(%address, "listening");
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "ready {address}")?;
+    stdout.flush()
+}
+
+async fn until_drained(
+    serve: impl Future<Output = Result<(), tonic::transport::Error>>,
+    failed: oneshot::Receiver<CoreError>,
+    shutdown: CancellationToken,
+) -> Result<(), ServerError> {
+    let patience = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(DRAIN_MAX).await;
+    };
+    tokio::select! {
+        served = serve => Ok(served?),
+        () = patience => {
+            tracing::warn!("calls were still open when the time to drain was over");
+            Ok(())
+        }
+        Ok(error) = failed => Err(error.into()),
+    }
+}
+
+/// "" says that the process serves; the name of a service, that the service can do its work here and now.
+async fn report_health(health: HealthReporter, replica: Handle, shutdown: CancellationToken) {
+    let mut published = replica.published();
+    loop {
+        let known = published.borrow_and_update().leader.is_some();
+        match known {
+            true => health.set_serving::<JobServiceServer<Api>>().await,
+            false => health.set_not_serving::<JobServiceServer<Api>>().await,
+        }
+        let changed = async {
+            while published.changed().await.is_ok() {
+                if published.borrow_and_update().leader.is_some() != known {
+                    return true;
+                }
+            }
+            false
+        };
+        tokio::select! {
+            true = changed => continue,
+            () = shutdown.cancelled() => {}
+        }
+        health.set_not_serving::<JobServiceServer<Api>>().await;
+        health
+            .set_service_status("", tonic_health::ServingStatus::NotServing)
+            .await;
+        return;
+    }
+}
