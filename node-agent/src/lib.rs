@@ -1,1 +1,81 @@
-//! placeholder
+//! The node agent: registers a machine with the coordinator and runs its part of jobs.
+//!
+//! Arrows only point down:
+//! `status <- {launch, reconcile} <- journal <- {shim, watch} <- {logs, supervisor} <- session <- agent`, with
+//! `hardware` beside `launch`.
+//!
+//! `launch`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
+//! attempt's processes and outlives the agent.
+
+mod agent;
+mod config;
+pub mod hardware;
+pub mod journal;
+pub mod launch;
+mod logs;
+pub mod reconcile;
+mod session;
+mod shim;
+pub mod status;
+mod supervisor;
+mod watch;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use batchai_common::{shutdown, telemetry};
+
+pub use config::Config;
+
+/// The command line of an agent.
+#[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    part: Option<Part>,
+    #[command(flatten)]
+    config: Config,
+}
+
+/// What the agent starts itself for.
+#[derive(Debug, clap::Subcommand)]
+enum Part {
+    /// Holds the processes of one attempt.
+    #[command(hide = true)]
+    Shim { dir: PathBuf },
+    /// Copies the log files of one attempt.
+    #[command(hide = true)]
+    CopyLogs { from: PathBuf, to: PathBuf },
+}
+
+/// An agent, or a part of one, as a process. `own` are the arguments that come before those of this command line.
+pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
+    match cli.part {
+        Some(Part::Shim { dir }) => shim::main(&dir, own),
+        Some(Part::CopyLogs { from, to }) => shim::copy_main(&from, &to),
+        None => agent_main(cli.config, own),
+    }
+}
+
+fn agent_main(config: Config, own: &'static [&'static str]) -> ExitCode {
+    telemetry::init();
+    if config.die_with_parent {
+        shutdown::die_with_parent();
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let ended = runtime
+        .map_err(agent::AgentError::System)
+        .and_then(|runtime| {
+            runtime.block_on(async { agent::run(config, own, shutdown::on_signal()?).await })
+        });
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("batchai-node-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -238,7 +238,10 @@ fn open_database(log: &Path) -> Result<sled::Db, StoreError> {
             }
             opened => {
                 let path = log.to_owned();
-                return opened.map_err(|e| StoreError::Database { path, why: e.to_string() });
+                return opened.map_err(|e| StoreError::Database {
+                    path,
+                    why: e.to_string(),
+                });
             }
         }
     }

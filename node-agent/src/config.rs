@@ -1,0 +1,59 @@
+//! What a node agent is told on its command line.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+/// Runs a node agent: it registers this machine and runs its part of jobs.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Config {
+    /// Where the coordinator listens.
+    #[arg(long, default_value = "http://127.0.0.1:7070", value_name = "URL")]
+    pub coordinator: String,
+    /// The node's name in the ensemble. The host name where it is left out.
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// What the agent remembers: who it is, and the attempts it runs.
+    #[arg(
+        long,
+        default_value = "/var/lib/batchai/node-agent",
+        value_name = "DIR"
+    )]
+    pub data: PathBuf,
+    /// Mounts and job directories lie below it.
+    #[arg(
+        long,
+        default_value = "/mnt/batch/tasks/shared/LS_root",
+        value_name = "DIR"
+    )]
+    pub root: PathBuf,
+    /// The VM size to register. Made of cores, memory and GPUs where it is left out.
+    #[arg(long, value_name = "SIZE")]
+    pub vm_size: Option<String>,
+    /// The image to register, as publisher:offer:sku:version. Made of the operating system where it is left out.
+    #[arg(long, value_name = "IMAGE")]
+    pub image: Option<String>,
+    /// The address under which other nodes reach this one. Where it is left out: the one that the coordinator is
+    /// reached from.
+    #[arg(long, value_name = "IP")]
+    pub address: Option<IpAddr>,
+    /// The ports that jobs may be given for their rendezvous. Keep them out of the kernel's own range for outgoing
+    /// connections (net.ipv4.ip_local_port_range).
+    #[arg(long, default_value = "20000-29999", value_name = "FIRST-LAST", value_parser = ports)]
+    pub ports: (u16, u16),
+    /// End all jobs of this node when the agent ends. Without it they go on, and the next agent takes them over.
+    #[arg(long)]
+    pub end_jobs_on_stop: bool,
+    /// End when the process that started this one ends.
+    #[arg(long, hide = true)]
+    pub die_with_parent: bool,
+}
+
+fn ports(text: &str) -> Result<(u16, u16), String> {
+    let range = text
+        .split_once('-')
+        .and_then(|(first, last)| Some((first.trim().parse().ok()?, last.trim().parse().ok()?)));
+    match range {
+        Some((first, last)) if first > 0 && first <= last => Ok((first, last)),
+        _ => Err("give two ports as FIRST-LAST".to_owned()),
+    }
+}

@@ -1,0 +1,116 @@
+//! What this machine is.
+
+mod gpu;
+mod os;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+
+use batchai_proto::v1::NodeFacts;
+
+use crate::config::Config;
+use crate::launch::HostFacts;
+
+/// Why the machine cannot be described.
+#[derive(Debug, thiserror::Error)]
+pub enum HardwareError {
+    #[error("{path}: {source}")]
+    Read {
+        path: &'static str,
+        source: io::Error,
+    },
+    #[error("{path}: not understood: {why}")]
+    Parse {
+        path: &'static str,
+        why: &'static str,
+    },
+    #[error("no address of this machine leads to {coordinator}: {source}; give --address")]
+    Address {
+        coordinator: String,
+        source: io::Error,
+    },
+}
+
+/// What jobs inherit from the agent's own environment; everything else is cleared.
+const INHERITED: [&str; 7] = ["PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ"];
+
+/// Describes the machine for its registration.
+pub fn facts(config: &Config) -> Result<NodeFacts, HardwareError> {
+    let gpus = gpu::gpus();
+    let cpu_cores = std::thread::available_parallelism().map_or(1, usize::from) as i32;
+    let memory_mib = os::memory_mib()?;
+    let made = || os::size_name(cpu_cores, memory_mib, gpus.len());
+    Ok(NodeFacts {
+        vm_size: config.vm_size.clone().unwrap_or_else(made),
+        image: config.image.clone().map_or_else(os::image, Ok)?,
+        cpu_cores,
+        memory_mib,
+        gpus,
+        addresses: vec![address(config)?.to_string()],
+        boot_id: os::boot_id()?,
+        agent_version: batchai_common::VERSION.to_owned(),
+        root: config.root.to_string_lossy().into_owned(),
+        first_port: i32::from(config.ports.0),
+        last_port: i32::from(config.ports.1),
+    })
+}
+
+/// The same machine, as launchers see it.
+pub fn host_facts(facts: &NodeFacts, node_uid: &str) -> HostFacts {
+    let base = INHERITED
+        .iter()
+        .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)));
+    HostFacts {
+        node_uid: node_uid.to_owned(),
+        root: facts.root.clone(),
+        gpu_count: facts.gpus.len(),
+        interface: facts
+            .addresses
+            .first()
+            .and_then(|address| interface(address)),
+        base_env: base.collect::<BTreeMap<_, _>>(),
+    }
+}
+
+/// The address that the coordinator is reached from. Nothing is sent: the kernel only looks up the route.
+fn address(config: &Config) -> Result<IpAddr, HardwareError> {
+    if let Some(address) = config.address {
+        return Ok(address);
+    }
+    let authority = config.coordinator.split("://").last().unwrap_or_default();
+    let look_up = || -> io::Result<IpAddr> {
+        let peer = authority.trim_end_matches('/');
+        let peer: SocketAddr = std::net::ToSocketAddrs::to_socket_addrs(peer)?
+            .next()
+            .ok_or_else(|| io::Error::other("the name has no address"))?;
+        let any = if peer.is_ipv4() {
+            "0.0.0.0:0"
+        } else {
+            "[::]:0"
+        };
+        let socket = UdpSocket::bind(any)?;
+        socket.connect(peer)?;
+        Ok(socket.local_addr()?.ip())
+    };
+    look_up().map_err(|source| HardwareError::Address {
+        coordinator: config.coordinator.clone(),
+        source,
+    })
+}
+
+/// The network interface that has an address.
+fn interface(address: &str) -> Option<String> {
+    let wanted: IpAddr = address.parse().ok()?;
+    let interfaces = nix::ifaddrs::getifaddrs().ok()?;
+    interfaces
+        .into_iter()
+        .find(|interface| {
+            let own = interface.address.as_ref().and_then(|address| {
+                let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+                v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+            });
+            own == Some(wanted)
+        })
+        .map(|interface| interface.interface_name)
+}

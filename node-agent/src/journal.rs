@@ -1,0 +1,328 @@
+//! The agent's memory: a directory per attempt, shared with the attempt's shim.
+//!
+//! ```text
+//! DATA/node.json                 who this node is
+//! DATA/lock                      one agent per directory
+//! DATA/attempts/{attempt}/
+//!     prepare.json  launch.json  what the shim shall do; written by the agent
+//!     stop                       it shall end; written by the agent
+//!     lock                       held by the living shim
+//!     started                    made once, by the shim that began
+//!     status.json                what it does; written by the shim
+//!     logs/                      what its processes print; written by the shim
+//! ```
+//! Files are replaced whole. Nothing here decides anything.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
+use nix::libc;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+pub const PREPARE: &str = "prepare.json";
+pub const LAUNCH: &str = "launch.json";
+pub const STOP: &str = "stop";
+pub const STARTED: &str = "started";
+pub const STATUS: &str = "status.json";
+pub const LOGS: &str = "logs";
+const LOCK: &str = "lock";
+
+/// Why the journal cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    #[error("{path}: {source}", path = .path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{path}: unreadable: {source}", path = .path.display())]
+    Unreadable {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+    #[error("{path}: another agent uses this data directory", path = .path.display())]
+    Locked { path: PathBuf },
+}
+
+/// Who this node is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub uid: String,
+    /// A new one says that the attempts of an earlier journal are forgotten.
+    pub journal_id: String,
+    /// The ensemble that the node belongs to, once it has met one.
+    pub ensemble: Option<String>,
+}
+
+/// The data directory of an agent.
+#[derive(Debug)]
+pub struct Journal {
+    root: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Journal {
+    /// Opens a data directory for this process alone, and makes what is missing.
+    pub fn open(root: &Path) -> Result<(Journal, Identity), JournalError> {
+        let attempts = root.join("attempts");
+        // Plans hold the environment of jobs: nobody else's business.
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&attempts);
+        made.map_err(at(&attempts))?;
+        let path = root.join("lock");
+        let file = File::create(&path).map_err(at(&path))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
+            JournalError::Locked {
+                path: root.to_owned(),
+            }
+        })?;
+        let journal = Journal {
+            root: root.to_owned(),
+            _lock: lock,
+        };
+        let identity = match read_json(&root.join("node.json"))? {
+            Some(identity) => identity,
+            None => {
+                let identity = Identity {
+                    uid: uuid::Uuid::new_v4().to_string(),
+                    journal_id: uuid::Uuid::new_v4().to_string(),
+                    ensemble: None,
+                };
+                journal.keep(&identity)?;
+                identity
+            }
+        };
+        Ok((journal, identity))
+    }
+
+    /// Remembers who this node is.
+    pub fn keep(&self, identity: &Identity) -> Result<(), JournalError> {
+        write_json(&self.root.join("node.json"), identity, true)
+    }
+
+    /// All attempts that it holds.
+    pub fn attempts(&self) -> Result<Vec<AttemptDir>, JournalError> {
+        let root = self.root.join("attempts");
+        let mut attempts = Vec::new();
+        for entry in fs::read_dir(&root).map_err(at(&root))? {
+            attempts.push(AttemptDir {
+                path: entry.map_err(at(&root))?.path(),
+            });
+        }
+        attempts.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(attempts)
+    }
+
+    /// The directory of an attempt, which need not exist. `None` where the id is no name of a file.
+    pub fn attempt(&self, id: &str) -> Option<AttemptDir> {
+        batchai_common::names::check_id(batchai_common::names::Kind::Node, id).ok()?;
+        Some(AttemptDir {
+            path: self.root.join("attempts").join(id),
+        })
+    }
+}
+
+/// The directory of one attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttemptDir {
+    pub path: PathBuf,
+}
+
+impl AttemptDir {
+    /// The attempt's id.
+    pub fn id(&self) -> String {
+        self.path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    }
+
+    /// Makes the directory.
+    pub fn create(&self) -> Result<(), JournalError> {
+        let logs = self.path.join(LOGS);
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&logs);
+        made.map_err(at(&logs))
+    }
+
+    /// Whether a file of it exists.
+    pub fn has(&self, file: &str) -> bool {
+        self.path.join(file).exists()
+    }
+
+    /// Reads one of its files; `None` where it does not exist.
+    pub fn read<T: DeserializeOwned>(&self, file: &str) -> Result<Option<T>, JournalError> {
+        read_json(&self.path.join(file))
+    }
+
+    /// Replaces one of its files; `durable` ones survive a power cut.
+    pub fn write<T: Serialize>(
+        &self,
+        file: &str,
+        value: &T,
+        durable: bool,
+    ) -> Result<(), JournalError> {
+        write_json(&self.path.join(file), value, durable)
+    }
+
+    /// The process that holds the shim's lock.
+    pub fn shim(&self) -> Result<Option<i32>, JournalError> {
+        let path = self.path.join(LOCK);
+        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(at(&path))?,
+        };
+        // Asking does not take the lock: a shim that begins in this moment is not kept from it.
+        let mut lock = whole_file_lock();
+        let asked = fcntl(&file, FcntlArg::F_GETLK(&mut lock));
+        asked.map_err(|e| at(&path)(e.into()))?;
+        Ok((lock.l_type != libc::F_UNLCK as i16).then_some(lock.l_pid))
+    }
+
+    /// Takes the shim's lock for this process; `None` where another holds it. It goes with the process, and children
+    /// do not inherit it.
+    pub fn take_lock(&self) -> Result<Option<File>, JournalError> {
+        let path = self.path.join(LOCK);
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path);
+        let file = file.map_err(at(&path))?;
+        match fcntl(&file, FcntlArg::F_SETLK(&whole_file_lock())) {
+            Ok(_) => Ok(Some(file)),
+            Err(nix::Error::EACCES | nix::Error::EAGAIN) => Ok(None),
+            Err(e) => Err(at(&path)(e.into())),
+        }
+    }
+
+    /// Makes the file that says that the attempt has begun, durably. `false` where it had begun already.
+    pub fn begin(&self) -> Result<bool, JournalError> {
+        let path = self.path.join(STARTED);
+        match OpenOptions::new().write(true).create_new(true).open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            opened => {
+                let file = opened.map_err(at(&path))?;
+                file.sync_all().map_err(at(&path))?;
+                sync_dir(&self.path)?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Its log files and their sizes now, by name.
+    pub fn logs(&self) -> Result<Vec<(String, u64)>, JournalError> {
+        let path = self.path.join(LOGS);
+        let entries = match fs::read_dir(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(at(&path))?,
+        };
+        let mut files = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(at(&path))?;
+            let size = entry.metadata().map_err(at(&path))?.len();
+            files.push((entry.file_name().to_string_lossy().into_owned(), size));
+        }
+        files.sort();
+        Ok(files)
+    }
+
+    /// Removes all of it.
+    pub fn remove(&self) -> Result<(), JournalError> {
+        fs::remove_dir_all(&self.path).map_err(at(&self.path))
+    }
+}
+
+fn whole_file_lock() -> libc::flock {
+    libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
+}
+
+fn at(path: &Path) -> impl Fn(io::Error) -> JournalError {
+    let path = path.to_owned();
+    move |source| JournalError::Io {
+        path: path.clone(),
+        source,
+    }
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JournalError> {
+    let bytes = match fs::read(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        bytes => bytes.map_err(at(path))?,
+    };
+    let value = serde_json::from_slice(&bytes);
+    value.map(Some).map_err(|source| JournalError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn write_json<T: Serialize>(path: &Path, value: &T, durable: bool) -> Result<(), JournalError> {
+    let bytes = serde_json::to_vec(value).expect("our own types have only string keys");
+    let new = path.with_extension("new");
+    let mut options = OpenOptions::new();
+    let opened = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new);
+    let mut file = opened.map_err(at(&new))?;
+    file.write_all(&bytes).map_err(at(&new))?;
+    if durable {
+        file.sync_all().map_err(at(&new))?;
+    }
+    fs::rename(&new, path).map_err(at(path))?;
+    match (durable, path.parent()) {
+        (true, Some(parent)) => sync_dir(parent),
+        _ => Ok(()),
+    }
+}
+
+fn sync_dir(path: &Path) -> Result<(), JournalError> {
+    File::open(path)
+        .and_then(|dir| dir.sync_all())
+        .map_err(at(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_keeps_its_identity_and_a_directory_has_one_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, identity) = Journal::open(dir.path()).unwrap();
+        assert!(matches!(
+            Journal::open(dir.path()),
+            Err(JournalError::Locked { .. })
+        ));
+        drop(journal);
+        assert_eq!(Journal::open(dir.path()).unwrap().1, identity);
+    }
+
+    #[test]
+    fn an_attempt_begins_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (journal, _) = Journal::open(dir.path()).unwrap();
+        assert_eq!(journal.attempt("../x"), None);
+        let attempt = journal.attempt("1-1").unwrap();
+        attempt.create().unwrap();
+        assert!(attempt.begin().unwrap());
+        assert!(!attempt.begin().unwrap());
+        assert_eq!(attempt.shim().unwrap(), None);
+        assert_eq!(journal.attempts().unwrap(), [attempt]);
+    }
+}

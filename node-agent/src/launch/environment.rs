@@ -1,0 +1,70 @@
+//! PURE. The environment of a job's processes.
+
+use std::collections::BTreeMap;
+
+use batchai_proto::agent::v1::Assignment;
+use batchai_proto::v1::Job;
+
+use super::expand::expand;
+use super::paths::Paths;
+use super::{Context, HostFacts, LaunchError};
+
+/// Every process of an attempt, and whatever it starts, carries this variable: `{node uid}/{attempt}`. Stray processes
+/// are found by it.
+pub const ATTEMPT_TAG: &str = "BATCHAI_ATTEMPT";
+
+type Env = BTreeMap<String, String>;
+
+/// What every process of the job has, before the user's own variables.
+pub fn common(
+    assignment: &Assignment,
+    job: &Job,
+    facts: &HostFacts,
+    paths: &Paths,
+) -> Result<Env, LaunchError> {
+    let addresses: Vec<_> = assignment
+        .hosts
+        .iter()
+        .map(|host| host.address.as_str())
+        .collect();
+    let mut env = facts.base_env.clone();
+    env.extend(paths.variables());
+    let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
+    if let Some(shared) = &paths.shared {
+        set("AZ_BATCHAI_SHARED_JOB_TEMP", shared.clone());
+    }
+    set("AZ_BATCHAI_STDOUTERR_DIR", paths.stdouterr.clone());
+    set("AZ_BATCHAI_MPI_HOST_FILE", paths.hostfile.clone());
+    set("AZ_BATCHAI_NUM_GPUS", facts.gpu_count.to_string());
+    set("AZ_BATCH_HOST_LIST", addresses.join(","));
+    for (id, path) in &paths.inputs {
+        set(&format!("AZ_BATCHAI_INPUT_{id}"), path.clone());
+    }
+    for (id, path) in &paths.outputs {
+        set(&format!("AZ_BATCHAI_OUTPUT_{id}"), path.clone());
+    }
+    if let Some(settings) = &job.py_torch_settings {
+        set(
+            "AZ_BATCHAI_PYTORCH_BACKEND",
+            settings.communication_backend.clone(),
+        );
+    }
+    // Who follows a log wants lines as they are printed, and python holds them back from a pipe.
+    set("PYTHONUNBUFFERED", "1".to_owned());
+    set(
+        ATTEMPT_TAG,
+        format!("{}/{}", facts.node_uid, assignment.attempt),
+    );
+    Ok(env)
+}
+
+/// Adds the user's variables, whose values may name the service's.
+pub fn with_user(context: &Context<'_>, mut env: Env) -> Result<Env, LaunchError> {
+    let mut user = Vec::new();
+    for variable in &context.job.environment_variables {
+        let what = format!("environment variable {}", variable.name);
+        user.push((variable.name.clone(), expand(&what, &variable.value, &env)?));
+    }
+    env.extend(user);
+    Ok(env)
+}

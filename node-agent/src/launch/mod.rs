@@ -1,0 +1,216 @@
+//! PURE. What an attempt starts on one host: from an assignment and the facts of this host to directories, files and
+//! processes. One file per framework.
+//!
+//! Nothing is started, created or looked up here; the shim does that.
+
+mod custom;
+mod environment;
+pub mod expand;
+mod paths;
+mod pytorch;
+
+use std::collections::BTreeMap;
+
+use batchai_common::limits::TERMINATION_GRACE;
+use batchai_proto::agent::v1::Assignment;
+use batchai_proto::v1::Job;
+use serde::{Deserialize, Serialize};
+
+pub use environment::ATTEMPT_TAG;
+use paths::Paths;
+
+/// One process on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessPlan {
+    /// Its number over all hosts.
+    pub rank: i32,
+    pub argv: Vec<String>,
+    /// All of its environment.
+    pub env: BTreeMap<String, String>,
+    pub cwd: String,
+    /// Names of its log files.
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// What makes this host ready for an attempt, and what holds for all of its processes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Preparation {
+    /// The directory of all jobs' directories: whatever earlier ones left in it goes.
+    pub wipe: String,
+    /// Made in this order, with their parents.
+    pub directories: Vec<String>,
+    /// Path and content.
+    pub files: Vec<(String, String)>,
+    /// The preparation command.
+    pub command: Option<ProcessPlan>,
+    /// Where log files are copied to.
+    pub copy_to: String,
+    /// The name of the log file of what happened.
+    pub execution_log: String,
+    /// From the beginning of preparation.
+    pub wall_clock_s: u64,
+    /// Between SIGTERM and SIGKILL.
+    pub grace_s: u64,
+}
+
+/// What is known of the host that the plan is for.
+#[derive(Clone, Debug, Default)]
+pub struct HostFacts {
+    /// The UUID of the node: part of the tag by which its processes are found.
+    pub node_uid: String,
+    /// The root of mounts and job directories.
+    pub root: String,
+    pub gpu_count: usize,
+    /// The network interface that has the host's address.
+    pub interface: Option<String>,
+    /// What every process inherits: PATH, HOME and the like.
+    pub base_env: BTreeMap<String, String>,
+}
+
+/// Why no plan can be made. The job is to blame.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LaunchError {
+    #[error("{what} names ${variable}, which is not set for this job{hint}")]
+    UnknownVariable {
+        what: String,
+        variable: String,
+        hint: &'static str,
+    },
+    #[error("{what} is not an absolute path once its variables are expanded: {path}")]
+    NotAbsolute { what: String, path: String },
+    #[error("{what} has an unclosed quote")]
+    Quoting { what: String },
+    #[error("the assignment is incomplete: {what} is missing")]
+    Incomplete { what: &'static str },
+    #[error("this agent cannot launch the job's toolkit; upgrade the agent")]
+    UnknownToolkit,
+}
+
+/// Everything about one attempt on one host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    pub preparation: Preparation,
+    pub processes: Vec<ProcessPlan>,
+}
+
+/// What launchers see.
+struct Context<'a> {
+    assignment: &'a Assignment,
+    job: &'a Job,
+    facts: &'a HostFacts,
+    paths: Paths,
+    /// The environment of every process of the job; ranks add to it.
+    env: BTreeMap<String, String>,
+}
+
+/// Plans an attempt on this host.
+///
+/// # Errors
+/// Says what in the job makes no sense here.
+pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchError> {
+    let job = assignment
+        .job
+        .as_ref()
+        .ok_or(LaunchError::Incomplete { what: "job" })?;
+    let paths = Paths::of(job, assignment, &facts.root)?;
+    let env = environment::common(assignment, job, facts, &paths)?;
+    let context = Context {
+        assignment,
+        job,
+        facts,
+        paths,
+        env,
+    };
+    let processes = match (&job.custom_toolkit_settings, &job.py_torch_settings) {
+        (Some(settings), None) => custom::processes(&context, settings)?,
+        (None, Some(settings)) => pytorch::processes(&context, settings)?,
+        _ => return Err(LaunchError::UnknownToolkit),
+    };
+    Ok(Plan {
+        preparation: preparation(&context)?,
+        processes,
+    })
+}
+
+fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
+    let Context {
+        assignment,
+        job,
+        paths,
+        ..
+    } = context;
+    // One node: the original's names. Several may share the directory: theirs carry the node.
+    let suffix = match assignment.hosts.len() {
+        1 => String::new(),
+        _ => format!(
+            "-{}",
+            batchai_common::names::last_id(&own_host(assignment)?.node)
+        ),
+    };
+    let command = match &job.job_preparation {
+        Some(preparation) => Some(ProcessPlan {
+            rank: -1,
+            argv: bash(&preparation.command_line),
+            env: environment::with_user(context, context.env.clone())?,
+            cwd: paths.job_temp.clone(),
+            stdout: format!("stdout-job_prep{suffix}.txt"),
+            stderr: format!("stderr-job_prep{suffix}.txt"),
+        }),
+        None => None,
+    };
+    let limit = job
+        .constraints
+        .as_ref()
+        .and_then(|c| c.max_wall_clock_time)
+        .unwrap_or_default();
+    Ok(Preparation {
+        wipe: paths.job_temp_dir.clone(),
+        directories: paths.directories(),
+        files: vec![(paths.hostfile.clone(), hostfile(context))],
+        command,
+        copy_to: paths.stdouterr.clone(),
+        execution_log: format!("execution{suffix}.log"),
+        wall_clock_s: u64::try_from(limit.seconds).unwrap_or_default(),
+        grace_s: TERMINATION_GRACE.as_secs(),
+    })
+}
+
+/// One line per host, in the form that Open MPI reads.
+fn hostfile(context: &Context<'_>) -> String {
+    let hosts = &context.assignment.hosts;
+    let total = context
+        .job
+        .py_torch_settings
+        .as_ref()
+        .map_or(0, |s| s.process_count);
+    let total = usize::try_from(total).unwrap_or_default().max(hosts.len());
+    let line = |(i, host): (usize, &batchai_proto::agent::v1::Host)| {
+        let slots = ranks(total, hosts.len(), i).len();
+        format!("{} slots={slots} max-slots={slots}\n", host.address)
+    };
+    hosts.iter().enumerate().map(line).collect()
+}
+
+/// The ranks of one host: as even as can be, the first hosts have one more.
+fn ranks(total: usize, hosts: usize, index: usize) -> std::ops::Range<usize> {
+    let (each, more) = (total / hosts.max(1), total % hosts.max(1));
+    let begin = each * index + more.min(index);
+    begin..begin + each + usize::from(index < more)
+}
+
+fn own_host(assignment: &Assignment) -> Result<&batchai_proto::agent::v1::Host, LaunchError> {
+    let index = usize::try_from(assignment.host_index).unwrap_or(usize::MAX);
+    assignment
+        .hosts
+        .get(index)
+        .ok_or(LaunchError::Incomplete { what: "host" })
+}
+
+fn bash(command_line: &str) -> Vec<String> {
+    vec!["/bin/bash".into(), "-c".into(), command_line.into()]
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

@@ -1,0 +1,122 @@
+//! PURE. Where things lie on a host, below the agent's root.
+
+use std::collections::BTreeMap;
+
+use batchai_common::names::ids;
+use batchai_proto::agent::v1::Assignment;
+use batchai_proto::v1::Job;
+
+use super::expand::expand;
+use super::{LaunchError, own_host};
+
+const OUTPUTS: &str = "outputs";
+
+/// The paths of one job on one host.
+#[derive(Clone, Debug, Default)]
+pub struct Paths {
+    pub mount_root: String,
+    pub job_temp_dir: String,
+    pub job_temp: String,
+    pub job_mount_root: String,
+    /// On hosts that share a machine: the master's directory.
+    pub shared: Option<String>,
+    pub hostfile: String,
+    pub stdouterr: String,
+    pub inputs: Vec<(String, String)>,
+    pub outputs: Vec<(String, String)>,
+}
+
+impl Paths {
+    pub fn of(job: &Job, assignment: &Assignment, root: &str) -> Result<Paths, LaunchError> {
+        let names = ids(&job.name);
+        let [_, workspace, experiment, name] = names[..] else {
+            return Err(LaunchError::Incomplete { what: "job name" });
+        };
+        let temp = |root: &str| format!("{root}/jobs/{workspace}/{experiment}/{name}");
+        let job_temp = temp(root);
+        let own = own_host(assignment)?;
+        let shares = assignment
+            .hosts
+            .iter()
+            .all(|host| host.boot_id == own.boot_id);
+        let master = assignment.hosts.first().filter(|_| shares);
+        let mut paths = Paths {
+            mount_root: format!("{root}/mounts"),
+            job_temp_dir: format!("{root}/jobs"),
+            job_mount_root: format!("{job_temp}/mounts"),
+            shared: master.map(|master| format!("{}/shared", temp(&master.root))),
+            hostfile: format!("{job_temp}/hostfile"),
+            job_temp,
+            ..Paths::default()
+        };
+        paths.add_directories(job)?;
+        Ok(paths)
+    }
+
+    /// Logs, inputs and outputs: prefix, the job's segment, suffix.
+    fn add_directories(&mut self, job: &Job) -> Result<(), LaunchError> {
+        let mut env: BTreeMap<_, _> = self.variables().into();
+        if let Some(shared) = &self.shared {
+            env.insert("AZ_BATCHAI_SHARED_JOB_TEMP".into(), shared.clone());
+        }
+        let segment = &job.job_output_directory_path_segment;
+        let prefix = absolute(
+            "job.std_out_err_path_prefix",
+            &job.std_out_err_path_prefix,
+            &env,
+        )?;
+        self.stdouterr = format!("{prefix}/{segment}/stdouterr");
+        for directory in &job.input_directories {
+            let what = format!("input directory {}", directory.id);
+            self.inputs
+                .push((directory.id.clone(), expand(&what, &directory.path, &env)?));
+        }
+        for directory in &job.output_directories {
+            let what = format!("output directory {}", directory.id);
+            let prefix = absolute(&what, &directory.path_prefix, &env)?;
+            let suffix = match directory.path_suffix.as_str() {
+                "" => OUTPUTS,
+                suffix => suffix,
+            };
+            self.outputs
+                .push((directory.id.clone(), format!("{prefix}/{segment}/{suffix}")));
+        }
+        Ok(())
+    }
+
+    /// The variables that paths may begin with.
+    pub fn variables(&self) -> [(String, String); 4] {
+        [
+            ("AZ_BATCHAI_MOUNT_ROOT".into(), self.mount_root.clone()),
+            ("AZ_BATCHAI_JOB_TEMP_DIR".into(), self.job_temp_dir.clone()),
+            ("AZ_BATCHAI_JOB_TEMP".into(), self.job_temp.clone()),
+            (
+                "AZ_BATCHAI_JOB_MOUNT_ROOT".into(),
+                self.job_mount_root.clone(),
+            ),
+        ]
+    }
+
+    /// What must exist before the job begins.
+    pub fn directories(&self) -> Vec<String> {
+        let own = [&self.mount_root, &self.job_temp, &self.job_mount_root]
+            .into_iter()
+            .cloned();
+        let outputs = self.outputs.iter().map(|(_, path)| path.clone());
+        own.chain(self.shared.clone())
+            .chain([self.stdouterr.clone()])
+            .chain(outputs)
+            .collect()
+    }
+}
+
+fn absolute(what: &str, text: &str, env: &BTreeMap<String, String>) -> Result<String, LaunchError> {
+    let path = expand(what, text, env)?;
+    match path.starts_with('/') {
+        true => Ok(path.trim_end_matches('/').to_owned()),
+        false => Err(LaunchError::NotAbsolute {
+            what: what.to_owned(),
+            path,
+        }),
+    }
+}

@@ -1,0 +1,88 @@
+//! PURE. A PyTorch job: the script once per rank, ranks numbered over the hosts in their order.
+//!
+//! A rank finds its place in the original's variables (`AZ_BATCHAI_TASK_INDEX`, `AZ_BATCHAI_PYTORCH_INIT_METHOD`, here
+//! `tcp://` to rank 0's host) and in those that `env://` reads today (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...). gloo
+//! and nccl are told which interface has the host's address, unless the user says so. The interpreter is `python3`
+//! where none is named. Log files are `stdout-{rank}.txt` and `stderr-{rank}.txt`. The job is over when all ranks are,
+//! or one fails.
+
+use batchai_proto::v1::PyTorchSettings;
+
+use super::expand::expand;
+use super::{Context, LaunchError, ProcessPlan, environment, ranks};
+
+const PYTHON: &str = "python3";
+
+pub fn processes(
+    context: &Context<'_>,
+    settings: &PyTorchSettings,
+) -> Result<Vec<ProcessPlan>, LaunchError> {
+    let hosts = &context.assignment.hosts;
+    let index = usize::try_from(context.assignment.host_index).unwrap_or_default();
+    let total = usize::try_from(settings.process_count).unwrap_or_default();
+    let own = ranks(total, hosts.len(), index);
+    own.clone()
+        .map(|rank| process(context, settings, rank, total, &own))
+        .collect()
+}
+
+fn process(
+    context: &Context<'_>,
+    settings: &PyTorchSettings,
+    rank: usize,
+    total: usize,
+    own: &std::ops::Range<usize>,
+) -> Result<ProcessPlan, LaunchError> {
+    let master = context.assignment.hosts.first();
+    let master = master.ok_or(LaunchError::Incomplete { what: "master" })?;
+    let mut env = context.env.clone();
+    let address = match master.address.contains(':') {
+        true => format!("[{}]", master.address),
+        false => master.address.clone(),
+    };
+    let init_method = format!("tcp://{address}:{}", master.port);
+    for (name, value) in [
+        ("AZ_BATCHAI_TASK_INDEX", rank.to_string()),
+        ("AZ_BATCHAI_PYTORCH_INIT_METHOD", init_method),
+        ("MASTER_ADDR", master.address.clone()),
+        ("MASTER_PORT", master.port.to_string()),
+        ("RANK", rank.to_string()),
+        ("WORLD_SIZE", total.to_string()),
+        ("LOCAL_RANK", (rank - own.start).to_string()),
+        ("LOCAL_WORLD_SIZE", own.len().to_string()),
+    ] {
+        env.insert(name.to_owned(), value);
+    }
+    if let Some(interface) = &context.facts.interface {
+        env.insert("GLOO_SOCKET_IFNAME".into(), interface.clone());
+        env.insert("NCCL_SOCKET_IFNAME".into(), interface.clone());
+    }
+    let env = environment::with_user(context, env)?;
+    let interpreter = match settings.python_interpreter_path.as_str() {
+        "" => PYTHON,
+        path => path,
+    };
+    let mut argv = vec![
+        expand("python_interpreter_path", interpreter, &env)?,
+        expand(
+            "python_script_file_path",
+            &settings.python_script_file_path,
+            &env,
+        )?,
+    ];
+    let arguments = shlex::split(&settings.command_line_args);
+    let quoting = || LaunchError::Quoting {
+        what: "command_line_args".into(),
+    };
+    for argument in arguments.ok_or_else(quoting)? {
+        argv.push(expand("command_line_args", &argument, &env)?);
+    }
+    Ok(ProcessPlan {
+        rank: rank as i32,
+        argv,
+        env,
+        cwd: context.paths.job_temp.clone(),
+        stdout: format!("stdout-{rank}.txt"),
+        stderr: format!("stderr-{rank}.txt"),
+    })
+}

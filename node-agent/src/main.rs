@@ -1,0 +1,15 @@
+//! The node agent's own binary: the same library that `batchai` carries.
+
+use clap::Parser;
+
+/// The batchai node agent.
+#[derive(Parser)]
+#[command(name = "batchai-node-agent", version)]
+struct Cli {
+    #[command(flatten)]
+    agent: batchai_node_agent::Cli,
+}
+
+fn main() -> std::process::ExitCode {
+    batchai_node_agent::main(Cli::parse().agent, &[])
+}

@@ -1,0 +1,347 @@
+//! PURE. Compares the work a node shall do with what its journal shows, and says what to do and what to report.
+//!
+//! Level, not edge: it remembers nothing, so an agent that was killed at any line goes on from what lies there.
+
+use batchai_proto::agent::v1::assignment::Desired;
+use batchai_proto::agent::v1::{Assignment, AttemptObservation, Failure};
+use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
+use batchai_proto::v1::{JobLogFile, JobRank, NameValuePair, ResourceError};
+
+use crate::status::{FailureRecord, Phase, Status};
+
+/// An attempt as the journal shows it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Local {
+    pub attempt: String,
+    /// A shim holds it now, or was started just now.
+    pub shim: bool,
+    /// A shim began it at some time: it must never begin again.
+    pub started: bool,
+    pub status: Option<Status>,
+    pub launch_written: bool,
+    pub stop_written: bool,
+    /// No process of it is left, apart from what a live shim holds.
+    pub swept: bool,
+    /// Every log file has arrived at the coordinator, or nobody wants it.
+    pub shipped: bool,
+}
+
+impl Local {
+    /// The exit record is the last thing a shim writes, when nothing of the attempt runs any more.
+    fn ended(&self) -> bool {
+        self.status
+            .as_ref()
+            .is_some_and(|status| status.phase == Phase::Ended)
+    }
+
+    /// Its shim is gone and left no exit record.
+    fn lost(&self) -> bool {
+        self.started && !self.shim && !self.ended()
+    }
+}
+
+/// What to do about an attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Write the plan and start the shim.
+    Start(String),
+    /// Hand the shim the processes.
+    Launch(String),
+    /// Tell the shim to end everything.
+    Stop(String),
+    /// End processes that a dead shim left.
+    Sweep(String),
+    /// Remove what the journal has of it.
+    Forget(String),
+}
+
+/// What to do, in order.
+pub fn actions(desired: &[Assignment], local: &[Local]) -> Vec<Action> {
+    let mut actions = Vec::new();
+    for found in local {
+        let name = || found.attempt.clone();
+        let wanted = desired
+            .iter()
+            .find(|wanted| wanted.attempt == found.attempt);
+        let stop = wanted.is_none_or(|wanted| wanted.desired() == Desired::Stop);
+        match wanted {
+            _ if found.lost() && !found.swept => actions.push(Action::Sweep(name())),
+            // Also where no shim is seen: one may be about to begin, and then finds that it must not.
+            _ if stop && !found.stop_written && !found.ended() && !found.lost() => {
+                actions.push(Action::Stop(name()));
+            }
+            None if !found.shim && found.shipped => actions.push(Action::Forget(name())),
+            Some(wanted) if wanted.desired() == Desired::Launch => {
+                let ready = found
+                    .status
+                    .as_ref()
+                    .is_some_and(|s| s.phase == Phase::Ready);
+                if found.shim && ready && !found.launch_written {
+                    actions.push(Action::Launch(name()));
+                }
+            }
+            // It was written down but never began.
+            Some(wanted)
+                if wanted.desired() == Desired::Prepare && !found.shim && !found.started =>
+            {
+                actions.push(Action::Start(name()));
+            }
+            _ => {}
+        }
+    }
+    let known = |attempt: &str| local.iter().any(|found| found.attempt == attempt);
+    let new = desired
+        .iter()
+        .filter(|wanted| wanted.desired() == Desired::Prepare);
+    actions.extend(
+        new.filter(|wanted| !known(&wanted.attempt))
+            .map(|wanted| Action::Start(wanted.attempt.clone())),
+    );
+    actions
+}
+
+/// What to report: everything the journal shows, and the absence of what it should show.
+pub fn observations(desired: &[Assignment], local: &[Local]) -> Vec<AttemptObservation> {
+    let mut seen: Vec<_> = local.iter().filter_map(observation).collect();
+    for wanted in desired {
+        if local.iter().any(|found| found.attempt == wanted.attempt) {
+            continue;
+        }
+        let phase = match wanted.desired() {
+            // It never began here, and now it will not.
+            Desired::Stop => NodePhase::Ended,
+            // It was ready once, and nothing of it is left.
+            Desired::Launch => NodePhase::Lost,
+            Desired::Prepare | Desired::Unspecified => continue,
+        };
+        seen.push(AttemptObservation {
+            attempt: wanted.attempt.clone(),
+            phase: phase as i32,
+            ..Default::default()
+        });
+    }
+    seen
+}
+
+fn observation(found: &Local) -> Option<AttemptObservation> {
+    // What a dead shim left may still run: nothing is said before it does not.
+    if found.lost() && !found.swept {
+        return None;
+    }
+    let status = found.status.clone().unwrap_or_default();
+    let phase = match status.phase {
+        _ if found.lost() => NodePhase::Lost,
+        _ if !found.started && found.stop_written => NodePhase::Ended,
+        Phase::Preparing => NodePhase::Preparing,
+        Phase::Ready => NodePhase::Ready,
+        Phase::Running => NodePhase::Running,
+        Phase::Ended => NodePhase::Ended,
+    };
+    let rank = |r: &crate::status::RankStatus| JobRank {
+        rank: r.rank,
+        exit_code: r.exit_code,
+    };
+    let file = |(name, size): &(String, u64)| JobLogFile {
+        name: name.clone(),
+        size_bytes: *size as i64,
+    };
+    Some(AttemptObservation {
+        attempt: found.attempt.clone(),
+        phase: phase as i32,
+        ranks: status.ranks.iter().map(rank).collect(),
+        files: status.files.iter().map(file).collect(),
+        failure: status.failure.map(failure),
+    })
+}
+
+fn failure(record: FailureRecord) -> Failure {
+    let details = record
+        .details
+        .into_iter()
+        .map(|(name, value)| NameValuePair { name, value });
+    Failure {
+        error: Some(ResourceError {
+            code: record.code,
+            message: record.message,
+            details: details.collect(),
+        }),
+        exit_code: record.exit_code,
+        infrastructure: record.infrastructure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(desired: Desired) -> Vec<Assignment> {
+        vec![Assignment {
+            attempt: "a".into(),
+            desired: desired as i32,
+            ..Default::default()
+        }]
+    }
+
+    fn found(phase: Phase, shim: bool) -> Local {
+        Local {
+            attempt: "a".into(),
+            shim,
+            started: true,
+            status: Some(Status {
+                phase,
+                ..Status::default()
+            }),
+            ..Local::default()
+        }
+    }
+
+    fn check(
+        desired: &[Assignment],
+        local: &[Local],
+        expected: &[Action],
+        phase: Option<NodePhase>,
+    ) {
+        assert_eq!(actions(desired, local), expected, "{desired:?} {local:?}");
+        let seen = observations(desired, local);
+        assert_eq!(
+            seen.first().map(|o| o.phase()),
+            phase,
+            "{desired:?} {local:?}"
+        );
+    }
+
+    #[test]
+    fn the_way_of_an_attempt() {
+        use Desired::{Launch, Prepare, Stop};
+        let a = || "a".to_owned();
+        let (ready, running) = (found(Phase::Ready, true), found(Phase::Running, true));
+        check(&wanted(Prepare), &[], &[Action::Start(a())], None);
+        let preparing = found(Phase::Preparing, true);
+        check(
+            &wanted(Prepare),
+            &[preparing],
+            &[],
+            Some(NodePhase::Preparing),
+        );
+        check(
+            &wanted(Prepare),
+            std::slice::from_ref(&ready),
+            &[],
+            Some(NodePhase::Ready),
+        );
+        check(
+            &wanted(Launch),
+            std::slice::from_ref(&ready),
+            &[Action::Launch(a())],
+            Some(NodePhase::Ready),
+        );
+        let told = Local {
+            launch_written: true,
+            ..ready
+        };
+        check(&wanted(Launch), &[told], &[], Some(NodePhase::Ready));
+        check(
+            &wanted(Launch),
+            std::slice::from_ref(&running),
+            &[],
+            Some(NodePhase::Running),
+        );
+        check(
+            &wanted(Stop),
+            std::slice::from_ref(&running),
+            &[Action::Stop(a())],
+            Some(NodePhase::Running),
+        );
+        let stopping = Local {
+            stop_written: true,
+            ..running
+        };
+        check(&wanted(Stop), &[stopping], &[], Some(NodePhase::Running));
+        let ended = found(Phase::Ended, false);
+        check(
+            &wanted(Stop),
+            std::slice::from_ref(&ended),
+            &[],
+            Some(NodePhase::Ended),
+        );
+        check(
+            &[],
+            std::slice::from_ref(&ended),
+            &[],
+            Some(NodePhase::Ended),
+        );
+        let shipped = Local {
+            shipped: true,
+            ..ended
+        };
+        check(
+            &[],
+            &[shipped],
+            &[Action::Forget(a())],
+            Some(NodePhase::Ended),
+        );
+    }
+
+    #[test]
+    fn an_agent_that_comes_back_goes_on_from_what_lies_there() {
+        use Desired::{Launch, Prepare, Stop};
+        let a = || "a".to_owned();
+        // Written down, but the shim never began.
+        let written = Local {
+            attempt: a(),
+            ..Local::default()
+        };
+        check(
+            &wanted(Prepare),
+            &[written],
+            &[Action::Start(a())],
+            Some(NodePhase::Preparing),
+        );
+        // The shim died: first its processes go, then the loss is told, and it never begins again.
+        let lost = found(Phase::Running, false);
+        check(
+            &wanted(Launch),
+            std::slice::from_ref(&lost),
+            &[Action::Sweep(a())],
+            None,
+        );
+        let swept = Local {
+            swept: true,
+            ..lost
+        };
+        check(
+            &wanted(Launch),
+            std::slice::from_ref(&swept),
+            &[],
+            Some(NodePhase::Lost),
+        );
+        check(&wanted(Prepare), &[swept], &[], Some(NodePhase::Lost));
+        // It never began, and must not any more.
+        let written = Local {
+            attempt: a(),
+            ..Local::default()
+        };
+        check(
+            &wanted(Stop),
+            std::slice::from_ref(&written),
+            &[Action::Stop(a())],
+            Some(NodePhase::Preparing),
+        );
+        let told = Local {
+            stop_written: true,
+            ..written
+        };
+        check(&wanted(Stop), &[told], &[], Some(NodePhase::Ended));
+        // Work that nobody wants any more.
+        let running = found(Phase::Running, true);
+        check(
+            &[],
+            &[running],
+            &[Action::Stop(a())],
+            Some(NodePhase::Running),
+        );
+        // Nothing is left of what should run.
+        check(&wanted(Launch), &[], &[], Some(NodePhase::Lost));
+        check(&wanted(Stop), &[], &[], Some(NodePhase::Ended));
+    }
+}

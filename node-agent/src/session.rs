@@ -1,0 +1,171 @@
+//! The agent's live session with the coordinator: says hello, sends heartbeats and reports, takes assignments.
+//!
+//! It decides nothing. When it ends, for whatever reason, it is opened again with everything the journal holds.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use batchai_common::limits::HEARTBEAT_INTERVAL;
+use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
+use batchai_proto::agent::v1::{
+    AssignmentList, AttemptObservation, Heartbeat, Hello, Report, SessionRequest, SessionResponse,
+    Welcome, session_request, session_response,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::Endpoint;
+
+use crate::journal::{Identity, Journal};
+
+/// What the session may have to send and the network has not taken.
+const OUTBOX_MAX: usize = 16;
+const BACKOFF_FIRST: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+
+/// How long to wait before trying again: longer each time, and never alike for two agents.
+pub fn backoff(failures: u32) -> Duration {
+    let longest = BACKOFF_FIRST
+        .saturating_mul(1 << failures.min(10))
+        .min(BACKOFF_MAX);
+    longest.mul_f64(0.5 + fastrand::f64() / 2.0)
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error("cannot connect: {0}")]
+    Connect(#[from] tonic::transport::Error),
+    #[error("{}", .0.message())]
+    Refused(#[from] tonic::Status),
+    #[error("the coordinator ended it")]
+    Ended,
+    #[error(
+        "this node belongs to ensemble {own}, the coordinator is of {other}; give the agent another --data \
+         directory to join that"
+    )]
+    OtherEnsemble { own: String, other: String },
+    #[error(transparent)]
+    Journal(#[from] crate::journal::JournalError),
+}
+
+/// The session and what it connects.
+pub struct Session {
+    pub endpoint: Endpoint,
+    pub hello: Hello,
+    pub identity: Identity,
+    pub journal: Arc<Journal>,
+    pub observed: watch::Receiver<Vec<AttemptObservation>>,
+    pub assignments: watch::Sender<Option<AssignmentList>>,
+}
+
+impl Session {
+    /// Opens sessions for ever; dropping it ends the one that is open.
+    pub async fn run(mut self) {
+        let mut failures = 0;
+        let mut said = String::new();
+        loop {
+            let error = match self.once(&mut failures).await {
+                Ok(()) => SessionError::Ended,
+                Err(error) => error,
+            };
+            // The same reason again and again is said once.
+            let text = error.to_string();
+            if said != text {
+                tracing::warn!(
+                    error = text,
+                    "no session with the coordinator; trying again"
+                );
+                said = text;
+            }
+            tokio::time::sleep(backoff(failures)).await;
+            failures += 1;
+        }
+    }
+
+    async fn once(&mut self, failures: &mut u32) -> Result<(), SessionError> {
+        let channel = self.endpoint.connect().await?;
+        let (outbox, requests) = mpsc::channel(OUTBOX_MAX);
+        let attempts = self.observed.borrow_and_update().clone();
+        let hello = Hello {
+            report: Some(Report { attempts }),
+            ..self.hello.clone()
+        };
+        // The channel has room: nothing was sent yet.
+        let _ = outbox.try_send(request(session_request::Message::Hello(hello)));
+        let mut client = AgentServiceClient::new(channel);
+        let mut incoming = client
+            .session(ReceiverStream::new(requests))
+            .await?
+            .into_inner();
+        *failures = 0;
+        self.talk(&outbox, &mut incoming).await
+    }
+
+    async fn talk(
+        &mut self,
+        outbox: &mpsc::Sender<SessionRequest>,
+        incoming: &mut Streaming<SessionResponse>,
+    ) -> Result<(), SessionError> {
+        let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);
+        heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let message = tokio::select! {
+                response = incoming.message() => {
+                    match response?.and_then(|response| response.message) {
+                        Some(session_response::Message::Welcome(welcome)) => self.welcome(welcome)?,
+                        Some(session_response::Message::Assignments(list)) => self.take(list),
+                        None => return Ok(()),
+                    }
+                    continue;
+                }
+                _ = heartbeat.tick() => session_request::Message::Heartbeat(Heartbeat {}),
+                changed = self.observed.changed() => {
+                    if changed.is_err() {
+                        return Ok(());
+                    }
+                    let attempts = self.observed.borrow_and_update().clone();
+                    session_request::Message::Report(Report { attempts })
+                }
+            };
+            if outbox.send(request(message)).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// A node belongs to the first ensemble it meets.
+    fn welcome(&mut self, welcome: Welcome) -> Result<(), SessionError> {
+        tracing::info!(ensemble = welcome.ensemble, "session opened");
+        match &self.identity.ensemble {
+            Some(own) if *own != welcome.ensemble => Err(SessionError::OtherEnsemble {
+                own: own.clone(),
+                other: welcome.ensemble,
+            }),
+            Some(_) => Ok(()),
+            None => {
+                self.identity.ensemble = Some(welcome.ensemble);
+                Ok(self.journal.keep(&self.identity)?)
+            }
+        }
+    }
+
+    /// A list that is older than the last is ignored.
+    fn take(&self, list: AssignmentList) {
+        self.assignments.send_if_modified(|known| {
+            let newer = known
+                .as_ref()
+                .is_none_or(|known| list.revision > known.revision);
+            if newer {
+                *known = Some(list);
+            }
+            newer
+        });
+    }
+}
+
+fn request(message: session_request::Message) -> SessionRequest {
+    SessionRequest {
+        message: Some(message),
+    }
+}

@@ -1,0 +1,91 @@
+//! The log files of an attempt on this host: what its processes print, and what the shim did.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::read;
+
+const READ_BYTES: usize = 64 << 10;
+
+/// A pipe and the file it runs into.
+pub struct Stream {
+    pipe: OwnedFd,
+    file: File,
+    /// The first error of the file. What follows it is drained and lost: a full disk must not hold up the process.
+    failed: Option<io::Error>,
+}
+
+/// What reading a pipe came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// Nothing more for now.
+    Empty,
+    /// Nothing more ever.
+    Closed,
+}
+
+impl Stream {
+    /// Appends what comes out of a pipe to a file.
+    pub fn new(pipe: OwnedFd, path: &Path) -> io::Result<Stream> {
+        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        Ok(Stream {
+            pipe,
+            file,
+            failed: None,
+        })
+    }
+
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+
+    /// Takes what is there, up to a bound, so that one process that floods its pipe does not starve the others.
+    pub fn drain(&mut self, buffer: &mut Vec<u8>) -> Drained {
+        const READS_MAX: usize = 16;
+        buffer.resize(READ_BYTES, 0);
+        for _ in 0..READS_MAX {
+            match read(&self.pipe, buffer) {
+                Ok(0) => return Drained::Closed,
+                Ok(count) if self.failed.is_none() => {
+                    self.failed = self.file.write_all(&buffer[..count]).err();
+                }
+                Ok(_) => {}
+                Err(nix::Error::EINTR) => {}
+                Err(nix::Error::EAGAIN) => return Drained::Empty,
+                Err(_) => return Drained::Closed,
+            }
+        }
+        Drained::Empty
+    }
+
+    /// What went wrong with the file.
+    pub fn failure(&self) -> Option<&io::Error> {
+        self.failed.as_ref()
+    }
+}
+
+/// `execution.log`: what the shim did, a line each, with the time.
+pub struct ExecutionLog {
+    path: PathBuf,
+}
+
+impl ExecutionLog {
+    pub fn new(path: PathBuf) -> ExecutionLog {
+        ExecutionLog { path }
+    }
+
+    /// Adds a line. Where that fails, standard error gets it: the job goes on.
+    pub fn say(&self, text: &str) {
+        let now = batchai_common::time::now();
+        let line = format!("{now} {text}\n");
+        let opened = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.path);
+        if let Err(error) = opened.and_then(|mut file| file.write_all(line.as_bytes())) {
+            eprintln!("{}: {error}: {line}", self.path.display());
+        }
+    }
+}

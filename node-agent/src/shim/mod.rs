@@ -1,0 +1,77 @@
+//! The shim: a small process that holds one attempt's processes on this host.
+//!
+//! It outlives the agent: it owns pipes, log files, the wall clock and the exit record, and every process that the
+//! attempt starts is its descendant and dies with it or before it. It knows nothing of coordinators; it talks to the
+//! agent through the attempt's directory only (see `journal`). One thread, one loop (`run`), no tokio: small, and free
+//! to fork.
+
+mod copier;
+mod logs;
+mod prepare;
+mod process;
+mod run;
+mod tree;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::sys::prctl;
+use nix::unistd::setsid;
+
+use crate::journal::{AttemptDir, JournalError};
+
+pub use copier::main as copy_main;
+pub use tree::sweep;
+
+/// Why a shim ends without an exit record: the attempt is lost.
+#[derive(Debug, thiserror::Error)]
+enum ShimError {
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("there is no plan")]
+    NoPlan,
+    #[error("{what}: {source}")]
+    System {
+        what: &'static str,
+        source: std::io::Error,
+    },
+}
+
+fn system<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> ShimError {
+    move |source| ShimError::System {
+        what,
+        source: source.into(),
+    }
+}
+
+/// The shim as a process. What goes wrong is said on standard error, which is a file of the attempt.
+/// `own` are the arguments that lead to this program's own subcommands.
+pub fn main(path: &Path, own: &[&'static str]) -> ExitCode {
+    match begin(
+        &AttemptDir {
+            path: path.to_owned(),
+        },
+        own,
+    ) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("shim: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn begin(dir: &AttemptDir, own: &[&'static str]) -> Result<(), ShimError> {
+    // Whoever comes second, at any time, does nothing: an attempt begins once.
+    let Some(_lock) = dir.take_lock()? else {
+        return Ok(());
+    };
+    if !dir.begin()? {
+        return Ok(());
+    }
+    // A session of its own: no terminal and no process group of the agent's reaches it.
+    setsid().map_err(system("setsid"))?;
+    // Orphans of the job become its children, so that none can leave its tree.
+    prctl::set_child_subreaper(true).map_err(system("subreaper"))?;
+    run::Shim::new(dir.clone(), own)?.run()
+}

@@ -1,0 +1,45 @@
+//! PURE. What a shim says about its attempt: one small file, replaced whole at every change.
+
+use serde::{Deserialize, Serialize};
+
+/// Where the attempt is on this host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    #[default]
+    Preparing,
+    Ready,
+    Running,
+    /// Nothing of it runs any more; nothing in the status will change.
+    Ended,
+}
+
+/// A process that was started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankStatus {
+    pub rank: i32,
+    pub pid: i32,
+    /// 128 + n for signal n.
+    pub exit_code: Option<i32>,
+}
+
+/// What went wrong apart from a rank's exit code.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailureRecord {
+    pub code: String,
+    pub message: String,
+    pub details: Vec<(String, String)>,
+    pub exit_code: Option<i32>,
+    /// The job is not to blame.
+    pub infrastructure: bool,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub phase: Phase,
+    pub ranks: Vec<RankStatus>,
+    pub failure: Option<FailureRecord>,
+    /// Log files and their final sizes; set at the end.
+    pub files: Vec<(String, u64)>,
+}

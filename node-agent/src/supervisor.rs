@@ -1,0 +1,280 @@
+//! Closes the gap between a node's assignments and its journal: scans, asks `reconcile` what to do, does it, reports.
+//!
+//! It holds nothing that matters: who dies here and starts again goes on from the journal.
+
+use std::collections::{HashMap, HashSet};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use batchai_proto::agent::v1::{Assignment, AssignmentList, AttemptObservation};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::journal::{AttemptDir, Journal, JournalError, LAUNCH, PREPARE, STARTED, STATUS, STOP};
+use crate::launch::{HostFacts, plan};
+use crate::logs::Shipped;
+use crate::reconcile::{Action, Local, actions, observations};
+use crate::shim;
+use crate::status::{FailureRecord, Phase, Status};
+use crate::watch::Watch;
+
+/// Everything is looked at this often, whatever wakes or does not wake the loop.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// A shim that fails before it begins is not started more often than this.
+const STARTS_MAX: u32 = 3;
+
+/// The loop and what it needs.
+pub struct Supervisor {
+    pub journal: Arc<Journal>,
+    pub watch: Arc<Watch>,
+    pub facts: HostFacts,
+    pub shipped: Shipped,
+    /// The arguments that lead to this program's own subcommands.
+    pub own: &'static [&'static str],
+    pub assignments: watch::Receiver<Option<AssignmentList>>,
+    pub observed: watch::Sender<Vec<AttemptObservation>>,
+    /// Shims that this agent started and that have not ended.
+    pub children: HashMap<String, std::process::Child>,
+    pub starts: HashMap<String, u32>,
+    /// Lost attempts of which no process is left.
+    pub swept: HashSet<String>,
+}
+
+impl Supervisor {
+    /// Runs until the token is cancelled. Jobs go on without it.
+    pub async fn run(mut self, shutdown: CancellationToken) -> Self {
+        let mut interval = tokio::time::interval(LOOK_INTERVAL);
+        loop {
+            let wake = self.watch.clone();
+            tokio::select! {
+                () = wake.status.notified() => {}
+                changed = self.assignments.changed() => if changed.is_err() { return self },
+                _ = interval.tick() => {}
+                () = shutdown.cancelled() => return self,
+            }
+            if let Err(error) = self.look() {
+                tracing::error!(%error, "the journal cannot be used");
+            }
+        }
+    }
+
+    /// Ends all jobs of this node and waits until nothing of them is left.
+    pub async fn end_jobs(mut self, patience: Duration) {
+        let stop = async {
+            loop {
+                match self.stop_all() {
+                    Ok(true) => return,
+                    Ok(false) => {}
+                    Err(error) => tracing::error!(%error, "a job cannot be told to end"),
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout(patience, stop).await.is_err() {
+            tracing::error!("jobs were still ending when the agent had to");
+        }
+    }
+
+    /// `true` where no shim lives any more.
+    fn stop_all(&mut self) -> Result<bool, JournalError> {
+        self.reap();
+        let mut none = true;
+        for dir in self.journal.attempts()? {
+            if dir.shim()?.is_some() || self.children.contains_key(&dir.id()) {
+                none = false;
+                stop(&dir)?;
+            }
+        }
+        Ok(none)
+    }
+
+    fn look(&mut self) -> Result<(), JournalError> {
+        // Before there was a first list nobody knows what is wanted: nothing is ended, only reported.
+        let list = self.assignments.borrow_and_update().clone();
+        let mut local = self.scan()?;
+        if let Some(list) = &list {
+            let todo = actions(&list.assignments, &local);
+            for action in &todo {
+                if let Err(error) = self.act(action, &list.assignments) {
+                    tracing::error!(%error, ?action, "cannot be done; it is tried again");
+                }
+            }
+            if !todo.is_empty() {
+                local = self.scan()?;
+            }
+        }
+        let desired = list.map(|list| list.assignments).unwrap_or_default();
+        let seen = observations(&desired, &local);
+        self.observed.send_if_modified(|known| {
+            let changed = *known != seen;
+            *known = seen;
+            changed
+        });
+        Ok(())
+    }
+
+    fn reap(&mut self) {
+        self.children.retain(|attempt, child| match child.try_wait() {
+            Ok(None) => true,
+            Ok(Some(status)) => {
+                if !status.success() {
+                    tracing::warn!(attempt, %status, "a shim failed; its directory has a shim.log");
+                }
+                false
+            }
+            Err(error) => {
+                tracing::error!(attempt, %error, "a shim cannot be waited for");
+                false
+            }
+        });
+    }
+
+    fn scan(&mut self) -> Result<Vec<Local>, JournalError> {
+        self.reap();
+        let mut local = Vec::new();
+        for dir in self.journal.attempts()? {
+            let attempt = dir.id();
+            // In this order: a shim that ends in between has left its record before its lock.
+            let shim = dir.shim()?.is_some() || self.children.contains_key(&attempt);
+            local.push(Local {
+                shim,
+                started: dir.has(STARTED),
+                status: dir.read(STATUS)?,
+                launch_written: dir.has(LAUNCH),
+                stop_written: dir.has(STOP),
+                swept: self.swept.contains(&attempt),
+                shipped: self.shipped.is_done(&dir)?,
+                attempt,
+            });
+        }
+        Ok(local)
+    }
+
+    fn act(&mut self, action: &Action, desired: &[Assignment]) -> Result<(), JournalError> {
+        let (Action::Start(id)
+        | Action::Launch(id)
+        | Action::Stop(id)
+        | Action::Sweep(id)
+        | Action::Forget(id)) = action;
+        let Some(dir) = self.journal.attempt(id) else {
+            tracing::error!(
+                attempt = id,
+                "the coordinator sent an attempt id that is none"
+            );
+            return Ok(());
+        };
+        let assignment = desired.iter().find(|assignment| &assignment.attempt == id);
+        match (action, assignment) {
+            (Action::Start(_), Some(assignment)) => self.start(&dir, assignment),
+            (Action::Launch(_), Some(assignment)) => self.launch(&dir, assignment),
+            (Action::Stop(_), _) => stop(&dir),
+            (Action::Sweep(_), _) => {
+                self.sweep(id);
+                Ok(())
+            }
+            (Action::Forget(_), _) => {
+                self.starts.remove(id);
+                self.swept.remove(id);
+                self.shipped.forget(id);
+                dir.remove()
+            }
+            (Action::Start(_) | Action::Launch(_), None) => Ok(()),
+        }
+    }
+
+    fn start(&mut self, dir: &AttemptDir, assignment: &Assignment) -> Result<(), JournalError> {
+        dir.create()?;
+        if let Err(error) = self.watch.add(dir) {
+            tracing::warn!(%error, "changes of an attempt are noticed late");
+        }
+        let starts = self.starts.entry(dir.id()).or_default();
+        *starts += 1;
+        if *starts > STARTS_MAX {
+            let message = "the shim does not start; the agent's log says why".to_owned();
+            return refuse(
+                dir,
+                FailureRecord {
+                    code: "ShimFailed".into(),
+                    message,
+                    infrastructure: true,
+                    ..FailureRecord::default()
+                },
+            );
+        }
+        // The whole plan is made now, so that what makes no sense is said before anything runs.
+        let plan = match plan(assignment, &self.facts) {
+            Ok(plan) => plan,
+            Err(error) => {
+                return refuse(
+                    dir,
+                    FailureRecord {
+                        code: "JobStartRefused".into(),
+                        message: error.to_string(),
+                        ..FailureRecord::default()
+                    },
+                );
+            }
+        };
+        dir.write(PREPARE, &plan.preparation, true)?;
+        match self.spawn(dir) {
+            Ok(child) => {
+                self.children.insert(dir.id(), child);
+            }
+            Err(error) => tracing::error!(%error, attempt = dir.id(), "a shim cannot be started"),
+        }
+        Ok(())
+    }
+
+    fn spawn(&self, dir: &AttemptDir) -> std::io::Result<std::process::Child> {
+        let log = std::fs::File::create(dir.path.join("shim.log"))?;
+        // The very file that this agent runs, even if it was replaced meanwhile.
+        Command::new("/proc/self/exe")
+            .arg0("batchai-shim")
+            .args(self.own)
+            .arg("shim")
+            .arg(&dir.path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+    }
+
+    fn launch(&self, dir: &AttemptDir, assignment: &Assignment) -> Result<(), JournalError> {
+        match plan(assignment, &self.facts) {
+            Ok(plan) => dir.write(LAUNCH, &plan.processes, false),
+            // It was planned once already, from the same assignment.
+            Err(error) => {
+                tracing::error!(%error, attempt = dir.id(), "cannot be launched");
+                stop(dir)
+            }
+        }
+    }
+
+    fn sweep(&mut self, id: &str) {
+        let swept = shim::sweep(&self.facts.node_uid, |attempt| attempt != id);
+        match swept {
+            Ok(()) => {
+                self.swept.insert(id.to_owned());
+            }
+            Err(error) => tracing::error!(%error, attempt = id, "an attempt is not gone"),
+        }
+    }
+}
+
+fn stop(dir: &AttemptDir) -> Result<(), JournalError> {
+    dir.write(STOP, &(), true)
+}
+
+/// Ends an attempt that never began.
+fn refuse(dir: &AttemptDir, failure: FailureRecord) -> Result<(), JournalError> {
+    // Taken for good, so that no shim begins it after all.
+    dir.begin()?;
+    let status = Status {
+        phase: Phase::Ended,
+        failure: Some(failure),
+        ..Status::default()
+    };
+    dir.write(STATUS, &status, true)
+}
