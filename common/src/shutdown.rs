@@ -19,14 +19,13 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
     Ok(token)
 }
 
-/// Has the kernel send this process SIGTERM when the one that started it ends, however it ends.
-pub fn die_with_parent() {
-    let parent = nix::unistd::getppid();
+/// Has the kernel send this process SIGTERM when the one that started it, with the given pid, ends, however it ends.
+pub fn die_with_parent(parent: i32) {
     if let Err(error) = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM) {
         tracing::warn!(%error, "cannot follow the parent process");
     }
     // It may have ended before the line above.
-    if nix::unistd::getppid() != parent || parent == nix::unistd::Pid::from_raw(1) {
+    if nix::unistd::getppid().as_raw() != parent {
         std::process::exit(0);
     }
 }

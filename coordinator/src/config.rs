@@ -20,7 +20,7 @@ pub struct Config {
     /// Listen without TLS beyond loopback. Whoever reaches the address can run commands on every node.
     #[arg(long)]
     pub insecure_lab: bool,
-    /// End when the process that started this one ends.
-    #[arg(long, hide = true)]
-    pub die_with_parent: bool,
+    /// End when the process with this pid, which started this one, ends.
+    #[arg(long, hide = true, value_name = "PID")]
+    pub die_with_parent: Option<i32>,
 }

@@ -26,8 +26,8 @@ pub use config::Config;
 /// A coordinator as a process: runs until a signal, says on standard error why it could not.
 pub fn main(config: Config) -> ExitCode {
     telemetry::init();
-    if config.die_with_parent {
-        shutdown::die_with_parent();
+    if let Some(parent) = config.die_with_parent {
+        shutdown::die_with_parent(parent);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -43,9 +43,9 @@ pub struct Config {
     /// End all jobs of this node when the agent ends. Without it they go on, and the next agent takes them over.
     #[arg(long)]
     pub end_jobs_on_stop: bool,
-    /// End when the process that started this one ends.
-    #[arg(long, hide = true)]
-    pub die_with_parent: bool,
+    /// End when the process with this pid, which started this one, ends.
+    #[arg(long, hide = true, value_name = "PID")]
+    pub die_with_parent: Option<i32>,
 }
 
 fn ports(text: &str) -> Result<(u16, u16), String> {

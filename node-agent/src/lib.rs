@@ -59,8 +59,8 @@ pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
 
 fn agent_main(config: Config, own: &'static [&'static str]) -> ExitCode {
     telemetry::init();
-    if config.die_with_parent {
-        shutdown::die_with_parent();
+    if let Some(parent) = config.die_with_parent {
+        shutdown::die_with_parent(parent);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -1,0 +1,108 @@
+//! The connection to a coordinator.
+
+use std::time::Duration;
+
+use batchai_common::limits::{CALL_TIMEOUT, MESSAGE_BYTES_MAX};
+use batchai_proto::v1::cluster_service_client::ClusterServiceClient;
+use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
+use batchai_proto::v1::job_service_client::JobServiceClient;
+use batchai_proto::v1::node_service_client::NodeServiceClient;
+use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient;
+use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+use crate::error::CliError;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A stream that broke is opened again so often before the command gives up; each try waits a little.
+const RETRIES_MAX: u32 = 150;
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+/// A connection.
+#[derive(Clone)]
+pub struct Client {
+    channel: Channel,
+}
+
+impl Client {
+    /// Connects.
+    pub async fn connect(endpoint: &str) -> Result<Client, CliError> {
+        let bad = || CliError::Endpoint {
+            endpoint: endpoint.to_owned(),
+        };
+        let parsed = Endpoint::from_shared(endpoint.to_owned()).map_err(|_| bad())?;
+        if parsed.uri().scheme_str() != Some("http") || parsed.uri().authority().is_none() {
+            return Err(bad());
+        }
+        let connected = parsed
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .connect()
+            .await;
+        let channel = connected.map_err(|source| CliError::Connect {
+            endpoint: endpoint.to_owned(),
+            source,
+        })?;
+        Ok(Client { channel })
+    }
+
+    pub fn groups(&self) -> ResourceGroupServiceClient<Channel> {
+        ResourceGroupServiceClient::new(self.channel.clone())
+    }
+
+    pub fn workspaces(&self) -> WorkspaceServiceClient<Channel> {
+        WorkspaceServiceClient::new(self.channel.clone())
+    }
+
+    pub fn clusters(&self) -> ClusterServiceClient<Channel> {
+        ClusterServiceClient::new(self.channel.clone())
+    }
+
+    pub fn experiments(&self) -> ExperimentServiceClient<Channel> {
+        ExperimentServiceClient::new(self.channel.clone())
+    }
+
+    pub fn nodes(&self) -> NodeServiceClient<Channel> {
+        NodeServiceClient::new(self.channel.clone())
+    }
+
+    pub fn jobs(&self) -> JobServiceClient<Channel> {
+        JobServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+}
+
+/// A request that has an answer in time or none.
+pub fn request<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(CALL_TIMEOUT);
+    request
+}
+
+/// Counts how often a stream was opened again in a row.
+#[derive(Default)]
+pub struct Retry {
+    failures: u32,
+}
+
+impl Retry {
+    /// It worked.
+    pub fn reset(&mut self) {
+        self.failures = 0;
+    }
+
+    /// Waits a little where trying again makes sense, else gives the error back.
+    pub async fn again(&mut self, status: Status) -> Result<(), CliError> {
+        // What tonic calls Unknown here is a connection that broke in the middle of a message.
+        let broken = matches!(
+            status.code(),
+            Code::Unavailable | Code::Unknown | Code::Cancelled
+        );
+        if !broken || self.failures >= RETRIES_MAX {
+            return Err(status.into());
+        }
+        self.failures += 1;
+        tokio::time::sleep(RETRY_PAUSE).await;
+        Ok(())
+    }
+}

@@ -1,0 +1,50 @@
+//! What can go wrong in a command, and the exit code that says so.
+
+use std::io;
+use std::path::PathBuf;
+
+use tonic::{Code, Status};
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    #[error(
+        "cannot reach a coordinator at {endpoint}: {source}\nStart one with `batchai dev`, or say where it is with \
+         --endpoint or BATCHAI_ENDPOINT."
+    )]
+    Connect {
+        endpoint: String,
+        source: tonic::transport::Error,
+    },
+    #[error("{endpoint:?} is not an endpoint: use http://ADDRESS:PORT")]
+    Endpoint { endpoint: String },
+    #[error("{}", .0.message())]
+    Refused(#[from] Box<Status>),
+    #[error("{path}: {source}", path = .path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error("{path}: {faults}", path = .path.display())]
+    Content { path: PathBuf, faults: String },
+    #[error("{0}")]
+    Usage(String),
+    #[error("{0}")]
+    Failed(String),
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+impl From<Status> for CliError {
+    fn from(status: Status) -> CliError {
+        CliError::Refused(Box::new(status))
+    }
+}
+
+impl CliError {
+    /// 2 for what was typed wrong, 3 for a resource that does not exist, 1 for anything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            CliError::Refused(status) if status.code() == Code::NotFound => 3,
+            CliError::Usage(_) | CliError::Endpoint { .. } => 2,
+            _ => 1,
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! Reads the original's files: `{"$schema": ..., "properties": {...}}` with the create parameters in camelCase.
+//!
+//! They are our own JSON form but for a few spellings: references are `{"id": ...}`, values of enums are in lower case,
+//! durations are ISO 8601. Every key that fits nowhere is named, all of them at once.
+
+use std::path::Path;
+
+use batchai_common::names::{Kind, Name};
+use prost::Message;
+use prost_reflect::{EnumDescriptor, FieldDescriptor, Kind as FieldKind, MessageDescriptor};
+use serde_json::{Map, Value};
+
+use crate::descriptors;
+use crate::error::CliError;
+
+/// Keys of the original that have no field yet.
+const NOT_SERVED: [&str; 9] = [
+    "vmPriority",
+    "nodeSetup",
+    "userAccountSettings",
+    "subnet",
+    "virtualMachineImageId",
+    "valueSecretReference",
+    "accountKeySecretReference",
+    "passwordSecretReference",
+    "sshConfiguration",
+];
+/// Names less like another than this are not offered in its place.
+const LIKENESS_MIN: f64 = 0.75;
+
+/// Reads the properties of a file as a message of the API.
+pub fn read<M: Message + Default>(path: &Path, message: &str) -> Result<M, CliError> {
+    let text = std::fs::read_to_string(path).map_err(|source| CliError::File {
+        path: path.to_owned(),
+        source,
+    })?;
+    parse(&text, message).map_err(|faults| CliError::Content {
+        path: path.to_owned(),
+        faults: faults.join("; "),
+    })
+}
+
+fn parse<M: Message + Default>(text: &str, message: &str) -> Result<M, Vec<String>> {
+    let value: Value = serde_json::from_str(text).map_err(|e| vec![format!("not JSON: {e}")])?;
+    let Value::Object(mut top) = value else {
+        return Err(vec!["a JSON object is expected".to_owned()]);
+    };
+    top.remove("$schema");
+    let Some(mut properties) = top.remove("properties") else {
+        return Err(vec![
+            "the key \"properties\" is missing; settings stand below it".to_owned(),
+        ]);
+    };
+    let mut faults: Vec<_> = top
+        .keys()
+        .map(|key| format!("unknown key {key:?} beside \"properties\""))
+        .collect();
+    normalise(
+        &mut properties,
+        &descriptors::of(message),
+        "properties",
+        &mut faults,
+    );
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    descriptors::from_json(message, properties).map_err(|fault| vec![fault])
+}
+
+/// Turns the original's spellings into ours, and notes what fits nowhere.
+fn normalise(value: &mut Value, of: &MessageDescriptor, path: &str, faults: &mut Vec<String>) {
+    let Value::Object(map) = value else {
+        return faults.push(format!("{path}: an object is expected"));
+    };
+    let keys: Vec<String> = map.keys().cloned().collect();
+    for key in keys {
+        let path = format!("{path}.{key}");
+        let Some(field) = of.get_field_by_json_name(&key) else {
+            faults.push(unknown(&key, &path, of));
+            continue;
+        };
+        if let Some(value) = map.get_mut(&key) {
+            normalise_field(value, &field, &path, faults);
+        }
+    }
+}
+
+fn normalise_field(
+    value: &mut Value,
+    field: &FieldDescriptor,
+    path: &str,
+    faults: &mut Vec<String>,
+) {
+    if let (true, Value::Array(elements)) = (field.is_list(), &mut *value) {
+        for (i, element) in elements.iter_mut().enumerate() {
+            normalise_element(element, &field.kind(), &format!("{path}[{i}]"), faults);
+        }
+        return;
+    }
+    normalise_element(value, &field.kind(), path, faults);
+}
+
+fn normalise_element(value: &mut Value, kind: &FieldKind, path: &str, faults: &mut Vec<String>) {
+    match (kind, &*value) {
+        (_, Value::Null) => {}
+        (FieldKind::Message(message), Value::String(text))
+            if message.full_name() == "google.protobuf.Duration" =>
+        {
+            match seconds(text) {
+                Some(seconds) => *value = Value::String(format!("{seconds}s")),
+                None => faults.push(format!(
+                    "{path}: {text:?} is not a duration: use ISO 8601 such as PT30M or P7D"
+                )),
+            }
+        }
+        (FieldKind::Message(message), _) => normalise(value, message, path, faults),
+        (FieldKind::Enum(values), Value::String(text)) => match enum_value(values, text) {
+            Some(name) => *value = Value::String(name),
+            None => {
+                let names: Vec<_> = values
+                    .values()
+                    .skip(1)
+                    .map(|v| spelling(v.name()))
+                    .collect();
+                let names = names.join(", ");
+                faults.push(format!("{path}: {text:?} is none of {names}"));
+            }
+        },
+        (FieldKind::String, Value::Object(reference)) => match reference_of(reference) {
+            Some(name) => *value = Value::String(name),
+            None => faults.push(format!("{path}: text or {{\"id\": ...}} is expected")),
+        },
+        _ => {}
+    }
+}
+
+fn unknown(key: &str, path: &str, of: &MessageDescriptor) -> String {
+    if NOT_SERVED.contains(&key) {
+        return format!("{path} is not served yet; leave it out");
+    }
+    let names: Vec<_> = of
+        .fields()
+        .map(|field| field.json_name().to_owned())
+        .collect();
+    let likeness = |name: &&String| (strsim::jaro_winkler(name, key) * 1000.0) as i64;
+    match names.iter().max_by_key(likeness) {
+        Some(name) if strsim::jaro_winkler(name, key) >= LIKENESS_MIN => {
+            format!("unknown key {key:?} at {path}; did you mean {name:?}?")
+        }
+        _ => format!("unknown key {key:?} at {path}"),
+    }
+}
+
+fn spelling(name: &str) -> String {
+    name.replace('_', "").to_ascii_lowercase()
+}
+
+fn enum_value(values: &EnumDescriptor, text: &str) -> Option<String> {
+    let found = values
+        .values()
+        .find(|value| spelling(value.name()) == spelling(text))?;
+    Some(found.name().to_owned())
+}
+
+/// `{"id": NAME}`, where the name may be one of Azure's, with its subscription and provider.
+fn reference_of(reference: &Map<String, Value>) -> Option<String> {
+    let id = reference
+        .get("id")
+        .filter(|_| reference.len() == 1)?
+        .as_str()?;
+    Some(cluster_name(id).unwrap_or_else(|| id.to_owned()))
+}
+
+/// `/subscriptions/{s}/resourceGroups/{g}/providers/Microsoft.BatchAI/workspaces/{w}/clusters/{c}` in our form.
+fn cluster_name(id: &str) -> Option<String> {
+    let parts: Vec<_> = id.split('/').filter(|part| !part.is_empty()).collect();
+    let after = |collection: Kind| {
+        let is = |part: &&&str| part.eq_ignore_ascii_case(collection.collection());
+        let at = parts.iter().position(|part| is(&part))?;
+        parts.get(at + 1).copied()
+    };
+    let group = Name::top(Kind::ResourceGroup, after(Kind::ResourceGroup)?).ok()?;
+    let workspace = group.child(Kind::Workspace, after(Kind::Workspace)?).ok()?;
+    let cluster = workspace.child(Kind::Cluster, after(Kind::Cluster)?).ok()?;
+    Some(cluster.into())
+}
+
+/// ISO 8601 (`PT30M`, `P7D`), our own form (`90s`), or the `d.hh:mm:ss` that Azure's tools write.
+fn seconds(text: &str) -> Option<i64> {
+    if let Some(number) = text
+        .strip_suffix('s')
+        .filter(|number| !number.starts_with('P'))
+    {
+        return number.parse().ok();
+    }
+    if let Some((head, [minutes, seconds])) = clock(text) {
+        let (days, hours) = match head.split_once('.') {
+            Some((days, hours)) => (days.parse::<i64>().ok()?, hours.parse::<i64>().ok()?),
+            None => (0, head.parse().ok()?),
+        };
+        return Some(((days * 24 + hours) * 60 + minutes) * 60 + seconds);
+    }
+    let span: jiff::Span = text.parse().ok()?;
+    let options = jiff::SpanRelativeTo::days_are_24_hours();
+    let seconds = span.total((jiff::Unit::Second, options)).ok()?;
+    Some(seconds as i64)
+}
+
+fn clock(text: &str) -> Option<(&str, [i64; 2])> {
+    let (rest, seconds) = text.rsplit_once(':')?;
+    let (head, minutes) = rest.rsplit_once(':')?;
+    Some((head, [minutes.parse().ok()?, seconds.parse().ok()?]))
+}
+
+#[cfg(test)]
+mod tests {
+    use batchai_proto::v1::Job;
+    use batchai_proto::v1::job::SchedulingPriority;
+
+    use super::*;
+
+    #[test]
+    fn the_originals_form_is_read() {
+        let text = r#"{
+            "$schema": "https://example.invalid/job.json",
+            "properties": {
+                "cluster": {"id": "/subscriptions/0/resourceGroups/g/providers/Microsoft.BatchAI/workspaces/w/clusters/c"},
+                "nodeCount": 2,
+                "schedulingPriority": "high",
+                "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/logs",
+                "constraints": {"maxWallClockTime": "P1DT1H"},
+                "pyTorchSettings": {"pythonScriptFilePath": "a.py", "communicationBackend": "gloo"},
+                "environmentVariables": [{"name": "A", "value": "b"}]
+            }
+        }"#;
+        let job: Job = parse(text, "Job").unwrap();
+        assert_eq!(job.cluster, "resourceGroups/g/workspaces/w/clusters/c");
+        assert_eq!(job.scheduling_priority(), SchedulingPriority::High);
+        assert_eq!(
+            job.constraints
+                .unwrap()
+                .max_wall_clock_time
+                .unwrap()
+                .seconds,
+            25 * 3600
+        );
+        assert_eq!(
+            job.py_torch_settings.unwrap().python_script_file_path,
+            "a.py"
+        );
+        assert_eq!(job.environment_variables[0].value, "b");
+    }
+
+    #[test]
+    fn every_key_that_fits_nowhere_is_named() {
+        let text = r#"{"propertys": 1, "properties": {
+            "nodeCont": 2,
+            "pyTorchSettings": {"pythonScriptFilepath": "a"},
+            "secrets": [{"name": "S", "valueSecretReference": {}}],
+            "schedulingPriority": "urgent",
+            "constraints": {"maxWallClockTime": "soon"}
+        }}"#;
+        let faults = parse::<Job>(text, "Job").unwrap_err().join("\n");
+        for expected in [
+            "\"propertys\"",
+            "\"nodeCont\" at properties.nodeCont; did you mean \"nodeCount\"?",
+            "did you mean \"pythonScriptFilePath\"?",
+            "properties.secrets[0].valueSecretReference is not served yet",
+            "\"urgent\" is none of low, normal, high",
+            "\"soon\" is not a duration",
+        ] {
+            assert!(faults.contains(expected), "{expected} in:\n{faults}");
+        }
+        assert!(parse::<Job>("{}", "Job").unwrap_err()[0].contains("properties"));
+        assert!(parse::<Job>("[", "Job").unwrap_err()[0].contains("not JSON"));
+    }
+
+    #[test]
+    fn durations_of_all_spellings() {
+        for (text, expected) in [
+            ("P7D", Some(604_800)),
+            ("PT1H30M", Some(5400)),
+            ("90s", Some(90)),
+            ("01:00:00", Some(3600)),
+            ("7.00:00:00", Some(604_800)),
+            ("week", None),
+            ("", None),
+        ] {
+            assert_eq!(seconds(text), expected, "{text}");
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The `batchai` command.
+
+fn main() -> std::process::ExitCode {
+    batchai::main()
+}
