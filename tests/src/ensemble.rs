@@ -1,0 +1,240 @@
+//! An ensemble of real daemons in a directory of its own, each of which a test can stop and start as it likes.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::process::{Process, processes_of, sweep, under_test, until};
+
+/// The resource group, workspace and experiment that every test uses.
+pub const IN: [&str; 6] = ["-g", "g", "-w", "w", "-e", "e"];
+/// The VM size that test agents register.
+pub const SIZE: &str = "test-size";
+
+/// A coordinator, agents and their directory.
+pub struct Ensemble {
+    dir: TempDir,
+    pub endpoint: String,
+    pub coordinator: Option<Process>,
+    pub agents: BTreeMap<String, Process>,
+}
+
+impl Ensemble {
+    /// A coordinator and some agents, `a1` and so on, registered.
+    pub fn start(agents: usize) -> Ensemble {
+        let dir = tempfile::Builder::new()
+            .prefix("batchai-test-")
+            .tempdir()
+            .expect("a directory");
+        let mut ensemble = Ensemble {
+            dir,
+            endpoint: String::new(),
+            coordinator: None,
+            agents: BTreeMap::new(),
+        };
+        // A port that was free a moment ago, kept over restarts of the coordinator.
+        let probe = TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
+        let address = probe.local_addr().expect("it is bound");
+        drop(probe);
+        ensemble.endpoint = format!("http://{address}");
+        ensemble.start_coordinator();
+        for number in 1..=agents {
+            ensemble.start_agent(&format!("a{number}"));
+        }
+        ensemble.until_alive(agents);
+        ensemble
+    }
+
+    /// The same with a cluster `c` of all agents, a resource group `g`, a workspace `w` and an experiment `e`.
+    pub fn with_cluster(agents: usize) -> Ensemble {
+        let ensemble = Ensemble::start(agents);
+        ensemble.ok(&["group", "create", "-n", "g"]);
+        ensemble.ok(&["workspace", "create", "-g", "g", "-n", "w"]);
+        ensemble.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
+        let target = agents.to_string();
+        ensemble.ok(&[
+            "cluster", "create", "-g", "g", "-w", "w", "-n", "c", "-s", SIZE, "-t", &target,
+        ]);
+        ensemble
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn start_coordinator(&mut self) {
+        let log = self.path().join("coordinator.log");
+        let data = self.path().join("coordinator");
+        let listen = self.endpoint.trim_start_matches("http://").to_owned();
+        let args = [
+            "coordinator",
+            "--listen",
+            &listen,
+            "--data",
+            &data.to_string_lossy(),
+        ];
+        let mut process = Process::start(args, &log);
+        process.line("ready ");
+        self.coordinator = Some(process);
+    }
+
+    pub fn start_agent(&mut self, name: &str) {
+        let log = self.path().join(format!("{name}.log"));
+        let dir = |what: &str| {
+            self.path()
+                .join(what)
+                .join(name)
+                .to_string_lossy()
+                .into_owned()
+        };
+        let (data, root) = (dir("agents"), dir("nodes"));
+        let args = [
+            "node-agent",
+            "--coordinator",
+            &self.endpoint,
+            "--name",
+            name,
+            "--data",
+            &data,
+            "--root",
+            &root,
+            "--vm-size",
+            SIZE,
+        ];
+        let process = Process::start(args, &log);
+        self.agents.insert(name.to_owned(), process);
+    }
+
+    /// Waits until so many nodes are in contact.
+    pub fn until_alive(&self, count: usize) {
+        until("the nodes to be in contact", || {
+            let nodes = self.json(&["node", "list"]);
+            let alive = nodes
+                .as_array()?
+                .iter()
+                .filter(|node| node["state"] != "UNUSABLE");
+            (alive.count() >= count).then_some(())
+        });
+    }
+
+    /// Runs the command under test against this ensemble.
+    pub fn run(&self, args: &[&str]) -> Output {
+        self.command(args)
+            .output()
+            .expect("the command under test can be started")
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(under_test());
+        command
+            .args(args)
+            .env("BATCHAI_ENDPOINT", &self.endpoint)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs it and expects success; returns what it printed.
+    pub fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            text(&output.stderr)
+        );
+        text(&output.stdout)
+    }
+
+    /// Runs it and expects failure; returns exit code and message.
+    pub fn fails(&self, args: &[&str]) -> (i32, String) {
+        let output = self.run(args);
+        assert!(!output.status.success(), "{args:?} succeeded");
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code().unwrap_or(-1), message)
+    }
+
+    /// Runs it and reads what it printed.
+    pub fn json(&self, args: &[&str]) -> Value {
+        let output = self.run(args);
+        serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
+    }
+
+    /// Writes a job.json with these properties.
+    pub fn job_file(&self, name: &str, mut properties: Value) -> PathBuf {
+        if properties.get("stdOutErrPathPrefix").is_none() {
+            let logs = self.path().join("out");
+            properties["stdOutErrPathPrefix"] = logs.to_string_lossy().into_owned().into();
+        }
+        let path = self.path().join(format!("{name}.json"));
+        let file = serde_json::json!({ "$schema": "job.json", "properties": properties });
+        std::fs::write(&path, file.to_string()).expect("the directory is writable");
+        path
+    }
+
+    /// Submits a job to the cluster `c`.
+    pub fn submit(&self, name: &str, properties: Value) {
+        let path = self.job_file(name, properties);
+        let path = path.to_string_lossy();
+        let mut args = vec!["job", "create", "-n", name, "-c", "c", "-f", &path];
+        args.extend(IN);
+        self.ok(&args);
+    }
+
+    /// A verb on a job, as JSON.
+    pub fn job(&self, name: &str) -> Value {
+        let mut args = vec!["job", "show", "-n", name];
+        args.extend(IN);
+        self.json(&args)
+    }
+
+    /// Waits until the job is in a state.
+    pub fn until_job(&self, name: &str, state: &str) -> Value {
+        until(
+            &format!("job {name} to be {state}, now {}", self.job(name)),
+            || {
+                let job = self.job(name);
+                (job["state"] == state).then_some(job)
+            },
+        )
+    }
+
+    /// `job wait`: its exit code.
+    pub fn wait(&self, name: &str) -> i32 {
+        let mut args = vec!["job", "wait", "-n", name];
+        args.extend(IN);
+        self.run(&args).status.code().unwrap_or(-1)
+    }
+
+    /// A whole log file.
+    pub fn log(&self, name: &str, file: &str) -> String {
+        let mut args = vec!["job", "file", "stream", "-j", name, "-f", file];
+        args.extend(IN);
+        self.ok(&args)
+    }
+
+    /// Ends the daemons in order and asserts that nothing of the ensemble is left.
+    pub fn assert_nothing_left(&mut self) {
+        for process in self.agents.values_mut().chain(&mut self.coordinator) {
+            process.signal(Signal::SIGTERM);
+            process.wait();
+        }
+        self.agents.clear();
+        self.coordinator = None;
+        let left = processes_of(self.path());
+        assert!(left.is_empty(), "left behind: {left:?}");
+    }
+}
+
+impl Drop for Ensemble {
+    fn drop(&mut self) {
+        self.agents.clear();
+        self.coordinator = None;
+        // Shims outlive their agents by design.
+        sweep(self.dir.path());
+    }
+}
