@@ -5,7 +5,7 @@
 //! them.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead as _, BufReader};
+use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -43,19 +43,8 @@ pub async fn run(args: Dev) -> Result<ExitCode, CliError> {
         started = Ensemble::start(&args.data, args.listen, args.agents) => started?,
         () = token.cancelled() => return Ok(ExitCode::SUCCESS),
     };
-    let endpoint = &ensemble.endpoint;
-    println!(
-        "batchai is ready at {endpoint} after {} ms: a coordinator and {} nodes.",
-        started.elapsed().as_millis(),
-        args.agents
-    );
-    println!("In another terminal:\n");
-    println!("    export BATCHAI_ENDPOINT={endpoint}");
-    println!("    batchai node list -o table\n");
-    println!(
-        "Data and logs lie in {}. Ctrl-C ends it, with its jobs.",
-        ensemble.dir.display()
-    );
+    // Where nobody reads it, the ensemble runs all the same.
+    let _ = io::stdout().write_all(welcome(&ensemble, args.agents, started.elapsed()).as_bytes());
     let ended = tokio::select! {
         () = token.cancelled() => None,
         died = ensemble.died() => Some(died),
@@ -67,6 +56,19 @@ pub async fn run(args: Dev) -> Result<ExitCode, CliError> {
             "{who} ended by itself; everything was ended"
         ))),
     }
+}
+
+fn welcome(ensemble: &Ensemble, agents: u16, took: Duration) -> String {
+    let Ensemble { endpoint, dir, .. } = ensemble;
+    format!(
+        "batchai is ready at {endpoint} after {} ms: a coordinator and {agents} nodes.\n\
+         In another terminal:\n\n    \
+         export BATCHAI_ENDPOINT={endpoint}\n    \
+         batchai node list -o table\n\n\
+         Data and logs lie in {}. Ctrl-C ends it, with its jobs.\n",
+        took.as_millis(),
+        dir.display()
+    )
 }
 
 impl Ensemble {

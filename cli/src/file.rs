@@ -130,7 +130,27 @@ fn normalise_element(value: &mut Value, kind: &FieldKind, path: &str, faults: &m
             Some(name) => *value = Value::String(name),
             None => faults.push(format!("{path}: text or {{\"id\": ...}} is expected")),
         },
-        _ => {}
+        (kind, value) => {
+            if let Some(expected) = misfit(kind, value) {
+                faults.push(format!("{path}: {expected} is expected, not {value}"));
+            }
+        }
+    }
+}
+
+/// What is expected, where a value is something else.
+fn misfit(kind: &FieldKind, value: &Value) -> Option<&'static str> {
+    match kind {
+        FieldKind::Int32 | FieldKind::Int64 => {
+            let text = value
+                .as_str()
+                .is_some_and(|text| text.parse::<i64>().is_ok());
+            (!text && value.as_i64().is_none()).then_some("a whole number")
+        }
+        FieldKind::Bool => (!value.is_boolean()).then_some("true or false"),
+        FieldKind::String => (!value.is_string()).then_some("text"),
+        FieldKind::Enum(_) => Some("the name of a value"),
+        _ => None,
     }
 }
 
@@ -258,7 +278,9 @@ mod tests {
             "pyTorchSettings": {"pythonScriptFilepath": "a"},
             "secrets": [{"name": "S", "valueSecretReference": {}}],
             "schedulingPriority": "urgent",
-            "constraints": {"maxWallClockTime": "soon"}
+            "constraints": {"maxWallClockTime": "soon"},
+            "nodeCount": "many",
+            "cluster": 7
         }}"#;
         let faults = parse::<Job>(text, "Job").unwrap_err().join("\n");
         for expected in [
@@ -268,6 +290,8 @@ mod tests {
             "properties.secrets[0].valueSecretReference is not served yet",
             "\"urgent\" is none of low, normal, high",
             "\"soon\" is not a duration",
+            "properties.nodeCount: a whole number is expected, not \"many\"",
+            "properties.cluster: text is expected, not 7",
         ] {
             assert!(faults.contains(expected), "{expected} in:\n{faults}");
         }

@@ -111,40 +111,41 @@ pub async fn run(command: args::Job, global: &Global) -> Done {
             client.jobs().delete_job(request(delete)).await?;
         }
         args::Job::Wait { parent, name } => return wait(&client, &named(&parent, &name)).await,
-        args::Job::File(args::JobFile::Stream {
-            parent,
-            job,
-            file,
-            rank,
-            directory,
-            node,
-            offset,
-            no_follow,
-        }) => {
-            let file = file
-                .or(rank.map(|rank| format!("stdout-{rank}.txt")))
-                .unwrap_or_default();
-            let stream = v1::StreamJobLogsRequest {
-                name: named(&parent, &job),
-                directory,
-                file,
-                node: node
-                    .map(|node| format!("nodes/{}", last_id(&node)))
-                    .unwrap_or_default(),
-                offset,
-                follow: !no_follow,
-            };
-            let mut stdout = std::io::stdout();
-            return match logs::follow(&client, stream, &mut stdout).await? {
-                Follow::Complete => Ok(ExitCode::SUCCESS),
-                Follow::Truncated => {
-                    let why = "the node was lost: the file may have had more";
-                    Err(CliError::Failed(why.to_owned()))
-                }
-            };
-        }
+        args::Job::File(command) => return stream(&client, command).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn stream(client: &Client, command: args::JobFile) -> Done {
+    let args::JobFile::Stream {
+        parent,
+        job,
+        file,
+        rank,
+        directory,
+        node,
+        offset,
+        no_follow,
+    } = command;
+    let file = file
+        .or(rank.map(|rank| format!("stdout-{rank}.txt")))
+        .unwrap_or_default();
+    let stream = v1::StreamJobLogsRequest {
+        name: format!("{}/jobs/{job}", parent.name()),
+        directory,
+        file,
+        node: node
+            .map(|node| format!("nodes/{}", last_id(&node)))
+            .unwrap_or_default(),
+        offset,
+        follow: !no_follow,
+    };
+    match logs::follow(client, stream, &mut std::io::stdout()).await? {
+        Follow::Complete => Ok(ExitCode::SUCCESS),
+        Follow::Truncated => Err(CliError::Failed(
+            "the node was lost: the file may have had more".to_owned(),
+        )),
+    }
 }
 
 fn create_request(

@@ -1,0 +1,256 @@
+//! The rules of the house, as a test.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const FILE_LINES_MAX: usize = 500;
+const FUNCTION_LINES_MAX: usize = 70;
+const CRATES: [&str; 5] = ["proto", "common", "coordinator", "node-agent", "cli"];
+
+/// What PURE files may not name: they see no clock, randomness, I/O or order but that of ordered maps.
+const IMPURE: [&str; 14] = [
+    "tokio",
+    "tonic",
+    "sled",
+    "std::fs",
+    "std::net",
+    "std::process",
+    "std::io",
+    "std::env",
+    "now(",
+    "now_millis",
+    "boot_time",
+    "rand",
+    "HashMap",
+    "HashSet",
+];
+
+/// These must be PURE.
+const PURE: [&str; 7] = [
+    "coordinator/src/state/",
+    "coordinator/src/scheduler/",
+    "coordinator/src/duties.rs",
+    "coordinator/src/api/job_spec.rs",
+    "node-agent/src/launch/",
+    "node-agent/src/reconcile.rs",
+    "node-agent/src/status.rs",
+];
+
+/// Arrows point down: a module may name those of lower levels only. Modules of one level do not name each other.
+const COORDINATOR: [&[&str]; 9] = [
+    &["config", "state"],
+    &["scheduler", "duties"],
+    &["replica"],
+    &["logs"],
+    &["agents"],
+    &["api"],
+    &["leader"],
+    &["server"],
+    &["lib", "main"],
+];
+const NODE_AGENT: [&[&str]; 9] = [
+    &["config", "status"],
+    &["launch", "reconcile"],
+    &["hardware", "journal"],
+    &["shim", "watch"],
+    &["session"],
+    &["logs"],
+    &["supervisor"],
+    &["agent"],
+    &["lib", "main"],
+];
+/// `scheduler` uses `duties::Heard`, and `duties` asks `scheduler`: the one pair of neighbours.
+const NEIGHBOURS: [(&str, &str); 2] = [("scheduler", "duties"), ("duties", "scheduler")];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
+}
+
+/// Path from the root and content of every source file.
+fn sources(dir: &str) -> BTreeMap<String, String> {
+    fn collect(dir: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, found);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    collect(&root().join(dir), &mut found);
+    assert!(!found.is_empty());
+    let relative = |path: &Path| {
+        path.strip_prefix(root())
+            .unwrap()
+            .to_string_lossy()
+            .into_owned()
+    };
+    found
+        .iter()
+        .map(|path| (relative(path), fs::read_to_string(path).unwrap()))
+        .collect()
+}
+
+fn all_sources() -> BTreeMap<String, String> {
+    CRATES
+        .iter()
+        .flat_map(|name| sources(&format!("{name}/src")))
+        .collect()
+}
+
+fn is_test(path: &str) -> bool {
+    path.ends_with("tests.rs")
+}
+
+/// A file without its tests and comments.
+fn code(text: &str) -> String {
+    let text = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap();
+    text.lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn names(code: &str, word: &str) -> bool {
+    let bounded = |c: Option<char>| c.is_none_or(|c| !c.is_alphanumeric() && c != '_');
+    code.match_indices(word).any(|(at, _)| {
+        bounded(code[..at].chars().next_back())
+            && (word.ends_with('(') || bounded(code[at + word.len()..].chars().next()))
+    })
+}
+
+#[test]
+fn pure_files_are_pure() {
+    let mut checked = 0;
+    for (path, text) in all_sources() {
+        let listed = PURE.iter().any(|pure| path.starts_with(pure)) && !is_test(&path);
+        let marked = text.starts_with("//! PURE.");
+        assert!(
+            !listed || marked,
+            "{path} must say that it is PURE, in its first words"
+        );
+        if marked {
+            checked += 1;
+            let code = code(&text);
+            let found = IMPURE.iter().find(|word| names(&code, word));
+            assert_eq!(found, None, "{path} is PURE");
+        }
+    }
+    assert!(checked > 20);
+}
+
+fn check_arrows(krate: &str, levels: &[&[&str]]) {
+    let level = |module: &str| levels.iter().position(|level| level.contains(&module));
+    for (path, text) in sources(&format!("{krate}/src")) {
+        if is_test(&path) {
+            continue;
+        }
+        let inside = path.strip_prefix(&format!("{krate}/src/")).unwrap();
+        let module = inside.split(['/', '.']).next().unwrap();
+        let own = level(module).unwrap_or_else(|| panic!("{path}: {module} has no level"));
+        let code = code(&text);
+        for (at, _) in code.match_indices("crate::") {
+            let rest = &code[at + "crate::".len()..];
+            let used = rest
+                .split(|c: char| !c.is_alphanumeric() && c != '_')
+                .next()
+                .unwrap();
+            let Some(other) = level(used) else { continue };
+            let allowed = used == module || other < own || NEIGHBOURS.contains(&(module, used));
+            assert!(allowed, "{path}: {module} may not name {used}");
+        }
+    }
+}
+
+#[test]
+fn arrows_point_down() {
+    check_arrows("coordinator", &COORDINATOR);
+    check_arrows("node-agent", &NODE_AGENT);
+    for (path, text) in sources("coordinator/src") {
+        assert!(
+            !text.contains("batchai_node_agent"),
+            "{path} names the other daemon"
+        );
+    }
+    for (path, text) in sources("node-agent/src") {
+        assert!(
+            !text.contains("batchai_coordinator"),
+            "{path} names the other daemon"
+        );
+    }
+    for (path, text) in sources("common/src") {
+        let daemons = text.contains("batchai_node_agent") || text.contains("batchai_coordinator");
+        assert!(!daemons, "{path} names a daemon");
+    }
+}
+
+#[test]
+fn files_and_functions_fit_a_mind() {
+    for (path, text) in all_sources() {
+        if is_test(&path) {
+            continue;
+        }
+        assert!(
+            text.starts_with("//!"),
+            "{path} does not say what it is for"
+        );
+        let lines = text
+            .split("\n#[cfg(test)]\nmod tests {")
+            .next()
+            .unwrap()
+            .lines()
+            .count();
+        assert!(lines <= FILE_LINES_MAX, "{path} has {lines} lines");
+        let mut begin = None;
+        for (i, line) in code(&text).lines().enumerate() {
+            let indent = line.len() - line.trim_start().len();
+            let is_fn = line.trim_start().split('(').next().unwrap().contains("fn ");
+            if is_fn && line.ends_with('{') && begin.is_none() {
+                begin = Some((i, indent, line.trim().to_owned()));
+            }
+            if let Some((from, depth, name)) = &begin
+                && indent == *depth
+                && line.trim() == "}"
+            {
+                assert!(
+                    i - from <= FUNCTION_LINES_MAX,
+                    "{path}: {name} has {} lines",
+                    i - from
+                );
+                begin = None;
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_left_undone_and_unwrap_stays_in_tests() {
+    for (path, text) in all_sources() {
+        if is_test(&path) {
+            continue;
+        }
+        let code = code(&text);
+        for word in [
+            ".unwrap()",
+            "todo!(",
+            "unimplemented!(",
+            "dbg!(",
+            "#[ignore",
+            "FIXME",
+            "XXX",
+        ] {
+            assert!(!code.contains(word), "{path} has {word}");
+        }
+        let unsafe_here = names(&code, "unsafe");
+        assert!(
+            !unsafe_here || path == "node-agent/src/shim/process.rs",
+            "{path} is unsafe"
+        );
+    }
+}
