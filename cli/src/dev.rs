@@ -22,6 +22,8 @@ use crate::args::Dev;
 use crate::client::{Client, request};
 use crate::error::CliError;
 
+/// The same on every machine, so that what a newcomer reads can be typed as it stands.
+const VM_SIZE: &str = "dev";
 const START_MAX: Duration = Duration::from_secs(20);
 /// Beyond the grace that jobs get.
 const STOP_MARGIN: Duration = Duration::from_secs(15);
@@ -128,6 +130,7 @@ impl Ensemble {
             .arg(self.dir.join("agents").join(number.to_string()))
             .arg("--root")
             .arg(self.dir.join("nodes").join(number.to_string()))
+            .args(["--vm-size", VM_SIZE])
             .arg("--end-jobs-on-stop")
             .stdout(Stdio::null())
             .spawn()?;

@@ -47,6 +47,9 @@ impl<M: Message> View<M> {
         for resource in resources {
             table.add_row((self.row)(resource));
         }
+        for column in table.column_iter_mut() {
+            column.set_padding((0, 2));
+        }
         writeln!(std::io::stdout(), "{}", table.trim_fmt())
     }
 }

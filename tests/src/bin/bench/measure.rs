@@ -9,7 +9,7 @@ pub enum Better {
 }
 
 /// Prints one measure.
-pub fn print(measure: &str, value: f64, unit: &str, goal: f64, better: Better) {
+pub fn print(measure: &str, value: f64, unit: &str, goal: Option<f64>, better: Better) {
     let better = match better {
         Better::Lower => "lower",
     };

@@ -31,7 +31,7 @@ pub fn run() {
         "dev_start_to_ready",
         quantile(&mut starts, 0.5),
         "ms",
-        1000.0,
+        Some(1000.0),
         Better::Lower,
     );
     let dir = tempfile::tempdir().expect("a directory");
@@ -46,7 +46,7 @@ pub fn run() {
         "binary_size",
         size / f64::from(1 << 20),
         "MiB",
-        40.0,
+        None,
         Better::Lower,
     );
 }
@@ -127,14 +127,14 @@ async fn jobs(dev: &Dev, dir: &Path) {
         "submit_to_process_start_p50",
         quantile(&mut latencies, 0.5),
         "ms",
-        20.0,
+        Some(20.0),
         Better::Lower,
     );
     print(
         "submit_to_process_start_p99",
         quantile(&mut latencies, 0.99),
         "ms",
-        100.0,
+        None,
         Better::Lower,
     );
     let mut client = JobServiceClient::new(channel);
@@ -159,7 +159,7 @@ fn memory(dir: &Path, name: &str, program: &str, goal: f64) {
         &format!("{name}_private_memory"),
         private_mib(*pid),
         "MiB",
-        goal,
+        Some(goal),
         Better::Lower,
     );
 }
