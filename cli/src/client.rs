@@ -93,7 +93,7 @@ impl Retry {
 
     /// Waits a little where trying again makes sense, else gives the error back.
     pub async fn again(&mut self, status: Status) -> Result<(), CliError> {
-        // What tonic calls Unknown here is a connection that broke in the middle of a message.
+        // What tonic calls Unknown, Cancelled or Internal here is a connection that broke at some moment or other.
         let broken = matches!(
             status.code(),
             Code::Unavailable | Code::Unknown | Code::Cancelled

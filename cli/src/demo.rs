@@ -53,7 +53,7 @@ fn say(text: &str) {
 
 fn check_python() -> Result<(), CliError> {
     let version = Command::new("python3")
-        .args(["-c", "import sys; sys.exit(sys.version_info < (3, 6))"])
+        .args(["-c", "import sys; sys.exit(sys.version_info < (3, 8))"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -61,7 +61,7 @@ fn check_python() -> Result<(), CliError> {
     match version {
         Ok(status) if status.success() => Ok(()),
         Ok(_) => Err(CliError::Failed(
-            "the demo needs python3 3.6 or newer".to_owned(),
+            "the demo needs python3 3.8 or newer".to_owned(),
         )),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Err(CliError::Failed(
             "the demo trains with python3, and there is none on the PATH: install it (Debian: \
@@ -83,6 +83,13 @@ fn directory(args: &Demo) -> Result<PathBuf, CliError> {
             .keep(),
     };
     let source = dir.join("digits");
+    if source.exists() {
+        let why = format!(
+            "{} was used for a demo before; give another --data",
+            dir.display()
+        );
+        return Err(CliError::Usage(why));
+    }
     let write = |name: &str, content: &[u8]| {
         let path = source.join(name);
         std::fs::write(&path, content).map_err(|source| CliError::File { path, source })

@@ -127,7 +127,7 @@ impl Ensemble {
             .args(["--coordinator", &self.endpoint])
             .args(["--name", &format!("node-{number}")])
             .arg("--data")
-            .arg(self.dir.join("agents").join(number.to_string()))
+            .arg(agent_data(&self.dir, usize::from(number)))
             .arg("--root")
             .arg(self.dir.join("nodes").join(number.to_string()))
             .args(["--vm-size", VM_SIZE])
@@ -199,11 +199,31 @@ impl Ensemble {
         for agent in &mut self.agents {
             reap(agent, until).await;
         }
+        self.end_jobs_of_dead_agents();
         if let Some(coordinator) = &mut self.coordinator {
             terminate(coordinator);
             reap(coordinator, until).await;
         }
     }
+}
+
+impl Ensemble {
+    /// An agent that was cut down could not end its jobs.
+    fn end_jobs_of_dead_agents(&self) {
+        for number in 1..=self.agents.len() {
+            let data = agent_data(&self.dir, number);
+            if !data.exists() {
+                continue;
+            }
+            if let Err(error) = batchai_node_agent::end_jobs(&data) {
+                eprintln!("batchai: jobs of node-{number} may be left: {error}");
+            }
+        }
+    }
+}
+
+fn agent_data(dir: &Path, number: usize) -> PathBuf {
+    dir.join("agents").join(number.to_string())
 }
 
 impl Drop for Ensemble {
@@ -215,15 +235,20 @@ impl Drop for Ensemble {
                 let _ = child.wait();
             }
         }
+        self.end_jobs_of_dead_agents();
     }
 }
 
 /// One of the daemons that this program carries.
 fn daemon(name: &str, log: &Path) -> Result<Command, CliError> {
-    let file = File::create(log).map_err(|source| CliError::File {
-        path: log.to_owned(),
-        source,
-    })?;
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .open(log)
+        .map_err(|source| CliError::File {
+            path: log.to_owned(),
+            source,
+        })?;
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0(format!("batchai-{name}"))

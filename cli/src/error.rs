@@ -9,8 +9,9 @@ use tonic::{Code, Status};
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
     #[error(
-        "cannot reach a coordinator at {endpoint}: {source}\nStart one with `batchai dev`, or say where it is with \
-         --endpoint or BATCHAI_ENDPOINT."
+        "cannot reach a coordinator at {endpoint}: {causes}\nStart one with `batchai dev`, or say where it is with \
+         --endpoint or BATCHAI_ENDPOINT.",
+        causes = batchai_common::error::causes(source)
     )]
     Connect {
         endpoint: String,

@@ -218,7 +218,9 @@ fn seconds(text: &str) -> Option<i64> {
             Some((days, hours)) => (days.parse::<i64>().ok()?, hours.parse::<i64>().ok()?),
             None => (0, head.parse().ok()?),
         };
-        return Some(((days * 24 + hours) * 60 + minutes) * 60 + seconds);
+        let hours = days.checked_mul(24)?.checked_add(hours)?;
+        let minutes = hours.checked_mul(60)?.checked_add(minutes)?;
+        return minutes.checked_mul(60)?.checked_add(seconds);
     }
     let span: jiff::Span = text.parse().ok()?;
     let options = jiff::SpanRelativeTo::days_are_24_hours();
@@ -308,6 +310,7 @@ mod tests {
             ("01:00:00", Some(3600)),
             ("7.00:00:00", Some(604_800)),
             ("week", None),
+            ("99999999999999999.00:00:00", None),
             ("", None),
         ] {
             assert_eq!(seconds(text), expected, "{text}");

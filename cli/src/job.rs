@@ -8,6 +8,7 @@ use batchai_common::names::last_id;
 use batchai_proto::v1;
 use batchai_proto::v1::job::State;
 use indicatif::ProgressBar;
+use tonic::Status;
 
 use crate::args::{self, Global, InExperiment};
 use crate::client::{Client, Retry, request};
@@ -243,7 +244,12 @@ pub async fn until_ended(
                 Ok(Some(v1::WatchJobResponse { job: None })) => {
                     return Err(CliError::Failed(format!("{name} was deleted")));
                 }
-                Ok(None) => break,
+                Ok(None) => {
+                    retry
+                        .again(Status::unavailable("the stream ended early"))
+                        .await?;
+                    break;
+                }
                 Err(status) => {
                     retry.again(status).await?;
                     break;

@@ -1,17 +1,13 @@
 //! Follows a log file of a job through restarts of the coordinator: each time from the byte that is missing.
 
 use std::io::Write;
-use std::time::Duration;
 
 use batchai_proto::v1::stream_job_logs_response::End;
-use batchai_proto::v1::{GetJobRequest, StreamJobLogsRequest, job};
-use tonic::Code;
+use batchai_proto::v1::{StreamJobLogsRequest, WatchJobRequest, job};
+use tonic::{Code, Status};
 
-use crate::client::{Client, Retry, request};
+use crate::client::{Client, Retry};
 use crate::error::CliError;
-
-/// A job that was put back into the queue gets another attempt: it is looked for this often.
-const NEXT_ATTEMPT_PAUSE: Duration = Duration::from_millis(500);
 
 /// How a file ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,66 +18,110 @@ pub enum Follow {
     Truncated,
 }
 
-/// Writes a log file out as it grows.
+/// Writes a log file out as it grows. Where the job is put back into the queue, its next attempt is followed from its
+/// beginning.
 pub async fn follow(
     client: &Client,
-    mut stream: StreamJobLogsRequest,
+    stream: StreamJobLogsRequest,
     out: &mut impl Write,
 ) -> Result<Follow, CliError> {
-    let mut retry = Retry::default();
+    let mut follower = Follower {
+        stream,
+        attempt: String::new(),
+        retry: Retry::default(),
+    };
     loop {
-        match read(client, &mut stream, out, &mut retry).await? {
-            Some(Follow::Truncated) if stream.follow && goes_on(client, &stream.name).await? => {
-                eprintln!("the job's node was lost; its next attempt begins anew");
-                stream.offset = 0;
-                tokio::time::sleep(NEXT_ATTEMPT_PAUSE).await;
-            }
-            Some(end) => return Ok(end),
-            None => {}
+        let Some(end) = follower.read(client, out).await? else {
+            continue;
+        };
+        if !follower.stream.follow || !follower.another_attempt(client).await? {
+            return Ok(end);
         }
     }
 }
 
-/// One call. `None` where it broke and is to be made again.
-async fn read(
-    client: &Client,
-    stream: &mut StreamJobLogsRequest,
-    out: &mut impl Write,
-    retry: &mut Retry,
-) -> Result<Option<Follow>, CliError> {
-    let mut pieces = match client.jobs().stream_job_logs(stream.clone()).await {
-        Ok(pieces) => pieces.into_inner(),
-        Err(status) => return retry.again(status).await.map(|()| None),
-    };
-    loop {
-        match pieces.message().await {
-            Ok(Some(piece)) => {
-                retry.reset();
-                out.write_all(&piece.data)?;
-                out.flush()?;
-                stream.offset = piece.offset + piece.data.len() as i64;
-                match piece.end() {
-                    End::Unspecified => {}
-                    End::Complete | End::NotFollowed => return Ok(Some(Follow::Complete)),
-                    End::Truncated => return Ok(Some(Follow::Truncated)),
+struct Follower {
+    /// Its offset is where to go on.
+    stream: StreamJobLogsRequest,
+    /// The attempt that the offset is of.
+    attempt: String,
+    retry: Retry,
+}
+
+impl Follower {
+    /// One call. `None` where it broke and is to be made again.
+    async fn read(
+        &mut self,
+        client: &Client,
+        out: &mut impl Write,
+    ) -> Result<Option<Follow>, CliError> {
+        let mut pieces = match client.jobs().stream_job_logs(self.stream.clone()).await {
+            Ok(pieces) => pieces.into_inner(),
+            Err(status) => return self.retry.again(status).await.map(|()| None),
+        };
+        loop {
+            match pieces.message().await {
+                Ok(Some(piece)) if self.is_another(&piece.attempt) => {
+                    eprintln!("the job was put back into the queue; its next attempt begins");
+                    self.attempt = piece.attempt;
+                    self.stream.offset = 0;
+                    return Ok(None);
+                }
+                Ok(Some(piece)) => {
+                    self.retry.reset();
+                    out.write_all(&piece.data)?;
+                    out.flush()?;
+                    self.stream.offset = piece.offset + piece.data.len() as i64;
+                    self.attempt.clone_from(&piece.attempt);
+                    match piece.end() {
+                        End::Unspecified => {}
+                        End::Complete | End::NotFollowed => return Ok(Some(Follow::Complete)),
+                        End::Truncated => return Ok(Some(Follow::Truncated)),
+                    }
+                }
+                Ok(None) => {
+                    let ended = Status::unavailable("the stream ended early");
+                    return self.retry.again(ended).await.map(|()| None);
+                }
+                Err(status) if status.code() == Code::NotFound => return Err(status.into()),
+                Err(status) => return self.retry.again(status).await.map(|()| None),
+            }
+        }
+    }
+
+    fn is_another(&self, attempt: &str) -> bool {
+        !self.attempt.is_empty() && self.attempt != attempt
+    }
+
+    /// Waits until the job has ended, or has another attempt than the one whose file was read to its end.
+    async fn another_attempt(&mut self, client: &Client) -> Result<bool, CliError> {
+        let watch = WatchJobRequest {
+            name: self.stream.name.clone(),
+        };
+        loop {
+            let mut changes = match client.jobs().watch_job(watch.clone()).await {
+                Ok(changes) => changes.into_inner(),
+                Err(status) if status.code() == Code::NotFound => return Ok(false),
+                Err(status) => {
+                    self.retry.again(status).await?;
+                    continue;
+                }
+            };
+            while let Ok(Some(change)) = changes.message().await {
+                let Some(job) = change.job else {
+                    return Ok(false);
+                };
+                if matches!(job.state(), job::State::Succeeded | job::State::Failed) {
+                    return Ok(false);
+                }
+                let latest = job.attempt.map(|attempt| attempt.id).unwrap_or_default();
+                if self.is_another(&latest) {
+                    return Ok(true);
                 }
             }
-            Ok(None) => return Ok(None),
-            Err(status) if status.code() == Code::NotFound => return Err(status.into()),
-            Err(status) => return retry.again(status).await.map(|()| None),
+            self.retry
+                .again(Status::unavailable("the stream ended early"))
+                .await?;
         }
     }
-}
-
-async fn goes_on(client: &Client, name: &str) -> Result<bool, CliError> {
-    let get = GetJobRequest {
-        name: name.to_owned(),
-    };
-    let state = client
-        .jobs()
-        .get_job(request(get))
-        .await?
-        .into_inner()
-        .state();
-    Ok(!matches!(state, job::State::Succeeded | job::State::Failed))
 }

@@ -71,11 +71,46 @@ pub enum ApiError {
     Internal { id: String },
 }
 
+/// An error with what caused it, outermost first: transport errors say nothing by themselves.
+pub fn causes(error: &dyn std::error::Error) -> String {
+    let mut texts = vec![error.to_string()];
+    let mut source = error.source();
+    while let Some(cause) = source {
+        texts.push(cause.to_string());
+        source = cause.source();
+    }
+    texts.dedup();
+    texts.join(": ")
+}
+
+/// So many faults are named: a status travels in headers, and clients take 16 KiB of them.
+const FAULTS_MAX: usize = 20;
+/// So many of them in the message, too.
+const FAULTS_IN_MESSAGE_MAX: usize = 10;
+/// The longest text of a fault.
+const TEXT_CHARS_MAX: usize = 90;
+
+fn short(text: &str) -> String {
+    match text.chars().count() > TEXT_CHARS_MAX {
+        true => text.chars().take(TEXT_CHARS_MAX).chain(['…']).collect(),
+        false => text.to_owned(),
+    }
+}
+
+/// The first faults, each of a bounded length.
+fn named(faults: &[Fault]) -> impl Iterator<Item = Fault> {
+    let first = faults.iter().take(FAULTS_MAX);
+    first.map(|fault| Fault::new(short(&fault.field), short(&fault.reason)))
+}
+
 fn list(faults: &[Fault]) -> String {
-    let parts: Vec<_> = faults
-        .iter()
+    let named = named(faults).take(FAULTS_IN_MESSAGE_MAX);
+    let mut parts: Vec<_> = named
         .map(|f| format!("{}: {}", f.field, f.reason))
         .collect();
+    if faults.len() > FAULTS_IN_MESSAGE_MAX {
+        parts.push(format!("and {} more", faults.len() - FAULTS_IN_MESSAGE_MAX));
+    }
     parts.join("; ")
 }
 
@@ -85,7 +120,7 @@ impl From<ApiError> for Status {
         let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata(&error));
         match &error {
             ApiError::Invalid(faults) | ApiError::NotServed(faults) => {
-                for fault in faults {
+                for fault in named(faults) {
                     details.add_bad_request_violation(&fault.field, &fault.reason);
                 }
             }
@@ -134,7 +169,7 @@ fn class(error: &ApiError) -> (Code, &'static str) {
 fn metadata(error: &ApiError) -> HashMap<String, String> {
     let pairs: Vec<(&str, String)> = match error {
         ApiError::Invalid(faults) | ApiError::NotServed(faults) => {
-            let fields: Vec<_> = faults.iter().map(|f| f.field.as_str()).collect();
+            let fields: Vec<_> = named(faults).map(|fault| fault.field).collect();
             vec![("fields", fields.join(","))]
         }
         ApiError::NotFound { kind, name } | ApiError::AlreadyExists { kind, name } => {
@@ -186,5 +221,26 @@ mod tests {
         let violations = &details.bad_request().unwrap().field_violations;
         assert_eq!(violations.len(), 2);
         assert_eq!(violations[1].description, "is worse");
+    }
+
+    #[test]
+    fn a_status_fits_into_headers_however_much_is_wrong() {
+        let faults = (0..1000)
+            .map(|i| Fault::new(format!("f{i}"), "ü".repeat(5000)))
+            .collect();
+        let status = Status::from(ApiError::Invalid(faults));
+        // What is not ASCII takes three characters a byte; details travel in base64.
+        let message: usize = status
+            .message()
+            .bytes()
+            .map(|b| if b.is_ascii() { 1 } else { 3 })
+            .sum();
+        let size = message + status.details().len() * 4 / 3;
+        assert!(size < 15 << 10, "{size}");
+        assert!(
+            status.message().ends_with("and 990 more"),
+            "{}",
+            status.message()
+        );
     }
 }

@@ -26,3 +26,15 @@ pub const SUSPECT_AFTER: Duration = Duration::from_secs(15);
 
 /// What a process gets between SIGTERM and SIGKILL.
 pub const TERMINATION_GRACE: Duration = Duration::from_secs(10);
+
+/// Raises the number of files this process may have open to what the system allows it, and says how many that is: every
+/// session, reader and live log file takes one.
+pub fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
+    match raised {
+        Ok(limit) => tracing::info!(limit, "open files"),
+        Err(error) => tracing::warn!(%error, "the limit of open files cannot be raised"),
+    }
+}

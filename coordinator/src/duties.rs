@@ -2,16 +2,13 @@
 //!
 //! Nothing here is remembered: the same State gives the same duties, until the commands they became have changed it.
 
-use std::collections::BTreeMap;
-
-use batchai_common::limits::SUSPECT_AFTER;
-use batchai_common::time::millis;
 use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{AllocateNode, FailAttempt, InitEnsemble, ReleaseNode};
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 
 use crate::scheduler;
+pub use crate::scheduler::heard::Heard;
 use crate::state::attempts::{self, Attempt, Phase};
 use crate::state::{Cluster, State};
 
@@ -20,23 +17,6 @@ pub const PREPARE_DEADLINE_MS: i64 = 60 * 60 * 1000;
 
 /// At most so many commands of a kind at once; the rest follows from the State that these lead to.
 const COMMANDS_MAX: usize = 256;
-
-/// When each node was last heard of, and what time it is now, in milliseconds since 1970. Not part of the State.
-#[derive(Clone, Debug, Default)]
-pub struct Heard {
-    pub now: i64,
-    pub last: BTreeMap<String, i64>,
-}
-
-impl Heard {
-    /// The node was heard of lately enough to be given work.
-    pub fn is_alive(&self, node: &str) -> bool {
-        let limit = SUSPECT_AFTER.as_millis() as i64;
-        self.last
-            .get(node)
-            .is_some_and(|last| self.now - last < limit)
-    }
-}
 
 /// Who asks, as far as duties depend on it.
 #[derive(Clone, Debug)]
@@ -58,7 +38,7 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     let late = state
         .attempts
         .values()
-        .filter_map(|attempt| late(heard.now, attempt));
+        .filter_map(|attempt| late(heard, attempt));
     commands.extend(late.take(COMMANDS_MAX));
     let placements = scheduler::schedule(state, heard, leader.replica);
     commands.extend(placements.into_iter().map(Kind::Place));
@@ -74,7 +54,10 @@ fn drive_clusters(state: &State, heard: &Heard, commands: &mut Vec<Kind>) {
         .collect();
     for (name, cluster) in &state.clusters {
         let staying = staying(state, cluster);
-        for node in surplus(state, cluster, &staying) {
+        for node in surplus(state, heard, cluster, &staying) {
+            if commands.len() >= COMMANDS_MAX {
+                return;
+            }
             commands.push(Kind::ReleaseNode(ReleaseNode {
                 node: node.to_owned(),
                 cluster: name.clone(),
@@ -85,7 +68,9 @@ fn drive_clusters(state: &State, heard: &Heard, commands: &mut Vec<Kind>) {
             let found = free
                 .iter()
                 .position(|(_, node)| cluster.matches(&node.facts));
-            let Some(found) = found else { break };
+            let Some(found) = found.filter(|_| commands.len() < COMMANDS_MAX) else {
+                break;
+            };
             let (node, _) = free.remove(found);
             let (node, cluster) = (node.clone(), name.clone());
             commands.push(Kind::AllocateNode(AllocateNode { node, cluster }));
@@ -102,8 +87,13 @@ fn staying<'a>(state: &State, cluster: &'a Cluster) -> Vec<&'a str> {
     members.filter(stays).map(String::as_str).collect()
 }
 
-/// The nodes to take: idle ones before busy ones, the last by name first.
-fn surplus<'a>(state: &State, cluster: &Cluster, staying: &[&'a str]) -> Vec<&'a str> {
+/// The nodes to take: idle ones before busy ones, silent ones before others, the last by name first.
+fn surplus<'a>(
+    state: &State,
+    heard: &Heard,
+    cluster: &Cluster,
+    staying: &[&'a str],
+) -> Vec<&'a str> {
     let count = staying.len().saturating_sub(cluster.target());
     let busy = |name: &str| {
         state
@@ -112,15 +102,15 @@ fn surplus<'a>(state: &State, cluster: &Cluster, staying: &[&'a str]) -> Vec<&'a
             .is_some_and(|node| node.attempt.is_some())
     };
     let mut order: Vec<_> = staying.iter().rev().copied().collect();
-    order.sort_by_key(|name| busy(name));
+    order.sort_by_key(|name| (busy(name), heard.is_alive(name)));
     order.truncate(count);
     order
 }
 
 /// An attempt whose nodes took too long to get ready fails, and the error names the slow ones.
-fn late(now: i64, attempt: &Attempt) -> Option<Kind> {
-    let age = now - millis(&attempt.create_time);
-    if attempt.phase != Phase::Preparing || age < PREPARE_DEADLINE_MS {
+fn late(heard: &Heard, attempt: &Attempt) -> Option<Kind> {
+    let since = heard.preparing.get(&attempt.id)?;
+    if attempt.phase != Phase::Preparing || heard.now - since < PREPARE_DEADLINE_MS {
         return None;
     }
     let slow: Vec<_> = attempt

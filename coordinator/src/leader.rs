@@ -1,7 +1,8 @@
 //! Performs the leader's duties: asks `duties` what the State calls for, and proposes it.
 //!
-//! It remembers nothing. A command that is rejected was overtaken; the next look at the State decides anew.
+//! It remembers nothing but since when attempts prepare. A command that is rejected was overtaken; the next look at the State decides anew.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -10,6 +11,7 @@ use crate::agents::contacts::Contacts;
 use crate::duties::{Leader, duties};
 use crate::logs::LogStore;
 use crate::replica::Handle;
+use crate::state::State;
 use crate::state::attempts::Phase;
 
 /// What depends on time alone (nodes that fall silent, deadlines) is looked at this often.
@@ -29,6 +31,7 @@ pub async fn run(
     let mut interval = tokio::time::interval(LOOK_INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut looks = 0;
+    let mut preparing = Preparing::default();
     loop {
         tokio::select! {
             changed = published.changed() => if changed.is_err() { return },
@@ -47,10 +50,9 @@ pub async fn run(
         if !leads {
             continue;
         }
-        for result in replica
-            .propose_all(duties(&state, &contacts.heard(), &leader))
-            .await
-        {
+        let mut heard = contacts.heard();
+        heard.preparing = preparing.look(&state, heard.now);
+        for result in replica.propose_all(duties(&state, &heard, &leader)).await {
             if let Err(error) = result {
                 tracing::debug!(%error, "a duty was overtaken");
             }
@@ -60,22 +62,52 @@ pub async fn run(
 
 /// Removes the log files of attempts that the State does not know.
 async fn sweep(logs: &LogStore, replica: &Handle) {
-    let (logs, published) = (logs.clone(), replica.published());
-    let sweep = move || {
-        // Listed before the State is looked at: an attempt that begins in between is not taken for unknown.
-        let kept = logs.attempts()?;
-        let state = published.borrow().state.clone();
-        // Before the first command nothing is known.
-        if state.ensemble.is_empty() {
-            return Ok(());
-        }
+    // Listed before the State is looked at, and a State that is not behind: what is there and is not known is over.
+    let Ok(kept) = on_a_thread(logs, |logs| logs.attempts()).await else {
+        return;
+    };
+    let Ok(state) = replica.read().await else {
+        return;
+    };
+    let sweep = move |logs: LogStore| {
         let phase = |id: &str| state.attempts.get(id).map(|attempt| attempt.phase);
         logs.close(|id| phase(id).is_none_or(|phase| phase == Phase::Ended));
-        logs.remove(kept.into_iter().filter(|id| phase(id).is_none()))
+        for attempt in kept.iter().filter(|id| phase(id).is_none()) {
+            if let Err(error) = logs.remove(attempt) {
+                tracing::warn!(%error, attempt, "log files cannot be removed");
+            }
+        }
+        Ok(())
     };
-    match tokio::task::spawn_blocking(sweep).await {
-        Ok(Err(error)) => tracing::warn!(%error, "cannot sweep the log files"),
-        Err(error) => tracing::error!(%error, "sweeping the log files failed"),
-        Ok(Ok(())) => {}
+    // What went wrong was said; the next sweep tries again.
+    let _ = on_a_thread(logs, sweep).await;
+}
+
+/// Runs what waits for the disk where it holds up nobody.
+async fn on_a_thread<T: Send + 'static>(
+    logs: &LogStore,
+    work: impl FnOnce(LogStore) -> std::io::Result<T> + Send + 'static,
+) -> std::io::Result<T> {
+    let logs = logs.clone();
+    let done = tokio::task::spawn_blocking(move || work(logs)).await;
+    let done = done.map_err(std::io::Error::other).and_then(|done| done);
+    done.inspect_err(|error| tracing::warn!(%error, "cannot sweep the log files"))
+}
+
+/// Since when each attempt has been seen to prepare, on the boot clock.
+#[derive(Default)]
+struct Preparing {
+    since: BTreeMap<String, i64>,
+}
+
+impl Preparing {
+    fn look(&mut self, state: &State, now: i64) -> BTreeMap<String, i64> {
+        let preparing = state
+            .attempts
+            .values()
+            .filter(|a| a.phase == Phase::Preparing);
+        let since = preparing.map(|a| (a.id.clone(), *self.since.get(&a.id).unwrap_or(&now)));
+        self.since = since.collect();
+        self.since.clone()
     }
 }

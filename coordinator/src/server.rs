@@ -9,7 +9,7 @@ use std::time::Duration;
 use batchai_common::limits::{
     CALL_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX,
 };
-use batchai_common::listen;
+use batchai_common::{limits, listen};
 use batchai_proto::agent::v1::agent_service_server::AgentServiceServer;
 use batchai_proto::internal::v1::ReplicaIdentity;
 use batchai_proto::v1::cluster_service_server::ClusterServiceServer;
@@ -18,12 +18,13 @@ use batchai_proto::v1::job_service_server::JobServiceServer;
 use batchai_proto::v1::node_service_server::NodeServiceServer;
 use batchai_proto::v1::resource_group_service_server::ResourceGroupServiceServer;
 use batchai_proto::v1::workspace_service_server::WorkspaceServiceServer;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 use tonic_health::server::HealthReporter;
 
 use crate::agents::contacts::Contacts;
@@ -36,7 +37,7 @@ use crate::logs::LogStore;
 use crate::replica::core::{Core, CoreError};
 use crate::replica::store::disk::DiskStore;
 use crate::replica::store::{FORMAT, StoreError};
-use crate::replica::{self, Handle};
+use crate::replica::{self, Handle, Running};
 
 /// The raft id of the first replica of an ensemble.
 const FIRST_REPLICA: u64 = 1;
@@ -44,6 +45,10 @@ const FIRST_REPLICA: u64 = 1;
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// Calls that one connection may have open at once.
 const CALLS_PER_CONNECTION_MAX: usize = 1024;
+/// Calls and streams that one connection may have open at once.
+const STREAMS_PER_CONNECTION_MAX: u32 = 1024;
+/// How long a new ensemble may take to get its name.
+const NAMED_MAX: Duration = Duration::from_secs(10);
 const HEADER_BYTES_MAX: u32 = 16 << 10;
 
 /// Why a coordinator does not start or cannot go on.
@@ -64,6 +69,8 @@ pub enum ServerError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Replica(#[from] CoreError),
+    #[error("the replica's thread panicked; its last words are in the log above")]
+    ReplicaPanicked,
     #[error("serving failed: {0}")]
     Serve(#[from] tonic::transport::Error),
     #[error("reflection: {0}")]
@@ -75,11 +82,13 @@ pub enum ServerError {
 /// Runs until the token is cancelled.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ServerError> {
     listen::check(config.listen, config.insecure_lab)?;
+    limits::raise_open_files();
     let _lock = lock(&config.data)?;
     let logs = config.data.join("logs");
     let logs =
         LogStore::new(logs.clone()).map_err(|source| ServerError::Data { path: logs, source })?;
-    let (replica, failed, leader) = start_replica(&config)?;
+    let (replica, running, leader) = start_replica(&config)?;
+    let mut failed = running.failed;
     let bound = TcpListener::bind(config.listen).await;
     let listener = bound.map_err(|source| ServerError::Bind {
         address: config.listen,
@@ -111,9 +120,10 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
     let serve = routes(api, agents)?
         .add_service(health_service)
         .serve_with_incoming_shutdown(
-            TcpListenerStream::new(listener),
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
             shutdown.clone().cancelled_owned(),
         );
+    until_named(&replica, &mut failed, &shutdown).await?;
     announce(address)?;
     let end = until_drained(serve, failed, shutdown.clone()).await;
     shutdown.cancel();
@@ -123,6 +133,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
             tracing::error!(%error, "a task of the coordinator failed");
         }
     }
+    // The directory's lock must outlive whoever writes into it. A panic was reported where it happened.
+    let _ = tokio::task::spawn_blocking(move || running.thread.join()).await;
     end
 }
 
@@ -132,13 +144,22 @@ fn lock(data: &PathBuf) -> Result<Flock<File>, ServerError> {
         path: data.clone(),
         source,
     };
+    let data = &std::path::absolute(data).map_err(failed)?;
     fs::create_dir_all(data).map_err(failed)?;
+    // The way to a new directory must survive a power cut as what is written into it does.
+    for dir in data.ancestors() {
+        File::open(dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(failed)?;
+    }
     let file = File::create(data.join("lock")).map_err(failed)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| ServerError::Locked { path: data.clone() })
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+        Errno::EWOULDBLOCK => ServerError::Locked { path: data.clone() },
+        error => failed(error.into()),
+    })
 }
 
-type Started = (Handle, oneshot::Receiver<CoreError>, Leader);
+type Started = (Handle, Running, Leader);
 
 fn start_replica(config: &Config) -> Result<Started, ServerError> {
     let new = ReplicaIdentity {
@@ -158,8 +179,9 @@ fn start_replica(config: &Config) -> Result<Started, ServerError> {
         entries = recovered.entries.len(),
         "log opened"
     );
-    let (handle, failed) = replica::start(Core::new(store, recovered)?)?;
-    Ok((handle, failed, leader))
+    let life = uuid::Uuid::new_v4().as_u64_pair().0;
+    let (handle, running) = replica::start(Core::new(store, recovered, life)?)?;
+    Ok((handle, running, leader))
 }
 
 fn routes(api: Api, agents: Agents) -> Result<tonic::transport::server::Router, ServerError> {
@@ -180,7 +202,7 @@ fn routes(api: Api, agents: Agents) -> Result<tonic::transport::server::Router, 
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .concurrency_limit_per_connection(CALLS_PER_CONNECTION_MAX)
-        .tcp_nodelay(true)
+        .max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX))
         .add_service(limited!(ResourceGroupServiceServer, api.clone()))
         .add_service(limited!(WorkspaceServiceServer, api.clone()))
         .add_service(limited!(ClusterServiceServer, api.clone()))
@@ -216,7 +238,23 @@ async fn until_drained(
             tracing::warn!("calls were still open when the time to drain was over");
             Ok(())
         }
-        Ok(error) = failed => Err(error.into()),
+        ended = failed => Err(ended.map_or(ServerError::ReplicaPanicked, Into::into)),
+    }
+}
+
+/// Nobody meets an ensemble without a name, if this replica can give it one soon; where it cannot, because it is not
+/// alone and there is no leader yet, calls are answered UNAVAILABLE until there is.
+async fn until_named(
+    replica: &Handle,
+    failed: &mut oneshot::Receiver<CoreError>,
+    shutdown: &CancellationToken,
+) -> Result<(), ServerError> {
+    let mut published = replica.published();
+    let named = published.wait_for(|published| !published.state.ensemble.is_empty());
+    tokio::select! {
+        _ = tokio::time::timeout(NAMED_MAX, named) => Ok(()),
+        () = shutdown.cancelled() => Ok(()),
+        ended = failed => Err(ended.map_or(ServerError::ReplicaPanicked, Into::into)),
     }
 }
 

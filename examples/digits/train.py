@@ -155,9 +155,13 @@ def make_model(rank, size):
     try:
         import torch
         import torch.distributed
-    except ImportError:
-        return PlainModel(PlainWorld(rank, size)), PlainWorld.name
-    return TorchModel(torch), TorchModel.name
+
+        usable = torch.distributed.is_available()
+    except Exception:  # A broken installation fails in many ways.
+        usable = False
+    if usable:
+        return TorchModel(torch), TorchModel.name
+    return PlainModel(PlainWorld(rank, size)), PlainWorld.name
 
 
 def digest(values):

@@ -1,33 +1,38 @@
 //! A node agent from its configuration to its end.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use batchai_common::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, TERMINATION_GRACE};
+use batchai_common::limits::{self, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, TERMINATION_GRACE};
 use batchai_proto::agent::v1::{Hello, LogHello};
+use batchai_proto::v1::NodeFacts;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 
 use crate::config::Config;
 use crate::hardware::{self, HardwareError};
-use crate::journal::{Journal, JournalError};
+use crate::journal::{Identity, Journal, JournalError, STOP};
 use crate::logs::{Shipped, Shipper};
 use crate::session::Session;
-use crate::shim;
+use crate::shim::{self, Root, RootError};
 use crate::supervisor::Supervisor;
 use crate::watch::Watch;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Beyond the grace that processes get: for shims to write their records.
 const END_JOBS_MARGIN: Duration = Duration::from_secs(5);
+const END_JOBS_STEP: Duration = Duration::from_millis(20);
 
 /// Why an agent does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     #[error(transparent)]
     Journal(#[from] JournalError),
+    #[error(transparent)]
+    Root(#[from] RootError),
     #[error(transparent)]
     Hardware(#[from] HardwareError),
     #[error("{url:?} is not the URL of a coordinator: use http://ADDRESS:PORT")]
@@ -44,6 +49,7 @@ pub async fn run(
     own: &'static [&'static str],
     shutdown: CancellationToken,
 ) -> Result<(), AgentError> {
+    limits::raise_open_files();
     let endpoint = endpoint(&config.coordinator)?;
     let node_id = node_id(&config)?;
     let root = std::path::absolute(&config.root)?;
@@ -53,68 +59,130 @@ pub async fn run(
         ..config
     };
     let (journal, identity) = Journal::open(&config.data)?;
-    let journal = Arc::new(journal);
+    let _root = Root::claim(&config.root, &identity.uid)?;
     let facts = hardware::facts(&config)?;
-    tracing::info!(
-        node = node_id,
-        uid = identity.uid,
-        vm_size = facts.vm_size,
-        image = facts.image,
-        "node"
-    );
+    let (uid, vm_size, image) = (&identity.uid, &facts.vm_size, &facts.image);
+    tracing::info!(node = node_id, uid, vm_size, image, "node");
     let watch = Watch::new()?;
     sweep_strays(&journal, &identity.uid, &watch)?;
-    let shipped = Shipped::default();
-    let (assign, assignments) = watch::channel(None);
-    let (observe, observed) = watch::channel(Vec::new());
-    let supervisor = Supervisor {
-        journal: journal.clone(),
-        watch: watch.clone(),
-        facts: hardware::host_facts(&facts, &identity.uid),
-        shipped: shipped.clone(),
-        own,
-        assignments,
-        observed: observe,
-        children: HashMap::new(),
-        starts: HashMap::new(),
-        swept: HashSet::new(),
-    };
-    let shipper = Shipper {
-        journal: journal.clone(),
-        watch,
-        shipped,
-        endpoint: endpoint.clone(),
-        hello: LogHello {
-            node_id: node_id.clone(),
-            uid: identity.uid.clone(),
-        },
-    };
-    let session = Session {
+    let parts = Parts {
         endpoint,
-        hello: Hello {
-            node_id,
-            uid: identity.uid.clone(),
-            journal_id: identity.journal_id.clone(),
-            facts: Some(facts),
-            report: None,
-        },
+        node_id,
         identity,
-        journal,
-        observed,
-        assignments: assign,
+        facts,
+        journal: Arc::new(journal),
+        watch,
     };
-    // The first session says what the journal holds, so the journal is read first.
-    let supervisor = tokio::spawn(supervisor.run(shutdown.clone()));
-    let (session, shipper) = (tokio::spawn(session.run()), tokio::spawn(shipper.run()));
-    let supervisor = supervisor.await.map_err(std::io::Error::other)?;
-    session.abort();
+    let ended = parts.run(own, shutdown).await;
     if config.end_jobs_on_stop {
-        supervisor
-            .end_jobs(TERMINATION_GRACE + END_JOBS_MARGIN)
-            .await;
+        tokio::task::spawn_blocking(move || end_jobs_of(&parts.journal, &parts.identity.uid))
+            .await
+            .map_err(std::io::Error::other)??;
     }
-    shipper.abort();
-    Ok(())
+    ended
+}
+
+/// What the agent's tasks are made of.
+struct Parts {
+    endpoint: Endpoint,
+    node_id: String,
+    identity: Identity,
+    facts: NodeFacts,
+    journal: Arc<Journal>,
+    watch: Arc<Watch>,
+}
+
+impl Parts {
+    async fn run(
+        &self,
+        own: &'static [&'static str],
+        shutdown: CancellationToken,
+    ) -> Result<(), AgentError> {
+        let shipped = Shipped::default();
+        let (assign, assignments) = watch::channel(None);
+        let (observe, observed) = watch::channel(Vec::new());
+        let supervisor = Supervisor {
+            journal: self.journal.clone(),
+            watch: self.watch.clone(),
+            facts: hardware::host_facts(&self.facts, &self.identity.uid),
+            shipped: shipped.clone(),
+            own,
+            assignments,
+            observed: observe,
+            children: HashMap::new(),
+            starts: HashMap::new(),
+            swept: HashSet::new(),
+        };
+        let shipper = Shipper {
+            journal: self.journal.clone(),
+            watch: self.watch.clone(),
+            shipped,
+            endpoint: self.endpoint.clone(),
+            hello: LogHello {
+                node_id: self.node_id.clone(),
+                uid: self.identity.uid.clone(),
+            },
+        };
+        let session = Session {
+            endpoint: self.endpoint.clone(),
+            hello: Hello {
+                node_id: self.node_id.clone(),
+                uid: self.identity.uid.clone(),
+                journal_id: self.identity.journal_id.clone(),
+                facts: Some(self.facts.clone()),
+                report: None,
+                ensemble: String::new(),
+            },
+            identity: self.identity.clone(),
+            journal: self.journal.clone(),
+            observed,
+            assignments: assign,
+        };
+        let mut supervisor = tokio::spawn(supervisor.run(shutdown.clone()));
+        let (mut session, mut shipper) = (tokio::spawn(session.run()), tokio::spawn(shipper.run()));
+        // An agent that is deaf in one ear must not look alive.
+        let failed = tokio::select! {
+            ended = &mut supervisor => ended.err(),
+            ended = &mut session => ended.err(),
+            ended = &mut shipper => ended.err(),
+        };
+        for task in [&session, &shipper, &supervisor] {
+            task.abort();
+        }
+        match failed {
+            Some(error) => Err(AgentError::System(std::io::Error::other(error))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Ends all jobs of the node whose agent had this data directory and is gone.
+///
+/// # Errors
+/// Says which could not be ended; the others were.
+pub fn end_jobs(data: &Path) -> Result<(), AgentError> {
+    let (journal, identity) = Journal::open(data)?;
+    end_jobs_of(&journal, &identity.uid)
+}
+
+fn end_jobs_of(journal: &Journal, uid: &str) -> Result<(), AgentError> {
+    let until = Instant::now() + TERMINATION_GRACE + END_JOBS_MARGIN;
+    loop {
+        let mut alive = false;
+        for dir in journal.attempts()? {
+            if dir.shim()?.is_some() {
+                alive = true;
+                if !dir.has(STOP) {
+                    dir.write(STOP, &true, true)?;
+                }
+            }
+        }
+        if !alive || Instant::now() > until {
+            // What a shim left that died, and what one left that would not end.
+            return Ok(shim::sweep(uid, |_| false)?);
+        }
+        std::thread::sleep(END_JOBS_STEP);
+    }
 }
 
 fn endpoint(url: &str) -> Result<Endpoint, AgentError> {
@@ -147,14 +215,27 @@ fn node_id(config: &Config) -> Result<String, AgentError> {
     Ok(id)
 }
 
-/// Ends processes of attempts that no living shim holds: of earlier agents of this node that were cut down.
+/// Ends processes of attempts that no living shim holds: of earlier agents of this node that were cut down. One that is
+/// stuck in the kernel does not keep the node out of service.
 fn sweep_strays(journal: &Journal, uid: &str, watch: &Watch) -> Result<(), AgentError> {
     let mut held = HashSet::new();
     for dir in journal.attempts()? {
-        watch.add(&dir)?;
-        if dir.shim()?.is_some() {
-            held.insert(dir.id());
+        if let Err(error) = watch.add(&dir) {
+            tracing::warn!(%error, attempt = dir.id(), "changes of an attempt are noticed late");
+        }
+        match dir.shim() {
+            Ok(None) => {}
+            Ok(Some(_)) => {
+                held.insert(dir.id());
+            }
+            Err(error) => {
+                tracing::error!(%error, attempt = dir.id(), "taken for alive");
+                held.insert(dir.id());
+            }
         }
     }
-    Ok(shim::sweep(uid, |attempt| held.contains(attempt))?)
+    if let Err(error) = shim::sweep(uid, |attempt| held.contains(attempt)) {
+        tracing::error!(%error, "strays of an earlier agent are left");
+    }
+    Ok(())
 }

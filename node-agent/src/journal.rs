@@ -5,10 +5,11 @@
 //! DATA/lock                      one agent per directory
 //! DATA/attempts/{attempt}/
 //!     prepare.json  launch.json  what the shim shall do; written by the agent
-//!     stop                       it shall end; written by the agent
+//!     stop                       it shall end; written by the agent; `true` where the node is ending
 //!     lock                       held by the living shim
 //!     started                    made once, by the shim that began
 //!     status.json                what it does; written by the shim
+//!     setup-failed.json          why directories could not be made; written by a child of the shim
 //!     logs/                      what its processes print; written by the shim
 //! ```
 //! Files are replaced whole. Nothing here decides anything.
@@ -28,8 +29,11 @@ pub const LAUNCH: &str = "launch.json";
 pub const STOP: &str = "stop";
 pub const STARTED: &str = "started";
 pub const STATUS: &str = "status.json";
+pub const SETUP_FAILED: &str = "setup-failed.json";
 pub const LOGS: &str = "logs";
 const LOCK: &str = "lock";
+/// What the names of removed attempts begin with.
+const GONE: &str = ".gone-";
 
 /// Why the journal cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -74,10 +78,12 @@ impl Journal {
         made.map_err(at(&attempts))?;
         let path = root.join("lock");
         let file = File::create(&path).map_err(at(&path))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
-            JournalError::Locked {
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock);
+        let lock = lock.map_err(|(_, error)| match error {
+            nix::Error::EWOULDBLOCK => JournalError::Locked {
                 path: root.to_owned(),
-            }
+            },
+            error => at(&path)(error.into()),
         })?;
         let journal = Journal {
             root: root.to_owned(),
@@ -108,9 +114,15 @@ impl Journal {
         let root = self.root.join("attempts");
         let mut attempts = Vec::new();
         for entry in fs::read_dir(&root).map_err(at(&root))? {
-            attempts.push(AttemptDir {
-                path: entry.map_err(at(&root))?.path(),
-            });
+            let entry = entry.map_err(at(&root))?;
+            let gone = entry
+                .file_name()
+                .as_encoded_bytes()
+                .starts_with(GONE.as_bytes());
+            let path = entry.path();
+            if path.is_dir() && !gone {
+                attempts.push(AttemptDir { path });
+            }
         }
         attempts.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(attempts)
@@ -235,7 +247,13 @@ impl AttemptDir {
 
     /// Removes all of it.
     pub fn remove(&self) -> Result<(), JournalError> {
-        fs::remove_dir_all(&self.path).map_err(at(&self.path))
+        // Renamed first: what is half removed when the agent dies is no attempt any more.
+        let gone = self.path.with_file_name(format!("{GONE}{}", self.id()));
+        if gone.exists() {
+            fs::remove_dir_all(&gone).map_err(at(&gone))?;
+        }
+        fs::rename(&self.path, &gone).map_err(at(&self.path))?;
+        fs::remove_dir_all(&gone).map_err(at(&gone))
     }
 }
 

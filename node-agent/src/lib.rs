@@ -25,6 +25,7 @@ use std::process::ExitCode;
 
 use batchai_common::{shutdown, telemetry};
 
+pub use agent::end_jobs;
 pub use config::Config;
 
 /// The command line of an agent.
@@ -43,6 +44,9 @@ enum Part {
     /// Holds the processes of one attempt.
     #[command(hide = true)]
     Shim { dir: PathBuf },
+    /// Makes the directories of one attempt.
+    #[command(hide = true)]
+    Prepare { dir: PathBuf },
     /// Copies the log files of one attempt.
     #[command(hide = true)]
     CopyLogs { from: PathBuf, to: PathBuf },
@@ -52,6 +56,7 @@ enum Part {
 pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
     match cli.part {
         Some(Part::Shim { dir }) => shim::main(&dir, own),
+        Some(Part::Prepare { dir }) => shim::prepare_main(&dir),
         Some(Part::CopyLogs { from, to }) => shim::copy_main(&from, &to),
         None => agent_main(cli.config, own),
     }

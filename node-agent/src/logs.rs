@@ -3,12 +3,13 @@
 //! Where to go on, the coordinator says: it answers every piece with how much of the file it keeps. So nothing is sent
 //! twice for long and nothing is left out, whoever of the two was restarted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use batchai_common::error::causes;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
@@ -26,6 +27,9 @@ use crate::watch::Watch;
 const WINDOW: usize = 16;
 /// Files are looked at this often, whatever wakes or does not wake the loop.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long to wait for more after a file has grown.
+const GATHER: Duration = Duration::from_millis(10);
 
 type Key = (String, String);
 
@@ -88,8 +92,11 @@ struct Sending {
     /// How far it was sent; nothing is sent before the first answer.
     sent: Option<u64>,
     asked: bool,
+    /// As it was when it was last looked at.
+    size: u64,
     unanswered: usize,
-    unwanted: bool,
+    /// Nobody wants it now; it is asked again, for the coordinator may only have been behind.
+    unwanted_since: Option<Instant>,
 }
 
 impl Shipper {
@@ -98,11 +105,8 @@ impl Shipper {
         let mut failures = 0;
         loop {
             let error = match self.endpoint.connect().await {
-                Ok(channel) => {
-                    failures = 0;
-                    self.ship(channel).await
-                }
-                Err(error) => error.to_string(),
+                Ok(channel) => self.ship(channel, &mut failures).await,
+                Err(error) => causes(&error),
             };
             tracing::debug!(error, "log shipping interrupted");
             tokio::time::sleep(backoff(failures)).await;
@@ -111,7 +115,7 @@ impl Shipper {
     }
 
     /// Ships on one connection; returns why it ended.
-    async fn ship(&self, channel: Channel) -> String {
+    async fn ship(&self, channel: Channel, failures: &mut u32) -> String {
         let (outbox, requests) = mpsc::channel(WINDOW);
         let hello = ship_logs_request::Message::Hello(self.hello.clone());
         // The channel has room: nothing was sent yet.
@@ -133,29 +137,37 @@ impl Shipper {
             let look = tokio::time::sleep(LOOK_INTERVAL);
             tokio::select! {
                 reply = replies.message() => match reply {
-                    Ok(Some(reply)) => self.answered(&mut files, &reply),
+                    Ok(Some(reply)) => {
+                        *failures = 0;
+                        self.answered(&mut files, &reply);
+                    }
                     Ok(None) => return "the coordinator ended it".to_owned(),
                     Err(status) => return status.message().to_owned(),
                 },
-                () = self.watch.logs.notified() => {}
+                // What is printed in many small writes is gathered.
+                () = self.watch.logs.notified() => tokio::time::sleep(GATHER).await,
                 () = look => {}
             }
         }
     }
 
     fn answered(&self, files: &mut BTreeMap<Key, Sending>, reply: &ShipLogsResponse) {
+        let stored = u64::try_from(reply.stored_bytes).unwrap_or_default();
         self.shipped.set(reply);
-        let Some(file) = files.get_mut(&(reply.attempt.clone(), reply.file.clone())) else {
+        let key = (reply.attempt.clone(), reply.file.clone());
+        let Some(file) = files.get_mut(&key) else {
             return;
         };
         file.unanswered = file.unanswered.saturating_sub(1);
-        file.unwanted = reply.unwanted;
+        file.unwanted_since = reply.unwanted.then(Instant::now);
         // The first answer says where to begin; a last one that is behind says that something is missing.
         if file.sent.is_none() || file.unanswered == 0 {
-            file.sent = Some(u64::try_from(reply.stored_bytes).unwrap_or_default());
+            file.sent = Some(stored);
         }
-        // An attempt may wait for this to be forgotten.
-        self.watch.status.notify_one();
+        // An attempt may wait for its last file to arrive.
+        if reply.unwanted || (file.unanswered == 0 && stored >= file.size) {
+            self.watch.status.notify_one();
+        }
     }
 
     /// `false` where the connection has ended.
@@ -164,11 +176,12 @@ impl Shipper {
         files: &mut BTreeMap<Key, Sending>,
         outbox: &mpsc::Sender<ShipLogsRequest>,
     ) -> Result<bool, JournalError> {
-        let mut present = Vec::new();
+        let mut present = BTreeSet::new();
         for dir in self.journal.attempts()? {
             for (file, size) in dir.logs()? {
-                present.push((dir.id(), file.clone()));
+                present.insert((dir.id(), file.clone()));
                 let sending = files.entry((dir.id(), file.clone())).or_default();
+                sending.size = size;
                 while let Some(chunk) = next_chunk(&dir, &file, size, sending) {
                     sending.unanswered += 1;
                     let message = Some(ship_logs_request::Message::Chunk(chunk));
@@ -191,18 +204,23 @@ fn next_chunk(dir: &AttemptDir, file: &str, size: u64, sending: &mut Sending) ->
         offset: offset as i64,
         data: data.into(),
     };
-    if !sending.asked {
-        sending.asked = true;
+    let again = sending
+        .unwanted_since
+        .is_some_and(|since| since.elapsed() > LOOK_INTERVAL);
+    if !sending.asked || again {
+        (sending.asked, sending.sent, sending.unwanted_since) = (true, None, None);
         return Some(chunk(0, Vec::new()));
     }
     let sent = sending.sent?;
-    if sending.unwanted || sent >= size || sending.unanswered >= WINDOW {
+    if sending.unwanted_since.is_some() || sent >= size || sending.unanswered >= WINDOW {
         return None;
     }
     let length = (size - sent).min(LOG_CHUNK_BYTES_MAX as u64) as usize;
     let mut data = vec![0; length];
-    let read = File::open(dir.path.join(LOGS).join(file))
-        .and_then(|opened| opened.read_exact_at(&mut data, sent));
+    let read = tokio::task::block_in_place(|| {
+        let opened = File::open(dir.path.join(LOGS).join(file))?;
+        opened.read_exact_at(&mut data, sent)
+    });
     if let Err(error) = read {
         tracing::warn!(%error, file, "a log file cannot be read");
         return None;

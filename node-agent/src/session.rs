@@ -12,9 +12,12 @@ use batchai_proto::agent::v1::{
     Welcome, session_request, session_response,
 };
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Interval, MissedTickBehavior};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Endpoint;
+
+use batchai_common::error::causes;
 
 use crate::journal::{Identity, Journal};
 
@@ -34,7 +37,7 @@ pub fn backoff(failures: u32) -> Duration {
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
 enum SessionError {
-    #[error("cannot connect: {0}")]
+    #[error("cannot connect: {}", causes(.0))]
     Connect(#[from] tonic::transport::Error),
     #[error("{}", .0.message())]
     Refused(#[from] tonic::Status),
@@ -89,6 +92,7 @@ impl Session {
         let attempts = self.observed.borrow_and_update().clone();
         let hello = Hello {
             report: Some(Report { attempts }),
+            ensemble: self.identity.ensemble.clone().unwrap_or_default(),
             ..self.hello.clone()
         };
         // The channel has room: nothing was sent yet.
@@ -98,23 +102,28 @@ impl Session {
             .session(ReceiverStream::new(requests))
             .await?
             .into_inner();
-        *failures = 0;
-        self.talk(&outbox, &mut incoming).await
+        self.talk(&outbox, &mut incoming, failures).await
     }
 
     async fn talk(
         &mut self,
         outbox: &mpsc::Sender<SessionRequest>,
         incoming: &mut Streaming<SessionResponse>,
+        failures: &mut u32,
     ) -> Result<(), SessionError> {
-        let mut heartbeat = tokio::time::interval(HEARTBEAT_INTERVAL);
-        heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut heartbeat = every(HEARTBEAT_INTERVAL);
         loop {
             let message = tokio::select! {
                 response = incoming.message() => {
                     match response?.and_then(|response| response.message) {
-                        Some(session_response::Message::Welcome(welcome)) => self.welcome(welcome)?,
-                        Some(session_response::Message::Assignments(list)) => self.take(list),
+                        Some(session_response::Message::Welcome(welcome)) => {
+                            heartbeat = every(self.welcome(welcome)?);
+                        }
+                        Some(session_response::Message::Assignments(list)) => {
+                            // Only now it is a session: the coordinator took the node as it is.
+                            *failures = 0;
+                            self.take(list);
+                        }
                         None => return Ok(()),
                     }
                     continue;
@@ -134,20 +143,28 @@ impl Session {
         }
     }
 
-    /// A node belongs to the first ensemble it meets.
-    fn welcome(&mut self, welcome: Welcome) -> Result<(), SessionError> {
+    /// A node belongs to the first ensemble it meets. Returns how often to send a heartbeat.
+    fn welcome(&mut self, welcome: Welcome) -> Result<Duration, SessionError> {
         tracing::info!(ensemble = welcome.ensemble, "session opened");
         match &self.identity.ensemble {
-            Some(own) if *own != welcome.ensemble => Err(SessionError::OtherEnsemble {
-                own: own.clone(),
-                other: welcome.ensemble,
-            }),
-            Some(_) => Ok(()),
+            Some(own) if *own != welcome.ensemble => {
+                return Err(SessionError::OtherEnsemble {
+                    own: own.clone(),
+                    other: welcome.ensemble,
+                });
+            }
+            Some(_) => {}
             None => {
                 self.identity.ensemble = Some(welcome.ensemble);
-                Ok(self.journal.keep(&self.identity)?)
+                self.journal.keep(&self.identity)?;
             }
         }
+        let interval = welcome
+            .heartbeat_interval
+            .and_then(|i| Duration::try_from(i).ok());
+        Ok(interval
+            .filter(|i| !i.is_zero())
+            .unwrap_or(HEARTBEAT_INTERVAL))
     }
 
     /// A list that is older than the last is ignored.
@@ -162,6 +179,12 @@ impl Session {
             newer
         });
     }
+}
+
+fn every(interval: Duration) -> Interval {
+    let mut interval = tokio::time::interval(interval);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
 }
 
 fn request(message: session_request::Message) -> SessionRequest {

@@ -1,4 +1,5 @@
-//! PURE. What a shim says about its attempt: one small file, replaced whole at every change.
+//! PURE. What a shim says about its attempt: one small file, replaced whole at every change. Shims
+//! and agents of neighbouring versions read each other's: what one of them does not know has its default.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +16,8 @@ pub enum Phase {
 }
 
 /// A process that was started.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RankStatus {
     pub rank: i32,
     pub pid: i32,
@@ -25,6 +27,7 @@ pub struct RankStatus {
 
 /// What went wrong apart from a rank's exit code.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct FailureRecord {
     pub code: String,
     pub message: String,
@@ -36,6 +39,7 @@ pub struct FailureRecord {
 
 /// All of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Status {
     pub phase: Phase,
     pub ranks: Vec<RankStatus>,

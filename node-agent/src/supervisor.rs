@@ -44,50 +44,22 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// Runs until the token is cancelled. Jobs go on without it.
-    pub async fn run(mut self, shutdown: CancellationToken) -> Self {
+    pub async fn run(mut self, shutdown: CancellationToken) {
         let mut interval = tokio::time::interval(LOOK_INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let wake = self.watch.clone();
             tokio::select! {
                 () = wake.status.notified() => {}
-                changed = self.assignments.changed() => if changed.is_err() { return self },
+                changed = self.assignments.changed() => if changed.is_err() { return },
                 _ = interval.tick() => {}
-                () = shutdown.cancelled() => return self,
+                () = shutdown.cancelled() => return,
             }
-            if let Err(error) = self.look() {
+            // It waits for the disk: heartbeats go on beside it.
+            if let Err(error) = tokio::task::block_in_place(|| self.look()) {
                 tracing::error!(%error, "the journal cannot be used");
             }
         }
-    }
-
-    /// Ends all jobs of this node and waits until nothing of them is left.
-    pub async fn end_jobs(mut self, patience: Duration) {
-        let stop = async {
-            loop {
-                match self.stop_all() {
-                    Ok(true) => return,
-                    Ok(false) => {}
-                    Err(error) => tracing::error!(%error, "a job cannot be told to end"),
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        if tokio::time::timeout(patience, stop).await.is_err() {
-            tracing::error!("jobs were still ending when the agent had to");
-        }
-    }
-
-    /// `true` where no shim lives any more.
-    fn stop_all(&mut self) -> Result<bool, JournalError> {
-        self.reap();
-        let mut none = true;
-        for dir in self.journal.attempts()? {
-            if dir.shim()?.is_some() || self.children.contains_key(&dir.id()) {
-                none = false;
-                stop(&dir)?;
-            }
-        }
-        Ok(none)
     }
 
     fn look(&mut self) -> Result<(), JournalError> {
@@ -135,21 +107,39 @@ impl Supervisor {
         self.reap();
         let mut local = Vec::new();
         for dir in self.journal.attempts()? {
-            let attempt = dir.id();
-            // In this order: a shim that ends in between has left its record before its lock.
-            let shim = dir.shim()?.is_some() || self.children.contains_key(&attempt);
-            local.push(Local {
-                shim,
-                started: dir.has(STARTED),
-                status: dir.read(STATUS)?,
-                launch_written: dir.has(LAUNCH),
-                stop_written: dir.has(STOP),
-                swept: self.swept.contains(&attempt),
-                shipped: self.shipped.is_done(&dir)?,
-                attempt,
-            });
+            match self.scan_attempt(&dir) {
+                Ok(found) => local.push(found),
+                // The others go on without it.
+                Err(error) => tracing::error!(%error, attempt = dir.id(), "cannot be looked at"),
+            }
         }
         Ok(local)
+    }
+
+    fn scan_attempt(&self, dir: &AttemptDir) -> Result<Local, JournalError> {
+        let attempt = dir.id();
+        // In this order. A shim takes its lock before it begins: what has begun and is not locked is over. And it
+        // leaves its record before its lock.
+        let started = dir.has(STARTED);
+        let shim = dir.shim()?.is_some() || self.children.contains_key(&attempt);
+        let status = match dir.read(STATUS) {
+            // A power cut leaves such a file: nobody knows any more how it ended.
+            Err(JournalError::Unreadable { path, .. }) => {
+                tracing::warn!(path = %path.display(), "unreadable");
+                None
+            }
+            status => status?,
+        };
+        Ok(Local {
+            shim,
+            started,
+            status,
+            launch_written: dir.has(LAUNCH),
+            stop_written: dir.has(STOP),
+            swept: self.swept.contains(&attempt),
+            shipped: self.shipped.is_done(dir)?,
+            attempt,
+        })
     }
 
     fn act(&mut self, action: &Action, desired: &[Assignment]) -> Result<(), JournalError> {
@@ -175,10 +165,11 @@ impl Supervisor {
                 Ok(())
             }
             (Action::Forget(_), _) => {
+                dir.remove()?;
                 self.starts.remove(id);
                 self.swept.remove(id);
                 self.shipped.forget(id);
-                dir.remove()
+                Ok(())
             }
             (Action::Start(_) | Action::Launch(_), None) => Ok(()),
         }
@@ -264,13 +255,15 @@ impl Supervisor {
 }
 
 fn stop(dir: &AttemptDir) -> Result<(), JournalError> {
-    dir.write(STOP, &(), true)
+    dir.write(STOP, &false, true)
 }
 
 /// Ends an attempt that never began.
 fn refuse(dir: &AttemptDir, failure: FailureRecord) -> Result<(), JournalError> {
-    // Taken for good, so that no shim begins it after all.
-    dir.begin()?;
+    // Taken for good, so that no shim begins it after all; unless one has.
+    if !dir.begin()? {
+        return Ok(());
+    }
     let status = Status {
         phase: Phase::Ended,
         failure: Some(failure),

@@ -45,6 +45,8 @@ impl Watch {
 
     /// Watches an attempt; watching it again changes nothing. It ends with its directory.
     pub fn add(&self, attempt: &AttemptDir) -> io::Result<()> {
+        // An agent that was cut down while it made the directory left it incomplete.
+        attempt.create().map_err(io::Error::other)?;
         let replaced = AddWatchFlags::IN_MOVED_TO;
         self.watch(&attempt.path, replaced, Subject::Status)?;
         let grown = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CREATE;

@@ -27,6 +27,18 @@ pub struct Ensemble {
 impl Ensemble {
     /// A coordinator and some agents, `a1` and so on, registered.
     pub fn start(agents: usize) -> Ensemble {
+        let names: Vec<_> = (1..=agents).map(|number| format!("a{number}")).collect();
+        let mut ensemble = Ensemble::without_daemons();
+        ensemble.start_coordinator();
+        for name in names {
+            ensemble.start_agent(&name);
+        }
+        ensemble.until_alive(agents);
+        ensemble
+    }
+
+    /// A directory and an endpoint; the daemons are the test's to start.
+    pub fn without_daemons() -> Ensemble {
         let dir = tempfile::Builder::new()
             .prefix("batchai-test-")
             .tempdir()
@@ -42,17 +54,19 @@ impl Ensemble {
         let address = probe.local_addr().expect("it is bound");
         drop(probe);
         ensemble.endpoint = format!("http://{address}");
-        ensemble.start_coordinator();
-        for number in 1..=agents {
-            ensemble.start_agent(&format!("a{number}"));
-        }
-        ensemble.until_alive(agents);
         ensemble
     }
 
     /// The same with a cluster `c` of all agents, a resource group `g`, a workspace `w` and an experiment `e`.
     pub fn with_cluster(agents: usize) -> Ensemble {
         let ensemble = Ensemble::start(agents);
+        ensemble.create_cluster(agents);
+        ensemble
+    }
+
+    /// Creates what `with_cluster` has.
+    pub fn create_cluster(&self, agents: usize) {
+        let ensemble = self;
         ensemble.ok(&["group", "create", "-n", "g"]);
         ensemble.ok(&["workspace", "create", "-g", "g", "-n", "w"]);
         ensemble.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
@@ -60,7 +74,6 @@ impl Ensemble {
         ensemble.ok(&[
             "cluster", "create", "-g", "g", "-w", "w", "-n", "c", "-s", SIZE, "-t", &target,
         ]);
-        ensemble
     }
 
     pub fn path(&self) -> &Path {

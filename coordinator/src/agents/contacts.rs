@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use batchai_common::time::now_millis;
+use batchai_common::time::{boot_time, now_millis};
 
-use crate::duties::Heard;
+use crate::scheduler::heard::Heard;
 
 /// One node's contact. The heartbeat path touches nothing else.
 #[derive(Debug, Default)]
 struct Contact {
+    /// On the boot clock.
     last_ms: AtomicI64,
     live: AtomicBool,
 }
@@ -29,7 +30,7 @@ pub struct Live {
 impl Live {
     /// The node gave a sign of life.
     pub fn heard(&self) {
-        self.contact.last_ms.store(now_millis(), Ordering::Relaxed);
+        self.contact.last_ms.store(boot_millis(), Ordering::Relaxed);
     }
 }
 
@@ -57,10 +58,16 @@ impl Contacts {
             .iter()
             .map(|(name, contact)| (name.clone(), contact.last_ms.load(Ordering::Relaxed)));
         Heard {
-            now: now_millis(),
+            now: boot_millis(),
+            wall: now_millis(),
             last: last.filter(|(_, last)| *last > 0).collect(),
+            ..Heard::default()
         }
     }
+}
+
+fn boot_millis() -> i64 {
+    boot_time().as_millis() as i64
 }
 
 #[cfg(test)]

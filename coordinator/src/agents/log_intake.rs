@@ -1,7 +1,7 @@
 //! Takes in the log files that one agent ships.
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_common::limits::{CALL_TIMEOUT, LOG_CHUNK_BYTES_MAX};
 use batchai_common::names::{Kind, Name};
 use batchai_proto::agent::v1::{LogChunk, ShipLogsRequest, ShipLogsResponse, ship_logs_request};
 use tokio::sync::mpsc;
@@ -51,10 +51,9 @@ impl Intake {
         incoming: &mut Streaming<ShipLogsRequest>,
         outbox: &mpsc::Sender<Result<ShipLogsResponse, Status>>,
     ) -> Result<(), Status> {
-        let first = incoming
-            .message()
-            .await?
-            .and_then(|request| request.message);
+        let first = tokio::time::timeout(CALL_TIMEOUT, incoming.message()).await;
+        let first = first.map_err(|_| invalid("message", "the hello did not come in time"))?;
+        let first = first?.and_then(|request| request.message);
         let Some(ship_logs_request::Message::Hello(hello)) = first else {
             return Err(invalid("message", "the first message must be a hello"));
         };
@@ -88,21 +87,31 @@ impl Intake {
             attempt: attempt.clone(),
             file: file.clone(),
             stored_bytes: 0,
-            unwanted: !self.wanted(node, uid, &attempt),
+            unwanted: false,
         };
+        if !self.wanted(node, uid, &attempt) {
+            // The State here may only be behind: the agent throws away what is not wanted.
+            self.replica
+                .read()
+                .await
+                .map_err(|error| unavailable(&error.to_string()))?;
+            answer.unwanted = !self.wanted(node, uid, &attempt);
+        }
         if !answer.unwanted {
-            let key = FileKey::new(&attempt, node, &file)
-                .ok_or_else(|| invalid("chunk.file", "it is not the name of a log file"))?;
+            let Some(key) = FileKey::new(&attempt, node, &file) else {
+                tracing::warn!(attempt, node, file, "not the name of a log file");
+                return Ok(ShipLogsResponse {
+                    unwanted: true,
+                    ..answer
+                });
+            };
             let stored = self
                 .logs
                 .append(key, offset, chunk.data)
                 .await
                 .map_err(|error| {
                     tracing::error!(%error, attempt, node, file, "cannot keep a log file");
-                    Status::from(ApiError::Unavailable {
-                        why: "its disk takes no more logs".into(),
-                        leader: None,
-                    })
+                    unavailable("its disk takes no more logs")
                 })?;
             answer.stored_bytes = stored as i64;
         }
@@ -117,6 +126,14 @@ impl Intake {
         let attempt = state.attempts.get(attempt);
         registered && attempt.is_some_and(|a| a.nodes.iter().any(|n| n.node == node))
     }
+}
+
+fn unavailable(why: &str) -> Status {
+    ApiError::Unavailable {
+        why: why.to_owned(),
+        leader: None,
+    }
+    .into()
 }
 
 fn invalid(field: &str, reason: &str) -> Status {

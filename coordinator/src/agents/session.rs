@@ -4,11 +4,12 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_proto::agent::v1::{
-    Hello, Report, SessionRequest, SessionResponse, Welcome, session_request, session_response,
+    AttemptObservation, Hello, Report, SessionRequest, SessionResponse, Welcome, session_request,
+    session_response,
 };
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
-use batchai_proto::v1::NodeFacts;
+use batchai_proto::v1::{NodeFacts, ResourceError};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
@@ -23,6 +24,12 @@ pub const OUTBOX_MAX: usize = 16;
 /// Texts of an agent about itself are short.
 const TEXT_BYTES_MAX: usize = 1024;
 const LIST_MAX: usize = 64;
+/// Attempts that one node can hold: one that runs, and some that are not forgotten yet.
+const ATTEMPTS_MAX: usize = 1000;
+/// As many as a job may have processes.
+const RANKS_MAX: usize = 10_000;
+/// What a node says about a failure.
+const FAILURE_BYTES_MAX: usize = 64 << 10;
 
 /// A node that said Hello and was accepted.
 pub struct Session {
@@ -40,6 +47,18 @@ impl Session {
         contacts: &Contacts,
         hello: Hello,
     ) -> Result<Session, Status> {
+        if replica.published().borrow().state.ensemble.is_empty() {
+            return Err(unavailable("the ensemble is being set up"));
+        }
+        let own = replica.published().borrow().state.ensemble.clone();
+        if !hello.ensemble.is_empty() && hello.ensemble != own {
+            let name = format!("nodes/{}", hello.node_id);
+            let why = format!(
+                "it belongs to ensemble {}, this one is {own}; give its agent another --data directory to have it join",
+                hello.ensemble
+            );
+            return Err(ApiError::WrongState { name, why }.into());
+        }
         let facts = hello.facts.clone().unwrap_or_default();
         let name = check(&hello, &facts)?.to_string();
         let Some(live) = contacts.claim(&name) else {
@@ -117,6 +136,7 @@ impl Session {
     }
 
     async fn report(&self, report: Report) -> Result<(), Status> {
+        check_report(&report)?;
         if report.attempts.is_empty() {
             return Ok(());
         }
@@ -149,7 +169,9 @@ impl Session {
         send(outbox, session_response::Message::Welcome(welcome))?;
         let mut sent = -1;
         loop {
-            let list = assignments(&published.borrow().state, &self.name);
+            // Cloned, so that the list is not made while the replica waits to publish.
+            let state = published.borrow().state.clone();
+            let list = assignments(&state, &self.name);
             if list.revision > sent {
                 sent = list.revision;
                 send(outbox, session_response::Message::Assignments(list))?;
@@ -193,6 +215,41 @@ fn status(error: ReplicaError) -> Status {
         }
         error => unavailable(&error.to_string()),
     }
+}
+
+/// Checks the sizes of a report before it enters the log.
+fn check_report(report: &Report) -> Result<(), Status> {
+    let text_of = |error: &ResourceError| {
+        let details = error
+            .details
+            .iter()
+            .map(|d| d.name.len() + d.value.len())
+            .sum::<usize>();
+        error.code.len() + error.message.len() + details
+    };
+    let fits = |seen: &AttemptObservation| {
+        let error = seen
+            .failure
+            .as_ref()
+            .and_then(|failure| failure.error.as_ref());
+        seen.attempt.len() <= TEXT_BYTES_MAX
+            && seen.ranks.len() <= RANKS_MAX
+            && seen
+                .ranks
+                .iter()
+                .all(|rank| (0..RANKS_MAX as i32).contains(&rank.rank))
+            && seen.files.len() <= 2 * RANKS_MAX + LIST_MAX
+            && seen
+                .files
+                .iter()
+                .all(|file| file.name.len() <= TEXT_BYTES_MAX)
+            && error.is_none_or(|error| text_of(error) <= FAILURE_BYTES_MAX)
+    };
+    if report.attempts.len() > ATTEMPTS_MAX || !report.attempts.iter().all(fits) {
+        let fault = Fault::new("report", "it is larger than a report can be");
+        return Err(ApiError::Invalid(vec![fault]).into());
+    }
+    Ok(())
 }
 
 /// Checks everything an agent says about itself; returns its full name.

@@ -59,14 +59,12 @@ impl ClusterService for Api {
         if !state.workspaces.contains_key(parent.as_str()) {
             return Err(not_found(Noun::Workspace, &parent).into());
         }
-        let (size, token) = (request.page_size, &request.page_token);
-        let (found, next_page_token) =
-            page(&state.clusters, Some(&parent), Noun::Cluster, size, token)?;
-        let clusters = found
-            .iter()
-            .map(|(_, cluster)| views::cluster(&state, &heard, cluster));
+        let page_of = (request.page_size, request.page_token.as_str());
+        let view = |_: &str, cluster: &std::sync::Arc<_>| views::cluster(&state, &heard, cluster);
+        let (clusters, next_page_token) =
+            page(&state.clusters, Some(&parent), Noun::Cluster, page_of, view)?;
         Ok(Response::new(ListClustersResponse {
-            clusters: clusters.collect(),
+            clusters,
             next_page_token,
         }))
     }

@@ -59,18 +59,15 @@ impl ExperimentService for Api {
         if !state.workspaces.contains_key(parent.as_str()) {
             return Err(not_found(Noun::Workspace, &parent).into());
         }
-        let (size, token) = (request.page_size, &request.page_token);
-        let (found, next_page_token) = page(
+        let page_of = (request.page_size, request.page_token.as_str());
+        let view = |_: &str, experiment: &std::sync::Arc<_>| Experiment::clone(experiment);
+        let (experiments, next_page_token) = page(
             &state.experiments,
             Some(&parent),
             Noun::Experiment,
-            size,
-            token,
+            page_of,
+            view,
         )?;
-        let experiments = found
-            .iter()
-            .map(|(_, experiment)| Experiment::clone(experiment))
-            .collect();
         Ok(Response::new(ListExperimentsResponse {
             experiments,
             next_page_token,

@@ -66,12 +66,9 @@ impl JobService for Api {
         if !state.experiments.contains_key(parent.as_str()) {
             return Err(not_found(Noun::Experiment, &parent).into());
         }
-        let (size, token) = (request.page_size, &request.page_token);
-        let (found, next_page_token) = page(&state.jobs, Some(&parent), Noun::Job, size, token)?;
-        let jobs = found
-            .iter()
-            .map(|(_, job)| views::job(&state, &heard, job))
-            .collect();
+        let page_of = (request.page_size, request.page_token.as_str());
+        let view = |_: &str, job: &std::sync::Arc<_>| views::job(&state, &heard, job);
+        let (jobs, next_page_token) = page(&state.jobs, Some(&parent), Noun::Job, page_of, view)?;
         Ok(Response::new(ListJobsResponse {
             jobs,
             next_page_token,
@@ -200,8 +197,8 @@ fn check_log_request(request: &StreamJobLogsRequest) -> Result<ReadRequest, ApiE
     let job = faults.name("name", Noun::Job, &request.name);
     let other_directory = !request.directory.is_empty() && request.directory != STDOUTERR;
     faults.not_served("directory", other_directory);
-    if let Err(error) = batchai_common::names::check_id(Noun::ResourceGroup, &request.file) {
-        faults.invalid("file", error.to_string());
+    if !logs::check_file(&request.file) {
+        faults.invalid("file", "must be the name of a file, such as stdout.txt");
     }
     let node = match request.node.is_empty() {
         true => None,

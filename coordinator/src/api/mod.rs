@@ -33,7 +33,11 @@ pub struct Api {
 impl Api {
     /// A State that has everything that was acknowledged before this call.
     async fn read(&self) -> Result<State, ApiError> {
-        self.replica.read().await.map_err(|error| self.error(error))
+        self.replica.read().await.map_err(|error| match error {
+            // Nothing was asked to change: it may be asked again.
+            ReplicaError::TimedOut | ReplicaError::Unknown => self.unavailable(&error),
+            error => self.error(error),
+        })
     }
 
     /// Has a command applied; returns a State that has it.
@@ -63,18 +67,20 @@ impl Api {
             ReplicaError::Unknown | ReplicaError::TimedOut => ApiError::Unknown {
                 why: error.to_string(),
             },
-            ReplicaError::NotLeader | ReplicaError::Stopped => {
-                let leader = self
-                    .replica
-                    .published()
-                    .borrow()
-                    .leader
-                    .map(|id| id.to_string());
-                ApiError::Unavailable {
-                    why: error.to_string(),
-                    leader,
-                }
-            }
+            ReplicaError::NotLeader | ReplicaError::Stopped => self.unavailable(&error),
+        }
+    }
+
+    fn unavailable(&self, error: &ReplicaError) -> ApiError {
+        let leader = self
+            .replica
+            .published()
+            .borrow()
+            .leader
+            .map(|id| id.to_string());
+        ApiError::Unavailable {
+            why: error.to_string(),
+            leader,
         }
     }
 }

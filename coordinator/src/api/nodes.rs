@@ -29,18 +29,11 @@ impl NodeService for Api {
     ) -> Result<Response<ListNodesResponse>, Status> {
         let request = request.into_inner();
         let (state, heard) = (self.read().await?, self.contacts.heard());
-        let (found, next_page_token) = page(
-            &state.nodes,
-            None,
-            Noun::Node,
-            request.page_size,
-            &request.page_token,
-        )?;
-        let nodes = found
-            .iter()
-            .map(|(name, node)| views::node(&state, &heard, name, node));
+        let page_of = (request.page_size, request.page_token.as_str());
+        let view = |name: &str, node: &std::sync::Arc<_>| views::node(&state, &heard, name, node);
+        let (nodes, next_page_token) = page(&state.nodes, None, Noun::Node, page_of, view)?;
         Ok(Response::new(ListNodesResponse {
-            nodes: nodes.collect(),
+            nodes,
             next_page_token,
         }))
     }

@@ -10,15 +10,19 @@ use crate::state::children;
 
 const PAGE_DEFAULT: usize = 100;
 const PAGE_MAX: usize = 1000;
+/// With one more element, of at most a megabyte, a page still fits a message.
+const PAGE_BYTES_MAX: usize = 2 << 20;
 
-/// A page of a table: names and elements of one parent in the order of their names, and the token of the next page.
-pub fn page<T: Clone>(
+/// A page of a table, as replies show it: the elements of one parent in the order of their names, and the token of the
+/// next page. A page ends early where it would grow too large for a message.
+pub fn page<T, M: prost::Message>(
     table: &OrdMap<String, T>,
     parent: Option<&Name>,
     kind: Kind,
-    page_size: i32,
-    page_token: &str,
-) -> Result<(Vec<(String, T)>, String), ApiError> {
+    request: (i32, &str),
+    view: impl Fn(&str, &T) -> M,
+) -> Result<(Vec<M>, String), ApiError> {
+    let (page_size, page_token) = request;
     let invalid = |field: &str, why: &str| ApiError::Invalid(vec![Fault::new(field, why)]);
     let size = match usize::try_from(page_size) {
         Err(_) => return Err(invalid("page_size", "must not be negative")),
@@ -32,19 +36,19 @@ pub fn page<T: Clone>(
         token => decode(&list, token)
             .ok_or_else(|| invalid("page_token", "is not one that this list returned"))?,
     };
-    let mut rest = children(table, parent, kind).skip_while(|(name, _)| **name <= after);
-    let page: Vec<_> = rest.by_ref().take(size).collect();
-    let more = rest.next().is_some();
-    let token = page
-        .last()
-        .filter(|_| more)
-        .map_or(String::new(), |(name, _)| encode(&list, name));
-    Ok((
-        page.into_iter()
-            .map(|(name, value)| (name.clone(), value.clone()))
-            .collect(),
-        token,
-    ))
+    let mut page = Vec::new();
+    let mut bytes = 0;
+    let mut last = String::new();
+    for (name, value) in children(table, parent, kind, &after) {
+        if page.len() == size || (bytes > PAGE_BYTES_MAX && !page.is_empty()) {
+            return Ok((page, encode(&list, &last)));
+        }
+        let element = view(name, value);
+        bytes += element.encoded_len();
+        page.push(element);
+        last.clone_from(name);
+    }
+    Ok((page, String::new()))
 }
 
 fn encode(list: &str, name: &str) -> String {
@@ -69,9 +73,11 @@ mod tests {
         table.insert(name("g-other", 1), 99);
         let mut seen = Vec::new();
         let mut token = String::new();
+        let view = |_: &str, i: &usize| *i as u64;
         loop {
-            let (page, next) = page(&table, Some(&group), Kind::Workspace, 10, &token).unwrap();
-            seen.extend(page.into_iter().map(|(_, i)| i));
+            let request = (10, token.as_str());
+            let (page, next) = page(&table, Some(&group), Kind::Workspace, request, view).unwrap();
+            seen.extend(page.into_iter().map(|i| i as usize));
             // What a page ended with may go before the next page is asked for.
             table.remove(&name("g", *seen.last().unwrap()));
             token = next;
@@ -83,6 +89,18 @@ mod tests {
     }
 
     #[test]
+    fn a_page_of_large_elements_ends_early() {
+        let group = Name::parse(Kind::ResourceGroup, "resourceGroups/g").unwrap();
+        let name = |i: usize| format!("resourceGroups/g/workspaces/w{i:02}");
+        let table: OrdMap<String, usize> = (0..25).map(|i| (name(i), i)).collect();
+        let view = |_: &str, i: &usize| format!("{i}{}", "x".repeat(1 << 20));
+        let (first, token) = page(&table, Some(&group), Kind::Workspace, (0, ""), view).unwrap();
+        assert_eq!(first.len(), 2);
+        let (next, _) = page(&table, Some(&group), Kind::Workspace, (0, &token), view).unwrap();
+        assert!(next[0].starts_with("2x"));
+    }
+
+    #[test]
     fn foreign_tokens_and_negative_sizes_are_refused() {
         let group = Name::parse(Kind::ResourceGroup, "resourceGroups/g").unwrap();
         let table: OrdMap<String, usize> = OrdMap::new();
@@ -91,7 +109,8 @@ mod tests {
             "resourceGroups/h/workspaces/w",
         );
         for (size, token) in [(-1, ""), (1, "?"), (1, "AAAA"), (1, foreign.as_str())] {
-            let result = page(&table, Some(&group), Kind::Workspace, size, token);
+            let view = |_: &str, i: &usize| *i as u64;
+            let result = page(&table, Some(&group), Kind::Workspace, (size, token), view);
             assert!(
                 matches!(result, Err(ApiError::Invalid(_))),
                 "{size} {token}"

@@ -63,14 +63,16 @@ impl ResourceGroupService for Api {
         request: Request<ListResourceGroupsRequest>,
     ) -> Result<Response<ListResourceGroupsResponse>, Status> {
         let request = request.into_inner();
-        let table = self.read().await?.resource_groups;
-        let kind = Noun::ResourceGroup;
-        let (groups, next_page_token) =
-            page(&table, None, kind, request.page_size, &request.page_token)?;
-        let resource_groups = groups
-            .iter()
-            .map(|(_, group)| ResourceGroup::clone(group))
-            .collect();
+        let state = self.read().await?;
+        let page_of = (request.page_size, request.page_token.as_str());
+        let view = |_: &str, group: &std::sync::Arc<_>| ResourceGroup::clone(group);
+        let (resource_groups, next_page_token) = page(
+            &state.resource_groups,
+            None,
+            Noun::ResourceGroup,
+            page_of,
+            view,
+        )?;
         Ok(Response::new(ListResourceGroupsResponse {
             resource_groups,
             next_page_token,

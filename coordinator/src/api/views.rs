@@ -40,7 +40,7 @@ pub fn node(state: &State, heard: &Heard, name: &str, node: &Node) -> v1::Node {
         job: attempt
             .map(|attempt| attempt.job.clone())
             .unwrap_or_default(),
-        last_contact_time: heard.last.get(name).copied().map(time::from_millis),
+        last_contact_time: heard.last_wall(name).map(time::from_millis),
         facts: Some(v1::NodeFacts::clone(&node.facts)),
     }
 }

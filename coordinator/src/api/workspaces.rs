@@ -64,18 +64,15 @@ impl WorkspaceService for Api {
         if !state.resource_groups.contains_key(parent.as_str()) {
             return Err(not_found(Noun::ResourceGroup, &parent).into());
         }
-        let (size, token) = (request.page_size, &request.page_token);
-        let (found, next_page_token) = page(
+        let page_of = (request.page_size, request.page_token.as_str());
+        let view = |_: &str, workspace: &std::sync::Arc<_>| Workspace::clone(workspace);
+        let (workspaces, next_page_token) = page(
             &state.workspaces,
             Some(&parent),
             Noun::Workspace,
-            size,
-            token,
+            page_of,
+            view,
         )?;
-        let workspaces = found
-            .iter()
-            .map(|(_, workspace)| Workspace::clone(workspace))
-            .collect();
         Ok(Response::new(ListWorkspacesResponse {
             workspaces,
             next_page_token,

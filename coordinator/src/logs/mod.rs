@@ -7,4 +7,4 @@ mod reader;
 mod store;
 
 pub use reader::{ReadRequest, read};
-pub use store::{FileKey, LogStore};
+pub use store::{FileKey, LogStore, check_file};

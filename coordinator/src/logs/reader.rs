@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use batchai_common::error::ApiError;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
@@ -32,6 +33,14 @@ pub struct ReadRequest {
     pub offset: u64,
     pub follow: bool,
 }
+
+/// How long a node that has ended may take to bring what it has announced.
+const STALL_MAX: Duration = Duration::from_secs(60);
+/// So many files are named to who asked for another.
+const NAMES_MAX: usize = 20;
+/// A file appears without a change of the job: it is looked for soon, then less and less often.
+const LOOK_FIRST: Duration = Duration::from_millis(20);
+const LOOK_MAX: Duration = Duration::from_secs(1);
 
 type Outbox = mpsc::Sender<Result<StreamJobLogsResponse, Status>>;
 
@@ -74,6 +83,7 @@ impl Reader {
     async fn run(&mut self, outbox: &Outbox) -> Result<(), ApiError> {
         let mut found = self.find().await?;
         let mut offset = self.request.offset;
+        let mut stalled = false;
         loop {
             // In this order: a length that is final was final before it was looked at.
             let last = self.last(&found);
@@ -90,9 +100,19 @@ impl Reader {
             let end = match last {
                 Some(Last::Lost) => End::Truncated,
                 Some(Last::Size(size)) if length >= size => End::Complete,
+                Some(Last::Size(_)) if stalled => End::Truncated,
                 _ if !self.request.follow => End::NotFollowed,
-                _ => {
+                None => {
                     self.changed(&mut found.length).await?;
+                    continue;
+                }
+                // The rest is on its way, unless its node is gone for good.
+                Some(Last::Size(_)) => {
+                    let more = tokio::time::timeout(STALL_MAX, self.changed(&mut found.length));
+                    match more.await {
+                        Ok(changed) => changed?,
+                        Err(_) => stalled = true,
+                    }
                     continue;
                 }
             };
@@ -118,6 +138,8 @@ impl Reader {
 
     /// Waits, if asked to follow, until the file exists.
     async fn find(&mut self) -> Result<Found, ApiError> {
+        let mut pause = LOOK_FIRST;
+        let mut announced = None;
         loop {
             let attempt = self.attempt()?;
             for node in attempt.iter().flat_map(|a| &a.nodes) {
@@ -144,11 +166,15 @@ impl Reader {
                     });
                 }
             }
-            if !self.may_come(attempt.as_deref()) || !self.request.follow {
+            if self.all_over(attempt.as_deref()) {
+                announced.get_or_insert_with(Instant::now);
+            }
+            let stalled = announced.is_some_and(|since: Instant| since.elapsed() > STALL_MAX);
+            if stalled || !self.may_come(attempt.as_deref()) || !self.request.follow {
                 return Err(self.no_such_file(attempt.as_deref()));
             }
-            // A file appears without a change of the job: look again soon.
-            let soon = tokio::time::sleep(std::time::Duration::from_millis(50));
+            let soon = tokio::time::sleep(pause);
+            pause = (pause * 2).min(LOOK_MAX);
             tokio::select! {
                 () = soon => {}
                 changed = self.changes.changed() => if changed.is_err() {
@@ -197,6 +223,12 @@ impl Reader {
         })
     }
 
+    /// No node of the attempt runs any more: what they announced is all that can come.
+    fn all_over(&self, attempt: Option<&Attempt>) -> bool {
+        let over = |n: &AttemptNode| matches!(n.phase, NodePhase::Ended | NodePhase::Lost);
+        attempt.is_some_and(|attempt| attempt.nodes.iter().all(over))
+    }
+
     fn no_such_file(&self, attempt: Option<&Attempt>) -> ApiError {
         let nodes = attempt.iter().flat_map(|a| &a.nodes);
         let mut names: Vec<_> = nodes
@@ -206,7 +238,7 @@ impl Reader {
         names.dedup();
         let hint = match names.is_empty() {
             true => "no file is known yet".to_owned(),
-            false => format!("it has {}", names.join(", ")),
+            false => format!("it has {}", names[..names.len().min(NAMES_MAX)].join(", ")),
         };
         ApiError::NoSuchFile {
             job: self.request.job.clone(),

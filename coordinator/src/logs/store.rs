@@ -24,8 +24,7 @@ impl FileKey {
     pub fn new(attempt: &str, node: &str, file: &str) -> Option<FileKey> {
         check_id(Kind::Node, attempt).ok()?;
         let node = Name::parse(Kind::Node, node).ok()?;
-        // The same characters as in the ids of resource groups: dots, but no slashes, and neither `.` nor `..`.
-        check_id(Kind::ResourceGroup, file).ok()?;
+        check_file(file).then_some(())?;
         Some(FileKey {
             attempt: attempt.to_owned(),
             node_id: node.id().to_owned(),
@@ -39,6 +38,24 @@ impl FileKey {
             .join(&self.file)
     }
 }
+
+/// The longest name of a log file; it may carry the name of a node.
+const FILE_NAME_BYTES_MAX: usize = 128;
+
+/// Whether a text may name a log file: letters, digits, `-`, `_` and dots, and neither `.` nor `..`.
+pub fn check_file(name: &str) -> bool {
+    let legal = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.');
+    !name.is_empty()
+        && name.len() <= FILE_NAME_BYTES_MAX
+        && name.bytes().all(legal)
+        && name != "."
+        && name != ".."
+}
+
+/// Files that are kept open at most; those that are needed again are opened again.
+const OPEN_MAX: usize = 1024;
+/// Logs leave so much of their disk alone, a twentieth of it but no more than this: the replicated log may lie on it too.
+const RESERVE_BYTES_MAX: u64 = 1 << 30;
 
 /// A file that is being written or read.
 struct Open {
@@ -74,6 +91,7 @@ impl LogStore {
             if offset > length || end <= length {
                 return Ok(length);
             }
+            store.check_space()?;
             open.file
                 .write_all_at(&data[(length - offset) as usize..], length)?;
             open.length.send_replace(end);
@@ -100,6 +118,17 @@ impl LogStore {
             .map_err(io::Error::other)?
     }
 
+    /// A job that floods its log must not take the last of the disk.
+    fn check_space(&self) -> io::Result<()> {
+        let disk = nix::sys::statvfs::statvfs(&self.root)?;
+        let block = disk.fragment_size() as u64;
+        let reserve = (disk.blocks() as u64 * block / 20).min(RESERVE_BYTES_MAX);
+        match disk.blocks_available() as u64 * block > reserve {
+            true => Ok(()),
+            false => Err(io::Error::from(io::ErrorKind::StorageFull)),
+        }
+    }
+
     fn open(&self, key: &FileKey, create: bool) -> io::Result<Arc<Open>> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = open.get(key) {
@@ -119,16 +148,34 @@ impl LogStore {
             file: Arc::new(file),
             length: watch::Sender::new(length),
         });
+        if open.len() >= OPEN_MAX {
+            let idle = |file: &Arc<Open>| {
+                Arc::strong_count(file) == 1 && file.length.receiver_count() == 0
+            };
+            let closed = open
+                .iter()
+                .find(|(_, file)| idle(file))
+                .map(|(key, _)| key.clone());
+            closed.and_then(|key| open.remove(&key));
+        }
         open.insert(key.clone(), new.clone());
         Ok(new)
     }
 
-    /// The attempts that have files.
+    /// The attempts that have files. What else lies in the directory is not ours.
     pub fn attempts(&self) -> io::Result<Vec<String>> {
-        let names = fs::read_dir(&self.root)?.map(|entry| Ok(entry?.file_name()));
-        names
-            .map(|name| name.map(|name| name.to_string_lossy().into_owned()))
-            .collect()
+        let mut attempts = Vec::new();
+        for entry in fs::read_dir(&self.root)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            let number = |part: &str| part.parse::<u64>().is_ok();
+            if name
+                .split_once('-')
+                .is_some_and(|(epoch, rest)| number(epoch) && number(rest))
+            {
+                attempts.push(name);
+            }
+        }
+        Ok(attempts)
     }
 
     /// Closes the files of attempts that have ended and that nobody reads; they are opened again when they are needed.
@@ -137,12 +184,9 @@ impl LogStore {
         open.retain(|key, file| !ended(&key.attempt) || file.length.receiver_count() > 0);
     }
 
-    /// Removes the files of attempts.
-    pub fn remove(&self, attempts: impl Iterator<Item = String>) -> io::Result<()> {
-        for attempt in attempts {
-            fs::remove_dir_all(self.root.join(attempt))?;
-        }
-        Ok(())
+    /// Removes the files of an attempt.
+    pub fn remove(&self, attempt: &str) -> io::Result<()> {
+        fs::remove_dir_all(self.root.join(attempt))
     }
 }
 
@@ -194,9 +238,10 @@ mod tests {
             fs::read(dir.path().join("logs/1-1/n/f")).unwrap(),
             b"hello world!"
         );
+        fs::create_dir(dir.path().join("logs/lost+found")).unwrap();
         assert_eq!(again.attempts().unwrap(), ["1-1"]);
         again.close(|_| true);
-        again.remove(["1-1".to_owned()].into_iter()).unwrap();
+        again.remove("1-1").unwrap();
         assert!(again.follow(key("f")).await.unwrap().is_none());
     }
 }

@@ -23,7 +23,7 @@ const ELECTION_TICKS: usize = 10;
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 /// What may be proposed and not yet committed.
 const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
-/// What one Ready may ask to apply, so that ticks are not kept waiting.
+/// What one Ready may ask to apply: a bound on memory.
 const COMMITTED_BYTES_MAX: u64 = 16 << 20;
 const INFLIGHT_MESSAGES_MAX: usize = 256;
 
@@ -39,6 +39,8 @@ pub enum CoreError {
     Raft(#[from] raft::Error),
     #[error("log entry {index} is not a command: {why}")]
     Entry { index: u64, why: String },
+    #[error("a snapshot came; this version cannot take one")]
+    Snapshot,
     #[error("log entry {index}: {source}")]
     Unknown { index: u64, source: Rejection },
 }
@@ -57,8 +59,6 @@ pub enum Proposed {
 /// What came of the latest input.
 #[derive(Debug, Default)]
 pub struct Output {
-    /// For peers, in order.
-    pub messages: Vec<Message>,
     pub proposals: Vec<(Ticket, Proposed)>,
     /// Reads that may now be answered from the State.
     pub reads: Vec<Ticket>,
@@ -67,6 +67,8 @@ pub struct Output {
 
 /// A replica.
 pub struct Core<S> {
+    /// Tells the reads of this replica, in this life of it, from all others.
+    life: [u8; 16],
     raw: RawNode<MemStorage>,
     store: S,
     state: State,
@@ -77,8 +79,8 @@ pub struct Core<S> {
 }
 
 impl<S: LogStore> Core<S> {
-    /// Starts a replica from what its store held. A committed prefix of the log is applied by the first `ready`s.
-    pub fn new(store: S, recovered: Recovered) -> Result<Core<S>, CoreError> {
+    /// Starts a replica from what its store held. `life` is another number at every start. A committed prefix of the log is applied by the first `ready`s.
+    pub fn new(store: S, recovered: Recovered, life: u64) -> Result<Core<S>, CoreError> {
         let identity = &recovered.identity;
         let memory = MemStorage::new_with_conf_state((identity.voters.clone(), vec![]));
         let last = recovered.entries.last().map_or(0, |entry| entry.index);
@@ -107,7 +109,11 @@ impl<S: LogStore> Core<S> {
             // Nobody to wait for.
             raw.campaign()?;
         }
+        let mut own = [0; 16];
+        own[..8].copy_from_slice(&identity.replica_id.to_be_bytes());
+        own[8..].copy_from_slice(&life.to_be_bytes());
         Ok(Core {
+            life: own,
             raw,
             store,
             state: State::default(),
@@ -188,18 +194,20 @@ impl<S: LogStore> Core<S> {
         if self.leader().is_none() || elected_but_behind {
             return false;
         }
-        self.raw.read_index(ticket.to_be_bytes().to_vec());
+        self.raw
+            .read_index([&self.life[..], &ticket.to_be_bytes()].concat());
         true
     }
 
-    /// Does everything that the input so far calls for.
+    /// Does everything that the input so far calls for. Messages for peers are handed to `send`, in order, some of them
+    /// before the store has synced.
     ///
     /// # Errors
     /// The replica must stop: what is on disk is not known, or the log is of a later version.
-    pub fn ready(&mut self) -> Result<Output, CoreError> {
+    pub fn ready(&mut self, send: &mut dyn FnMut(Vec<Message>)) -> Result<Output, CoreError> {
         let mut output = Output::default();
         while self.raw.has_ready() {
-            self.ready_once(&mut output)?;
+            self.ready_once(&mut output, send)?;
         }
         self.fail_what_lost_its_leader(&mut output);
         Ok(output)
@@ -207,14 +215,24 @@ impl<S: LogStore> Core<S> {
 
     /// The raft crate's order: messages, snapshot, committed entries, append and hard state, sync, persisted messages,
     /// advance, then the same for what advancing made ready.
-    fn ready_once(&mut self, output: &mut Output) -> Result<(), CoreError> {
+    fn ready_once(
+        &mut self,
+        output: &mut Output,
+        send: &mut dyn FnMut(Vec<Message>),
+    ) -> Result<(), CoreError> {
         let mut ready = self.raw.ready();
         // Entries go to followers before our own sync: theirs and ours run at once.
-        output.messages.append(&mut ready.take_messages());
+        send(ready.take_messages());
         for read in ready.take_read_states() {
-            if let Ok(ticket) = read.request_ctx.try_into().map(Ticket::from_be_bytes) {
+            let ticket = read.request_ctx.strip_prefix(&self.life[..]);
+            if let Some(Ok(ticket)) =
+                ticket.map(|bytes| bytes.try_into().map(Ticket::from_be_bytes))
+            {
                 self.reading.entry(read.index).or_default().push(ticket);
             }
+        }
+        if !ready.snapshot().is_empty() {
+            return Err(CoreError::Snapshot);
         }
         self.apply(ready.take_committed_entries(), output)?;
         if ready.must_sync() {
@@ -227,12 +245,12 @@ impl<S: LogStore> Core<S> {
                 memory.set_hardstate(hard_state.clone());
             }
         }
-        output.messages.append(&mut ready.take_persisted_messages());
+        send(ready.take_persisted_messages());
         let mut light = self.raw.advance(ready);
         if let Some(commit) = light.commit_index() {
             self.raw.mut_store().wl().mut_hard_state().commit = commit;
         }
-        output.messages.append(&mut light.take_messages());
+        send(light.take_messages());
         // With one voter this is where new entries are committed.
         self.apply(light.take_committed_entries(), output)?;
         self.raw.advance_apply();

@@ -20,6 +20,17 @@ fn group(id: &str) -> Command {
     }
 }
 
+fn init() -> Command {
+    let init = InitEnsemble {
+        ensemble: "e".into(),
+        epoch: 1,
+    };
+    Command {
+        time: None,
+        kind: Some(Kind::InitEnsemble(init)),
+    }
+}
+
 fn start(store: &MemoryStore, id: u64, voters: &[u64]) -> Core<MemoryStore> {
     let identity = ReplicaIdentity {
         format: FORMAT,
@@ -27,7 +38,7 @@ fn start(store: &MemoryStore, id: u64, voters: &[u64]) -> Core<MemoryStore> {
         replica_id: id,
         voters: voters.to_vec(),
     };
-    Core::new(store.clone(), store.recover(identity)).unwrap()
+    Core::new(store.clone(), store.recover(identity), 7).unwrap()
 }
 
 /// Several replicas and the messages between them.
@@ -54,8 +65,9 @@ impl Net {
         loop {
             let mut messages = Vec::new();
             for (id, core) in &mut self.cores {
-                let mut output = core.ready().unwrap();
-                messages.append(&mut output.messages);
+                let mut output = core
+                    .ready(&mut |mut sent| messages.append(&mut sent))
+                    .unwrap();
                 let kept = self.outputs.entry(*id).or_default();
                 kept.proposals.append(&mut output.proposals);
                 kept.reads.append(&mut output.reads);
@@ -91,21 +103,21 @@ impl Net {
 fn one_voter_leads_at_once_and_applies_what_it_is_told() {
     let store = MemoryStore::default();
     let mut core = start(&store, 1, &[1]);
-    core.ready().unwrap();
+    core.ready(&mut |_| {}).unwrap();
     assert!(core.leads());
-    let refused = core.propose(&[(7, group("a")), (8, group("a"))]);
+    let refused = core.propose(&[(6, init()), (7, group("a")), (8, group("a"))]);
     assert!(refused.is_empty());
-    let output = core.ready().unwrap();
-    assert!(matches!(output.proposals[0], (7, Proposed::Applied(Ok(1)))));
+    let output = core.ready(&mut |_| {}).unwrap();
+    assert!(matches!(output.proposals[1], (7, Proposed::Applied(Ok(2)))));
     assert!(matches!(
-        output.proposals[1],
+        output.proposals[2],
         (8, Proposed::Applied(Err(Rejection::Exists { .. })))
     ));
     assert!(core.read(9));
-    assert_eq!(core.ready().unwrap().reads, [9]);
+    assert_eq!(core.ready(&mut |_| {}).unwrap().reads, [9]);
 
     let mut again = start(&store, 1, &[1]);
-    again.ready().unwrap();
+    again.ready(&mut |_| {}).unwrap();
     assert_eq!(again.state(), core.state(), "a restart finds everything");
 }
 
@@ -113,17 +125,10 @@ fn one_voter_leads_at_once_and_applies_what_it_is_told() {
 fn three_voters_agree_and_a_cut_off_leader_does_not_pretend() {
     let mut net = Net::new(&[1, 2, 3]);
     let leader = net.elect();
-    let init = Command {
-        time: None,
-        kind: Some(Kind::InitEnsemble(InitEnsemble {
-            ensemble: "e".into(),
-            epoch: 1,
-        })),
-    };
     net.cores
         .get_mut(&leader)
         .unwrap()
-        .propose(&[(1, init), (2, group("a"))]);
+        .propose(&[(1, init()), (2, group("a"))]);
     net.settle();
     // Followers learn what is committed with the next heartbeat.
     net.cores

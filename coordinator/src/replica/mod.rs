@@ -9,4 +9,4 @@ mod logger;
 pub mod store;
 pub mod thread;
 
-pub use thread::{Handle, Published, ReplicaError, start};
+pub use thread::{Handle, Published, ReplicaError, Running, start};

@@ -12,6 +12,7 @@ use batchai_common::limits::CALL_TIMEOUT;
 use batchai_common::time;
 use batchai_proto::internal::v1::Command;
 use batchai_proto::internal::v1::command::Kind;
+use raft::eraftpb::Message;
 use tokio::sync::{oneshot, watch};
 
 use super::core::{Core, CoreError, Proposed, Ticket};
@@ -35,7 +36,7 @@ pub enum ReplicaError {
     Rejected(#[from] Rejection),
     #[error("this replica does not lead")]
     NotLeader,
-    #[error("the leadership changed before the log decided")]
+    #[error("the leadership changed or the replica ended before the log decided")]
     Unknown,
     #[error("no answer in time: there may be no quorum")]
     TimedOut,
@@ -142,16 +143,22 @@ impl Handle {
     ) -> Result<T, ReplicaError> {
         match tokio::time::timeout(CALL_TIMEOUT / 2, reply).await {
             Ok(Ok(answer)) => answer,
-            Ok(Err(_)) => Err(ReplicaError::Stopped),
+            // It was taken in, and the replica ended before it said what became of it.
+            Ok(Err(_)) => Err(ReplicaError::Unknown),
             Err(_) => Err(ReplicaError::TimedOut),
         }
     }
 }
 
-/// Starts a replica's loop. The returned receiver says why it ended, if not because it was told to.
-pub fn start<S: LogStore + 'static>(
-    core: Core<S>,
-) -> std::io::Result<(Handle, oneshot::Receiver<CoreError>)> {
+/// The thread of a replica.
+pub struct Running {
+    /// Says why it ended, if not because it was told to; closed without a word where it panicked.
+    pub failed: oneshot::Receiver<CoreError>,
+    pub thread: std::thread::JoinHandle<()>,
+}
+
+/// Starts a replica's loop.
+pub fn start<S: LogStore + 'static>(core: Core<S>) -> std::io::Result<(Handle, Running)> {
     let (requests, receiver) = sync_channel(REQUESTS_MAX);
     let (publisher, published) = watch::channel(Published::default());
     let (failure, failed) = oneshot::channel();
@@ -170,7 +177,7 @@ pub fn start<S: LogStore + 'static>(
         proposing: HashMap::new(),
         reading: HashMap::new(),
     };
-    std::thread::Builder::new()
+    let thread = std::thread::Builder::new()
         .name("replica".into())
         .spawn(move || {
             if let Err(error) = replica.run() {
@@ -179,7 +186,7 @@ pub fn start<S: LogStore + 'static>(
                 let _ = failure.send(error);
             }
         })?;
-    Ok((handle, failed))
+    Ok((handle, Running { failed, thread }))
 }
 
 struct Loop<S> {
@@ -215,6 +222,11 @@ impl<S: LogStore> Loop<S> {
 
     fn tick(&mut self, mut next: Instant) -> Instant {
         let now = Instant::now();
+        if next <= now {
+            // Those who no longer wait for an answer need none.
+            self.proposing.retain(|_, reply| !reply.is_closed());
+            self.reading.retain(|_, reply| !reply.is_closed());
+        }
         for _ in 0..TICKS_AT_ONCE_MAX {
             if next > now {
                 return next;
@@ -222,9 +234,6 @@ impl<S: LogStore> Loop<S> {
             self.core.tick();
             next += TICK;
         }
-        // Those who no longer wait for an answer need none.
-        self.proposing.retain(|_, reply| !reply.is_closed());
-        self.reading.retain(|_, reply| !reply.is_closed());
         next.max(now)
     }
 
@@ -259,9 +268,10 @@ impl<S: LogStore> Loop<S> {
 
     /// Lets the core do its work, publishes the State, then answers: who got an answer finds it in the State.
     fn settle(&mut self) -> Result<(), CoreError> {
-        let output = self.core.ready()?;
         // With one voter there are no peers; a transport will take these.
-        debug_assert!(output.messages.is_empty());
+        let output = self
+            .core
+            .ready(&mut |messages: Vec<Message>| debug_assert!(messages.is_empty()))?;
         let core = &self.core;
         self.publisher.send_if_modified(|published| {
             let (leads, leader, term) = (core.leads(), core.leader(), core.term());

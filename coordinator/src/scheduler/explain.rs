@@ -1,11 +1,14 @@
 //! PURE. Why a job waits, in words, from the same facts that scheduling uses.
 
-use crate::duties::Heard;
+use crate::scheduler::heard::Heard;
 use crate::state::{Job, State};
 use batchai_common::names::last_id;
 
 use super::fit::Free;
 use super::order;
+
+/// A list of jobs asks for each of them: no queue is counted to its end.
+const COUNT_MAX: usize = 100;
 
 /// Why a queued job has not started; empty for any other job.
 pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
@@ -27,8 +30,13 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
     let first = order::candidates(state, cluster).next();
     if let Some(first) = first.filter(|first| first.spec.name != job.spec.name) {
         let ahead = order::candidates(state, cluster)
+            .take(COUNT_MAX)
             .take_while(|other| other.spec.name != job.spec.name)
             .count();
+        let ahead = match ahead {
+            COUNT_MAX => format!("{COUNT_MAX} or more"),
+            ahead => ahead.to_string(),
+        };
         return format!(
             "{ahead} jobs are ahead of it; next is {}",
             last_id(&first.spec.name)

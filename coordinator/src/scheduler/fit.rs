@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use batchai_proto::internal::v1::{Place, PlaceNode};
 
-use crate::duties::Heard;
-use crate::state::attempts::ports_in_use;
+use crate::scheduler::heard::Heard;
+use crate::state::attempts::ports_by_machine;
 use crate::state::{Cluster, Job, Node, State};
 
 /// The nodes of a cluster that wait for work, by name.
@@ -40,15 +40,14 @@ impl Free {
 pub fn place(
     state: &State,
     free: &mut Free,
+    ports: &mut Ports,
     job: &Job,
     log_home: i64,
-    planned: &[Place],
 ) -> Option<Place> {
     let count = usize::try_from(job.spec.node_count).ok()?;
     if count == 0 || free.count() < count {
         return None;
     }
-    let mut ports = Ports::of(state, planned);
     let chosen = &free.nodes[..count];
     let nodes: Option<Vec<_>> = chosen
         .iter()
@@ -72,20 +71,15 @@ pub fn place(
 }
 
 /// The ports in use, by machine: nodes with the same boot id share one.
-struct Ports {
+pub struct Ports {
     taken: BTreeSet<(String, i32)>,
 }
 
 impl Ports {
-    fn of(state: &State, planned: &[Place]) -> Ports {
-        let planned = planned
-            .iter()
-            .flat_map(|p| p.nodes.iter().map(|n| (n.node.as_str(), n.port)));
-        let taken = ports_in_use(state)
-            .chain(planned)
-            .filter_map(|(node, port)| Some((state.nodes.get(node)?.facts.boot_id.clone(), port)));
+    /// Those of live attempts.
+    pub fn of(state: &State) -> Ports {
         Ports {
-            taken: taken.collect(),
+            taken: ports_by_machine(state),
         }
     }
 

@@ -5,11 +5,12 @@
 
 pub mod explain;
 pub mod fit;
+pub mod heard;
 pub mod order;
 
 use batchai_proto::internal::v1::Place;
 
-use crate::duties::Heard;
+use crate::scheduler::heard::Heard;
 use crate::state::State;
 
 /// At most so many placements at once: what is left is planned from the State that these lead to.
@@ -18,13 +19,18 @@ pub const PLACEMENTS_MAX: usize = 256;
 /// The placements that are possible now.
 pub fn schedule(state: &State, heard: &Heard, log_home: i64) -> Vec<Place> {
     let mut plan = Vec::new();
-    for cluster in state.clusters.values() {
+    let mut ports = fit::Ports::of(state);
+    let waiting = state
+        .clusters
+        .values()
+        .filter(|cluster| !cluster.queue.is_empty());
+    for cluster in waiting {
         let mut free = fit::Free::of(state, heard, cluster);
         for job in order::candidates(state, cluster) {
             if plan.len() >= PLACEMENTS_MAX {
                 return plan;
             }
-            match fit::place(state, &mut free, job, log_home, &plan) {
+            match fit::place(state, &mut free, &mut ports, job, log_home) {
                 Some(placement) => plan.push(placement),
                 // First come, first served: nobody overtakes the job whose turn it is.
                 None => break,

@@ -9,6 +9,7 @@
 //! and how; `advance` moves the attempt on. An attempt id is never used again, and no attempt of a job is placed
 //! before every node of the one before is gone.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
@@ -159,24 +160,22 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
     if plan.nodes.len() != usize::try_from(job.spec.node_count).unwrap_or_default() {
         return Err(overtaken(&plan.job, "the plan has another number of nodes"));
     }
-    for (i, placed) in plan.nodes.iter().enumerate() {
+    let mut seen = BTreeSet::new();
+    let mut ports = ports_by_machine(state);
+    for placed in &plan.nodes {
         let node = state.nodes.get(&placed.node);
         let node = node.ok_or_else(|| not_found(Kind::Node, &placed.node))?;
         let usable = node.revision == placed.node_revision
             && node.cluster.as_ref() == Some(&job.spec.cluster)
             && node.attempt.is_none()
             && !node.leaving;
-        if !usable
-            || plan.nodes[..i]
-                .iter()
-                .any(|earlier| earlier.node == placed.node)
-        {
+        if !usable || !seen.insert(&placed.node) {
             return Err(overtaken(
                 &placed.node,
                 "it is not free as it was when planned",
             ));
         }
-        if !port_is_free(state, plan, i) {
+        if !ports.insert((node.facts.boot_id.clone(), placed.port)) {
             return Err(overtaken(&placed.node, "the port is taken on its machine"));
         }
     }
@@ -211,26 +210,21 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
     Ok(())
 }
 
-/// A port belongs to one live attempt per machine, and nodes that share a boot id share a machine.
-fn port_is_free(state: &State, plan: &Place, index: usize) -> bool {
-    let machine = |name: &str| state.nodes.get(name).map(|node| node.facts.boot_id.clone());
-    let (port, own) = (plan.nodes[index].port, machine(&plan.nodes[index].node));
-    let in_plan = plan.nodes[..index]
-        .iter()
-        .any(|p| p.port == port && machine(&p.node) == own);
-    !in_plan && !ports_in_use(state).any(|(name, used)| used == port && machine(name) == own)
-}
-
 /// The ports that live attempts hold, by node.
 pub fn ports_in_use(state: &State) -> impl Iterator<Item = (&str, i32)> {
     let live = state
-        .nodes
-        .iter()
-        .filter_map(|(name, node)| Some((name, node.attempt.as_ref()?)));
-    live.filter_map(|(name, attempt)| {
-        let nodes = &state.attempts.get(attempt)?.nodes;
-        Some((name.as_str(), nodes.iter().find(|n| &n.node == name)?.port))
-    })
+        .attempts
+        .values()
+        .filter(|attempt| attempt.phase != Phase::Ended);
+    live.flat_map(|attempt| attempt.nodes.iter().map(|n| (n.node.as_str(), n.port)))
+}
+
+/// The same by machine: nodes that share a boot id share a machine, and a port belongs to one attempt on it.
+pub fn ports_by_machine(state: &State) -> BTreeSet<(String, i32)> {
+    let machine = |name: &str| Some(state.nodes.get(name)?.facts.boot_id.clone());
+    ports_in_use(state)
+        .filter_map(|(name, port)| Some((machine(name)?, port)))
+        .collect()
 }
 
 /// Takes in what a node observed. What is about attempts that are over or never were is dropped.
@@ -304,11 +298,9 @@ fn failed(failure: &Failure) -> Outcome {
     } else {
         Verdict::Failed
     };
-    Outcome::new(
-        verdict,
-        failure.exit_code,
-        failure.error.iter().cloned().collect(),
-    )
+    let unsaid = || error("NodeFailed", "the node did not say what went wrong", &[]);
+    let error = failure.error.clone().unwrap_or_else(unsaid);
+    Outcome::new(verdict, failure.exit_code, vec![error])
 }
 
 /// The toolkit's rule: is the job over, and how? The first failure decides; without one, a custom job is over when
@@ -339,8 +331,12 @@ pub fn verdict(attempt: &Attempt) -> Option<Outcome> {
         let error = error("JobFailed", &message, &details);
         return Some(Outcome::new(Verdict::Failed, Some(code), vec![error]));
     }
-    let done = ranks().filter(|(_, r)| r.exit_code == Some(0)).count();
-    if done == attempt.rank_count() {
+    let count = attempt.rank_count();
+    let own = |rank: i32| usize::try_from(rank).is_ok_and(|rank| rank < count);
+    let done = ranks()
+        .filter(|(_, r)| r.exit_code == Some(0) && own(r.rank))
+        .count();
+    if done == count {
         return Some(Outcome::new(Verdict::Succeeded, Some(0), Vec::new()));
     }
     let lost = attempt.nodes.iter().find(|n| n.phase == NodePhase::Lost);

@@ -16,6 +16,7 @@ pub mod nodes;
 pub mod resource_groups;
 pub mod workspaces;
 
+use std::ops::Bound;
 use std::sync::Arc;
 
 use batchai_common::names::{self, Kind};
@@ -147,6 +148,14 @@ pub fn apply(state: &mut State, index: u64, command: &Command) -> Result<Vec<Eve
 }
 
 fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
+    let first = matches!(command.kind, Some(CommandKind::InitEnsemble(_)));
+    if step.state.ensemble.is_empty() && !first {
+        let why = "the ensemble has no name yet".to_owned();
+        return Err(Rejection::Overtaken {
+            name: "ensemble".to_owned(),
+            why,
+        });
+    }
     match command.kind.as_ref().ok_or(Rejection::Unknown)? {
         CommandKind::InitEnsemble(c) => init_ensemble(step.state, &c.ensemble, c.epoch),
         CommandKind::CreateResourceGroup(c) => resource_groups::create(step, c),
@@ -223,18 +232,23 @@ pub(crate) fn check_new<T, P>(
     Ok(())
 }
 
-/// The resources of a table that one parent holds, by name.
+/// The resources of a table that one parent holds, by name, from behind a name on.
 pub fn children<'a, T>(
     table: &'a OrdMap<String, T>,
     parent: &str,
     kind: Kind,
+    after: &str,
 ) -> impl Iterator<Item = (&'a String, &'a T)> + use<'a, T> {
     let prefix = match kind.parent() {
         Some(_) => format!("{parent}/{}/", kind.collection()),
         None => format!("{}/", kind.collection()),
     };
+    let begin = match after {
+        "" => Bound::Included(prefix.clone()),
+        after => Bound::Excluded(after.to_owned()),
+    };
     table
-        .range(prefix.clone()..)
+        .range((begin, Bound::Unbounded))
         .take_while(move |(name, _)| name.starts_with(&prefix))
 }
 
@@ -244,7 +258,7 @@ pub(crate) fn check_empty<T>(
     table: &OrdMap<String, T>,
     kind: Kind,
 ) -> Result<(), Rejection> {
-    let Some((child, _)) = children(table, parent, kind).next() else {
+    let Some((child, _)) = children(table, parent, kind, "").next() else {
         return Ok(());
     };
     let why = format!("it still holds {} {child}; delete that first", kind.noun());

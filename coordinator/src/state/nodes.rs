@@ -47,7 +47,7 @@ impl Node {
     }
 }
 
-/// Changes a node in place. Its cluster shows node counts, so it changes with it.
+/// Changes a node in place.
 pub(super) fn change(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut Node)) {
     let revision = step.state.revision;
     let Some(node) = step.state.nodes.get_mut(name) else {
@@ -112,7 +112,7 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
         node.uid = command.uid.clone();
         node.incarnation = command.incarnation.clone();
         node.facts = facts;
-        node.leaving |= misfit;
+        node.leaving |= misfit && node.cluster.is_some();
     });
     assign(step, name);
     free_if_leaving(step, name);

@@ -107,8 +107,12 @@ impl Ensemble {
     }
 
     fn register(&mut self, name: &str, incarnation: &str) {
+        self.register_as(name, incarnation, "small");
+    }
+
+    fn register_as(&mut self, name: &str, incarnation: &str, vm_size: &str) {
         let facts = v1::NodeFacts {
-            vm_size: "small".into(),
+            vm_size: vm_size.into(),
             boot_id: "one-machine".into(),
             first_port: 20_000,
             last_port: 20_099,
@@ -125,6 +129,17 @@ impl Ensemble {
 
     /// Performs duties until there are none.
     fn settle(&mut self) {
+        let preparing = self
+            .state
+            .attempts
+            .values()
+            .filter(|a| a.phase == attempts::Phase::Preparing);
+        for attempt in preparing {
+            self.heard
+                .preparing
+                .entry(attempt.id.clone())
+                .or_insert(self.heard.now);
+        }
         let leader = Leader {
             replica: 1,
             ensemble: "unused".into(),
@@ -564,7 +579,7 @@ enum Action {
     },
     Terminate(usize),
     Delete(usize),
-    Reboot(usize),
+    Reboot(usize, bool),
     Resize(i32, i32),
     Pass(i64),
 }
@@ -579,7 +594,7 @@ fn action() -> impl Strategy<Value = Action> {
             }),
         1 => (0..6usize).prop_map(Action::Terminate),
         1 => (0..6usize).prop_map(Action::Delete),
-        1 => (0..4usize).prop_map(Action::Reboot),
+        1 => (0..4usize, prop::bool::weighted(0.3)).prop_map(|(n, other)| Action::Reboot(n, other)),
         1 => (0..5i32, 0..4i32).prop_map(|(n, o)| Action::Resize(n, o)),
         1 => (0..20_000i64).prop_map(Action::Pass),
     ]
@@ -626,7 +641,10 @@ proptest! {
                         let _ = e.try_apply(C::DeleteJob(delete));
                     }
                 }
-                Action::Reboot(node) => e.register(&format!("nodes/n{node}"), &format!("boot-{i}")),
+                Action::Reboot(node, other) => {
+                    let size = if other { "large" } else { "small" };
+                    e.register_as(&format!("nodes/n{node}"), &format!("boot-{i}"), size);
+                }
                 Action::Resize(target, option) => {
                     e.ok(resize(target, Dealloc::try_from(option).unwrap()));
                 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use batchai_proto::agent::v1::Assignment;
-use batchai_proto::v1::Job;
+use batchai_proto::v1::{Job, NameValuePair};
 
 use super::expand::expand;
 use super::paths::Paths;
@@ -58,13 +58,32 @@ pub fn common(
     Ok(env)
 }
 
+/// What only ranks have: a user's variable that names one of them is not set for the preparation command.
+const OF_RANKS: [&str; 2] = ["AZ_BATCHAI_TASK_INDEX", "AZ_BATCHAI_PYTORCH_INIT_METHOD"];
+
+/// The environment of the preparation command.
+pub fn for_preparation(context: &Context<'_>) -> Result<Env, LaunchError> {
+    let mut env = context.env.clone();
+    let names_ranks = |value: &str| OF_RANKS.iter().any(|name| value.contains(name));
+    for variable in &context.job.environment_variables {
+        if !names_ranks(&variable.value) {
+            add(&mut env, variable)?;
+        }
+    }
+    Ok(env)
+}
+
 /// Adds the user's variables, whose values may name the service's.
 pub fn with_user(context: &Context<'_>, mut env: Env) -> Result<Env, LaunchError> {
-    let mut user = Vec::new();
     for variable in &context.job.environment_variables {
-        let what = format!("environment variable {}", variable.name);
-        user.push((variable.name.clone(), expand(&what, &variable.value, &env)?));
+        add(&mut env, variable)?;
     }
-    env.extend(user);
     Ok(env)
+}
+
+fn add(env: &mut Env, variable: &NameValuePair) -> Result<(), LaunchError> {
+    let what = format!("environment variable {}", variable.name);
+    let value = expand(&what, &variable.value, env)?;
+    env.insert(variable.name.clone(), value);
+    Ok(())
 }

@@ -81,6 +81,11 @@ pub enum LaunchError {
     NotAbsolute { what: String, path: String },
     #[error("{what} has an unclosed quote")]
     Quoting { what: String },
+    #[error(
+        "{node} is registered with the address {address}, which other machines cannot reach; start its agent with \
+         --address"
+    )]
+    Unreachable { node: String, address: String },
     #[error("the assignment is incomplete: {what} is missing")]
     Incomplete { what: &'static str },
     #[error("this agent cannot launch the job's toolkit; upgrade the agent")]
@@ -113,6 +118,7 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
         .job
         .as_ref()
         .ok_or(LaunchError::Incomplete { what: "job" })?;
+    check_addresses(assignment)?;
     let paths = Paths::of(job, assignment, &facts.root)?;
     let env = environment::common(assignment, job, facts, &paths)?;
     let context = Context {
@@ -131,6 +137,28 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
         preparation: preparation(&context)?,
         processes,
     })
+}
+
+/// A loopback address leads nowhere from another machine, and the job would wait for its rendezvous for ever.
+fn check_addresses(assignment: &Assignment) -> Result<(), LaunchError> {
+    let hosts = &assignment.hosts;
+    let one_machine = hosts.iter().all(|host| host.boot_id == hosts[0].boot_id);
+    let loopback = |address: &str| {
+        address
+            .parse()
+            .is_ok_and(|address: core::net::IpAddr| address.is_loopback())
+    };
+    match hosts
+        .iter()
+        .find(|host| loopback(&host.address))
+        .filter(|_| !one_machine)
+    {
+        None => Ok(()),
+        Some(host) => Err(LaunchError::Unreachable {
+            node: host.node.clone(),
+            address: host.address.clone(),
+        }),
+    }
 }
 
 fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
@@ -152,7 +180,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         Some(preparation) => Some(ProcessPlan {
             rank: -1,
             argv: bash(&preparation.command_line),
-            env: environment::with_user(context, context.env.clone())?,
+            env: environment::for_preparation(context)?,
             cwd: paths.job_temp.clone(),
             stdout: format!("stdout-job_prep{suffix}.txt"),
             stderr: format!("stderr-job_prep{suffix}.txt"),

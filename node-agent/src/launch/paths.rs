@@ -18,8 +18,10 @@ pub struct Paths {
     pub job_temp_dir: String,
     pub job_temp: String,
     pub job_mount_root: String,
-    /// On hosts that share a machine: the master's directory.
+    /// On hosts that share a machine: the master's directory. It exists from launch on.
     pub shared: Option<String>,
+    /// This host is the one that makes it.
+    pub is_master: bool,
     pub hostfile: String,
     pub stdouterr: String,
     pub inputs: Vec<(String, String)>,
@@ -46,6 +48,7 @@ impl Paths {
             job_mount_root: format!("{job_temp}/mounts"),
             shared: master.map(|master| format!("{}/shared", temp(&master.root))),
             hostfile: format!("{job_temp}/hostfile"),
+            is_master: assignment.host_index == 0,
             job_temp,
             ..Paths::default()
         };
@@ -103,7 +106,9 @@ impl Paths {
             .into_iter()
             .cloned();
         let outputs = self.outputs.iter().map(|(_, path)| path.clone());
-        own.chain(self.shared.clone())
+        // The others must not reach into a directory that the master may just be clearing.
+        let shared = self.shared.clone().filter(|_| self.is_master);
+        own.chain(shared)
             .chain([self.stdouterr.clone()])
             .chain(outputs)
             .collect()

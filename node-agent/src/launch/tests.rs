@@ -150,9 +150,26 @@ fn hosts_of_one_machine_share_the_masters_directory() {
         .hosts
         .iter_mut()
         .for_each(|host| host.boot_id = "same".into());
-    let plan = plan(&assignment, &facts()).unwrap();
     let shared = "/root0/jobs/w/e/j/shared".to_owned();
-    assert!(plan.preparation.directories.contains(&shared));
+    let other = plan(&assignment, &facts()).unwrap();
+    assert!(
+        !other.preparation.directories.contains(&shared),
+        "only the master makes it"
+    );
+    assignment.host_index = 0;
+    let master = plan(
+        &assignment,
+        &HostFacts {
+            root: "/root0".into(),
+            ..facts()
+        },
+    )
+    .unwrap();
+    assert!(master.preparation.directories.contains(&shared));
+    assert_eq!(
+        master.processes[0].env["AZ_BATCHAI_SHARED_JOB_TEMP"],
+        shared
+    );
 }
 
 #[test]
@@ -219,6 +236,25 @@ fn what_makes_no_sense_is_said() {
         error.contains("environment variable S") && error.contains("share a machine"),
         "{error}"
     );
+    let mut far = assignment(2, 0, custom());
+    far.hosts[1].address = "127.0.0.1".into();
+    let error = plan(&far, &facts()).unwrap_err().to_string();
+    assert!(
+        error.contains("nodes/n1") && error.contains("--address"),
+        "{error}"
+    );
+    let mut job = pytorch(1);
+    job.job_preparation = Some(v1::JobPreparation {
+        command_line: "true".into(),
+    });
+    let value = "$AZ_BATCHAI_TASK_INDEX".into();
+    job.environment_variables = vec![v1::NameValuePair {
+        name: "ME".into(),
+        value,
+    }];
+    let plan = plan_of(1, 0, job);
+    assert_eq!(plan.processes[0].env["ME"], "0");
+    assert!(!plan.preparation.command.unwrap().env.contains_key("ME"));
     let mut job = custom();
     job.job_preparation = Some(v1::JobPreparation {
         command_line: "true".into(),

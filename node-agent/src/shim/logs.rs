@@ -13,8 +13,11 @@ const READ_BYTES: usize = 64 << 10;
 pub struct Stream {
     pipe: OwnedFd,
     file: File,
-    /// The first error of the file. What follows it is drained and lost: a full disk must not hold up the process.
+    /// The error of the last write. What cannot be written is drained and lost: a full disk must not hold up the
+    /// process.
     failed: Option<io::Error>,
+    /// Bytes that were lost and are not yet marked in the file.
+    lost: u64,
 }
 
 /// What reading a pipe came to.
@@ -34,6 +37,7 @@ impl Stream {
             pipe,
             file,
             failed: None,
+            lost: 0,
         })
     }
 
@@ -48,16 +52,32 @@ impl Stream {
         for _ in 0..READS_MAX {
             match read(&self.pipe, buffer) {
                 Ok(0) => return Drained::Closed,
-                Ok(count) if self.failed.is_none() => {
-                    self.failed = self.file.write_all(&buffer[..count]).err();
-                }
-                Ok(_) => {}
+                Ok(count) => self.append(&buffer[..count]),
                 Err(nix::Error::EINTR) => {}
                 Err(nix::Error::EAGAIN) => return Drained::Empty,
                 Err(_) => return Drained::Closed,
             }
         }
         Drained::Empty
+    }
+
+    fn append(&mut self, data: &[u8]) {
+        let marked = match self.lost {
+            0 => Ok(()),
+            lost => self.file.write_all(
+                format!("\n[batchai: {lost} bytes were lost: the disk was full]\n").as_bytes(),
+            ),
+        };
+        match marked.and_then(|()| {
+            self.lost = 0;
+            self.file.write_all(data)
+        }) {
+            Ok(()) => self.failed = None,
+            Err(error) => {
+                self.lost += data.len() as u64;
+                self.failed = Some(error);
+            }
+        }
     }
 
     /// What went wrong with the file.
@@ -85,7 +105,7 @@ impl ExecutionLog {
             .append(true)
             .open(&self.path);
         if let Err(error) = opened.and_then(|mut file| file.write_all(line.as_bytes())) {
-            eprintln!("{}: {error}: {line}", self.path.display());
+            super::tell(&format!("{}: {error}: {line}", self.path.display()));
         }
     }
 }

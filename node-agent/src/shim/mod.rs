@@ -6,12 +6,15 @@
 //! to fork.
 
 mod copier;
+mod ending;
 mod logs;
 mod prepare;
 mod process;
+mod root;
 mod run;
 mod tree;
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -21,6 +24,8 @@ use nix::unistd::setsid;
 use crate::journal::{AttemptDir, JournalError};
 
 pub use copier::main as copy_main;
+pub use prepare::main as prepare_main;
+pub use root::{Root, RootError};
 pub use tree::sweep;
 
 /// Why a shim ends without an exit record: the attempt is lost.
@@ -55,23 +60,30 @@ pub fn main(path: &Path, own: &[&'static str]) -> ExitCode {
     ) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("shim: {error}");
+            tell(&format!("shim: {error}"));
             ExitCode::FAILURE
         }
     }
 }
 
+/// Says something on standard error, where that is possible: its disk may be full, and that must end nothing.
+fn tell(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
 fn begin(dir: &AttemptDir, own: &[&'static str]) -> Result<(), ShimError> {
-    // Whoever comes second, at any time, does nothing: an attempt begins once.
+    // Whoever comes second, at any time, does nothing.
     let Some(_lock) = dir.take_lock()? else {
         return Ok(());
     };
-    if !dir.begin()? {
-        return Ok(());
-    }
     // A session of its own: no terminal and no process group of the agent's reaches it.
     setsid().map_err(system("setsid"))?;
     // Orphans of the job become its children, so that none can leave its tree.
     prctl::set_child_subreaper(true).map_err(system("subreaper"))?;
-    run::Shim::new(dir.clone(), own)?.run()
+    let shim = run::Shim::new(dir.clone(), own)?;
+    // Last of what can fail: from here on the attempt has begun, and it begins once.
+    match dir.begin()? {
+        true => shim.run(),
+        false => Ok(()),
+    }
 }

@@ -1,25 +1,55 @@
 //! Makes this host ready: sweeps earlier jobs' directories away, makes this one's, writes its files.
+//!
+//! It is a process of its own, a child of the shim: directories may lie on dead mounts, and the shim must be able to give
+//! up on them.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
+use super::root::MARKER;
+use crate::journal::{AttemptDir, PREPARE, SETUP_FAILED};
 use crate::launch::Preparation;
 use crate::status::FailureRecord;
 
-/// Does it all.
-pub fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
-    wipe(Path::new(&plan.wipe)).map_err(|e| failure("clear", &plan.wipe, &e))?;
+/// Prepares the attempt of a directory. What went wrong is left in a file there.
+pub fn main(path: &Path) -> ExitCode {
+    let dir = AttemptDir {
+        path: path.to_owned(),
+    };
+    let plan = match dir.read::<Preparation>(PREPARE) {
+        Ok(Some(plan)) => plan,
+        other => {
+            super::tell(&format!("there is no plan to prepare: {other:?}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let Err(failure) = prepare(&plan) else {
+        return ExitCode::SUCCESS;
+    };
+    if let Err(error) = dir.write(SETUP_FAILED, &failure, false) {
+        super::tell(&format!("{}: {error}", failure.message));
+    }
+    ExitCode::FAILURE
+}
+
+fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
+    // What an earlier job left is no fault of this one.
+    let wiped = wipe(Path::new(&plan.wipe));
+    wiped.map_err(|e| failure("clear", &plan.wipe, &e, true))?;
     for directory in &plan.directories {
-        fs::create_dir_all(directory).map_err(|e| failure("make directory", directory, &e))?;
+        let made = fs::create_dir_all(directory);
+        made.map_err(|e| failure("make directory", directory, &e, false))?;
     }
     for (path, content) in &plan.files {
-        fs::write(path, content).map_err(|e| failure("write", path, &e))?;
+        fs::write(path, content).map_err(|e| failure("write", path, &e, true))?;
     }
     Ok(())
 }
 
-fn failure(what: &str, path: &str, error: &io::Error) -> FailureRecord {
+fn failure(what: &str, path: &str, error: &io::Error, infrastructure: bool) -> FailureRecord {
     FailureRecord {
         code: "JobDirectoryFailed".into(),
         message: format!("cannot {what} {path}: {error}"),
@@ -27,6 +57,7 @@ fn failure(what: &str, path: &str, error: &io::Error) -> FailureRecord {
             ("path".into(), path.into()),
             ("error".into(), error.to_string()),
         ],
+        infrastructure,
         ..FailureRecord::default()
     }
 }
@@ -38,19 +69,107 @@ fn wipe(root: &Path) -> io::Result<()> {
     }
     let root = root.canonicalize()?;
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let below = mounts
+    let points = mounts
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
-        .find(|point| Path::new(point) != root && Path::new(point).starts_with(&root));
-    if let Some(point) = below {
-        return Err(io::Error::other(format!("{point} is still mounted")));
+        .map(unescape);
+    if let Some(point) = points
+        .into_iter()
+        .find(|p| *p != root && p.starts_with(&root))
+    {
+        return Err(io::Error::other(format!(
+            "{} is still mounted",
+            point.display()
+        )));
     }
     for entry in fs::read_dir(&root)? {
         let entry = entry?;
+        if entry.file_name() == MARKER {
+            continue;
+        }
         match entry.file_type()?.is_dir() {
-            true => fs::remove_dir_all(entry.path())?,
+            true => remove_dir(&entry.path())?,
             false => fs::remove_file(entry.path())?,
         }
     }
     Ok(())
+}
+
+/// Removes a directory also where its owner made parts of it read-only.
+fn remove_dir(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            open_up(path)?;
+            fs::remove_dir_all(path)
+        }
+        other => other,
+    }
+}
+
+fn open_up(path: &Path) -> io::Result<()> {
+    fs::set_permissions(path, Permissions::from_mode(0o700))?;
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            open_up(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Spaces and the like stand in mountinfo as a backslash and three octal digits.
+fn unescape(text: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt as _;
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut i = 0;
+    while i < bytes.len() {
+        let octal = text
+            .get(i + 1..i + 4)
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match (bytes[i], octal) {
+            (b'\\', Some(byte)) => {
+                out.push(byte);
+                i += 4;
+            }
+            (byte, _) => {
+                out.push(byte);
+                i += 1;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsString::from_vec(out))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wiping_removes_everything_but_the_marker_and_follows_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let jobs = dir.path().join("jobs");
+        let outside = dir.path().join("outside");
+        fs::create_dir_all(jobs.join("w/e/j/read-only/deep")).unwrap();
+        fs::create_dir_all(&outside).unwrap();
+        fs::write(outside.join("precious"), "x").unwrap();
+        fs::write(jobs.join(MARKER), "u").unwrap();
+        std::os::unix::fs::symlink(&outside, jobs.join("w/link")).unwrap();
+        std::os::unix::fs::symlink(&outside, jobs.join("link")).unwrap();
+        let closed = Permissions::from_mode(0o500);
+        fs::set_permissions(jobs.join("w/e/j/read-only"), closed).unwrap();
+        wipe(&jobs).unwrap();
+        let left: Vec<_> = fs::read_dir(&jobs)
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        assert_eq!(left, [MARKER]);
+        assert!(outside.join("precious").exists());
+    }
+
+    #[test]
+    fn mount_points_are_read_as_they_are_meant() {
+        assert_eq!(unescape("/a\\040b\\134c"), Path::new("/a b\\c"));
+        assert_eq!(unescape("/plain\\9"), Path::new("/plain\\9"));
+    }
 }

@@ -49,9 +49,9 @@ pub fn start(plan: &ProcessPlan) -> io::Result<Started> {
     })
 }
 
-/// What has to happen between fork and exec.
+/// What has to happen between fork and exec, for ranks and the shim's own helpers alike.
 #[allow(unsafe_code)]
-fn in_its_own_session(command: &mut Command) {
+pub fn in_its_own_session(command: &mut Command) {
     let shim = nix::unistd::getpid();
     let prepare = move || {
         setsid()?;

@@ -8,7 +8,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -21,23 +21,25 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::logs::{Drained, ExecutionLog, Stream};
-use super::{ShimError, prepare, process, system, tree};
-use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, STATUS, STOP};
+use super::{ShimError, process, system};
+use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, SETUP_FAILED, STATUS, STOP};
 use crate::launch::{Preparation, ProcessPlan};
 use crate::status::{FailureRecord, Phase, RankStatus, Status};
 
 /// While processes are being ended the loop looks this often.
 const ENDING_STEP: Duration = Duration::from_millis(20);
-/// Processes that SIGKILL does not end within this time are stuck in the kernel.
-const KILL_MAX: Duration = Duration::from_secs(30);
-/// How long the last copy of the logs may take.
-const COPY_MAX: Duration = Duration::from_secs(30);
-/// The rank number of the preparation command.
+/// The rank numbers of the process that makes directories, and of the preparation command.
+const SETUP: i32 = -2;
 const PREPARATION: i32 = -1;
+/// Kept free for the records of the attempt, should its logs fill the disk.
+pub(super) const RESERVE: &str = "reserve";
+const RESERVE_BYTES: usize = 64 << 10;
+/// A record that could not be written is tried again this often.
+pub(super) const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
 /// What the attempt's processes get on their way out.
 #[derive(Clone, Copy, Debug)]
-enum Ending {
+pub(super) enum Ending {
     No,
     /// SIGTERM was sent; SIGKILL follows at this time.
     Asked {
@@ -49,27 +51,31 @@ enum Ending {
     },
 }
 
-struct Running {
-    rank: i32,
-    pid: i32,
+pub(super) struct Running {
+    pub rank: i32,
+    pub pid: i32,
 }
 
 pub struct Shim {
-    dir: AttemptDir,
+    pub(super) dir: AttemptDir,
     /// The arguments that lead to this program's own subcommands.
-    own: Vec<&'static str>,
-    plan: Preparation,
-    status: Status,
-    log: ExecutionLog,
-    running: Vec<Running>,
-    streams: Vec<Stream>,
-    ending: Ending,
+    pub(super) own: Vec<&'static str>,
+    pub(super) plan: Preparation,
+    pub(super) status: Status,
+    pub(super) log: ExecutionLog,
+    pub(super) running: Vec<Running>,
+    pub(super) streams: Vec<Stream>,
+    pub(super) ending: Ending,
     /// When the wall clock is over.
-    deadline: Duration,
-    launched: bool,
-    copier: Option<Child>,
-    signals: SignalFd,
-    inotify: Inotify,
+    pub(super) deadline: Duration,
+    pub(super) launched: bool,
+    /// The status on disk is not the latest.
+    pub(super) unsaid: bool,
+    /// What does not die was said.
+    pub(super) stuck_said: bool,
+    pub(super) copier: Option<Child>,
+    pub(super) signals: SignalFd,
+    pub(super) inotify: Inotify,
 }
 
 impl Shim {
@@ -93,6 +99,8 @@ impl Shim {
         inotify
             .add_watch(&dir.path, changes)
             .map_err(system("inotify"))?;
+        std::fs::write(dir.path.join(RESERVE), vec![0; RESERVE_BYTES])
+            .map_err(system("reserve space"))?;
         let log = ExecutionLog::new(dir.path.join(LOGS).join(&plan.execution_log));
         let deadline = boot_time() + Duration::from_secs(plan.wall_clock_s);
         Ok(Shim {
@@ -106,6 +114,8 @@ impl Shim {
             ending: Ending::No,
             deadline,
             launched: false,
+            unsaid: false,
+            stuck_said: false,
             copier: None,
             signals,
             inotify,
@@ -123,19 +133,70 @@ impl Shim {
             self.drain(&mut buffer);
             self.reap(&mut buffer)?;
             self.obey(told)?;
-            self.watch_the_clock()?;
-            self.drive_ending()?;
+            self.watch_the_clock();
+            self.drive_ending();
+            if self.unsaid {
+                self.publish();
+            }
         }
         self.finish(&mut buffer)
     }
 
     fn prepare(&mut self) -> Result<(), ShimError> {
         if self.dir.has(STOP) {
-            return self.end("it was told to end before it began");
+            self.end("it was told to end before it began");
+            return Ok(());
         }
         self.log.say("preparing");
-        if let Err(failure) = prepare::prepare(&self.plan) {
-            return self.fail(failure);
+        let child = self
+            .helper("prepare")
+            .arg(&self.dir.path)
+            .stdin(Stdio::null())
+            .spawn();
+        match child {
+            Ok(child) => {
+                self.running.push(Running {
+                    rank: SETUP,
+                    pid: child.id() as i32,
+                });
+                self.publish();
+            }
+            Err(error) => self.fail(FailureRecord {
+                code: "ShimFailed".into(),
+                message: format!("cannot start a process: {error}"),
+                infrastructure: true,
+                ..FailureRecord::default()
+            }),
+        }
+        Ok(())
+    }
+
+    /// This very program, for something that may hang.
+    fn helper(&self, what: &str) -> Command {
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg0("batchai-shim-helper")
+            .args(&self.own)
+            .arg(what)
+            .stdout(Stdio::null());
+        process::in_its_own_session(&mut command);
+        command
+    }
+
+    fn set_up(&mut self, code: i32) -> Result<(), ShimError> {
+        if !matches!(self.ending, Ending::No) {
+            return Ok(());
+        }
+        if code != 0 {
+            let unsaid = FailureRecord {
+                code: "JobDirectoryFailed".into(),
+                message: format!("making directories ended with exit code {code}"),
+                infrastructure: true,
+                ..FailureRecord::default()
+            };
+            let said = self.dir.read(SETUP_FAILED)?;
+            self.fail(said.unwrap_or(unsaid));
+            return Ok(());
         }
         self.start_copier();
         match self.plan.command.clone() {
@@ -145,18 +206,18 @@ impl Shim {
                     command.argv
                 ));
                 if let Err(error) = self.start(&command) {
-                    return self.fail(start_failure("JobPreparationFailed", &command, &error));
+                    self.fail(start_failure("JobPreparationFailed", &command, &error));
                 }
-                self.publish()
             }
             None => self.ready(),
         }
+        Ok(())
     }
 
-    fn ready(&mut self) -> Result<(), ShimError> {
+    fn ready(&mut self) {
         self.log.say("ready; waiting for the other nodes");
         self.status.phase = Phase::Ready;
-        self.publish()
+        self.publish();
     }
 
     /// Waits for a signal, a file of the agent's, output, or the next time to look.
@@ -172,7 +233,13 @@ impl Shim {
         );
         let timeout = match self.ending {
             Ending::No => self.deadline.saturating_sub(boot_time()),
+            _ if self.stuck_said => WRITE_AGAIN,
             _ => ENDING_STEP,
+        };
+        let timeout = if self.unsaid {
+            timeout.min(WRITE_AGAIN)
+        } else {
+            timeout
         };
         // Never zero, so that a deadline is past when it is looked at; poll takes no more than some weeks.
         let timeout = timeout.as_millis().clamp(1, i32::MAX as u128) as i32;
@@ -192,7 +259,7 @@ impl Shim {
         told
     }
 
-    fn drain(&mut self, buffer: &mut Vec<u8>) {
+    pub(super) fn drain(&mut self, buffer: &mut Vec<u8>) {
         let log = &self.log;
         self.streams.retain_mut(|stream| {
             let before = stream.failure().is_some();
@@ -222,10 +289,9 @@ impl Shim {
                 .is_some_and(|copier| copier.id() as i32 == pid)
             {
                 self.copier = None;
-                self.log.say(&format!(
-                    "log files are not copied to {} any more",
-                    self.plan.copy_to
-                ));
+                let to = &self.plan.copy_to;
+                self.log
+                    .say(&format!("log files are not copied to {to} any more"));
             }
             let Some(at) = self.running.iter().position(|running| running.pid == pid) else {
                 continue;
@@ -234,13 +300,14 @@ impl Shim {
             // What it printed last is in the file before anyone hears that it ended.
             self.drain(buffer);
             match rank {
-                PREPARATION => self.prepared(code)?,
-                rank => self.rank_ended(rank, code)?,
+                SETUP => self.set_up(code)?,
+                PREPARATION => self.prepared(code),
+                rank => self.rank_ended(rank, code),
             }
         }
     }
 
-    fn prepared(&mut self, code: i32) -> Result<(), ShimError> {
+    fn prepared(&mut self, code: i32) {
         self.log.say(&format!(
             "the preparation command ended with exit code {code}"
         ));
@@ -253,11 +320,11 @@ impl Shim {
                 exit_code: Some(code),
                 ..FailureRecord::default()
             }),
-            _ => Ok(()),
+            _ => {}
         }
     }
 
-    fn rank_ended(&mut self, rank: i32, code: i32) -> Result<(), ShimError> {
+    fn rank_ended(&mut self, rank: i32, code: i32) {
         self.log
             .say(&format!("rank {rank} ended with exit code {code}"));
         if let Some(status) = self
@@ -268,15 +335,14 @@ impl Shim {
         {
             status.exit_code = Some(code);
         }
-        self.publish()?;
-        match self.running.is_empty() {
-            true => self.end("all ranks of this node have ended"),
-            false => Ok(()),
+        self.publish();
+        if self.running.is_empty() {
+            self.end("all ranks of this node have ended");
         }
     }
 
     /// Does what the agent's files and signals say.
-    fn obey(&mut self, told: bool) -> Result<(), ShimError> {
+    fn obey(&mut self, told_by_signal: bool) -> Result<(), ShimError> {
         while self
             .inotify
             .read_events()
@@ -285,20 +351,32 @@ impl Shim {
         if !matches!(self.ending, Ending::No) {
             return Ok(());
         }
-        if told || self.dir.has(STOP) {
-            return self.end("it was told to end");
+        // A machine that shuts down sends the signal; the job is not to blame.
+        let told = self.dir.read::<bool>(STOP)?;
+        if told_by_signal || told == Some(true) {
+            self.fail(FailureRecord {
+                code: "NodeStopped".into(),
+                message: "the node was stopped while the job ran".into(),
+                infrastructure: true,
+                ..FailureRecord::default()
+            });
+            return Ok(());
+        }
+        if told.is_some() {
+            self.end("it was told to end");
+            return Ok(());
         }
         if self.status.phase == Phase::Ready
             && !self.launched
             && let Some(processes) = self.dir.read::<Vec<ProcessPlan>>(LAUNCH)?
         {
             self.launched = true;
-            return self.launch(&processes);
+            self.launch(&processes);
         }
         Ok(())
     }
 
-    fn launch(&mut self, processes: &[ProcessPlan]) -> Result<(), ShimError> {
+    fn launch(&mut self, processes: &[ProcessPlan]) {
         self.status.phase = Phase::Running;
         for plan in processes {
             match self.start(plan) {
@@ -321,7 +399,7 @@ impl Shim {
             self.log
                 .say("no process runs on this node; it waits until the job is over");
         }
-        self.publish()
+        self.publish();
     }
 
     fn start(&mut self, plan: &ProcessPlan) -> io::Result<i32> {
@@ -338,9 +416,9 @@ impl Shim {
         Ok(started.pid)
     }
 
-    fn watch_the_clock(&mut self) -> Result<(), ShimError> {
+    fn watch_the_clock(&mut self) {
         if !matches!(self.ending, Ending::No) || boot_time() < self.deadline {
-            return Ok(());
+            return;
         }
         let seconds = self.plan.wall_clock_s;
         self.fail(FailureRecord {
@@ -348,122 +426,38 @@ impl Shim {
             message: format!("the job took longer than its maxWallClockTime of {seconds} s"),
             details: vec![("seconds".into(), seconds.to_string())],
             ..FailureRecord::default()
-        })
+        });
     }
 
-    fn fail(&mut self, failure: FailureRecord) -> Result<(), ShimError> {
+    pub(super) fn fail(&mut self, failure: FailureRecord) {
         let message = failure.message.clone();
         self.status.failure.get_or_insert(failure);
-        self.publish()?;
-        self.end(&message)
-    }
-
-    /// Begins to end everything: SIGTERM, then after the grace SIGKILL.
-    fn end(&mut self, why: &str) -> Result<(), ShimError> {
-        if !matches!(self.ending, Ending::No) {
-            return Ok(());
-        }
-        self.log.say(&format!("ending: {why}"));
-        tree::signal_all(&self.tree(), Signal::SIGTERM);
-        self.ending = Ending::Asked {
-            until: boot_time() + Duration::from_secs(self.plan.grace_s),
-        };
-        Ok(())
-    }
-
-    fn drive_ending(&mut self) -> Result<(), ShimError> {
-        let now = boot_time();
-        match self.ending {
-            Ending::Asked { until } if now >= until => {
-                self.log.say("the grace is over: killing what is left");
-                self.ending = Ending::Killed {
-                    until: now + KILL_MAX,
-                };
-            }
-            Ending::Killed { until } => {
-                let left = self.tree();
-                // Stopped first, so that none of them can start another while the others are killed.
-                tree::signal_all(&left, Signal::SIGSTOP);
-                tree::signal_all(&left, Signal::SIGKILL);
-                if now >= until && !left.is_empty() && self.status.failure.is_none() {
-                    self.log
-                        .say(&format!("processes that do not die: {left:?}"));
-                    return self.fail(FailureRecord {
-                        code: "ProcessesDoNotDie".into(),
-                        message: format!("processes that do not die: {left:?}"),
-                        details: vec![("pids".into(), format!("{left:?}"))],
-                        ..FailureRecord::default()
-                    });
-                }
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Everything that the attempt started and that has not ended.
-    fn tree(&self) -> Vec<i32> {
-        let copier = self.copier.as_ref().map(|child| child.id() as i32);
-        tree::descendants(std::process::id() as i32, copier)
-    }
-
-    /// A node that is told to end, or whose ranks have, is done when nothing is left of them.
-    fn over(&self) -> bool {
-        !matches!(self.ending, Ending::No) && self.running.is_empty() && self.tree().is_empty()
+        self.publish();
+        self.end(&message);
     }
 
     fn start_copier(&mut self) {
-        let child = Command::new("/proc/self/exe")
-            .args(&self.own)
-            .arg("copy-logs")
+        let mut command = self.helper("copy-logs");
+        command
             .arg(self.dir.path.join(LOGS))
-            .arg(PathBuf::from(&self.plan.copy_to))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn();
-        match child {
+            .arg(&self.plan.copy_to)
+            .stdin(Stdio::piped());
+        match command.spawn() {
             Ok(child) => self.copier = Some(child),
             Err(error) => self.log.say(&format!("log files are not copied: {error}")),
         }
     }
 
-    /// The last words: nothing of the attempt runs any more.
-    fn finish(mut self, buffer: &mut Vec<u8>) -> Result<(), ShimError> {
-        self.drain(buffer);
-        self.streams.clear();
-        self.log.say("ended");
-        self.finish_copy();
-        self.status.phase = Phase::Ended;
-        self.status.files = self.dir.logs()?;
-        Ok(self.dir.write(STATUS, &self.status, true)?)
-    }
-
-    /// Lets the copier finish, but not for ever: it may hang on a dead mount.
-    fn finish_copy(&mut self) {
-        let Some(mut copier) = self.copier.take() else {
-            return;
-        };
-        drop(copier.stdin.take());
-        let until = boot_time() + COPY_MAX;
-        loop {
-            match copier.try_wait() {
-                Ok(Some(status)) if status.success() => return,
-                Ok(None) if boot_time() < until => std::thread::sleep(Duration::from_millis(2)),
-                other => {
-                    self.log.say(&format!(
-                        "the log files could not all be copied to {}: {other:?}",
-                        self.plan.copy_to
-                    ));
-                    // It may be stuck in the kernel; nobody waits for it.
-                    let _ = copier.kill();
-                    return;
-                }
-            }
+    /// Says how things are; where that cannot be written now, later.
+    fn publish(&mut self) {
+        let written = self.dir.write(STATUS, &self.status, false).or_else(|_| {
+            self.give_up_reserve();
+            self.dir.write(STATUS, &self.status, false)
+        });
+        self.unsaid = written.is_err();
+        if let Err(error) = written {
+            super::tell(&format!("the status cannot be written: {error}"));
         }
-    }
-
-    fn publish(&self) -> Result<(), ShimError> {
-        Ok(self.dir.write(STATUS, &self.status, false)?)
     }
 }
 

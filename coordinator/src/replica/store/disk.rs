@@ -278,9 +278,12 @@ fn create(path: &Path, identity: &ReplicaIdentity) -> Result<(), StoreError> {
     };
     let witness = new.join("witness");
     Witness::create(&witness, mark).map_err(io(&witness))?;
-    for dir in [&log.join("db"), &log, &new] {
-        sync(dir)?;
+    // The database syncs its log only, and not what it writes beside it.
+    for entry in fs::read_dir(&log).map_err(io(&log))? {
+        sync(&entry.map_err(io(&log))?.path())?;
     }
+    sync(&log)?;
+    sync(&new)?;
     fs::rename(&new, path).map_err(io(path))?;
     path.parent().map_or(Ok(()), sync)
 }

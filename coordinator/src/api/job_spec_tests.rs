@@ -1,0 +1,193 @@
+use batchai_common::error::ApiError;
+
+use super::*;
+use batchai_proto::v1;
+
+/// A job's settings with nothing in them that a check would mind.
+fn valid() -> Job {
+    Job {
+        cluster: "resourceGroups/g/workspaces/w/clusters/c".into(),
+        node_count: 2,
+        std_out_err_path_prefix: "$AZ_BATCHAI_MOUNT_ROOT/logs".into(),
+        custom_toolkit_settings: Some(v1::CustomToolkitSettings {
+            command_line: "true".into(),
+        }),
+        ..Default::default()
+    }
+}
+
+fn faults_of(job: Job) -> Result<Job, ApiError> {
+    let mut faults = Faults::default();
+    let job = check(&mut faults, job);
+    faults.finish(Some(job))
+}
+
+#[test]
+fn defaults_are_filled_in() {
+    let job = faults_of(valid()).unwrap();
+    assert_eq!(job.scheduling_priority(), SchedulingPriority::Normal);
+    assert_eq!(
+        job.constraints
+            .unwrap()
+            .max_wall_clock_time
+            .unwrap()
+            .seconds,
+        604_800
+    );
+    let torch = Job {
+        custom_toolkit_settings: None,
+        py_torch_settings: Some(PyTorchSettings {
+            python_script_file_path: "/a.py".into(),
+            communication_backend: "Gloo".into(),
+            ..Default::default()
+        }),
+        ..valid()
+    };
+    let torch = faults_of(torch).unwrap().py_torch_settings.unwrap();
+    assert_eq!(
+        (torch.process_count, torch.communication_backend.as_str()),
+        (2, "gloo")
+    );
+}
+
+#[test]
+fn every_fault_is_named() {
+    type Spoil = fn(&mut Job);
+    let cases: [(&str, Spoil); 22] = [
+        ("job.cluster", |j| j.cluster = "c".into()),
+        ("job.node_count", |j| j.node_count = 0),
+        ("job.node_count", |j| j.node_count = -3),
+        ("job.scheduling_priority", |j| j.scheduling_priority = 9),
+        ("job.std_out_err_path_prefix", |j| {
+            j.std_out_err_path_prefix = "logs".into()
+        }),
+        ("job.std_out_err_path_prefix", |j| {
+            j.std_out_err_path_prefix = "/a/../b".into()
+        }),
+        ("job.environment_variables[0].name", |j| {
+            j.environment_variables = vec![v1::NameValuePair {
+                name: "A=B".into(),
+                ..Default::default()
+            }];
+        }),
+        ("job.environment_variables[0].name", |j| {
+            j.environment_variables = vec![v1::NameValuePair {
+                name: "AZ_BATCHAI_X".into(),
+                ..Default::default()
+            }];
+        }),
+        ("job.environment_variables[1].name", |j| {
+            j.environment_variables = vec![
+                v1::NameValuePair {
+                    name: "A".into(),
+                    ..Default::default()
+                };
+                2
+            ];
+        }),
+        ("job.input_directories[0].id", |j| {
+            j.input_directories = vec![v1::InputDirectory {
+                id: "a-b".into(),
+                path: "p".into(),
+            }];
+        }),
+        ("job.output_directories[0].id", |j| {
+            j.output_directories = vec![v1::OutputDirectory {
+                id: "stdouterr".into(),
+                path_prefix: "/p".into(),
+                path_suffix: String::new(),
+            }];
+        }),
+        ("job.output_directories[0].path_suffix", |j| {
+            j.output_directories = vec![v1::OutputDirectory {
+                id: "A".into(),
+                path_prefix: "/p".into(),
+                path_suffix: "../x".into(),
+            }];
+        }),
+        ("job.job_preparation.command_line", |j| {
+            j.job_preparation = Some(v1::JobPreparation::default());
+        }),
+        ("job.constraints.max_wall_clock_time", |j| {
+            let zero = prost_types::Duration::default();
+            j.constraints = Some(JobConstraints {
+                max_wall_clock_time: Some(zero),
+            });
+        }),
+        ("job", |j| j.custom_toolkit_settings = None),
+        ("job", |j| {
+            j.py_torch_settings = Some(PyTorchSettings {
+                python_script_file_path: "x".into(),
+                ..Default::default()
+            })
+        }),
+        ("job.custom_toolkit_settings.command_line", |j| {
+            j.custom_toolkit_settings = Some(v1::CustomToolkitSettings::default());
+        }),
+        ("job.state", |j| j.state = 2),
+        ("job.exit_code", |j| j.exit_code = Some(0)),
+        ("job", |j| {
+            j.job_preparation = Some(v1::JobPreparation {
+                command_line: "x".repeat(100_000),
+            });
+            j.custom_toolkit_settings = Some(v1::CustomToolkitSettings {
+                command_line: "x".repeat(100_000),
+            });
+            j.std_out_err_path_prefix = "/x".into();
+            j.environment_variables = vec![v1::NameValuePair {
+                name: "A".into(),
+                value: "x".repeat(100_000),
+            }];
+        }),
+        ("job.py_torch_settings.process_count", |j| {
+            j.custom_toolkit_settings = None;
+            j.py_torch_settings = Some(PyTorchSettings {
+                python_script_file_path: "x".into(),
+                process_count: 1,
+                ..Default::default()
+            });
+        }),
+        ("job.py_torch_settings.command_line_args", |j| {
+            j.custom_toolkit_settings = None;
+            j.py_torch_settings = Some(PyTorchSettings {
+                python_script_file_path: "x".into(),
+                command_line_args: "a 'b".into(),
+                ..Default::default()
+            });
+        }),
+    ];
+    for (field, spoil) in cases {
+        let mut job = valid();
+        spoil(&mut job);
+        let Err(ApiError::Invalid(faults)) = faults_of(job) else {
+            panic!("{field} passed")
+        };
+        assert_eq!(faults.len(), 1, "{field}: {faults:?}");
+        assert_eq!(faults[0].field, field);
+    }
+}
+
+#[test]
+fn several_faults_are_named_at_once_and_what_is_not_served_is_told_apart() {
+    let mut job = valid();
+    job.container_settings = Some(v1::ContainerSettings::default());
+    let Err(ApiError::NotServed(faults)) = faults_of(job.clone()) else {
+        panic!()
+    };
+    assert_eq!(faults[0].field, "job.container_settings");
+    job.node_count = 0;
+    job.cluster = String::new();
+    let Err(ApiError::Invalid(faults)) = faults_of(job) else {
+        panic!()
+    };
+    assert_eq!(faults.len(), 3);
+    let job = Job {
+        custom_toolkit_settings: None,
+        horovod_settings: Some(v1::HorovodSettings::default()),
+        ..valid()
+    };
+    let Err(ApiError::NotServed(faults)) = faults_of(job) else {
+        panic!()
+    };
+    assert_eq!(faults[0].field, "job.horovod_settings");
+}

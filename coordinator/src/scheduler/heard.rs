@@ -1,0 +1,35 @@
+//! PURE. What a replica heard of the nodes, and since when it has seen what: not part of the State.
+
+use std::collections::BTreeMap;
+
+use batchai_common::limits::SUSPECT_AFTER;
+
+/// All times are milliseconds of the boot clock of the machine that asks, so that no jump of its wall clock matters;
+/// only `wall` is for people.
+#[derive(Clone, Debug, Default)]
+pub struct Heard {
+    pub now: i64,
+    /// The wall clock at `now`, in milliseconds since 1970.
+    pub wall: i64,
+    /// When each node was last heard of.
+    pub last: BTreeMap<String, i64>,
+    /// Since when each attempt has been seen to prepare.
+    pub preparing: BTreeMap<String, i64>,
+}
+
+impl Heard {
+    /// The node was heard of lately enough to be given work.
+    pub fn is_alive(&self, node: &str) -> bool {
+        let limit = SUSPECT_AFTER.as_millis() as i64;
+        self.last
+            .get(node)
+            .is_some_and(|last| self.now - last < limit)
+    }
+
+    /// When the node was last heard of, by the wall clock.
+    pub fn last_wall(&self, node: &str) -> Option<i64> {
+        self.last
+            .get(node)
+            .map(|last| self.wall - (self.now - last))
+    }
+}

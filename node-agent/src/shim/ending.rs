@@ -1,0 +1,122 @@
+//! How an attempt ends on this host: SIGTERM, the grace, SIGKILL until nothing is left, the last copy of the logs, the exit
+//! record.
+
+use std::time::Duration;
+
+use batchai_common::time::boot_time;
+use nix::sys::signal::Signal;
+
+use super::run::{Ending, RESERVE, Shim, WRITE_AGAIN};
+use super::{ShimError, tree};
+use crate::journal::STATUS;
+use crate::status::{FailureRecord, Phase};
+
+/// Processes that SIGKILL does not end within this time are stuck in the kernel.
+const KILL_MAX: Duration = Duration::from_secs(30);
+/// How long the last copy of the logs may take.
+const COPY_MAX: Duration = Duration::from_secs(30);
+
+impl Shim {
+    /// Begins to end everything: SIGTERM, then after the grace SIGKILL.
+    pub(super) fn end(&mut self, why: &str) {
+        if !matches!(self.ending, Ending::No) {
+            return;
+        }
+        self.log.say(&format!("ending: {why}"));
+        tree::signal_all(&self.tree(), Signal::SIGTERM);
+        self.ending = Ending::Asked {
+            until: boot_time() + Duration::from_secs(self.plan.grace_s),
+        };
+    }
+
+    pub(super) fn drive_ending(&mut self) {
+        let now = boot_time();
+        match self.ending {
+            Ending::Asked { until } if now >= until => {
+                self.log.say("the grace is over: killing what is left");
+                self.ending = Ending::Killed {
+                    until: now + KILL_MAX,
+                };
+            }
+            Ending::Killed { until } => {
+                let left = self.tree();
+                // Stopped first, so that none of them can start another while the others are killed.
+                tree::signal_all(&left, Signal::SIGSTOP);
+                tree::signal_all(&left, Signal::SIGKILL);
+                if now >= until && !left.is_empty() && !self.stuck_said {
+                    self.stuck_said = true;
+                    self.log
+                        .say(&format!("processes that do not die: {left:?}"));
+                    self.fail(FailureRecord {
+                        code: "ProcessesDoNotDie".into(),
+                        message: format!("processes that do not die: {left:?}"),
+                        details: vec![("pids".into(), format!("{left:?}"))],
+                        ..FailureRecord::default()
+                    });
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Everything that the attempt started and that has not ended.
+    fn tree(&self) -> Vec<i32> {
+        let copier = self.copier.as_ref().map(|child| child.id() as i32);
+        let mut tree = tree::descendants(std::process::id() as i32, copier);
+        // Known by themselves, should the kernel not tell whose child is whose.
+        let known = self.running.iter().map(|running| running.pid);
+        tree.extend(known.filter(|pid| !tree.contains(pid)).collect::<Vec<_>>());
+        tree
+    }
+
+    /// A node that is told to end, or whose ranks have, is done when nothing is left of them.
+    pub(super) fn over(&self) -> bool {
+        !matches!(self.ending, Ending::No) && self.running.is_empty() && self.tree().is_empty()
+    }
+
+    /// The last words: nothing of the attempt runs any more.
+    pub(super) fn finish(mut self, buffer: &mut Vec<u8>) -> Result<(), ShimError> {
+        self.drain(buffer);
+        self.streams.clear();
+        self.log.say("ended");
+        self.finish_copy();
+        self.status.phase = Phase::Ended;
+        self.status.files = self.dir.logs()?;
+        // Without its record the attempt would count as lost, and the job would run again.
+        self.give_up_reserve();
+        while let Err(error) = self.dir.write(STATUS, &self.status, true) {
+            super::tell(&format!("the exit record cannot be written: {error}"));
+            std::thread::sleep(WRITE_AGAIN);
+        }
+        Ok(())
+    }
+
+    /// Lets the copier finish, but not for ever: it may hang on a dead mount.
+    fn finish_copy(&mut self) {
+        let Some(mut copier) = self.copier.take() else {
+            return;
+        };
+        drop(copier.stdin.take());
+        let until = boot_time() + COPY_MAX;
+        loop {
+            match copier.try_wait() {
+                Ok(Some(status)) if status.success() => return,
+                Ok(None) if boot_time() < until => std::thread::sleep(Duration::from_millis(2)),
+                other => {
+                    self.log.say(&format!(
+                        "the log files could not all be copied to {}: {other:?}",
+                        self.plan.copy_to
+                    ));
+                    // It may be stuck in the kernel; nobody waits for it.
+                    let _ = copier.kill();
+                    return;
+                }
+            }
+        }
+    }
+
+    pub(super) fn give_up_reserve(&self) {
+        // It may be given up already.
+        let _ = std::fs::remove_file(self.dir.path.join(RESERVE));
+    }
+}
