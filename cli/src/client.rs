@@ -11,6 +11,7 @@ use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient
 use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
 
 use crate::error::CliError;
 
@@ -98,11 +99,36 @@ impl Retry {
             status.code(),
             Code::Unavailable | Code::Unknown | Code::Cancelled
         );
-        if !broken || self.failures >= RETRIES_MAX {
+        let unknown = status
+            .get_details_error_info()
+            .is_some_and(|i| i.reason == "OUTCOME_UNKNOWN");
+        if !(broken || unknown) || self.failures >= RETRIES_MAX {
             return Err(status.into());
         }
         self.failures += 1;
         tokio::time::sleep(RETRY_PAUSE).await;
         Ok(())
+    }
+}
+
+/// A name for a request: sent again under it, it is carried out once.
+pub fn request_id() -> String {
+    uuid::Uuid::new_v4().to_string()
+}
+
+/// Sends a request that has a `request_id` until it is known what became of it.
+pub async fn send_once<T: Clone, R, F>(
+    message: T,
+    call: impl Fn(tonic::Request<T>) -> F,
+) -> Result<R, CliError>
+where
+    F: Future<Output = Result<tonic::Response<R>, Status>>,
+{
+    let mut retry = Retry::default();
+    loop {
+        match call(request(message.clone())).await {
+            Ok(reply) => return Ok(reply.into_inner()),
+            Err(status) => retry.again(status).await?,
+        }
     }
 }

@@ -10,7 +10,7 @@ use batchai_proto::v1;
 use batchai_proto::v1::job::State;
 
 use crate::args::Demo;
-use crate::client::{Client, request};
+use crate::client::{Client, request, request_id};
 use crate::dev::Ensemble;
 use crate::error::CliError;
 use crate::job::until_ended;
@@ -112,6 +112,7 @@ async fn train(endpoint: &str, dir: &Path, epochs: u32) -> Result<ExitCode, CliE
         parent: EXPERIMENT.to_owned(),
         job_id: "train".to_owned(),
         job: Some(job(dir, epochs)),
+        request_id: request_id(),
     };
     client.jobs().create_job(request(create)).await?;
     let mut streams = Vec::new();
@@ -143,6 +144,7 @@ async fn create_resources(client: &Client) -> Result<(), CliError> {
     let group = v1::CreateResourceGroupRequest {
         resource_group_id: "demo".to_owned(),
         resource_group: None,
+        request_id: request_id(),
     };
     client
         .groups()
@@ -152,6 +154,7 @@ async fn create_resources(client: &Client) -> Result<(), CliError> {
         parent: GROUP.to_owned(),
         workspace_id: "demo".to_owned(),
         workspace: None,
+        request_id: request_id(),
     };
     client
         .workspaces()
@@ -182,11 +185,13 @@ async fn create_resources(client: &Client) -> Result<(), CliError> {
         parent: WORKSPACE.to_owned(),
         cluster_id: "two-nodes".to_owned(),
         cluster: Some(cluster),
+        request_id: request_id(),
     };
     client.clusters().create_cluster(request(cluster)).await?;
     let experiment = v1::CreateExperimentRequest {
         parent: WORKSPACE.to_owned(),
         experiment_id: "digits".to_owned(),
+        request_id: request_id(),
     };
     client
         .experiments()

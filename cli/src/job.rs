@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 use tonic::Status;
 
 use crate::args::{self, Global, InExperiment};
-use crate::client::{Client, Retry, request};
+use crate::client::{Client, Retry, request, request_id, send_once};
 use crate::error::CliError;
 use crate::file;
 use crate::logs::{self, Follow};
@@ -60,11 +60,11 @@ pub async fn run(command: args::Job, global: &Global) -> Done {
             cluster,
         } => {
             let create = create_request(&parent, name, &file, cluster)?;
-            let job = client
-                .jobs()
-                .create_job(request(create))
-                .await?
-                .into_inner();
+            let job = send_once(create, |r| {
+                let mut jobs = client.jobs();
+                async move { jobs.create_job(r).await }
+            })
+            .await?;
             JOB.show(global.output, &job)?;
         }
         args::Job::List { parent } => {
@@ -167,6 +167,7 @@ fn create_request(
         parent: parent.name(),
         job_id: name,
         job: Some(job),
+        request_id: request_id(),
     })
 }
 

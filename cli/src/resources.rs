@@ -1,5 +1,6 @@
 //! The commands for resource groups, workspaces, clusters, experiments and nodes.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use batchai_common::names::last_id;
@@ -7,7 +8,7 @@ use batchai_proto::v1;
 use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
 
 use crate::args::{self, Global, InExperiment, InGroup, InWorkspace};
-use crate::client::{Client, request};
+use crate::client::{Client, request, request_id, send_once};
 use crate::error::CliError;
 use crate::file;
 use crate::output::{View, confirm};
@@ -151,11 +152,13 @@ pub async fn group(command: args::Group, global: &Global) -> Done {
             let create = v1::CreateResourceGroupRequest {
                 resource_group_id: name,
                 resource_group,
+                request_id: request_id(),
             };
-            let group = client
-                .create_resource_group(request(create))
-                .await?
-                .into_inner();
+            let group = send_once(create, |r| {
+                let mut client = client.clone();
+                async move { client.create_resource_group(r).await }
+            })
+            .await?;
             GROUP.show(global.output, &group)?;
         }
         args::Group::List => {
@@ -196,8 +199,13 @@ pub async fn workspace(command: args::Workspace, global: &Global) -> Done {
                     location,
                     ..Default::default()
                 }),
+                request_id: request_id(),
             };
-            let workspace = client.create_workspace(request(create)).await?.into_inner();
+            let workspace = send_once(create, |r| {
+                let mut client = client.clone();
+                async move { client.create_workspace(r).await }
+            })
+            .await?;
             WORKSPACE.show(global.output, &workspace)?;
         }
         args::Workspace::List { parent } => {
@@ -240,11 +248,13 @@ pub async fn experiment(command: args::Experiment, global: &Global) -> Done {
             let create = v1::CreateExperimentRequest {
                 parent: parent.name(),
                 experiment_id: name,
+                request_id: request_id(),
             };
-            let experiment = client
-                .create_experiment(request(create))
-                .await?
-                .into_inner();
+            let experiment = send_once(create, |r| {
+                let mut client = client.clone();
+                async move { client.create_experiment(r).await }
+            })
+            .await?;
             EXPERIMENT.show(global.output, &experiment)?;
         }
         args::Experiment::List { parent } => {
@@ -291,16 +301,17 @@ pub async fn cluster(command: args::Cluster, global: &Global) -> Done {
             image,
             target,
         } => {
-            let given = match file {
-                Some(path) => file::read(&path, "Cluster")?,
-                None => v1::Cluster::default(),
-            };
             let create = v1::CreateClusterRequest {
                 parent: parent.name(),
                 cluster_id: name,
-                cluster: Some(cluster_of(given, vm_size, image, target)?),
+                cluster: Some(cluster_of(file, vm_size, image, target)?),
+                request_id: request_id(),
             };
-            let cluster = client.create_cluster(request(create)).await?.into_inner();
+            let cluster = send_once(create, |r| {
+                let mut client = client.clone();
+                async move { client.create_cluster(r).await }
+            })
+            .await?;
             CLUSTER.show(global.output, &cluster)?;
         }
         args::Cluster::Resize {
@@ -351,11 +362,15 @@ pub async fn cluster(command: args::Cluster, global: &Global) -> Done {
 
 /// The file's settings with the command line's over them.
 fn cluster_of(
-    mut cluster: v1::Cluster,
+    file: Option<PathBuf>,
     vm_size: Option<String>,
     image: Option<String>,
     target: Option<i32>,
 ) -> Result<v1::Cluster, CliError> {
+    let mut cluster = match file {
+        Some(path) => file::read(&path, "Cluster")?,
+        None => v1::Cluster::default(),
+    };
     if let Some(vm_size) = vm_size {
         cluster.vm_size = vm_size;
     }

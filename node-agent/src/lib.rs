@@ -44,20 +44,12 @@ enum Part {
     /// Holds the processes of one attempt.
     #[command(hide = true)]
     Shim { dir: PathBuf },
-    /// Makes the directories of one attempt.
-    #[command(hide = true)]
-    Prepare { dir: PathBuf },
-    /// Copies the log files of one attempt.
-    #[command(hide = true)]
-    CopyLogs { from: PathBuf, to: PathBuf },
 }
 
 /// An agent, or a part of one, as a process. `own` are the arguments that come before those of this command line.
 pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
     match cli.part {
-        Some(Part::Shim { dir }) => shim::main(&dir, own),
-        Some(Part::Prepare { dir }) => shim::prepare_main(&dir),
-        Some(Part::CopyLogs { from, to }) => shim::copy_main(&from, &to),
+        Some(Part::Shim { dir }) => shim::main(&dir),
         None => agent_main(cli.config, own),
     }
 }

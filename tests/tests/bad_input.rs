@@ -43,6 +43,7 @@ impl Api {
             parent: EXPERIMENT.into(),
             job_id: id.into(),
             job: Some(job),
+            request_id: String::new(),
         };
         let mut client = JobServiceClient::new(self.channel.clone());
         let reply = self.runtime.block_on(client.create_job(request));
@@ -379,4 +380,38 @@ fn a_coordinator_listens_beyond_loopback_only_when_told() {
             .log_text()
             .contains("anyone who reaches this address")
     );
+}
+
+#[test]
+fn a_request_with_an_id_is_carried_out_once() {
+    let mut api = Api::start(Ensemble::with_cluster(0));
+    let id = "5e1ec7ed-0000-4000-8000-000000000001";
+    let create = |request_id: &str, job_id: &str| v1::CreateJobRequest {
+        parent: EXPERIMENT.into(),
+        job_id: job_id.into(),
+        job: Some(job()),
+        request_id: request_id.into(),
+    };
+    let send = |api: &Api, request| {
+        let mut client = JobServiceClient::new(api.channel.clone());
+        api.runtime
+            .block_on(client.create_job(request))
+            .map(tonic::Response::into_inner)
+    };
+    let first = send(&api, create(id, "j")).unwrap();
+    // The coordinator dies before the client has heard: nobody knows what became of it.
+    api.e.coordinator.as_mut().unwrap().kill();
+    api.e.start_coordinator();
+    let endpoint = Channel::from_shared(api.e.endpoint.clone()).unwrap();
+    api.channel = api.runtime.block_on(endpoint.connect()).unwrap();
+    assert_eq!(send(&api, create(id, "j")).unwrap().uid, first.uid);
+    assert_eq!(
+        send(&api, create("", "j")).unwrap_err().code(),
+        Code::AlreadyExists
+    );
+    let status = send(&api, create(id, "other")).unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().contains(id), "{}", status.message());
+    let status = send(&api, create("not-a-uuid", "other")).unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
 }

@@ -20,11 +20,14 @@ impl ExperimentService for Api {
         &self,
         request: Request<CreateExperimentRequest>,
     ) -> Result<Response<Experiment>, Status> {
+        let request = request.into_inner();
+        let mut faults = Faults::default();
+        let key = faults.request_id(&request.request_id, &request);
         let CreateExperimentRequest {
             parent,
             experiment_id,
-        } = request.into_inner();
-        let mut faults = Faults::default();
+            ..
+        } = request;
         let name = faults.new_name(Noun::Experiment, &parent, "experiment_id", &experiment_id);
         let name = faults.finish(name)?;
         let experiment = Experiment {
@@ -32,7 +35,9 @@ impl ExperimentService for Api {
             uid: Uuid::new_v4().to_string(),
             ..Default::default()
         };
-        let state = self.write(Kind::CreateExperiment(experiment)).await?;
+        let state = self
+            .write_once(Kind::CreateExperiment(experiment), key)
+            .await?;
         let experiment = state.experiments.get(name.as_str());
         let experiment = experiment.ok_or_else(|| not_found(Noun::Experiment, &name))?;
         Ok(Response::new(Experiment::clone(experiment)))

@@ -39,6 +39,7 @@ impl JobService for Api {
     ) -> Result<Response<Job>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
+        let key = faults.request_id(&request.request_id, &request);
         let name = faults.new_name(Noun::Job, &request.parent, "job_id", &request.job_id);
         let job = job_spec::check(&mut faults, request.job.unwrap_or_default());
         let name = faults.finish(name)?;
@@ -47,7 +48,7 @@ impl JobService for Api {
             uid: Uuid::new_v4().to_string(),
             ..job
         };
-        let state = self.write(Kind::CreateJob(job)).await?;
+        let state = self.write_once(Kind::CreateJob(job), key).await?;
         Ok(Response::new(self.job(&state, name.as_str())?))
     }
 

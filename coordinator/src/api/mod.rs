@@ -13,7 +13,9 @@ mod workspaces;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::names::{Kind as Noun, Name};
+use batchai_proto::internal::v1::RequestKey;
 use batchai_proto::internal::v1::command::Kind;
+use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use crate::agents::contacts::Contacts;
@@ -46,6 +48,16 @@ impl Api {
             .propose(kind)
             .await
             .map_err(|error| self.error(error))?;
+        Ok(self.replica.published().borrow().state.clone())
+    }
+
+    /// Has a request carried out that may have a name; one that was carried out before is not carried out again.
+    async fn write_once(&self, kind: Kind, request: Option<RequestKey>) -> Result<State, ApiError> {
+        let Some(request) = request else {
+            return self.write(kind).await;
+        };
+        let done = self.replica.propose_once(kind, request).await;
+        done.map_err(|error| self.error(error))?;
         Ok(self.replica.published().borrow().state.clone())
     }
 
@@ -91,6 +103,9 @@ fn rejected(rejection: Rejection) -> ApiError {
         Rejection::Exists { kind, name } => ApiError::AlreadyExists { kind, name },
         Rejection::WrongState { name, why } | Rejection::Overtaken { name, why } => {
             ApiError::WrongState { name, why }
+        }
+        Rejection::RequestIdReused { .. } => {
+            ApiError::Invalid(vec![Fault::new("request_id", rejection.to_string())])
         }
         Rejection::StaleEtag {
             name,
@@ -162,6 +177,23 @@ impl Faults {
             None => Name::top(kind, id).ok(),
             Some(_) => parent.and_then(|parent| parent.child(kind, id).ok()),
         }
+    }
+
+    /// The name that a request has, if it has one.
+    fn request_id<M: prost::Message>(&mut self, id: &str, request: &M) -> Option<RequestKey> {
+        if id.is_empty() {
+            return None;
+        }
+        if uuid::Uuid::try_parse(id).is_err() {
+            self.invalid("request_id", "must be a UUID");
+            return None;
+        }
+        Some(RequestKey {
+            // There are no identities yet: all callers are one.
+            caller: String::new(),
+            id: id.to_owned(),
+            digest: Sha256::digest(request.encode_to_vec()).to_vec(),
+        })
     }
 
     fn location(&mut self, field: &str, text: &str) {

@@ -21,8 +21,9 @@ impl ResourceGroupService for Api {
         request: Request<CreateResourceGroupRequest>,
     ) -> Result<Response<ResourceGroup>, Status> {
         let request = request.into_inner();
-        let given = request.resource_group.unwrap_or_default();
         let mut faults = Faults::default();
+        let key = faults.request_id(&request.request_id, &request);
+        let given = request.resource_group.unwrap_or_default();
         let id = &request.resource_group_id;
         let name = faults.new_name(Noun::ResourceGroup, "", "resource_group_id", id);
         faults.location("resource_group.location", &given.location);
@@ -41,7 +42,9 @@ impl ResourceGroupService for Api {
             location,
             ..Default::default()
         };
-        let state = self.write(Kind::CreateResourceGroup(group)).await?;
+        let state = self
+            .write_once(Kind::CreateResourceGroup(group), key)
+            .await?;
         let group = state.resource_groups.get(name.as_str());
         let group = group.ok_or_else(|| not_found(Noun::ResourceGroup, &name))?;
         Ok(Response::new(ResourceGroup::clone(group)))

@@ -21,8 +21,9 @@ impl WorkspaceService for Api {
         request: Request<CreateWorkspaceRequest>,
     ) -> Result<Response<Workspace>, Status> {
         let request = request.into_inner();
-        let given = request.workspace.unwrap_or_default();
         let mut faults = Faults::default();
+        let key = faults.request_id(&request.request_id, &request);
+        let given = request.workspace.unwrap_or_default();
         let (parent, id) = (&request.parent, &request.workspace_id);
         let name = faults.new_name(Noun::Workspace, parent, "workspace_id", id);
         faults.location("workspace.location", &given.location);
@@ -37,7 +38,9 @@ impl WorkspaceService for Api {
             location: given.location,
             ..Default::default()
         };
-        let state = self.write(Kind::CreateWorkspace(workspace)).await?;
+        let state = self
+            .write_once(Kind::CreateWorkspace(workspace), key)
+            .await?;
         let workspace = state.workspaces.get(name.as_str());
         let workspace = workspace.ok_or_else(|| not_found(Noun::Workspace, &name))?;
         Ok(Response::new(Workspace::clone(workspace)))

@@ -16,6 +16,7 @@ fn group(id: &str) -> Command {
     };
     Command {
         time: None,
+        request: None,
         kind: Some(Kind::CreateResourceGroup(group)),
     }
 }
@@ -27,6 +28,7 @@ fn init() -> Command {
     };
     Command {
         time: None,
+        request: None,
         kind: Some(Kind::InitEnsemble(init)),
     }
 }

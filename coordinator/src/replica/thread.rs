@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use batchai_common::limits::CALL_TIMEOUT;
 use batchai_common::time;
-use batchai_proto::internal::v1::Command;
 use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{Command, RequestKey};
 use raft::eraftpb::Message;
 use tokio::sync::{oneshot, watch};
 
@@ -75,12 +75,20 @@ pub struct Handle {
 impl Handle {
     /// Has a command applied. Returns the revision it was applied at; the published State has it by then.
     pub async fn propose(&self, kind: Kind) -> Result<i64, ReplicaError> {
-        self.answer(self.send(kind)?).await
+        self.answer(self.send(kind, None)?).await
+    }
+
+    /// The same for a request that has a name; if it was carried out before, nothing is applied.
+    pub async fn propose_once(&self, kind: Kind, request: RequestKey) -> Result<i64, ReplicaError> {
+        self.answer(self.send(kind, Some(request))?).await
     }
 
     /// Has commands applied, sharing one write where they can; the answers are in their order.
     pub async fn propose_all(&self, kinds: Vec<Kind>) -> Vec<Result<i64, ReplicaError>> {
-        let sent: Vec<_> = kinds.into_iter().map(|kind| self.send(kind)).collect();
+        let sent: Vec<_> = kinds
+            .into_iter()
+            .map(|kind| self.send(kind, None))
+            .collect();
         let mut answers = Vec::with_capacity(sent.len());
         for reply in sent {
             answers.push(match reply {
@@ -118,10 +126,12 @@ impl Handle {
     fn send(
         &self,
         kind: Kind,
+        request: Option<RequestKey>,
     ) -> Result<oneshot::Receiver<Result<i64, ReplicaError>>, ReplicaError> {
         let (reply, answer) = oneshot::channel();
         let command = Box::new(Command {
             time: Some(time::now()),
+            request,
             kind: Some(kind),
         });
         self.request(Request::Propose(command, reply))?;

@@ -13,6 +13,7 @@ pub mod experiments;
 pub mod invariants;
 pub mod jobs;
 pub mod nodes;
+pub mod requests;
 pub mod resource_groups;
 pub mod workspaces;
 
@@ -51,6 +52,8 @@ pub struct State {
     pub nodes: OrdMap<String, Arc<Node>>,
     /// The latest attempt of every job that has one, by attempt id.
     pub attempts: OrdMap<String, Arc<Attempt>>,
+    /// What was carried out lately, by the id it came with.
+    pub requests: requests::Requests,
 }
 
 /// What a command changed: for those who watch.
@@ -79,6 +82,8 @@ pub enum Rejection {
         expected: String,
         actual: String,
     },
+    #[error("request id {id} was used for another request")]
+    RequestIdReused { id: String },
     /// A plan or report was overtaken by events; whoever made it makes another.
     #[error("{name}: overtaken: {why}")]
     Overtaken { name: String, why: String },
@@ -137,12 +142,20 @@ pub fn apply(state: &mut State, index: u64, command: &Command) -> Result<Vec<Eve
     {
         next.time = time;
     }
+    if let Some(request) = &command.request
+        && requests::is_repeated(&next, request)?
+    {
+        return Ok(Vec::new());
+    }
     let mut step = Step {
         state: &mut next,
         events: Vec::new(),
     };
     dispatch(&mut step, command)?;
     let events = step.events;
+    if let Some(request) = &command.request {
+        requests::remember(&mut next, request);
+    }
     *state = next;
     Ok(events)
 }

@@ -3,7 +3,8 @@
 use batchai_proto::agent::v1::{AttemptObservation, Failure, Report};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
-    Command, Delete, InitEnsemble, RecordReport, RegisterNode, ResizeCluster, TerminateJob,
+    Command, Delete, InitEnsemble, RecordReport, RegisterNode, RequestKey, ResizeCluster,
+    TerminateJob,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
@@ -23,6 +24,8 @@ const CLUSTER: &str = "resourceGroups/g/workspaces/w/clusters/c";
 pub(crate) struct Ensemble {
     pub state: State,
     pub heard: Heard,
+    /// What the next command carries out.
+    request: Option<RequestKey>,
     index: u64,
 }
 
@@ -36,6 +39,7 @@ impl Ensemble {
         let mut e = Ensemble {
             state: State::default(),
             heard,
+            request: None,
             index: 0,
         };
         let ensemble = "00000000-0000-0000-0000-000000000001".to_owned();
@@ -87,6 +91,7 @@ impl Ensemble {
             self.index,
             &Command {
                 time,
+                request: self.request.take(),
                 kind: Some(kind),
             },
         );
@@ -519,6 +524,66 @@ fn what_still_holds_something_is_not_deleted() {
     e.ok(C::DeleteWorkspace(delete(WORKSPACE)));
     e.ok(C::DeleteResourceGroup(delete(GROUP)));
     assert!(e.state.nodes.values().all(|node| node.cluster.is_none()));
+}
+
+fn create_group(
+    e: &mut Ensemble,
+    group: &str,
+    id: &str,
+    digest: u8,
+) -> Result<Vec<Event>, Rejection> {
+    let (caller, id) = ("me".to_owned(), id.to_owned());
+    e.request = Some(RequestKey {
+        caller,
+        id,
+        digest: vec![digest],
+    });
+    let name = format!("resourceGroups/{group}");
+    e.try_apply(C::CreateResourceGroup(v1::ResourceGroup {
+        name,
+        ..Default::default()
+    }))
+}
+
+#[test]
+fn a_request_that_is_sent_again_does_nothing() {
+    let mut e = Ensemble::new(0);
+    assert_eq!(create_group(&mut e, "a", "1", 1).unwrap().len(), 1);
+    let before = e.state.revision;
+    assert!(create_group(&mut e, "a", "1", 1).unwrap().is_empty());
+    assert_eq!(e.state.revision, before);
+    let reused = create_group(&mut e, "b", "1", 2);
+    assert!(matches!(reused, Err(Rejection::RequestIdReused { .. })));
+    // One that was refused was not carried out.
+    assert!(matches!(
+        create_group(&mut e, "a", "2", 3),
+        Err(Rejection::Exists { .. })
+    ));
+    assert_eq!(create_group(&mut e, "c", "2", 4).unwrap().len(), 1);
+    e.heard.now += requests::AGE_MAX_MS + 1;
+    assert_eq!(create_group(&mut e, "d", "3", 5).unwrap().len(), 1);
+    assert_eq!(e.state.requests.count(), 1, "old ones are forgotten");
+    assert_eq!(create_group(&mut e, "b", "1", 2).unwrap().len(), 1);
+}
+
+#[test]
+fn no_more_requests_are_remembered_than_may_be() {
+    let mut state = State {
+        time: batchai_common::time::from_millis(1),
+        ..State::default()
+    };
+    for i in 0..requests::REQUESTS_MAX + 5 {
+        let (caller, id) = ("me".to_owned(), i.to_string());
+        requests::remember(
+            &mut state,
+            &RequestKey {
+                caller,
+                id,
+                digest: Vec::new(),
+            },
+        );
+    }
+    assert_eq!(state.requests.count(), requests::REQUESTS_MAX);
 }
 
 #[test]

@@ -5,42 +5,85 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::Path;
-use std::process::ExitCode;
+use std::time::Duration;
 
+use batchai_common::time::boot_time;
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, close, pipe2};
+
+use super::process;
 
 /// Files are looked at this often.
 const PAUSE_MS: u16 = 200;
 
-/// Copies until standard input is closed, then once more. What cannot be copied now is tried again; only what cannot be
-/// copied at the end is an error.
-pub fn main(from: &Path, to: &Path) -> ExitCode {
-    match run(from, to) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            super::tell(&format!(
-                "cannot copy log files to {}: {error}",
-                to.display()
-            ));
-            ExitCode::FAILURE
+/// A copier that runs.
+pub struct Copier {
+    pub pid: i32,
+    /// Closing it tells the copier to copy a last time.
+    stop: OwnedFd,
+}
+
+/// Starts a copier. What cannot be copied now is tried again; only what cannot be copied at the end is an error.
+pub fn start(from: &Path, to: &Path) -> io::Result<Copier> {
+    let (stopped, stop) = pipe2(OFlag::O_CLOEXEC)?;
+    let own = stop.as_raw_fd();
+    let pid = process::helper(|| {
+        // Its own copy of the end that the shim closes would keep it from ever being closed.
+        match close(own)
+            .map_err(io::Error::from)
+            .and_then(|()| run(from, to, &stopped))
+        {
+            Ok(()) => 0,
+            Err(error) => {
+                super::tell(&format!(
+                    "cannot copy log files to {}: {error}",
+                    to.display()
+                ));
+                1
+            }
+        }
+    })?;
+    Ok(Copier { pid, stop })
+}
+
+impl Copier {
+    /// Lets it copy a last time and waits until it has, but not for ever: it may hang on a dead mount.
+    pub fn finish(self, patience: Duration) -> Result<(), String> {
+        let pid = Pid::from_raw(self.pid);
+        drop(self.stop);
+        let until = boot_time() + patience;
+        loop {
+            match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+                Ok(WaitStatus::StillAlive) if boot_time() < until => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                other => {
+                    // It may be stuck in the kernel; nobody waits for it.
+                    let _ = kill(pid, Signal::SIGKILL);
+                    return Err(format!("{other:?}"));
+                }
+            }
         }
     }
 }
 
-fn run(from: &Path, to: &Path) -> io::Result<()> {
+fn run(from: &Path, to: &Path, stopped: &OwnedFd) -> io::Result<()> {
     let mut copied = BTreeMap::new();
-    let stdin = io::stdin();
     loop {
-        let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PAUSE_MS) {
             Err(nix::Error::EINTR) => continue,
             other => other?,
         };
         let last = fds[0].revents().is_some_and(|events| !events.is_empty());
         let done = copy(from, to, &mut copied);
-        // Nothing is ever written to standard input: it is readable when it is closed.
+        // Nothing is ever written to it: it is readable when it is closed.
         if last {
             return done;
         }

@@ -61,7 +61,7 @@ impl Shim {
 
     /// Everything that the attempt started and that has not ended.
     fn tree(&self) -> Vec<i32> {
-        let copier = self.copier.as_ref().map(|child| child.id() as i32);
+        let copier = self.copier.as_ref().map(|copier| copier.pid);
         let mut tree = tree::descendants(std::process::id() as i32, copier);
         // Known by themselves, should the kernel not tell whose child is whose.
         let known = self.running.iter().map(|running| running.pid);
@@ -93,25 +93,14 @@ impl Shim {
 
     /// Lets the copier finish, but not for ever: it may hang on a dead mount.
     fn finish_copy(&mut self) {
-        let Some(mut copier) = self.copier.take() else {
+        let Some(copier) = self.copier.take() else {
             return;
         };
-        drop(copier.stdin.take());
-        let until = boot_time() + COPY_MAX;
-        loop {
-            match copier.try_wait() {
-                Ok(Some(status)) if status.success() => return,
-                Ok(None) if boot_time() < until => std::thread::sleep(Duration::from_millis(2)),
-                other => {
-                    self.log.say(&format!(
-                        "the log files could not all be copied to {}: {other:?}",
-                        self.plan.copy_to
-                    ));
-                    // It may be stuck in the kernel; nobody waits for it.
-                    let _ = copier.kill();
-                    return;
-                }
-            }
+        if let Err(why) = copier.finish(COPY_MAX) {
+            let to = &self.plan.copy_to;
+            self.log.say(&format!(
+                "the log files could not all be copied to {to}: {why}"
+            ));
         }
     }
 

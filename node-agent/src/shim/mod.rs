@@ -23,8 +23,6 @@ use nix::unistd::setsid;
 
 use crate::journal::{AttemptDir, JournalError};
 
-pub use copier::main as copy_main;
-pub use prepare::main as prepare_main;
 pub use root::{Root, RootError};
 pub use tree::sweep;
 
@@ -50,14 +48,10 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> ShimErro
 }
 
 /// The shim as a process. What goes wrong is said on standard error, which is a file of the attempt.
-/// `own` are the arguments that lead to this program's own subcommands.
-pub fn main(path: &Path, own: &[&'static str]) -> ExitCode {
-    match begin(
-        &AttemptDir {
-            path: path.to_owned(),
-        },
-        own,
-    ) {
+pub fn main(path: &Path) -> ExitCode {
+    match begin(&AttemptDir {
+        path: path.to_owned(),
+    }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tell(&format!("shim: {error}"));
@@ -71,7 +65,7 @@ fn tell(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-fn begin(dir: &AttemptDir, own: &[&'static str]) -> Result<(), ShimError> {
+fn begin(dir: &AttemptDir) -> Result<(), ShimError> {
     // Whoever comes second, at any time, does nothing.
     let Some(_lock) = dir.take_lock()? else {
         return Ok(());
@@ -80,7 +74,7 @@ fn begin(dir: &AttemptDir, own: &[&'static str]) -> Result<(), ShimError> {
     setsid().map_err(system("setsid"))?;
     // Orphans of the job become its children, so that none can leave its tree.
     prctl::set_child_subreaper(true).map_err(system("subreaper"))?;
-    let shim = run::Shim::new(dir.clone(), own)?;
+    let shim = run::Shim::new(dir.clone())?;
     // Last of what can fail: from here on the attempt has begun, and it begins once.
     match dir.begin()? {
         true => shim.run(),

@@ -7,32 +7,21 @@ use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use super::root::MARKER;
-use crate::journal::{AttemptDir, PREPARE, SETUP_FAILED};
+use crate::journal::{AttemptDir, SETUP_FAILED};
 use crate::launch::Preparation;
 use crate::status::FailureRecord;
 
-/// Prepares the attempt of a directory. What went wrong is left in a file there.
-pub fn main(path: &Path) -> ExitCode {
-    let dir = AttemptDir {
-        path: path.to_owned(),
-    };
-    let plan = match dir.read::<Preparation>(PREPARE) {
-        Ok(Some(plan)) => plan,
-        other => {
-            super::tell(&format!("there is no plan to prepare: {other:?}"));
-            return ExitCode::FAILURE;
-        }
-    };
-    let Err(failure) = prepare(&plan) else {
-        return ExitCode::SUCCESS;
+/// Prepares an attempt; returns an exit code. What went wrong is left in a file of the attempt's directory.
+pub fn run(dir: &AttemptDir, plan: &Preparation) -> i32 {
+    let Err(failure) = prepare(plan) else {
+        return 0;
     };
     if let Err(error) = dir.write(SETUP_FAILED, &failure, false) {
         super::tell(&format!("{}: {error}", failure.message));
     }
-    ExitCode::FAILURE
+    1
 }
 
 fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {

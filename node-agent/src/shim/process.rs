@@ -1,14 +1,15 @@
-//! Starts one process of an attempt.
+//! Starts the processes of an attempt, and the shim's own helpers.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
-use nix::unistd::{getppid, setsid};
+use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, setsid};
 
 use crate::launch::ProcessPlan;
 
@@ -49,23 +50,43 @@ pub fn start(plan: &ProcessPlan) -> io::Result<Started> {
     })
 }
 
-/// What has to happen between fork and exec, for ranks and the shim's own helpers alike.
+/// What has to happen between fork and exec.
 #[allow(unsafe_code)]
-pub fn in_its_own_session(command: &mut Command) {
-    let shim = nix::unistd::getpid();
-    let prepare = move || {
-        setsid()?;
-        // The shim blocks signals that it reads from a descriptor; its children must not inherit that.
-        sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
-        prctl::set_pdeathsig(Signal::SIGKILL)?;
-        // The shim may have died before the line above.
-        if getppid() != shim {
-            return Err(io::Error::other("the shim is gone"));
-        }
-        Ok(())
-    };
+fn in_its_own_session(command: &mut Command) {
+    let shim = getpid();
     // SAFETY: the shim has one thread, and the closure makes system calls only: it allocates nothing unless it fails.
     unsafe {
-        command.pre_exec(prepare);
+        command.pre_exec(move || detach(shim));
+    }
+}
+
+/// Runs something that may hang in a child that dies with the shim; returns its pid. It is forked and not started anew:
+/// it shares what the shim has in memory, and is there at once.
+#[allow(unsafe_code)]
+pub fn helper(work: impl FnOnce() -> i32) -> io::Result<i32> {
+    let shim = getpid();
+    // SAFETY: the shim has one thread, so that no lock is held by another one in the child, which never returns from
+    // here.
+    unsafe {
+        match fork()? {
+            ForkResult::Parent { child } => Ok(child.as_raw()),
+            ForkResult::Child => {
+                let work = AssertUnwindSafe(|| detach(shim).map_or(1, |()| work()));
+                nix::libc::_exit(catch_unwind(work).unwrap_or(101))
+            }
+        }
+    }
+}
+
+/// A session of its own, no blocked signals, and an end when the shim has one.
+fn detach(shim: Pid) -> io::Result<()> {
+    setsid()?;
+    // The shim blocks signals that it reads from a descriptor; its children must not inherit that.
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    // The shim may have died before the line above.
+    match getppid() == shim {
+        true => Ok(()),
+        false => Err(io::Error::other("the shim is gone")),
     }
 }

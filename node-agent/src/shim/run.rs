@@ -8,8 +8,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use batchai_common::time::boot_time;
@@ -20,8 +19,9 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
+use super::copier::{self, Copier};
 use super::logs::{Drained, ExecutionLog, Stream};
-use super::{ShimError, process, system};
+use super::{ShimError, prepare, process, system};
 use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, SETUP_FAILED, STATUS, STOP};
 use crate::launch::{Preparation, ProcessPlan};
 use crate::status::{FailureRecord, Phase, RankStatus, Status};
@@ -58,8 +58,6 @@ pub(super) struct Running {
 
 pub struct Shim {
     pub(super) dir: AttemptDir,
-    /// The arguments that lead to this program's own subcommands.
-    pub(super) own: Vec<&'static str>,
     pub(super) plan: Preparation,
     pub(super) status: Status,
     pub(super) log: ExecutionLog,
@@ -73,13 +71,13 @@ pub struct Shim {
     pub(super) unsaid: bool,
     /// What does not die was said.
     pub(super) stuck_said: bool,
-    pub(super) copier: Option<Child>,
+    pub(super) copier: Option<Copier>,
     pub(super) signals: SignalFd,
     pub(super) inotify: Inotify,
 }
 
 impl Shim {
-    pub fn new(dir: AttemptDir, own: &[&'static str]) -> Result<Shim, ShimError> {
+    pub fn new(dir: AttemptDir) -> Result<Shim, ShimError> {
         let plan: Preparation = dir.read(PREPARE)?.ok_or(ShimError::NoPlan)?;
         let mut mask = SigSet::empty();
         for signal in [
@@ -105,7 +103,6 @@ impl Shim {
         let deadline = boot_time() + Duration::from_secs(plan.wall_clock_s);
         Ok(Shim {
             dir,
-            own: own.to_vec(),
             plan,
             status: Status::default(),
             log,
@@ -148,17 +145,10 @@ impl Shim {
             return Ok(());
         }
         self.log.say("preparing");
-        let child = self
-            .helper("prepare")
-            .arg(&self.dir.path)
-            .stdin(Stdio::null())
-            .spawn();
-        match child {
-            Ok(child) => {
-                self.running.push(Running {
-                    rank: SETUP,
-                    pid: child.id() as i32,
-                });
+        let (dir, plan) = (self.dir.clone(), self.plan.clone());
+        match process::helper(|| prepare::run(&dir, &plan)) {
+            Ok(pid) => {
+                self.running.push(Running { rank: SETUP, pid });
                 self.publish();
             }
             Err(error) => self.fail(FailureRecord {
@@ -169,18 +159,6 @@ impl Shim {
             }),
         }
         Ok(())
-    }
-
-    /// This very program, for something that may hang.
-    fn helper(&self, what: &str) -> Command {
-        let mut command = Command::new("/proc/self/exe");
-        command
-            .arg0("batchai-shim-helper")
-            .args(&self.own)
-            .arg(what)
-            .stdout(Stdio::null());
-        process::in_its_own_session(&mut command);
-        command
     }
 
     fn set_up(&mut self, code: i32) -> Result<(), ShimError> {
@@ -283,11 +261,7 @@ impl Shim {
                 Ok(_) | Err(Errno::EINTR) => continue,
                 Err(error) => return Err(system("waitpid")(error)),
             };
-            if self
-                .copier
-                .as_ref()
-                .is_some_and(|copier| copier.id() as i32 == pid)
-            {
+            if self.copier.as_ref().is_some_and(|copier| copier.pid == pid) {
                 self.copier = None;
                 let to = &self.plan.copy_to;
                 self.log
@@ -437,13 +411,9 @@ impl Shim {
     }
 
     fn start_copier(&mut self) {
-        let mut command = self.helper("copy-logs");
-        command
-            .arg(self.dir.path.join(LOGS))
-            .arg(&self.plan.copy_to)
-            .stdin(Stdio::piped());
-        match command.spawn() {
-            Ok(child) => self.copier = Some(child),
+        let (from, to) = (self.dir.path.join(LOGS), PathBuf::from(&self.plan.copy_to));
+        match copier::start(&from, &to) {
+            Ok(copier) => self.copier = Some(copier),
             Err(error) => self.log.say(&format!("log files are not copied: {error}")),
         }
     }

@@ -27,7 +27,7 @@ pub fn quantile(values: &mut [f64], q: f64) -> f64 {
     values[at]
 }
 
-/// Memory that only this process uses, in MiB.
+/// Memory that only this process uses, in MiB; of what it shares with a process that it forked, its part.
 pub fn private_mib(pid: i32) -> f64 {
     let path = format!("/proc/{pid}/smaps_rollup");
     let text = std::fs::read_to_string(path).expect("the process lives");
@@ -42,5 +42,5 @@ pub fn private_mib(pid: i32) -> f64 {
             .parse()
             .expect("a number")
     };
-    (kib("Private_Clean:") + kib("Private_Dirty:")) / 1024.0
+    (kib("Private_Clean:") + kib("Pss_Dirty:")) / 1024.0
 }
