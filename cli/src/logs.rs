@@ -62,9 +62,7 @@ impl Follower {
         loop {
             match pieces.message().await {
                 Ok(Some(piece)) if self.is_another(&piece.attempt) => {
-                    eprintln!("the job was put back into the queue; its next attempt begins");
-                    self.attempt = piece.attempt;
-                    self.stream.offset = 0;
+                    self.begin(piece.attempt);
                     return Ok(None);
                 }
                 Ok(Some(piece)) => {
@@ -89,6 +87,13 @@ impl Follower {
         }
     }
 
+    /// From here on another attempt is followed, from its beginning.
+    fn begin(&mut self, attempt: String) {
+        eprintln!("the job was put back into the queue; its next attempt begins");
+        self.attempt = attempt;
+        self.stream.offset = 0;
+    }
+
     fn is_another(&self, attempt: &str) -> bool {
         !self.attempt.is_empty() && self.attempt != attempt
     }
@@ -111,12 +116,15 @@ impl Follower {
                 let Some(job) = change.job else {
                     return Ok(false);
                 };
-                if matches!(job.state(), job::State::Succeeded | job::State::Failed) {
-                    return Ok(false);
-                }
+                self.retry.reset();
+                let ended = matches!(job.state(), job::State::Succeeded | job::State::Failed);
                 let latest = job.attempt.map(|attempt| attempt.id).unwrap_or_default();
                 if self.is_another(&latest) {
+                    self.begin(latest);
                     return Ok(true);
+                }
+                if ended {
+                    return Ok(false);
                 }
             }
             self.retry

@@ -27,14 +27,11 @@ pub const SUSPECT_AFTER: Duration = Duration::from_secs(15);
 /// What a process gets between SIGTERM and SIGKILL.
 pub const TERMINATION_GRACE: Duration = Duration::from_secs(10);
 
-/// Raises the number of files this process may have open to what the system allows it, and says how many that is: every
+/// Raises the number of files this process may have open to what the system allows it, and returns what it was: every
 /// session, reader and live log file takes one.
-pub fn raise_open_files() {
+pub fn raise_open_files() -> nix::Result<(u64, u64)> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised = getrlimit(Resource::RLIMIT_NOFILE)
-        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| hard));
-    match raised {
-        Ok(limit) => tracing::info!(limit, "open files"),
-        Err(error) => tracing::warn!(%error, "the limit of open files cannot be raised"),
-    }
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    Ok((soft, hard))
 }

@@ -35,10 +35,7 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     }
     let mut commands = Vec::new();
     drive_clusters(state, heard, &mut commands);
-    let late = state
-        .attempts
-        .values()
-        .filter_map(|attempt| late(heard, attempt));
+    let late = attempts::live(state).filter_map(|attempt| late(heard, attempt));
     commands.extend(late.take(COMMANDS_MAX));
     let placements = scheduler::schedule(state, heard, leader.replica);
     commands.extend(placements.into_iter().map(Kind::Place));

@@ -12,7 +12,7 @@ use crate::duties::{Leader, duties};
 use crate::logs::LogStore;
 use crate::replica::Handle;
 use crate::state::State;
-use crate::state::attempts::Phase;
+use crate::state::attempts::{self, Phase};
 
 /// What depends on time alone (nodes that fall silent, deadlines) is looked at this often.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -102,10 +102,7 @@ struct Preparing {
 
 impl Preparing {
     fn look(&mut self, state: &State, now: i64) -> BTreeMap<String, i64> {
-        let preparing = state
-            .attempts
-            .values()
-            .filter(|a| a.phase == Phase::Preparing);
+        let preparing = attempts::live(state).filter(|a| a.phase == Phase::Preparing);
         let since = preparing.map(|a| (a.id.clone(), *self.since.get(&a.id).unwrap_or(&now)));
         self.since = since.collect();
         self.since.clone()

@@ -82,7 +82,10 @@ pub enum ServerError {
 /// Runs until the token is cancelled.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ServerError> {
     listen::check(config.listen, config.insecure_lab)?;
-    limits::raise_open_files();
+    match limits::raise_open_files() {
+        Ok((_, limit)) => tracing::info!(limit, "open files"),
+        Err(error) => tracing::warn!(%error, "the limit of open files cannot be raised"),
+    }
     let _lock = lock(&config.data)?;
     let logs = config.data.join("logs");
     let logs =
@@ -145,9 +148,10 @@ fn lock(data: &PathBuf) -> Result<Flock<File>, ServerError> {
         source,
     };
     let data = &std::path::absolute(data).map_err(failed)?;
+    let new = data.ancestors().take_while(|dir| !dir.exists()).count();
     fs::create_dir_all(data).map_err(failed)?;
     // The way to a new directory must survive a power cut as what is written into it does.
-    for dir in data.ancestors() {
+    for dir in data.ancestors().skip(1).take(new) {
         File::open(dir)
             .and_then(|dir| dir.sync_all())
             .map_err(failed)?;

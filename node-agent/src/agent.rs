@@ -5,9 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use batchai_common::limits::{self, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, TERMINATION_GRACE};
+use batchai_common::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, TERMINATION_GRACE};
 use batchai_proto::agent::v1::{Hello, LogHello};
 use batchai_proto::v1::NodeFacts;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
@@ -49,7 +51,6 @@ pub async fn run(
     own: &'static [&'static str],
     shutdown: CancellationToken,
 ) -> Result<(), AgentError> {
-    limits::raise_open_files();
     let endpoint = endpoint(&config.coordinator)?;
     let node_id = node_id(&config)?;
     let root = std::path::absolute(&config.root)?;
@@ -146,8 +147,12 @@ impl Parts {
             ended = &mut session => ended.err(),
             ended = &mut shipper => ended.err(),
         };
-        for task in [&session, &shipper, &supervisor] {
-            task.abort();
+        session.abort();
+        shipper.abort();
+        if !supervisor.is_finished() {
+            supervisor.abort();
+            // It may be in the middle of starting a shim.
+            let _ = supervisor.await;
         }
         match failed {
             Some(error) => Err(AgentError::System(std::io::Error::other(error))),
@@ -170,11 +175,16 @@ fn end_jobs_of(journal: &Journal, uid: &str) -> Result<(), AgentError> {
     loop {
         let mut alive = false;
         for dir in journal.attempts()? {
-            if dir.shim()?.is_some() {
-                alive = true;
-                if !dir.has(STOP) {
-                    dir.write(STOP, &true, true)?;
-                }
+            let shim = dir.shim().unwrap_or_default();
+            alive |= shim.is_some();
+            // Also where no shim is seen: one may be about to begin, and then finds that it must not.
+            if dir.has(STOP) {
+                continue;
+            }
+            if let Err(error) = dir.write(STOP, &true, true) {
+                tracing::error!(%error, attempt = dir.id(), "told to end by a signal");
+                // One that has ended meanwhile needs none.
+                let _ = shim.map(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM));
             }
         }
         if !alive || Instant::now() > until {

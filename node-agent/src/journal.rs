@@ -89,6 +89,7 @@ impl Journal {
             root: root.to_owned(),
             _lock: lock,
         };
+        journal.remove_the_gone();
         let identity = match read_json(&root.join("node.json"))? {
             Some(identity) => identity,
             None => {
@@ -102,6 +103,22 @@ impl Journal {
             }
         };
         Ok((journal, identity))
+    }
+
+    /// Removes what an agent that was cut down left half removed.
+    fn remove_the_gone(&self) {
+        let Ok(entries) = fs::read_dir(self.root.join("attempts")) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let gone = entry
+                .file_name()
+                .as_encoded_bytes()
+                .starts_with(GONE.as_bytes());
+            if gone && let Err(error) = fs::remove_dir_all(entry.path()) {
+                tracing::warn!(%error, path = %entry.path().display(), "cannot be removed");
+            }
+        }
     }
 
     /// Remembers who this node is.

@@ -138,8 +138,9 @@ impl Shipper {
             tokio::select! {
                 reply = replies.message() => match reply {
                     Ok(Some(reply)) => {
-                        *failures = 0;
-                        self.answered(&mut files, &reply);
+                        if self.answered(&mut files, &reply) {
+                            *failures = 0;
+                        }
                     }
                     Ok(None) => return "the coordinator ended it".to_owned(),
                     Err(status) => return status.message().to_owned(),
@@ -151,13 +152,15 @@ impl Shipper {
         }
     }
 
-    fn answered(&self, files: &mut BTreeMap<Key, Sending>, reply: &ShipLogsResponse) {
+    /// Whether the answer was to something that was sent: one to a mere question does not say that files are taken.
+    fn answered(&self, files: &mut BTreeMap<Key, Sending>, reply: &ShipLogsResponse) -> bool {
         let stored = u64::try_from(reply.stored_bytes).unwrap_or_default();
         self.shipped.set(reply);
         let key = (reply.attempt.clone(), reply.file.clone());
         let Some(file) = files.get_mut(&key) else {
-            return;
+            return false;
         };
+        let sent = file.sent.is_some();
         file.unanswered = file.unanswered.saturating_sub(1);
         file.unwanted_since = reply.unwanted.then(Instant::now);
         // The first answer says where to begin; a last one that is behind says that something is missing.
@@ -168,6 +171,7 @@ impl Shipper {
         if reply.unwanted || (file.unanswered == 0 && stored >= file.size) {
             self.watch.status.notify_one();
         }
+        sent
     }
 
     /// `false` where the connection has ended.

@@ -9,6 +9,10 @@ use batchai_proto::v1::{JobLogFile, JobRank, NameValuePair, ResourceError};
 
 use crate::status::{FailureRecord, Phase, Status};
 
+const MESSAGE_CHARS_MAX: usize = 2000;
+const DETAIL_CHARS_MAX: usize = 500;
+const DETAILS_MAX: usize = 10;
+
 /// An attempt as the journal shows it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Local {
@@ -158,15 +162,21 @@ fn observation(found: &Local) -> Option<AttemptObservation> {
     })
 }
 
+/// A report has a bound; what a failure quotes of a job has none.
 fn failure(record: FailureRecord) -> Failure {
-    let details = record
-        .details
-        .into_iter()
-        .map(|(name, value)| NameValuePair { name, value });
+    let short = |text: String, most: usize| match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    };
+    let details = record.details.into_iter().take(DETAILS_MAX);
+    let details = details.map(|(name, value)| NameValuePair {
+        name: short(name, DETAIL_CHARS_MAX),
+        value: short(value, DETAIL_CHARS_MAX),
+    });
     Failure {
         error: Some(ResourceError {
             code: record.code,
-            message: record.message,
+            message: short(record.message, MESSAGE_CHARS_MAX),
             details: details.collect(),
         }),
         exit_code: record.exit_code,
@@ -274,6 +284,23 @@ mod tests {
             ..ended
         };
         check(&[], &[shipped], &[Action::Forget(a())], None);
+    }
+
+    #[test]
+    fn a_failure_quotes_no_more_than_a_report_may_hold() {
+        let long = "ü".repeat(100_000);
+        let record = FailureRecord {
+            message: long.clone(),
+            details: vec![(long.clone(), long); 50],
+            ..FailureRecord::default()
+        };
+        let error = failure(record).error.unwrap();
+        let details: usize = error
+            .details
+            .iter()
+            .map(|d| d.name.len() + d.value.len())
+            .sum();
+        assert!(error.message.len() + details < 32 << 10);
     }
 
     #[test]

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchai_proto::agent::v1::{Assignment, AssignmentList, AttemptObservation};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -65,19 +67,26 @@ impl Supervisor {
     fn look(&mut self) -> Result<(), JournalError> {
         // Before there was a first list nobody knows what is wanted: nothing is ended, only reported.
         let list = self.assignments.borrow_and_update().clone();
-        let mut local = self.scan()?;
-        if let Some(list) = &list {
-            let todo = actions(&list.assignments, &local);
+        let mut desired = list
+            .clone()
+            .map(|list| list.assignments)
+            .unwrap_or_default();
+        let (mut local, unread) = self.scan()?;
+        if list.is_some() {
+            // About what cannot be looked at nothing is done and nothing is said: it may well run.
+            desired.retain(|wanted| !unread.contains(&wanted.attempt));
+            let todo = actions(&desired, &local);
             for action in &todo {
-                if let Err(error) = self.act(action, &list.assignments) {
+                if let Err(error) = self.act(action, &desired) {
                     tracing::error!(%error, ?action, "cannot be done; it is tried again");
                 }
             }
             if !todo.is_empty() {
-                local = self.scan()?;
+                let again = self.scan()?;
+                local = again.0;
+                desired.retain(|wanted| !again.1.contains(&wanted.attempt));
             }
         }
-        let desired = list.map(|list| list.assignments).unwrap_or_default();
         let seen = observations(&desired, &local);
         self.observed.send_if_modified(|known| {
             let changed = *known != seen;
@@ -103,17 +112,20 @@ impl Supervisor {
         });
     }
 
-    fn scan(&mut self) -> Result<Vec<Local>, JournalError> {
+    /// What the journal shows, and the attempts that cannot be looked at.
+    fn scan(&mut self) -> Result<(Vec<Local>, Vec<String>), JournalError> {
         self.reap();
-        let mut local = Vec::new();
+        let (mut local, mut unread) = (Vec::new(), Vec::new());
         for dir in self.journal.attempts()? {
             match self.scan_attempt(&dir) {
                 Ok(found) => local.push(found),
-                // The others go on without it.
-                Err(error) => tracing::error!(%error, attempt = dir.id(), "cannot be looked at"),
+                Err(error) => {
+                    tracing::error!(%error, attempt = dir.id(), "cannot be looked at");
+                    unread.push(dir.id());
+                }
             }
         }
-        Ok(local)
+        Ok((local, unread))
     }
 
     fn scan_attempt(&self, dir: &AttemptDir) -> Result<Local, JournalError> {
@@ -254,8 +266,13 @@ impl Supervisor {
     }
 }
 
+/// Tells a shim to end its attempt; by a signal, where the file that says so cannot be written.
 fn stop(dir: &AttemptDir) -> Result<(), JournalError> {
     dir.write(STOP, &false, true)
+        .or_else(|error| match dir.shim()? {
+            Some(pid) if kill(Pid::from_raw(pid), Signal::SIGTERM).is_ok() => Ok(()),
+            _ => Err(error),
+        })
 }
 
 /// Ends an attempt that never began.

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -108,6 +108,39 @@ impl Drop for Process {
         }
         if std::thread::panicking() {
             eprintln!("--- {}\n{}", self.log.display(), self.log_text());
+        }
+    }
+}
+
+/// A command that prints while the test does something else. Dropping it kills it.
+pub struct Background {
+    child: Option<Child>,
+}
+
+impl Background {
+    /// Starts it.
+    pub fn start(command: &mut Command) -> Background {
+        let child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        Background {
+            child: Some(child.expect("it can be started")),
+        }
+    }
+
+    /// Waits for its end; returns what it printed.
+    pub fn finish(mut self) -> Output {
+        let child = self.child.take().expect("it is finished once");
+        child.wait_with_output().expect("it is our child")
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
         }
     }
 }

@@ -1,10 +1,9 @@
 //! Real daemons, real processes.
 
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use batchai_tests::ensemble::{Ensemble, IN};
-use batchai_tests::process::{processes_of, until};
+use batchai_tests::process::{Background, processes_of, until};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -168,7 +167,7 @@ fn the_coordinator_is_killed_while_a_job_runs_and_nothing_is_lost() {
     e.until_job("j", "RUNNING");
     let mut args = vec!["job", "file", "stream", "-j", "j", "-f", "stdout-0.txt"];
     args.extend(IN);
-    let follower = e.command(&args).stdout(Stdio::piped()).spawn().unwrap();
+    let follower = Background::start(&mut e.command(&args));
     for _ in 0..3 {
         std::thread::sleep(Duration::from_millis(500));
         e.coordinator.as_mut().unwrap().kill();
@@ -178,7 +177,7 @@ fn the_coordinator_is_killed_while_a_job_runs_and_nothing_is_lost() {
     assert_eq!(e.job("j")["attempt"]["number"], 1, "it ran once");
     assert_numbered(&e.log("j", "stdout-0.txt"), 0, 5000);
     assert_numbered(&e.log("j", "stdout-1.txt"), 1, 5000);
-    let followed = follower.wait_with_output().unwrap();
+    let followed = follower.finish();
     assert_numbered(&String::from_utf8(followed.stdout).unwrap(), 0, 5000);
 }
 

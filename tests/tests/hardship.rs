@@ -1,10 +1,10 @@
 //! What a node meets in its life: full disks, power cuts, neighbours, deaths at the wrong moment.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use batchai_tests::ensemble::{Ensemble, IN};
-use batchai_tests::process::{Process, processes_of, under_test, until};
+use batchai_tests::process::{Background, Process, processes_of, under_test, until};
 use batchai_tests::requirement;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -16,6 +16,25 @@ fn custom(nodes: i32, command_line: &str) -> serde_json::Value {
 
 fn with<'a>(args: &[&'a str]) -> Vec<&'a str> {
     [args, &IN[..]].concat()
+}
+
+fn parent_of(pid: i32) -> i32 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    after_name
+        .split_whitespace()
+        .nth(1)
+        .and_then(|ppid| ppid.parse().ok())
+        .unwrap_or(0)
+}
+
+/// A mount that goes with the test.
+struct Mounted(std::path::PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
 }
 
 #[test]
@@ -124,39 +143,34 @@ fn who_follows_a_log_sees_every_attempt_of_the_job_to_its_end() {
     // The first attempt never ends by itself; the second, which finds its file, does.
     let mark = e.path().join("second");
     let script = format!(
-        "echo first; if [ -e {0} ]; then echo last; else touch {0}; sleep 600; fi",
+        "if [ -e {0} ]; then echo 2; sleep 1; echo end; else echo the first attempt; touch {0}; sleep 600; fi",
         mark.display()
     );
     e.submit("j", custom(2, &script));
-    let follower = e
-        .command(&with(&[
-            "job",
-            "file",
-            "stream",
-            "-j",
-            "j",
-            "-f",
-            "stdout.txt",
-        ]))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let stream = with(&["job", "file", "stream", "-j", "j", "-f", "stdout.txt"]);
+    let follower = Background::start(&mut e.command(&stream));
     until("the first attempt", || mark.exists().then_some(()));
     std::thread::sleep(Duration::from_millis(300));
     // The shim of the node that has no process.
-    let shims = processes_of(&e.path().join("agents/a2"));
+    let all = processes_of(&e.path().join("agents/a2"));
+    let shims: Vec<_> = all
+        .iter()
+        .filter(|(_, c)| c.contains(" shim "))
+        .map(|(p, _)| *p)
+        .collect();
+    // Its helper has the same command line; it is the shim's child.
     let shim = shims
         .iter()
-        .find(|(_, c)| c.starts_with("batchai-shim shim") || c.contains(" shim "));
-    kill(Pid::from_raw(shim.unwrap().0), Signal::SIGKILL).unwrap();
+        .find(|pid| !shims.contains(&parent_of(**pid)))
+        .unwrap();
+    kill(Pid::from_raw(*shim), Signal::SIGKILL).unwrap();
     assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
     assert_eq!(e.job("j")["attempt"]["number"], 2);
-    let output = follower.wait_with_output().unwrap();
+    let output = follower.finish();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(
         String::from_utf8_lossy(&output.stdout),
-        "first\nfirst\nlast\n",
+        "the first attempt\n2\nend\n",
         "{stderr}"
     );
     assert!(stderr.contains("next attempt"), "{stderr}");
@@ -175,6 +189,7 @@ fn a_disk_full_of_logs_fails_no_job_and_runs_none_twice() {
     if !mounted {
         return requirement::skip("a small tmpfs cannot be mounted: run as root");
     }
+    let mount = Mounted(data);
     e.start_coordinator();
     e.start_agent("a1");
     e.until_alive(1);
@@ -185,8 +200,8 @@ fn a_disk_full_of_logs_fails_no_job_and_runs_none_twice() {
     );
     let code = e.wait("j");
     let job = e.job("j");
-    drop(e);
-    let _ = Command::new("umount").arg("-l").arg(&data).output();
+    e.agents.clear();
+    drop(mount);
     assert_eq!((code, &job["attempt"]["number"]), (0, &json!(1)), "{job}");
 }
 

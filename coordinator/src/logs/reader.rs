@@ -139,7 +139,7 @@ impl Reader {
     /// Waits, if asked to follow, until the file exists.
     async fn find(&mut self) -> Result<Found, ApiError> {
         let mut pause = LOOK_FIRST;
-        let mut announced = None;
+        let mut announced: Option<Instant> = None;
         loop {
             let attempt = self.attempt()?;
             for node in attempt.iter().flat_map(|a| &a.nodes) {
@@ -166,10 +166,12 @@ impl Reader {
                     });
                 }
             }
-            if self.all_over(attempt.as_deref()) {
-                announced.get_or_insert_with(Instant::now);
-            }
-            let stalled = announced.is_some_and(|since: Instant| since.elapsed() > STALL_MAX);
+            // Only a job that has ended gets no other attempt.
+            announced = match self.job_ended() {
+                true => announced.or_else(|| Some(Instant::now())),
+                false => None,
+            };
+            let stalled = announced.is_some_and(|since| since.elapsed() > STALL_MAX);
             if stalled || !self.may_come(attempt.as_deref()) || !self.request.follow {
                 return Err(self.no_such_file(attempt.as_deref()));
             }
@@ -201,32 +203,26 @@ impl Reader {
             .cloned())
     }
 
-    /// The file may exist one day: a node that could write it has not ended, or has named it and is yet to send it.
+    /// The file may exist one day: the job goes on, or one of its nodes has named it and is yet to send it.
     fn may_come(&self, attempt: Option<&Attempt>) -> bool {
-        let published = self.replica.published();
-        let state = &published.borrow().state;
-        let ended = state
-            .jobs
-            .get(&self.request.job)
-            .is_none_or(|job| job.ended());
-        let Some(attempt) = attempt else {
-            return !ended;
-        };
-        attempt.nodes.iter().any(|n| {
-            let asked = self
-                .request
+        let asked = |n: &&AttemptNode| {
+            self.request
                 .node
                 .as_ref()
-                .is_none_or(|wanted| wanted == &n.node);
-            let over = matches!(n.phase, NodePhase::Ended | NodePhase::Lost);
-            asked && (!over || n.files.iter().any(|f| f.name == self.request.file))
-        })
+                .is_none_or(|wanted| wanted == &n.node)
+        };
+        let nodes = attempt.iter().flat_map(|attempt| &attempt.nodes);
+        let mut files = nodes.filter(asked).flat_map(|n| &n.files);
+        !self.job_ended() || files.any(|f| f.name == self.request.file)
     }
 
-    /// No node of the attempt runs any more: what they announced is all that can come.
-    fn all_over(&self, attempt: Option<&Attempt>) -> bool {
-        let over = |n: &AttemptNode| matches!(n.phase, NodePhase::Ended | NodePhase::Lost);
-        attempt.is_some_and(|attempt| attempt.nodes.iter().all(over))
+    fn job_ended(&self) -> bool {
+        let published = self.replica.published();
+        let state = &published.borrow().state;
+        state
+            .jobs
+            .get(&self.request.job)
+            .is_none_or(|job| job.ended())
     }
 
     fn no_such_file(&self, attempt: Option<&Attempt>) -> ApiError {

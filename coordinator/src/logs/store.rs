@@ -181,7 +181,10 @@ impl LogStore {
     /// Closes the files of attempts that have ended and that nobody reads; they are opened again when they are needed.
     pub fn close(&self, ended: impl Fn(&str) -> bool) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|key, file| !ended(&key.attempt) || file.length.receiver_count() > 0);
+        open.retain(|key, file| {
+            let used = Arc::strong_count(file) > 1 || file.length.receiver_count() > 0;
+            used || !ended(&key.attempt)
+        });
     }
 
     /// Removes the files of an attempt.

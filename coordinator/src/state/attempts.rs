@@ -212,11 +212,17 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
 
 /// The ports that live attempts hold, by node.
 pub fn ports_in_use(state: &State) -> impl Iterator<Item = (&str, i32)> {
-    let live = state
-        .attempts
+    live(state).flat_map(|attempt| attempt.nodes.iter().map(|n| (n.node.as_str(), n.port)))
+}
+
+/// The attempts that have nodes. The table also holds the last one of every job that has ended: it is not walked.
+pub fn live(state: &State) -> impl Iterator<Item = &Arc<Attempt>> {
+    let ids: BTreeSet<_> = state
+        .nodes
         .values()
-        .filter(|attempt| attempt.phase != Phase::Ended);
-    live.flat_map(|attempt| attempt.nodes.iter().map(|n| (n.node.as_str(), n.port)))
+        .filter_map(|node| node.attempt.as_ref())
+        .collect();
+    ids.into_iter().filter_map(|id| state.attempts.get(id))
 }
 
 /// The same by machine: nodes that share a boot id share a machine, and a port belongs to one attempt on it.

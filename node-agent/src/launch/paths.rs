@@ -1,6 +1,7 @@
 //! PURE. Where things lie on a host, below the agent's root.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use batchai_common::names::ids;
 use batchai_proto::agent::v1::Assignment;
@@ -106,11 +107,13 @@ impl Paths {
             .into_iter()
             .cloned();
         let outputs = self.outputs.iter().map(|(_, path)| path.clone());
-        // The others must not reach into a directory that the master may just be clearing.
-        let shared = self.shared.clone().filter(|_| self.is_master);
-        own.chain(shared)
+        let all = own
+            .chain(self.shared.clone())
             .chain([self.stdouterr.clone()])
-            .chain(outputs)
+            .chain(outputs);
+        // The others must not reach into a directory that the master may just be clearing; it makes the same ones.
+        let shared = self.shared.as_ref().filter(|_| !self.is_master);
+        all.filter(|path| shared.is_none_or(|shared| !Path::new(path).starts_with(shared)))
             .collect()
     }
 }

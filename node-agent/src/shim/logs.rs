@@ -62,22 +62,35 @@ impl Stream {
     }
 
     fn append(&mut self, data: &[u8]) {
-        let marked = match self.lost {
-            0 => Ok(()),
-            lost => self.file.write_all(
-                format!("\n[batchai: {lost} bytes were lost: the disk was full]\n").as_bytes(),
-            ),
-        };
-        match marked.and_then(|()| {
-            self.lost = 0;
-            self.file.write_all(data)
-        }) {
-            Ok(()) => self.failed = None,
-            Err(error) => {
+        if self.lost > 0 {
+            let mark = format!(
+                "\n[batchai: {} bytes were lost: the disk was full]\n",
+                self.lost
+            );
+            if !self.write(mark.as_bytes()).is_empty() {
                 self.lost += data.len() as u64;
-                self.failed = Some(error);
+                return;
+            }
+            self.lost = 0;
+        }
+        self.lost += self.write(data).len() as u64;
+    }
+
+    /// Writes what can be written; returns the rest.
+    fn write<'a>(&mut self, mut data: &'a [u8]) -> &'a [u8] {
+        self.failed = None;
+        while !data.is_empty() {
+            match self.file.write(data) {
+                Ok(count) if count > 0 => data = &data[count..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(_) => self.failed = Some(io::Error::from(io::ErrorKind::WriteZero)),
+                Err(error) => self.failed = Some(error),
+            }
+            if self.failed.is_some() {
+                break;
             }
         }
+        data
     }
 
     /// What went wrong with the file.

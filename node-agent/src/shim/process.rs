@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, setsid};
 
@@ -21,7 +22,8 @@ pub struct Started {
 }
 
 /// Starts a process in a session of its own, with nothing of the shim's but its pipes. It dies when the shim does.
-pub fn start(plan: &ProcessPlan) -> io::Result<Started> {
+/// `open_files` are the limits it gets, soft and hard.
+pub fn start(plan: &ProcessPlan, open_files: Option<(u64, u64)>) -> io::Result<Started> {
     let (program, arguments) = plan.argv.split_first().ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidInput, "there is no program to start")
     })?;
@@ -34,7 +36,7 @@ pub fn start(plan: &ProcessPlan) -> io::Result<Started> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    in_its_own_session(&mut command);
+    in_its_own_session(&mut command, open_files);
     let mut child = command.spawn()?;
     let missing = || io::Error::other("a pipe is missing");
     let stdout = OwnedFd::from(child.stdout.take().ok_or_else(missing)?);
@@ -52,11 +54,16 @@ pub fn start(plan: &ProcessPlan) -> io::Result<Started> {
 
 /// What has to happen between fork and exec.
 #[allow(unsafe_code)]
-fn in_its_own_session(command: &mut Command) {
+fn in_its_own_session(command: &mut Command, open_files: Option<(u64, u64)>) {
     let shim = getpid();
     // SAFETY: the shim has one thread, and the closure makes system calls only: it allocates nothing unless it fails.
     unsafe {
-        command.pre_exec(move || detach(shim));
+        command.pre_exec(move || {
+            if let Some((soft, hard)) = open_files {
+                setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
+            }
+            detach(shim)
+        });
     }
 }
 

@@ -2,7 +2,7 @@
 //! it must be nobody else's.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -61,6 +61,7 @@ impl Root {
         // A node that lost its journal is another node, and what the earlier one left is as good as gone.
         if known != uid {
             lock.set_len(0).map_err(failed)?;
+            lock.rewind().map_err(failed)?;
             lock.write_all(uid.as_bytes()).map_err(failed)?;
         }
         Ok(Root { _lock: lock })
@@ -80,7 +81,9 @@ mod tests {
             Err(RootError::Shared { .. })
         ));
         drop(root);
-        Root::claim(dir.path(), "u").unwrap();
+        Root::claim(dir.path(), "v").unwrap();
+        let marker = fs::read_to_string(dir.path().join("jobs").join(MARKER)).unwrap();
+        assert_eq!(marker, "v", "a node that lost its journal is another node");
         let home = tempfile::tempdir().unwrap();
         fs::create_dir_all(home.path().join("jobs/thesis")).unwrap();
         assert!(matches!(

@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use batchai_common::limits;
 use batchai_common::time::boot_time;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -72,6 +73,8 @@ pub struct Shim {
     /// What does not die was said.
     pub(super) stuck_said: bool,
     pub(super) copier: Option<Copier>,
+    /// What its processes may have open, as it was before the shim took more for itself.
+    pub(super) open_files: Option<(u64, u64)>,
     pub(super) signals: SignalFd,
     pub(super) inotify: Inotify,
 }
@@ -114,6 +117,7 @@ impl Shim {
             unsaid: false,
             stuck_said: false,
             copier: None,
+            open_files: limits::raise_open_files().ok(),
             signals,
             inotify,
         })
@@ -128,8 +132,12 @@ impl Shim {
             // Before children are looked for: one that ends later sends another signal.
             let told = self.take_signals();
             self.drain(&mut buffer);
+            if told {
+                // Before the ranks are counted: a machine that shuts down tells them as well.
+                self.stopped();
+            }
             self.reap(&mut buffer)?;
-            self.obey(told)?;
+            self.obey()?;
             self.watch_the_clock();
             self.drive_ending();
             if self.unsaid {
@@ -316,7 +324,7 @@ impl Shim {
     }
 
     /// Does what the agent's files and signals say.
-    fn obey(&mut self, told_by_signal: bool) -> Result<(), ShimError> {
+    fn obey(&mut self) -> Result<(), ShimError> {
         while self
             .inotify
             .read_events()
@@ -325,29 +333,30 @@ impl Shim {
         if !matches!(self.ending, Ending::No) {
             return Ok(());
         }
-        // A machine that shuts down sends the signal; the job is not to blame.
-        let told = self.dir.read::<bool>(STOP)?;
-        if told_by_signal || told == Some(true) {
+        match self.dir.read::<bool>(STOP)? {
+            Some(true) => self.stopped(),
+            Some(false) => self.end("it was told to end"),
+            None if self.status.phase == Phase::Ready && !self.launched => {
+                if let Some(processes) = self.dir.read::<Vec<ProcessPlan>>(LAUNCH)? {
+                    self.launched = true;
+                    self.launch(&processes);
+                }
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// The node ends, by its agent's word or the machine's: the job is not to blame.
+    fn stopped(&mut self) {
+        if matches!(self.ending, Ending::No) {
             self.fail(FailureRecord {
                 code: "NodeStopped".into(),
                 message: "the node was stopped while the job ran".into(),
                 infrastructure: true,
                 ..FailureRecord::default()
             });
-            return Ok(());
         }
-        if told.is_some() {
-            self.end("it was told to end");
-            return Ok(());
-        }
-        if self.status.phase == Phase::Ready
-            && !self.launched
-            && let Some(processes) = self.dir.read::<Vec<ProcessPlan>>(LAUNCH)?
-        {
-            self.launched = true;
-            self.launch(&processes);
-        }
-        Ok(())
     }
 
     fn launch(&mut self, processes: &[ProcessPlan]) {
@@ -378,7 +387,7 @@ impl Shim {
 
     fn start(&mut self, plan: &ProcessPlan) -> io::Result<i32> {
         let logs = self.dir.path.join(LOGS);
-        let started = process::start(plan)?;
+        let started = process::start(plan, self.open_files)?;
         self.running.push(Running {
             rank: plan.rank,
             pid: started.pid,
@@ -420,10 +429,7 @@ impl Shim {
 
     /// Says how things are; where that cannot be written now, later.
     fn publish(&mut self) {
-        let written = self.dir.write(STATUS, &self.status, false).or_else(|_| {
-            self.give_up_reserve();
-            self.dir.write(STATUS, &self.status, false)
-        });
+        let written = self.dir.write(STATUS, &self.status, false);
         self.unsaid = written.is_err();
         if let Err(error) = written {
             super::tell(&format!("the status cannot be written: {error}"));
