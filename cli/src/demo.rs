@@ -113,6 +113,7 @@ async fn train(endpoint: &str, dir: &Path, epochs: u32) -> Result<ExitCode, CliE
         job_id: "train".to_owned(),
         job: Some(job(dir, epochs)),
         request_id: request_id(),
+        validate_only: false,
     };
     client.jobs().create_job(request(create)).await?;
     let mut streams = Vec::new();
@@ -145,6 +146,7 @@ async fn create_resources(client: &Client) -> Result<(), CliError> {
         resource_group_id: "demo".to_owned(),
         resource_group: None,
         request_id: request_id(),
+        validate_only: false,
     };
     client
         .groups()
@@ -155,6 +157,7 @@ async fn create_resources(client: &Client) -> Result<(), CliError> {
         workspace_id: "demo".to_owned(),
         workspace: None,
         request_id: request_id(),
+        validate_only: false,
     };
     client
         .workspaces()
@@ -186,12 +189,14 @@ async fn create_resources(client: &Client) -> Result<(), CliError> {
         cluster_id: "two-nodes".to_owned(),
         cluster: Some(cluster),
         request_id: request_id(),
+        validate_only: false,
     };
     client.clusters().create_cluster(request(cluster)).await?;
     let experiment = v1::CreateExperimentRequest {
         parent: WORKSPACE.to_owned(),
         experiment_id: "digits".to_owned(),
         request_id: request_id(),
+        validate_only: false,
     };
     client
         .experiments()

@@ -168,6 +168,7 @@ fn create_request(
         job_id: name,
         job: Some(job),
         request_id: request_id(),
+        validate_only: false,
     })
 }
 

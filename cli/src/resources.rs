@@ -153,6 +153,7 @@ pub async fn group(command: args::Group, global: &Global) -> Done {
                 resource_group_id: name,
                 resource_group,
                 request_id: request_id(),
+                validate_only: false,
             };
             let group = send_once(create, |r| {
                 let mut client = client.clone();
@@ -200,6 +201,7 @@ pub async fn workspace(command: args::Workspace, global: &Global) -> Done {
                     ..Default::default()
                 }),
                 request_id: request_id(),
+                validate_only: false,
             };
             let workspace = send_once(create, |r| {
                 let mut client = client.clone();
@@ -249,6 +251,7 @@ pub async fn experiment(command: args::Experiment, global: &Global) -> Done {
                 parent: parent.name(),
                 experiment_id: name,
                 request_id: request_id(),
+                validate_only: false,
             };
             let experiment = send_once(create, |r| {
                 let mut client = client.clone();
@@ -306,6 +309,7 @@ pub async fn cluster(command: args::Cluster, global: &Global) -> Done {
                 cluster_id: name,
                 cluster: Some(cluster_of(file, vm_size, image, target)?),
                 request_id: request_id(),
+                validate_only: false,
             };
             let cluster = send_once(create, |r| {
                 let mut client = client.clone();

@@ -44,6 +44,7 @@ impl Api {
             job_id: id.into(),
             job: Some(job),
             request_id: String::new(),
+            validate_only: false,
         };
         let mut client = JobServiceClient::new(self.channel.clone());
         let reply = self.runtime.block_on(client.create_job(request));
@@ -391,6 +392,7 @@ fn a_request_with_an_id_is_carried_out_once() {
         job_id: job_id.into(),
         job: Some(job()),
         request_id: request_id.into(),
+        validate_only: false,
     };
     let send = |api: &Api, request| {
         let mut client = JobServiceClient::new(api.channel.clone());
@@ -414,4 +416,67 @@ fn a_request_with_an_id_is_carried_out_once() {
     assert!(status.message().contains(id), "{}", status.message());
     let status = send(&api, create("not-a-uuid", "other")).unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
+}
+
+#[test]
+fn a_batch_is_created_whole_and_what_is_only_validated_is_not_stored() {
+    let api = Api::start(Ensemble::with_cluster(0));
+    let one = |id: String, job: v1::Job| v1::CreateJobRequest {
+        job_id: id,
+        job: Some(job),
+        ..Default::default()
+    };
+    let batch = |requests, validate_only| v1::BatchCreateJobsRequest {
+        parent: EXPERIMENT.into(),
+        requests,
+        validate_only,
+        ..Default::default()
+    };
+    let send = |request| {
+        let mut client = JobServiceClient::new(api.channel.clone());
+        api.runtime
+            .block_on(client.batch_create_jobs(request))
+            .map(tonic::Response::into_inner)
+    };
+    let count = || {
+        let mut list = vec!["job", "list"];
+        list.extend(IN);
+        api.e.json(&list).as_array().unwrap().len()
+    };
+    let thousand = || {
+        (0..1000)
+            .map(|i| one(format!("j{i}"), job()))
+            .collect::<Vec<_>>()
+    };
+    let mut bad = thousand();
+    bad[7].job.as_mut().unwrap().node_count = -1;
+    bad[999].job_id = "a b".into();
+    let status = send(batch(bad, false)).unwrap_err();
+    let details = status.get_error_details();
+    let fields: Vec<_> = details
+        .bad_request()
+        .unwrap()
+        .field_violations
+        .iter()
+        .map(|v| v.field.as_str())
+        .collect();
+    assert_eq!(
+        fields,
+        ["requests[7].job.node_count", "requests[999].job_id"]
+    );
+    assert_eq!(
+        send(batch(Vec::new(), false)).unwrap_err().code(),
+        Code::InvalidArgument
+    );
+    let tried = send(batch(thousand(), true)).unwrap();
+    assert_eq!((tried.jobs.len(), count()), (1000, 0));
+    let created = send(batch(thousand(), false)).unwrap();
+    assert_eq!(created.jobs[999].name, format!("{EXPERIMENT}/jobs/j999"));
+    assert_eq!(count(), 1000);
+    assert_eq!(
+        send(batch(vec![one("j5".into(), job())], true))
+            .unwrap_err()
+            .code(),
+        Code::AlreadyExists
+    );
 }

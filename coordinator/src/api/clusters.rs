@@ -28,7 +28,7 @@ impl ClusterService for Api {
     ) -> Result<Response<Cluster>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        let key = faults.request_id(&request.request_id, &request);
+        let once = faults.once(&request.request_id, request.validate_only, &request);
         let (parent, id) = (&request.parent, &request.cluster_id);
         let name = faults.new_name(Noun::Cluster, parent, "cluster_id", id);
         let cluster = check(&mut faults, request.cluster.unwrap_or_default());
@@ -38,7 +38,7 @@ impl ClusterService for Api {
             uid: Uuid::new_v4().to_string(),
             ..cluster
         };
-        let state = self.write_once(Kind::CreateCluster(cluster), key).await?;
+        let state = self.write_once(Kind::CreateCluster(cluster), once).await?;
         self.reply(&state, name.as_str())
     }
 

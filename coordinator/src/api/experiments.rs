@@ -22,7 +22,7 @@ impl ExperimentService for Api {
     ) -> Result<Response<Experiment>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        let key = faults.request_id(&request.request_id, &request);
+        let once = faults.once(&request.request_id, request.validate_only, &request);
         let CreateExperimentRequest {
             parent,
             experiment_id,
@@ -36,7 +36,7 @@ impl ExperimentService for Api {
             ..Default::default()
         };
         let state = self
-            .write_once(Kind::CreateExperiment(experiment), key)
+            .write_once(Kind::CreateExperiment(experiment), once)
             .await?;
         let experiment = state.experiments.get(name.as_str());
         let experiment = experiment.ok_or_else(|| not_found(Noun::Experiment, &name))?;

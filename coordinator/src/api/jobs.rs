@@ -5,13 +5,14 @@ use std::pin::Pin;
 use batchai_common::error::ApiError;
 use batchai_common::names::Kind as Noun;
 use batchai_proto::internal::v1::command::Kind;
-use batchai_proto::internal::v1::{Delete, TerminateJob};
+use batchai_proto::internal::v1::{CreateJobs, Delete, TerminateJob};
 use batchai_proto::v1::job_service_server::JobService;
 use batchai_proto::v1::{
-    CreateJobRequest, DeleteJobRequest, GetJobRequest, Job, ListJobsRequest, ListJobsResponse,
-    StreamJobLogsRequest, StreamJobLogsResponse, TerminateJobRequest, WatchJobRequest,
-    WatchJobResponse,
+    BatchCreateJobsRequest, BatchCreateJobsResponse, CreateJobRequest, DeleteJobRequest,
+    GetJobRequest, Job, ListJobsRequest, ListJobsResponse, StreamJobLogsRequest,
+    StreamJobLogsResponse, TerminateJobRequest, WatchJobRequest, WatchJobResponse,
 };
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,6 +27,9 @@ use crate::state::State;
 
 /// What a watcher or reader has not taken yet; one that is slow waits for itself only.
 const OUTBOX_MAX: usize = 4;
+/// Jobs of one batch, and their size: the reply must fit a message too.
+const BATCH_MAX: usize = 1000;
+const BATCH_BYTES_MAX: usize = 2 << 20;
 /// The only directory that is served.
 const STDOUTERR: &str = "stdouterr";
 
@@ -39,7 +43,7 @@ impl JobService for Api {
     ) -> Result<Response<Job>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        let key = faults.request_id(&request.request_id, &request);
+        let once = faults.once(&request.request_id, request.validate_only, &request);
         let name = faults.new_name(Noun::Job, &request.parent, "job_id", &request.job_id);
         let job = job_spec::check(&mut faults, request.job.unwrap_or_default());
         let name = faults.finish(name)?;
@@ -48,8 +52,38 @@ impl JobService for Api {
             uid: Uuid::new_v4().to_string(),
             ..job
         };
-        let state = self.write_once(Kind::CreateJob(job), key).await?;
+        let state = self.write_once(Kind::CreateJob(job), once).await?;
         Ok(Response::new(self.job(&state, name.as_str())?))
+    }
+
+    async fn batch_create_jobs(
+        &self,
+        request: Request<BatchCreateJobsRequest>,
+    ) -> Result<Response<BatchCreateJobsResponse>, Status> {
+        let request = request.into_inner();
+        let mut faults = Faults::default();
+        let once = faults.once(&request.request_id, request.validate_only, &request);
+        let size = request.encoded_len();
+        if !(1..=BATCH_MAX).contains(&request.requests.len()) || size > BATCH_BYTES_MAX {
+            let why = format!("must be 1 to {BATCH_MAX}, with at most {BATCH_BYTES_MAX} bytes");
+            faults.invalid("requests", why);
+        }
+        let parent = faults.name("parent", Noun::Experiment, &request.parent);
+        let requests = request.requests.into_iter().take(BATCH_MAX).enumerate();
+        let jobs: Vec<_> = requests
+            .map(|(i, one)| {
+                faults.within(&format!("requests[{i}]."), |f| {
+                    check_one_of_batch(f, &request.parent, one)
+                })
+            })
+            .collect();
+        faults.finish(parent)?;
+        let names: Vec<_> = jobs.iter().map(|job| job.name.clone()).collect();
+        let state = self
+            .write_once(Kind::CreateJobs(CreateJobs { jobs }), once)
+            .await?;
+        let jobs: Result<_, _> = names.iter().map(|name| self.job(&state, name)).collect();
+        Ok(Response::new(BatchCreateJobsResponse { jobs: jobs? }))
     }
 
     async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
@@ -183,6 +217,22 @@ impl Api {
                 return;
             }
         }
+    }
+}
+
+fn check_one_of_batch(faults: &mut Faults, parent: &str, given: CreateJobRequest) -> Job {
+    if !given.parent.is_empty() && given.parent != parent {
+        faults.invalid("parent", "must be left out, or be the parent of the batch");
+    }
+    if !given.request_id.is_empty() || given.validate_only {
+        faults.invalid("request_id", "must be left out; the batch has its own");
+    }
+    let name = faults.child_name(Noun::Job, parent, "job_id", &given.job_id);
+    let job = job_spec::check(faults, given.job.unwrap_or_default());
+    Job {
+        name,
+        uid: Uuid::new_v4().to_string(),
+        ..job
     }
 }
 

@@ -13,15 +13,16 @@ mod workspaces;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::names::{Kind as Noun, Name};
-use batchai_proto::internal::v1::RequestKey;
+use batchai_common::time;
 use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{Command, RequestKey};
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use crate::agents::contacts::Contacts;
 use crate::logs::LogStore;
 use crate::replica::{Handle, ReplicaError};
-use crate::state::{Rejection, State};
+use crate::state::{Rejection, State, apply};
 
 /// What all services share. Cheap to clone.
 #[derive(Clone)]
@@ -51,12 +52,24 @@ impl Api {
         Ok(self.replica.published().borrow().state.clone())
     }
 
-    /// Has a request carried out that may have a name; one that was carried out before is not carried out again.
-    async fn write_once(&self, kind: Kind, request: Option<RequestKey>) -> Result<State, ApiError> {
-        let Some(request) = request else {
+    /// Has a request carried out, once, or only tried.
+    async fn write_once(&self, kind: Kind, once: Once) -> Result<State, ApiError> {
+        if once.validate_only {
+            let mut state = self.read().await?;
+            let index = state.applied_index + 1;
+            let command = Command {
+                time: Some(time::now()),
+                request: None,
+                kind: Some(kind),
+            };
+            // On a State of our own, which nobody else ever sees.
+            apply(&mut state, index, &command).map_err(rejected)?;
+            return Ok(state);
+        }
+        let Some(key) = once.key else {
             return self.write(kind).await;
         };
-        let done = self.replica.propose_once(kind, request).await;
+        let done = self.replica.propose_once(kind, key).await;
         done.map_err(|error| self.error(error))?;
         Ok(self.replica.published().borrow().state.clone())
     }
@@ -127,6 +140,12 @@ fn not_found(kind: Noun, name: &Name) -> ApiError {
     }
 }
 
+/// How often a request is carried out: each time it comes, once under its name, or never.
+struct Once {
+    key: Option<RequestKey>,
+    validate_only: bool,
+}
+
 /// Collects everything that is wrong with a request.
 #[derive(Default)]
 struct Faults {
@@ -179,21 +198,41 @@ impl Faults {
         }
     }
 
-    /// The name that a request has, if it has one.
-    fn request_id<M: prost::Message>(&mut self, id: &str, request: &M) -> Option<RequestKey> {
-        if id.is_empty() {
-            return None;
-        }
-        if uuid::Uuid::try_parse(id).is_err() {
+    /// How often a request is to be carried out.
+    fn once<M: prost::Message>(&mut self, id: &str, validate_only: bool, request: &M) -> Once {
+        let named = !id.is_empty();
+        if named && uuid::Uuid::try_parse(id).is_err() {
             self.invalid("request_id", "must be a UUID");
-            return None;
         }
-        Some(RequestKey {
+        let key = named.then(|| RequestKey {
             // There are no identities yet: all callers are one.
             caller: String::new(),
             id: id.to_owned(),
             digest: Sha256::digest(request.encode_to_vec()).to_vec(),
-        })
+        });
+        Once { key, validate_only }
+    }
+
+    /// The name of one of several new resources of a parent that is checked elsewhere; empty where the id is bad.
+    fn child_name(&mut self, kind: Noun, parent: &str, id_field: &str, id: &str) -> String {
+        match batchai_common::names::check_id(kind, id) {
+            Ok(()) => format!("{parent}/{}/{id}", kind.collection()),
+            Err(error) => {
+                self.invalid(id_field, error.to_string());
+                String::new()
+            }
+        }
+    }
+
+    /// Checks a part of a request, whose fields are named from the whole.
+    fn within<T>(&mut self, prefix: &str, check: impl FnOnce(&mut Faults) -> T) -> T {
+        let mut part = Faults::default();
+        let checked = check(&mut part);
+        let place = |fault: Fault| Fault::new(format!("{prefix}{}", fault.field), fault.reason);
+        self.invalid.extend(part.invalid.into_iter().map(place));
+        self.not_served
+            .extend(part.not_served.into_iter().map(place));
+        checked
     }
 
     fn location(&mut self, field: &str, text: &str) {

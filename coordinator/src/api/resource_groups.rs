@@ -22,7 +22,7 @@ impl ResourceGroupService for Api {
     ) -> Result<Response<ResourceGroup>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        let key = faults.request_id(&request.request_id, &request);
+        let once = faults.once(&request.request_id, request.validate_only, &request);
         let given = request.resource_group.unwrap_or_default();
         let id = &request.resource_group_id;
         let name = faults.new_name(Noun::ResourceGroup, "", "resource_group_id", id);
@@ -43,7 +43,7 @@ impl ResourceGroupService for Api {
             ..Default::default()
         };
         let state = self
-            .write_once(Kind::CreateResourceGroup(group), key)
+            .write_once(Kind::CreateResourceGroup(group), once)
             .await?;
         let group = state.resource_groups.get(name.as_str());
         let group = group.ok_or_else(|| not_found(Noun::ResourceGroup, &name))?;

@@ -22,7 +22,7 @@ impl WorkspaceService for Api {
     ) -> Result<Response<Workspace>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        let key = faults.request_id(&request.request_id, &request);
+        let once = faults.once(&request.request_id, request.validate_only, &request);
         let given = request.workspace.unwrap_or_default();
         let (parent, id) = (&request.parent, &request.workspace_id);
         let name = faults.new_name(Noun::Workspace, parent, "workspace_id", id);
@@ -39,7 +39,7 @@ impl WorkspaceService for Api {
             ..Default::default()
         };
         let state = self
-            .write_once(Kind::CreateWorkspace(workspace), key)
+            .write_once(Kind::CreateWorkspace(workspace), once)
             .await?;
         let workspace = state.workspaces.get(name.as_str());
         let workspace = workspace.ok_or_else(|| not_found(Noun::Workspace, &name))?;

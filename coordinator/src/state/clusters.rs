@@ -13,7 +13,7 @@ use imbl::OrdSet;
 
 use super::{Rejection, State, Step, check_etag, check_new, etag, not_found};
 
-/// The order of a cluster's queue: urgent ones first, then by the revision that created them.
+/// The order of a cluster's queue: urgent ones first, then in the order of submission.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct QueueKey {
     pub priority: Reverse<i32>,

@@ -30,7 +30,7 @@ pub struct Job {
     /// What a user set, with name, uid and output path.
     pub spec: Arc<v1::Job>,
     pub revision: i64,
-    /// The revision that created it: its place in the queue.
+    /// How many were submitted before it: its place in the queue.
     pub submitted: i64,
     pub state: JobState,
     pub state_time: Timestamp,
@@ -98,7 +98,7 @@ pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejectio
             ..spec.clone()
         }),
         revision: state.revision,
-        submitted: state.revision,
+        submitted: state.submissions,
         state: JobState::Queued,
         state_time: state.time,
         start_time: None,
@@ -110,6 +110,7 @@ pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejectio
         infrastructure_retries: 0,
         deleting: false,
     };
+    state.submissions += 1;
     let key = job.queue_key();
     state.jobs.insert(name.clone(), Arc::new(job));
     step.changed(name);

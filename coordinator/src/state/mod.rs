@@ -36,6 +36,8 @@ pub use nodes::Node;
 pub struct State {
     /// Rises by one with every command that changed something; the etag of what it changed.
     pub revision: i64,
+    /// How many jobs were ever submitted: the place of the next one in its queue.
+    pub submissions: i64,
     /// The log index of the last command, changed or not.
     pub applied_index: u64,
     /// The latest time a command carried. It never goes back.
@@ -181,6 +183,7 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         CommandKind::CreateExperiment(c) => experiments::create(step, c),
         CommandKind::DeleteExperiment(c) => experiments::delete(step, c),
         CommandKind::CreateJob(c) => jobs::create(step, c),
+        CommandKind::CreateJobs(c) => c.jobs.iter().try_for_each(|job| jobs::create(step, job)),
         CommandKind::TerminateJob(c) => jobs::terminate(step, &c.name),
         CommandKind::DeleteJob(c) => jobs::delete(step, c),
         CommandKind::RegisterNode(c) => nodes::register(step, c),

@@ -3,8 +3,8 @@
 use batchai_proto::agent::v1::{AttemptObservation, Failure, Report};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
-    Command, Delete, InitEnsemble, RecordReport, RegisterNode, RequestKey, ResizeCluster,
-    TerminateJob,
+    Command, CreateJobs, Delete, InitEnsemble, RecordReport, RegisterNode, RequestKey,
+    ResizeCluster, TerminateJob,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
@@ -344,6 +344,35 @@ fn urgent_jobs_go_first_then_those_submitted_first() {
         e.see(running, 0, P::Ended, &[(0, Some(0))]);
     }
     assert_eq!(order, [first, high, normal, later, low]);
+}
+
+#[test]
+fn a_batch_of_jobs_is_queued_in_its_order_or_not_at_all() {
+    let mut e = Ensemble::with_nodes(1, 1);
+    let job = |id: &str, cluster: &str| v1::Job {
+        name: format!("{EXPERIMENT}/jobs/{id}"),
+        cluster: cluster.into(),
+        node_count: 1,
+        custom_toolkit_settings: Some(v1::CustomToolkitSettings::default()),
+        ..Default::default()
+    };
+    let batch = |jobs| C::CreateJobs(CreateJobs { jobs });
+    let refused = e.try_apply(batch(vec![job("a", CLUSTER), job("b", "nowhere")]));
+    assert!(matches!(refused, Err(Rejection::NotFound { .. })));
+    assert!(e.state.jobs.is_empty());
+    e.ok(batch(vec![
+        job("z", CLUSTER),
+        job("y", CLUSTER),
+        job("x", CLUSTER),
+    ]));
+    let queue = e.state.clusters[CLUSTER]
+        .queue
+        .iter()
+        .map(|key| key.job.clone());
+    let order: Vec<_> = queue
+        .map(|name| name[name.len() - 1..].to_owned())
+        .collect();
+    assert_eq!(order, ["z", "y", "x"]);
 }
 
 #[test]

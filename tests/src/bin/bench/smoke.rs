@@ -206,6 +206,7 @@ fn job(dir: &Path, id: &str, command_line: &str) -> v1::CreateJobRequest {
             ..Default::default()
         }),
         request_id: String::new(),
+        validate_only: false,
     }
 }
 
@@ -214,6 +215,7 @@ async fn create(channel: &Channel) -> Result<(), tonic::Status> {
         resource_group_id: "g".to_owned(),
         resource_group: None,
         request_id: String::new(),
+        validate_only: false,
     };
     ResourceGroupServiceClient::new(channel.clone())
         .create_resource_group(group)
@@ -223,6 +225,7 @@ async fn create(channel: &Channel) -> Result<(), tonic::Status> {
         workspace_id: "w".to_owned(),
         workspace: None,
         request_id: String::new(),
+        validate_only: false,
     };
     WorkspaceServiceClient::new(channel.clone())
         .create_workspace(workspace)
@@ -231,6 +234,7 @@ async fn create(channel: &Channel) -> Result<(), tonic::Status> {
         parent: WORKSPACE.to_owned(),
         experiment_id: "e".to_owned(),
         request_id: String::new(),
+        validate_only: false,
     };
     ExperimentServiceClient::new(channel.clone())
         .create_experiment(experiment)
@@ -258,6 +262,7 @@ async fn create(channel: &Channel) -> Result<(), tonic::Status> {
             ..Default::default()
         }),
         request_id: String::new(),
+        validate_only: false,
     };
     ClusterServiceClient::new(channel.clone())
         .create_cluster(cluster)
