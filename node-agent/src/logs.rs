@@ -41,7 +41,8 @@ pub struct Shipped {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Progress {
-    stored: u64,
+    /// Bytes that survive a power cut there.
+    synced: u64,
     unwanted: bool,
 }
 
@@ -53,7 +54,7 @@ impl Shipped {
         let id = dir.id();
         Ok(logs.into_iter().all(|(file, size)| {
             let known = files.get(&(id.clone(), file));
-            known.is_some_and(|progress| progress.unwanted || progress.stored >= size)
+            known.is_some_and(|progress| progress.unwanted || progress.synced >= size)
         }))
     }
 
@@ -66,11 +67,11 @@ impl Shipped {
     fn set(&self, reply: &ShipLogsResponse) {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (reply.attempt.clone(), reply.file.clone());
-        let stored = u64::try_from(reply.stored_bytes).unwrap_or_default();
+        let synced = u64::try_from(reply.synced_bytes).unwrap_or_default();
         files.insert(
             key,
             Progress {
-                stored,
+                synced,
                 unwanted: reply.unwanted,
             },
         );
@@ -92,6 +93,9 @@ struct Sending {
     /// How far it was sent; nothing is sent before the first answer.
     sent: Option<u64>,
     asked: bool,
+    /// Bytes that are kept there, and those of them that survive a power cut.
+    stored: u64,
+    synced: u64,
     /// As it was when it was last looked at.
     size: u64,
     unanswered: usize,
@@ -168,7 +172,11 @@ impl Shipper {
             file.sent = Some(stored);
         }
         // An attempt may wait for its last file to arrive.
-        if reply.unwanted || (file.unanswered == 0 && stored >= file.size) {
+        file.stored = stored;
+        file.synced = file
+            .synced
+            .max(u64::try_from(reply.synced_bytes).unwrap_or_default());
+        if reply.unwanted || file.synced >= file.size {
             self.watch.status.notify_one();
         }
         sent
@@ -216,8 +224,14 @@ fn next_chunk(dir: &AttemptDir, file: &str, size: u64, sending: &mut Sending) ->
         return Some(chunk(0, Vec::new()));
     }
     let sent = sending.sent?;
-    if sending.unwanted_since.is_some() || sent >= size || sending.unanswered >= WINDOW {
+    if sending.unwanted_since.is_some() || sending.unanswered >= WINDOW {
         return None;
+    }
+    if sent >= size {
+        // All of it is there. When nothing more can come, it must also be safe there.
+        let unsynced = sending.unanswered == 0 && sending.stored >= size && sending.synced < size;
+        let over = || dir.shim().is_ok_and(|shim| shim.is_none());
+        return (unsynced && over()).then(|| chunk(size, Vec::new()));
     }
     let length = (size - sent).min(LOG_CHUNK_BYTES_MAX as u64) as usize;
     let mut data = vec![0; length];

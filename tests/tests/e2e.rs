@@ -73,6 +73,15 @@ fn a_gang_runs_and_the_logs_of_all_ranks_are_complete_and_in_order() {
         .join(segment)
         .join("stdouterr/stdout-1.txt");
     assert_numbered(&std::fs::read_to_string(copy).unwrap(), 1, 5000);
+    // The nodes forget their copies once the coordinator has them on disk, and only the log's second copy is left.
+    until("the nodes to forget the attempt", || {
+        let left = |agent: &str| {
+            let attempts = e.path().join("agents").join(agent).join("attempts");
+            std::fs::read_dir(attempts).unwrap().count()
+        };
+        (left("a1") + left("a2") == 0).then_some(())
+    });
+    assert_numbered(&e.log("j", "stdout-0.txt"), 0, 5000);
     e.assert_nothing_left();
 }
 

@@ -88,6 +88,7 @@ impl Intake {
             file: file.clone(),
             stored_bytes: 0,
             unwanted: false,
+            synced_bytes: 0,
         };
         if !self.wanted(node, uid, &attempt) {
             // The State here may only be behind: the agent throws away what is not wanted.
@@ -105,14 +106,16 @@ impl Intake {
                     ..answer
                 });
             };
-            let stored = self
-                .logs
-                .append(key, offset, chunk.data)
-                .await
-                .map_err(|error| {
-                    tracing::error!(%error, attempt, node, file, "cannot keep a log file");
-                    unavailable("its disk takes no more logs")
-                })?;
+            let kept = match chunk.data.is_empty() {
+                true => self.logs.sync(key).await.inspect(|synced| {
+                    answer.synced_bytes = *synced as i64;
+                }),
+                false => self.logs.append(key, offset, chunk.data).await,
+            };
+            let stored = kept.map_err(|error| {
+                tracing::error!(%error, attempt, node, file, "cannot keep a log file");
+                unavailable("its disk takes no more logs")
+            })?;
             answer.stored_bytes = stored as i64;
         }
         Ok(answer)

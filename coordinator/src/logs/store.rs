@@ -102,6 +102,24 @@ impl LogStore {
             .map_err(io::Error::other)?
     }
 
+    /// Makes what is kept of a file survive a power cut; returns how much that is.
+    pub async fn sync(&self, key: FileKey) -> io::Result<u64> {
+        let store = self.clone();
+        let sync = move || {
+            let open = store.open(&key, true)?;
+            let length = *open.length.borrow();
+            open.file.sync_data()?;
+            // The file itself, and the directories that it is the first in.
+            for dir in key.path(&store.root).ancestors().skip(1).take(3) {
+                File::open(dir)?.sync_all()?;
+            }
+            Ok(length)
+        };
+        tokio::task::spawn_blocking(sync)
+            .await
+            .map_err(io::Error::other)?
+    }
+
     /// A file and its growing length; `None` where it does not exist.
     pub async fn follow(
         &self,
@@ -241,6 +259,7 @@ mod tests {
             fs::read(dir.path().join("logs/1-1/n/f")).unwrap(),
             b"hello world!"
         );
+        assert_eq!(again.sync(key("f")).await.unwrap(), 12);
         fs::create_dir(dir.path().join("logs/lost+found")).unwrap();
         assert_eq!(again.attempts().unwrap(), ["1-1"]);
         again.close(|_| true);
