@@ -1,8 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `status <- {launch, reconcile} <- journal <- {shim, watch} <- {logs, supervisor} <- session <- agent`, with
-//! `hardware` beside `launch`.
+//! `status <- {launch, reconcile} <- {hardware, journal} <- {shim, watch} <- session <- logs <- supervisor <- agent`.
 //!
 //! `launch`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.

@@ -4,7 +4,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use batchai_tests::process::{PATIENCE, processes_of, sweep, under_test, until};
+use batchai_tests::process::{processes_of, sweep, under_test, until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -250,9 +250,7 @@ fn an_interrupted_demo_leaves_nothing() {
     let first = lines.find_map(|line| line.ok().filter(|line| line.contains("epoch 1:")));
     assert!(first.is_some());
     signal(&demo, Signal::SIGINT);
-    let began = std::time::Instant::now();
     let status = until("the demo to end", || demo.try_wait().unwrap());
-    assert!(began.elapsed() < PATIENCE);
     assert_eq!(status.code(), Some(130));
     let left = processes_of(dir.path());
     assert!(left.is_empty(), "{left:?}");

@@ -47,20 +47,10 @@ impl Session {
         contacts: &Contacts,
         hello: Hello,
     ) -> Result<Session, Status> {
-        if replica.published().borrow().state.ensemble.is_empty() {
-            return Err(unavailable("the ensemble is being set up"));
-        }
-        let own = replica.published().borrow().state.ensemble.clone();
-        if !hello.ensemble.is_empty() && hello.ensemble != own {
-            let name = format!("nodes/{}", hello.node_id);
-            let why = format!(
-                "it belongs to ensemble {}, this one is {own}; give its agent another --data directory to have it join",
-                hello.ensemble
-            );
-            return Err(ApiError::WrongState { name, why }.into());
-        }
         let facts = hello.facts.clone().unwrap_or_default();
         let name = check(&hello, &facts)?.to_string();
+        let own = replica.published().borrow().state.ensemble.clone();
+        check_ensemble(&name, &hello.ensemble, &own)?;
         let Some(live) = contacts.claim(&name) else {
             let why = "it has a live session already; a second agent must not use its name".into();
             return Err(ApiError::WrongState { name, why }.into());
@@ -217,6 +207,24 @@ fn status(error: ReplicaError) -> Status {
     }
 }
 
+/// A node belongs to one ensemble; one that has not met any belongs to this one from now on.
+fn check_ensemble(name: &str, theirs: &str, own: &str) -> Result<(), Status> {
+    if own.is_empty() {
+        return Err(unavailable("the ensemble is being set up"));
+    }
+    if theirs.is_empty() || theirs == own {
+        return Ok(());
+    }
+    let why = format!(
+        "it belongs to ensemble {theirs}, this one is {own}; give its agent another --data directory to have it join"
+    );
+    Err(ApiError::WrongState {
+        name: name.to_owned(),
+        why,
+    }
+    .into())
+}
+
 /// Checks the sizes of a report before it enters the log.
 fn check_report(report: &Report) -> Result<(), Status> {
     let text_of = |error: &ResourceError| {
@@ -266,6 +274,9 @@ fn check(hello: &Hello, facts: &NodeFacts) -> Result<Name, Status> {
         if uuid::Uuid::try_parse(text).is_err() {
             faults.push(Fault::new(field, "must be a UUID"));
         }
+    }
+    if !hello.ensemble.is_empty() && uuid::Uuid::try_parse(&hello.ensemble).is_err() {
+        faults.push(Fault::new("hello.ensemble", "must be a UUID"));
     }
     let texts = [
         &facts.vm_size,

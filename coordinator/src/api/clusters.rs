@@ -61,9 +61,13 @@ impl ClusterService for Api {
             return Err(not_found(Noun::Workspace, &parent).into());
         }
         let page_of = (request.page_size, request.page_token.as_str());
-        let view = |_: &str, cluster: &std::sync::Arc<_>| views::cluster(&state, &heard, cluster);
-        let (clusters, next_page_token) =
-            page(&state.clusters, Some(&parent), Noun::Cluster, page_of, view)?;
+        let (clusters, next_page_token) = page(
+            &state.clusters,
+            Some(&parent),
+            Noun::Cluster,
+            page_of,
+            |_, cluster| views::cluster(&state, &heard, cluster),
+        )?;
         Ok(Response::new(ListClustersResponse {
             clusters,
             next_page_token,

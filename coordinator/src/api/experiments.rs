@@ -65,13 +65,12 @@ impl ExperimentService for Api {
             return Err(not_found(Noun::Workspace, &parent).into());
         }
         let page_of = (request.page_size, request.page_token.as_str());
-        let view = |_: &str, experiment: &std::sync::Arc<_>| Experiment::clone(experiment);
         let (experiments, next_page_token) = page(
             &state.experiments,
             Some(&parent),
             Noun::Experiment,
             page_of,
-            view,
+            |_, experiment| Experiment::clone(experiment),
         )?;
         Ok(Response::new(ListExperimentsResponse {
             experiments,

@@ -82,8 +82,10 @@ impl JobService for Api {
         let state = self
             .write_once(Kind::CreateJobs(CreateJobs { jobs }), once)
             .await?;
-        let jobs: Result<_, _> = names.iter().map(|name| self.job(&state, name)).collect();
-        Ok(Response::new(BatchCreateJobsResponse { jobs: jobs? }))
+        let heard = self.contacts.heard();
+        let created = names.iter().filter_map(|name| state.jobs.get(name));
+        let jobs = created.map(|job| views::job(&state, &heard, job)).collect();
+        Ok(Response::new(BatchCreateJobsResponse { jobs }))
     }
 
     async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
@@ -102,8 +104,10 @@ impl JobService for Api {
             return Err(not_found(Noun::Experiment, &parent).into());
         }
         let page_of = (request.page_size, request.page_token.as_str());
-        let view = |_: &str, job: &std::sync::Arc<_>| views::job(&state, &heard, job);
-        let (jobs, next_page_token) = page(&state.jobs, Some(&parent), Noun::Job, page_of, view)?;
+        let (jobs, next_page_token) =
+            page(&state.jobs, Some(&parent), Noun::Job, page_of, |_, job| {
+                views::job(&state, &heard, job)
+            })?;
         Ok(Response::new(ListJobsResponse {
             jobs,
             next_page_token,

@@ -30,8 +30,10 @@ impl NodeService for Api {
         let request = request.into_inner();
         let (state, heard) = (self.read().await?, self.contacts.heard());
         let page_of = (request.page_size, request.page_token.as_str());
-        let view = |name: &str, node: &std::sync::Arc<_>| views::node(&state, &heard, name, node);
-        let (nodes, next_page_token) = page(&state.nodes, None, Noun::Node, page_of, view)?;
+        let (nodes, next_page_token) =
+            page(&state.nodes, None, Noun::Node, page_of, |name, node| {
+                views::node(&state, &heard, name, node)
+            })?;
         Ok(Response::new(ListNodesResponse {
             nodes,
             next_page_token,

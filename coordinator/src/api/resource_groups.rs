@@ -68,13 +68,12 @@ impl ResourceGroupService for Api {
         let request = request.into_inner();
         let state = self.read().await?;
         let page_of = (request.page_size, request.page_token.as_str());
-        let view = |_: &str, group: &std::sync::Arc<_>| ResourceGroup::clone(group);
         let (resource_groups, next_page_token) = page(
             &state.resource_groups,
             None,
             Noun::ResourceGroup,
             page_of,
-            view,
+            |_, group| ResourceGroup::clone(group),
         )?;
         Ok(Response::new(ListResourceGroupsResponse {
             resource_groups,

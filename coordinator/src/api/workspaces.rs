@@ -68,13 +68,12 @@ impl WorkspaceService for Api {
             return Err(not_found(Noun::ResourceGroup, &parent).into());
         }
         let page_of = (request.page_size, request.page_token.as_str());
-        let view = |_: &str, workspace: &std::sync::Arc<_>| Workspace::clone(workspace);
         let (workspaces, next_page_token) = page(
             &state.workspaces,
             Some(&parent),
             Noun::Workspace,
             page_of,
-            view,
+            |_, workspace| Workspace::clone(workspace),
         )?;
         Ok(Response::new(ListWorkspacesResponse {
             workspaces,

@@ -137,11 +137,6 @@ impl<S: LogStore> Core<S> {
         Some(self.raw.raft.leader_id).filter(|id| *id != 0)
     }
 
-    /// The current term.
-    pub fn term(&self) -> u64 {
-        self.raw.raft.term
-    }
-
     /// One tick of the clock.
     pub fn tick(&mut self) {
         self.raw.tick();

@@ -53,7 +53,6 @@ pub struct Published {
     /// This replica leads and has applied all that was committed before it did.
     pub leads: bool,
     pub leader: Option<u64>,
-    pub term: u64,
 }
 
 type Reply<T> = oneshot::Sender<Result<T, ReplicaError>>;
@@ -284,15 +283,14 @@ impl<S: LogStore> Loop<S> {
             .ready(&mut |messages: Vec<Message>| debug_assert!(messages.is_empty()))?;
         let core = &self.core;
         self.publisher.send_if_modified(|published| {
-            let (leads, leader, term) = (core.leads(), core.leader(), core.term());
+            let (leads, leader) = (core.leads(), core.leader());
             let changed = published.state.applied_index != core.state().applied_index
-                || (published.leads, published.leader, published.term) != (leads, leader, term);
+                || (published.leads, published.leader) != (leads, leader);
             if changed {
                 *published = Published {
                     state: core.state().clone(),
                     leads,
                     leader,
-                    term,
                 };
             }
             changed

@@ -34,7 +34,6 @@ fn assignment(state: &State, attempt: &Attempt, name: &str) -> Option<Assignment
         .map(|n| host(state.nodes.get(&n.node), n));
     Some(Assignment {
         attempt: attempt.id.clone(),
-        attempt_number: attempt.number,
         desired: desired as i32,
         job: Some(v1::Job::clone(&attempt.spec)),
         hosts: hosts.collect(),
