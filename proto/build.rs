@@ -22,6 +22,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         compiler.encode_file_descriptor_set(),
     )?;
     tonic_prost_build::configure()
+        // The replicated State knows no order but that of its keys.
+        .btree_map(".")
         .bytes(".batchai.agent.v1.LogChunk.data")
         .bytes(".batchai.v1.StreamJobLogsResponse.data")
         .compile_fds(compiler.file_descriptor_set())?;

@@ -195,6 +195,7 @@ async fn create_resources(client: &Client) -> Result<(), CliError> {
     let experiment = v1::CreateExperimentRequest {
         parent: WORKSPACE.to_owned(),
         experiment_id: "digits".to_owned(),
+        experiment: None,
         request_id: request_id(),
         validate_only: false,
     };

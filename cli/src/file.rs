@@ -13,18 +13,6 @@ use serde_json::{Map, Value};
 use crate::descriptors;
 use crate::error::CliError;
 
-/// Keys of the original that have no field yet.
-const NOT_SERVED: [&str; 9] = [
-    "vmPriority",
-    "nodeSetup",
-    "userAccountSettings",
-    "subnet",
-    "virtualMachineImageId",
-    "valueSecretReference",
-    "accountKeySecretReference",
-    "passwordSecretReference",
-    "sshConfiguration",
-];
 /// Names less like another than this are not offered in its place.
 const LIKENESS_MIN: f64 = 0.75;
 
@@ -57,7 +45,7 @@ fn parse<M: Message + Default>(text: &str, message: &str) -> Result<M, Vec<Strin
         .collect();
     normalise(
         &mut properties,
-        &descriptors::of(message),
+        &batchai_proto::reflect::descriptor(message),
         "properties",
         &mut faults,
     );
@@ -155,9 +143,6 @@ fn misfit(kind: &FieldKind, value: &Value) -> Option<&'static str> {
 }
 
 fn unknown(key: &str, path: &str, of: &MessageDescriptor) -> String {
-    if NOT_SERVED.contains(&key) {
-        return format!("{path} is not served yet; leave it out");
-    }
     let names: Vec<_> = of
         .fields()
         .map(|field| field.json_name().to_owned())
@@ -278,7 +263,7 @@ mod tests {
         let text = r#"{"propertys": 1, "properties": {
             "nodeCont": 2,
             "pyTorchSettings": {"pythonScriptFilepath": "a"},
-            "secrets": [{"name": "S", "valueSecretReference": {}}],
+            "secrets": [{"name": "S", "valueReference": {}}],
             "schedulingPriority": "urgent",
             "constraints": {"maxWallClockTime": "soon"},
             "nodeCount": "many",
@@ -289,7 +274,7 @@ mod tests {
             "\"propertys\"",
             "\"nodeCont\" at properties.nodeCont; did you mean \"nodeCount\"?",
             "did you mean \"pythonScriptFilePath\"?",
-            "properties.secrets[0].valueSecretReference is not served yet",
+            "\"valueReference\" at properties.secrets[0].valueReference",
             "\"urgent\" is none of low, normal, high",
             "\"soon\" is not a duration",
             "properties.nodeCount: a whole number is expected, not \"many\"",

@@ -226,6 +226,7 @@ pub async fn until_ended(
     loop {
         let watch = v1::WatchJobRequest {
             name: name.to_owned(),
+            revision: 0,
         };
         let mut changes = match client.jobs().watch_job(watch).await {
             Ok(changes) => changes.into_inner(),
@@ -236,15 +237,17 @@ pub async fn until_ended(
         };
         loop {
             match changes.message().await {
-                Ok(Some(v1::WatchJobResponse { job: Some(job) })) => {
+                Ok(Some(change)) => {
                     retry.reset();
-                    show(&job);
-                    if matches!(job.state(), State::Succeeded | State::Failed) {
-                        return Ok(job);
+                    if !change.deleted.is_empty() {
+                        return Err(CliError::Failed(format!("{name} was deleted")));
                     }
-                }
-                Ok(Some(v1::WatchJobResponse { job: None })) => {
-                    return Err(CliError::Failed(format!("{name} was deleted")));
+                    for job in change.jobs {
+                        show(&job);
+                        if matches!(job.state(), State::Succeeded | State::Failed) {
+                            return Ok(job);
+                        }
+                    }
                 }
                 Ok(None) => {
                     retry

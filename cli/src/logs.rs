@@ -102,6 +102,7 @@ impl Follower {
     async fn another_attempt(&mut self, client: &Client) -> Result<bool, CliError> {
         let watch = WatchJobRequest {
             name: self.stream.name.clone(),
+            revision: 0,
         };
         loop {
             let mut changes = match client.jobs().watch_job(watch.clone()).await {
@@ -113,7 +114,7 @@ impl Follower {
                 }
             };
             while let Ok(Some(change)) = changes.message().await {
-                let Some(job) = change.job else {
+                let Some(job) = change.jobs.into_iter().next() else {
                     return Ok(false);
                 };
                 self.retry.reset();

@@ -250,6 +250,7 @@ pub async fn experiment(command: args::Experiment, global: &Global) -> Done {
             let create = v1::CreateExperimentRequest {
                 parent: parent.name(),
                 experiment_id: name,
+                experiment: None,
                 request_id: request_id(),
                 validate_only: false,
             };
@@ -399,6 +400,7 @@ fn cluster_of(
             offer,
             sku,
             version,
+            ..Default::default()
         });
         cluster.virtual_machine_configuration =
             Some(v1::VirtualMachineConfiguration { image_reference });

@@ -61,6 +61,19 @@ pub enum ApiError {
         expected: String,
         actual: String,
     },
+    #[error(
+        "there are {limit} of kind {} already, as many as there may be; delete some first",
+        .kind.noun()
+    )]
+    LimitReached { kind: Kind, limit: usize },
+    #[error(
+        "revision {revision} is not remembered; it goes back to {oldest} and up to {latest}: list, and watch from there"
+    )]
+    Forgotten {
+        revision: i64,
+        oldest: i64,
+        latest: i64,
+    },
     #[error("{what} is full; try again soon")]
     Busy { what: &'static str },
     #[error("this replica cannot serve: {why}")]
@@ -133,6 +146,9 @@ impl From<ApiError> for Status {
             ApiError::WrongState { name, why } => {
                 details.add_precondition_failure_violation("STATE", name, why);
             }
+            ApiError::LimitReached { kind, .. } => {
+                details.add_quota_failure_violation(kind.noun(), error.to_string());
+            }
             ApiError::Busy { what } => {
                 details.add_quota_failure_violation(*what, error.to_string());
                 details.set_retry_info(Some(RETRY_AFTER));
@@ -143,7 +159,7 @@ impl From<ApiError> for Status {
             ApiError::Internal { id } => {
                 details.set_request_info(id, "");
             }
-            ApiError::StaleEtag { .. } => {}
+            ApiError::StaleEtag { .. } | ApiError::Forgotten { .. } => {}
         }
         Status::with_error_details(code, error.to_string(), details)
     }
@@ -159,6 +175,8 @@ fn class(error: &ApiError) -> (Code, &'static str) {
         ApiError::AlreadyExists { .. } => (Code::AlreadyExists, "RESOURCE_EXISTS"),
         ApiError::WrongState { .. } => (Code::FailedPrecondition, "WRONG_STATE"),
         ApiError::StaleEtag { .. } => (Code::Aborted, "STALE_ETAG"),
+        ApiError::LimitReached { .. } => (Code::ResourceExhausted, "LIMIT_REACHED"),
+        ApiError::Forgotten { .. } => (Code::OutOfRange, "REVISION_FORGOTTEN"),
         ApiError::Busy { .. } => (Code::ResourceExhausted, "BUSY"),
         ApiError::Unavailable { .. } => (Code::Unavailable, "UNAVAILABLE"),
         ApiError::Unknown { .. } => (Code::Aborted, "OUTCOME_UNKNOWN"),
@@ -191,6 +209,18 @@ fn metadata(error: &ApiError) -> HashMap<String, String> {
             ("name", name.clone()),
             ("expected", expected.clone()),
             ("actual", actual.clone()),
+        ],
+        ApiError::LimitReached { kind, limit } => {
+            vec![("type", kind.noun().into()), ("limit", limit.to_string())]
+        }
+        ApiError::Forgotten {
+            revision,
+            oldest,
+            latest,
+        } => vec![
+            ("revision", revision.to_string()),
+            ("oldest", oldest.to_string()),
+            ("latest", latest.to_string()),
         ],
         ApiError::Busy { what } => vec![("what", (*what).into())],
         ApiError::Unavailable { why, leader } => {

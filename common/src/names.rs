@@ -15,10 +15,35 @@ pub enum Kind {
     Cluster,
     Experiment,
     Job,
+    FileServer,
     Node,
+    VmSizeAlias,
 }
 
+/// In names of lists and watches it stands for every id; no resource is called so.
+pub const WILDCARD: &str = "-";
+
 impl Kind {
+    const ALL: [Kind; 8] = [
+        Kind::ResourceGroup,
+        Kind::Workspace,
+        Kind::Cluster,
+        Kind::Experiment,
+        Kind::Job,
+        Kind::FileServer,
+        Kind::Node,
+        Kind::VmSizeAlias,
+    ];
+
+    /// What a well-formed full name names.
+    pub fn of(name: &str) -> Option<Kind> {
+        let (above, _id) = name.rsplit_once('/')?;
+        let collection = last_id(above);
+        Kind::ALL
+            .into_iter()
+            .find(|kind| kind.collection() == collection)
+    }
+
     /// The collection that resources of this kind live in, as it stands in names.
     pub fn collection(self) -> &'static str {
         match self {
@@ -27,7 +52,9 @@ impl Kind {
             Kind::Cluster => "clusters",
             Kind::Experiment => "experiments",
             Kind::Job => "jobs",
+            Kind::FileServer => "fileServers",
             Kind::Node => "nodes",
+            Kind::VmSizeAlias => "vmSizeAliases",
         }
     }
 
@@ -39,16 +66,18 @@ impl Kind {
             Kind::Cluster => "cluster",
             Kind::Experiment => "experiment",
             Kind::Job => "job",
+            Kind::FileServer => "file server",
             Kind::Node => "node",
+            Kind::VmSizeAlias => "VM size alias",
         }
     }
 
     /// The kind that holds this one.
     pub fn parent(self) -> Option<Kind> {
         match self {
-            Kind::ResourceGroup | Kind::Node => None,
+            Kind::ResourceGroup | Kind::Node | Kind::VmSizeAlias => None,
             Kind::Workspace => Some(Kind::ResourceGroup),
-            Kind::Cluster | Kind::Experiment => Some(Kind::Workspace),
+            Kind::Cluster | Kind::Experiment | Kind::FileServer => Some(Kind::Workspace),
             Kind::Job => Some(Kind::Experiment),
         }
     }
@@ -58,7 +87,7 @@ impl Kind {
         let own = format!(
             "{}/{{{}}}",
             self.collection(),
-            self.noun().replace(' ', "_")
+            self.noun().to_lowercase().replace(' ', "_")
         );
         match self.parent() {
             Some(parent) => format!("{}/{own}", parent.pattern()),
@@ -72,7 +101,7 @@ impl Kind {
 pub enum NameError {
     #[error("{text:?} is not a name of the form {pattern}")]
     Form { text: String, pattern: String },
-    #[error("{id:?} is not an id: use 1 to 64 characters of {allowed}")]
+    #[error("{id:?} is not an id: use 1 to 64 characters of {allowed}, and not - alone")]
     Id { id: String, allowed: &'static str },
 }
 
@@ -86,6 +115,22 @@ pub struct Name {
 impl Name {
     /// Takes a full name of the given kind.
     pub fn parse(kind: Kind, text: &str) -> Result<Name, NameError> {
+        Name::parse_with(kind, text, check_id)
+    }
+
+    /// Takes a full name of the given kind in which ids may be [`WILDCARD`].
+    pub fn parse_pattern(kind: Kind, text: &str) -> Result<Name, NameError> {
+        Name::parse_with(kind, text, |kind, id| match id {
+            WILDCARD => Ok(()),
+            id => check_id(kind, id),
+        })
+    }
+
+    fn parse_with(
+        kind: Kind,
+        text: &str,
+        check: fn(Kind, &str) -> Result<(), NameError>,
+    ) -> Result<Name, NameError> {
         // Bounded before anything is copied into a message: a name has at most four ids.
         let form = || NameError::Form {
             text: text.chars().take(5 * ID_BYTES_MAX).collect(),
@@ -94,14 +139,43 @@ impl Name {
         let (rest, id) = text.rsplit_once('/').ok_or_else(form)?;
         let above = rest.strip_suffix(kind.collection()).ok_or_else(form)?;
         match (kind.parent(), above.strip_suffix('/')) {
-            (None, None) if above.is_empty() => Name::top(kind, id),
-            (Some(parent), Some(above)) => match Name::parse(parent, above) {
-                Ok(parent) => parent.child(kind, id),
-                Err(NameError::Form { .. }) => Err(form()),
-                Err(id) => Err(id),
+            (None, None) if above.is_empty() => check(kind, id)?,
+            (Some(parent), Some(above)) => match Name::parse_with(parent, above, check) {
+                Ok(_) => check(kind, id)?,
+                Err(NameError::Form { .. }) => return Err(form()),
+                Err(id) => return Err(id),
             },
-            _ => Err(form()),
+            _ => return Err(form()),
         }
+        let text = text.to_owned();
+        Ok(Name { kind, text })
+    }
+
+    /// Whether a well-formed full name is this one, or one that this pattern stands for.
+    pub fn covers(&self, name: &str) -> bool {
+        let mut own = self.text.split('/');
+        let mut other = name.split('/');
+        loop {
+            match (own.next(), other.next()) {
+                (None, None) => return true,
+                (Some(WILDCARD), Some(_)) => {}
+                (Some(a), Some(b)) if a == b => {}
+                _ => return false,
+            }
+        }
+    }
+
+    /// What all names that it stands for begin with.
+    pub fn prefix(&self) -> &str {
+        let wildcard = |part: &str| part == WILDCARD;
+        let parts = self.text.split('/').take_while(|part| !wildcard(part));
+        let length = parts.map(|part| part.len() + 1).sum::<usize>();
+        &self.text[..length.min(self.text.len())]
+    }
+
+    /// Whether it stands for more than one name.
+    pub fn is_pattern(&self) -> bool {
+        self.text.split('/').any(|part| part == WILDCARD)
     }
 
     /// A name without a parent.
@@ -187,8 +261,8 @@ pub fn check_id(kind: Kind, id: &str) -> Result<(), NameError> {
         "[-A-Za-z0-9_]"
     };
     let legal = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_' || (dots && c == '.');
-    if id.is_empty() || id.len() > ID_BYTES_MAX || !id.chars().all(legal) || id == "." || id == ".."
-    {
+    let reserved = [".", "..", WILDCARD].contains(&id);
+    if id.is_empty() || id.len() > ID_BYTES_MAX || !id.chars().all(legal) || reserved {
         let id = id.chars().take(ID_BYTES_MAX + 8).collect();
         return Err(NameError::Id { id, allowed });
     }
@@ -215,6 +289,24 @@ mod tests {
         );
         assert_eq!(parent.kind(), Kind::Experiment);
         assert_eq!(Name::parse(Kind::Node, "nodes/n").unwrap().parent(), None);
+    }
+
+    #[test]
+    fn a_pattern_covers_what_its_dashes_stand_for() {
+        let text = "resourceGroups/-/workspaces/w/experiments/-";
+        let pattern = Name::parse_pattern(Kind::Experiment, text).unwrap();
+        assert!(pattern.is_pattern());
+        assert_eq!(pattern.prefix(), "resourceGroups/");
+        assert!(pattern.covers("resourceGroups/g/workspaces/w/experiments/e"));
+        assert!(!pattern.covers("resourceGroups/g/workspaces/v/experiments/e"));
+        assert!(!pattern.covers("resourceGroups/g/workspaces/w/experiments/e/jobs/j"));
+        assert!(!pattern.covers("resourceGroups/g/workspaces/w"));
+        assert!(Name::parse(Kind::Experiment, text).is_err());
+        let name = "resourceGroups/g/workspaces/w/clusters/c-d";
+        assert_eq!(Kind::of(name), Some(Kind::Cluster));
+        let name = Name::parse_pattern(Kind::Cluster, name).unwrap();
+        assert!(!name.is_pattern() && name.covers(name.as_str()));
+        assert_eq!(name.prefix(), name.as_str());
     }
 
     #[test]

@@ -2,15 +2,22 @@
 //!
 //! Nothing here is remembered: the same State gives the same duties, until the commands they became have changed it.
 
+use batchai_common::names::Kind as Noun;
 use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::command::Kind;
-use batchai_proto::internal::v1::{AllocateNode, FailAttempt, InitEnsemble, ReleaseNode};
+use batchai_proto::internal::v1::terminate_job::Cause;
+use batchai_proto::internal::v1::{
+    AllocateNode, Delete, FailAttempt, InitEnsemble, ReleaseNode, TerminateJob,
+};
+use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
+
+use imbl::OrdMap;
 
 use crate::scheduler;
 pub use crate::scheduler::heard::Heard;
 use crate::state::attempts::{self, Attempt, Phase};
-use crate::state::{Cluster, State};
+use crate::state::{Cluster, State, children, vm_size_aliases};
 
 /// How long the nodes of an attempt may take to get ready. Preparation commands download data sets: generous.
 pub const PREPARE_DEADLINE_MS: i64 = 60 * 60 * 1000;
@@ -33,13 +40,84 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
         let ensemble = leader.ensemble.clone();
         return vec![Kind::InitEnsemble(InitEnsemble { ensemble, epoch: 1 })];
     }
-    let mut commands = Vec::new();
+    let mut commands = deletions(state);
     drive_clusters(state, heard, &mut commands);
     let late = attempts::live(state).filter_map(|attempt| late(heard, attempt));
     commands.extend(late.take(COMMANDS_MAX));
     let placements = scheduler::schedule(state, heard, leader.replica);
     commands.extend(placements.into_iter().map(Kind::Place));
     commands
+}
+
+/// Takes away what is to go with all that it holds or that needs it, from the bottom up.
+fn deletions(state: &State) -> Vec<Kind> {
+    let commands = state.deleting.iter().flat_map(|name| deletion(state, name));
+    commands.take(COMMANDS_MAX).collect()
+}
+
+/// What stands in the way of a deletion and is not on its way out yet; where nothing stands in the way, the deletion.
+fn deletion(state: &State, name: &str) -> Vec<Kind> {
+    let mut way = match Noun::of(name) {
+        Some(Noun::ResourceGroup) => held(state, &state.workspaces, name, Noun::Workspace),
+        Some(Noun::Workspace) => {
+            let mut held_here = held(state, &state.experiments, name, Noun::Experiment);
+            held_here.extend(held(state, &state.clusters, name, Noun::Cluster));
+            held_here
+        }
+        Some(Noun::Experiment) => held(state, &state.jobs, name, Noun::Job),
+        _ => {
+            let cluster = state.clusters.get(name);
+            let jobs = cluster.into_iter().flat_map(|cluster| cluster.jobs());
+            bounded(jobs.map(|job| end_for_cluster(state, job)))
+        }
+    };
+    if way.is_empty() {
+        return vec![delete(name)];
+    }
+    way.retain(Option::is_some);
+    way.into_iter().flatten().collect()
+}
+
+/// The deletion of everything of a kind that a name holds; `None` for what is on its way out.
+fn held<T>(state: &State, table: &OrdMap<String, T>, name: &str, kind: Noun) -> Vec<Option<Kind>> {
+    let going = |child: &String| {
+        state.deleting.contains(child)
+            || state
+                .jobs
+                .get(child)
+                .is_some_and(|job| job.deleting.is_some())
+    };
+    let held = children(table, name, kind, "");
+    bounded(held.map(|(child, _)| (!going(child)).then(|| delete(child))))
+}
+
+/// So many commands at most; what is on its way out is passed over and not counted.
+fn bounded(commands: impl Iterator<Item = Option<Kind>>) -> Vec<Option<Kind>> {
+    let mut open = 0;
+    let room = |command: &Option<Kind>| {
+        open += usize::from(command.is_some());
+        open <= COMMANDS_MAX
+    };
+    commands.take_while(room).collect()
+}
+
+fn delete(name: &str) -> Kind {
+    Kind::Delete(Delete {
+        name: name.to_owned(),
+        etag: String::new(),
+        force: true,
+    })
+}
+
+fn end_for_cluster(state: &State, job: &str) -> Option<Kind> {
+    let ending = JobState::Terminating;
+    let open = state.jobs.get(job).is_some_and(|job| job.state != ending);
+    open.then(|| {
+        Kind::TerminateJob(TerminateJob {
+            name: job.to_owned(),
+            cause: Cause::ClusterDeleted as i32,
+        })
+    })
 }
 
 /// Gives clusters the nodes they lack and takes those they have too many of.
@@ -49,7 +127,9 @@ fn drive_clusters(state: &State, heard: &Heard, commands: &mut Vec<Kind>) {
         .iter()
         .filter(|(name, node)| node.cluster.is_none() && heard.is_alive(name))
         .collect();
-    for (name, cluster) in &state.clusters {
+    let stay = state.clusters.iter().filter(|(_, c)| c.deleting.is_none());
+    for (name, cluster) in stay {
+        let alias = vm_size_aliases::resolve(state, &cluster.spec.vm_size);
         let staying = staying(state, cluster);
         for node in surplus(state, heard, cluster, &staying) {
             if commands.len() >= COMMANDS_MAX {
@@ -64,7 +144,7 @@ fn drive_clusters(state: &State, heard: &Heard, commands: &mut Vec<Kind>) {
         for _ in staying.len()..cluster.target() {
             let found = free
                 .iter()
-                .position(|(_, node)| cluster.matches(&node.facts));
+                .position(|(_, node)| cluster.matches(alias, &node.facts));
             let Some(found) = found.filter(|_| commands.len() < COMMANDS_MAX) else {
                 break;
             };

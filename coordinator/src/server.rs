@@ -14,9 +14,12 @@ use batchai_proto::agent::v1::agent_service_server::AgentServiceServer;
 use batchai_proto::internal::v1::ReplicaIdentity;
 use batchai_proto::v1::cluster_service_server::ClusterServiceServer;
 use batchai_proto::v1::experiment_service_server::ExperimentServiceServer;
+use batchai_proto::v1::file_server_service_server::FileServerServiceServer;
+use batchai_proto::v1::information_service_server::InformationServiceServer;
 use batchai_proto::v1::job_service_server::JobServiceServer;
 use batchai_proto::v1::node_service_server::NodeServiceServer;
 use batchai_proto::v1::resource_group_service_server::ResourceGroupServiceServer;
+use batchai_proto::v1::vm_size_service_server::VmSizeServiceServer;
 use batchai_proto::v1::workspace_service_server::WorkspaceServiceServer;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -210,7 +213,10 @@ fn routes(api: Api, agents: Agents) -> Result<tonic::transport::server::Router, 
         .add_service(limited!(ResourceGroupServiceServer, api.clone()))
         .add_service(limited!(WorkspaceServiceServer, api.clone()))
         .add_service(limited!(ClusterServiceServer, api.clone()))
+        .add_service(limited!(FileServerServiceServer, api.clone()))
         .add_service(limited!(ExperimentServiceServer, api.clone()))
+        .add_service(limited!(VmSizeServiceServer, api.clone()))
+        .add_service(limited!(InformationServiceServer, api.clone()))
         .add_service(limited!(NodeServiceServer, api.clone()))
         .add_service(limited!(JobServiceServer, api))
         .add_service(limited!(AgentServiceServer, agents))

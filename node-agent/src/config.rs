@@ -40,6 +40,9 @@ pub struct Config {
     /// connections (net.ipv4.ip_local_port_range).
     #[arg(long, default_value = "20000-29999", value_name = "FIRST-LAST", value_parser = ports)]
     pub ports: (u16, u16),
+    /// The port of this machine's SSH server, for people who want to log in.
+    #[arg(long, default_value_t = 22, value_name = "PORT")]
+    pub ssh_port: u16,
     /// End all jobs of this node when the agent ends. Without it they go on, and the next agent takes them over.
     #[arg(long)]
     pub end_jobs_on_stop: bool,

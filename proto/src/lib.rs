@@ -2,6 +2,8 @@
 //!
 //! The `.proto` files beside this crate are the manual of the API; nothing is added to them here.
 
+pub mod reflect;
+
 /// The public API.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]
 pub mod v1 {

@@ -71,6 +71,7 @@ fn job() -> v1::Job {
         std_out_err_path_prefix: "/tmp/never-written".into(),
         custom_toolkit_settings: Some(v1::CustomToolkitSettings {
             command_line: "true".into(),
+            ..Default::default()
         }),
         ..Default::default()
     }
@@ -101,7 +102,11 @@ fn bad_jobs_are_refused_with_every_fault_and_nothing_is_stored() {
     let fields = vec!["job.cluster".to_owned(), "job.node_count".to_owned()];
     assert_eq!(api.refused(negative), (invalid, fields));
     let not_served = v1::Job {
-        secrets: vec![Default::default()],
+        secrets: vec![v1::EnvironmentVariableWithSecretValue {
+            name: "S".into(),
+            value: "hidden".into(),
+            ..Default::default()
+        }],
         ..job()
     };
     assert_eq!(
@@ -139,7 +144,10 @@ fn bad_jobs_are_refused_with_every_fault_and_nothing_is_stored() {
     // A field of 5 MiB is more than a message may have.
     let text = "x".repeat(5 << 20);
     let huge = v1::Job {
-        custom_toolkit_settings: Some(v1::CustomToolkitSettings { command_line: text }),
+        custom_toolkit_settings: Some(v1::CustomToolkitSettings {
+            command_line: text,
+            ..Default::default()
+        }),
         ..job()
     };
     let status = api.create_job("j", huge).unwrap_err();
@@ -175,6 +183,7 @@ fn unknown_names_bad_names_stale_etags_and_bad_pages() {
     let delete = v1::DeleteResourceGroupRequest {
         name: "resourceGroups/g".into(),
         etag: "\"999\"".into(),
+        force: false,
     };
     let status = api
         .runtime
@@ -183,7 +192,7 @@ fn unknown_names_bad_names_stale_etags_and_bad_pages() {
     assert_eq!(status.code(), Code::Aborted);
     let delete = v1::DeleteResourceGroupRequest {
         name: "resourceGroups/g".into(),
-        etag: String::new(),
+        ..Default::default()
     };
     let status = api
         .runtime
@@ -199,6 +208,7 @@ fn unknown_names_bad_names_stale_etags_and_bad_pages() {
         let list = v1::ListNodesRequest {
             page_size,
             page_token: page_token.into(),
+            filter: String::new(),
         };
         let status = api.runtime.block_on(nodes.list_nodes(list)).unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);

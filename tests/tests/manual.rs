@@ -44,6 +44,14 @@ impl Comments<'_> {
             }
         }
         for (i, nested) in message.nested_type.iter().enumerate() {
+            // Entries of maps are not written by anyone either.
+            if nested
+                .options
+                .as_ref()
+                .is_some_and(|options| options.map_entry())
+            {
+                continue;
+            }
             self.message(&[path, &[3, i as i32]].concat(), nested);
         }
         for (i, values) in message.enum_type.iter().enumerate() {

@@ -147,10 +147,8 @@ impl Session {
         &self,
         outbox: &mpsc::Sender<Result<SessionResponse, Status>>,
     ) -> Result<(), Status> {
-        let mut changes = self
-            .replica
-            .hub()
-            .subscribe(Topic::Assignments(self.name.clone()));
+        let topic = Topic::Assignments(self.name.clone());
+        let mut changes = self.replica.hub().follow(topic);
         let published = self.replica.published();
         let welcome = Welcome {
             ensemble: published.borrow().state.ensemble.clone(),

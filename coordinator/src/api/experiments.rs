@@ -1,18 +1,19 @@
 //! Experiments.
 
 use batchai_common::names::Kind as Noun;
-use batchai_proto::internal::v1::Delete;
 use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{Labels, Update};
 use batchai_proto::v1::experiment_service_server::ExperimentService;
 use batchai_proto::v1::{
     CreateExperimentRequest, DeleteExperimentRequest, Experiment, GetExperimentRequest,
-    ListExperimentsRequest, ListExperimentsResponse,
+    ListExperimentsRequest, ListExperimentsResponse, UpdateExperimentRequest,
+    WatchExperimentRequest, WatchExperimentResponse,
 };
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
-use super::page::page;
-use super::{Api, Faults, not_found, parse};
+use super::faults::Faults;
+use super::{Api, Replies, fields};
 
 #[tonic::async_trait]
 impl ExperimentService for Api {
@@ -23,35 +24,32 @@ impl ExperimentService for Api {
         let request = request.into_inner();
         let mut faults = Faults::default();
         let once = faults.once(&request.request_id, request.validate_only, &request);
-        let CreateExperimentRequest {
-            parent,
-            experiment_id,
-            ..
-        } = request;
-        let name = faults.new_name(Noun::Experiment, &parent, "experiment_id", &experiment_id);
+        let given = request.experiment.unwrap_or_default();
+        let name = faults.new_name(
+            Noun::Experiment,
+            &request.parent,
+            "experiment_id",
+            &request.experiment_id,
+        );
+        fields::check_output_only(&mut faults, "experiment", "Experiment", &given);
+        faults.labels("experiment.labels", &given.labels);
         let name = faults.finish(name)?;
         let experiment = Experiment {
             name: name.to_string(),
             uid: Uuid::new_v4().to_string(),
+            labels: given.labels,
             ..Default::default()
         };
-        let state = self
-            .write_once(Kind::CreateExperiment(experiment), once)
-            .await?;
-        let experiment = state.experiments.get(name.as_str());
-        let experiment = experiment.ok_or_else(|| not_found(Noun::Experiment, &name))?;
-        Ok(Response::new(Experiment::clone(experiment)))
+        let create = Kind::CreateExperiment(experiment);
+        let state = self.write_once(create, once).await?;
+        self.show(&state, name.as_str())
     }
 
     async fn get_experiment(
         &self,
         request: Request<GetExperimentRequest>,
     ) -> Result<Response<Experiment>, Status> {
-        let name = parse(Noun::Experiment, &request.get_ref().name)?;
-        let state = self.read().await?;
-        let experiment = state.experiments.get(name.as_str());
-        let experiment = experiment.ok_or_else(|| not_found(Noun::Experiment, &name))?;
-        Ok(Response::new(Experiment::clone(experiment)))
+        self.get(&request.get_ref().name).await
     }
 
     async fn list_experiments(
@@ -59,33 +57,60 @@ impl ExperimentService for Api {
         request: Request<ListExperimentsRequest>,
     ) -> Result<Response<ListExperimentsResponse>, Status> {
         let request = request.into_inner();
-        let parent = self.parent(Noun::Experiment, &request.parent)?;
-        let state = self.read().await?;
-        if !state.workspaces.contains_key(parent.as_str()) {
-            return Err(not_found(Noun::Workspace, &parent).into());
-        }
-        let page_of = (request.page_size, request.page_token.as_str());
-        let (experiments, next_page_token) = page(
-            &state.experiments,
-            Some(&parent),
-            Noun::Experiment,
-            page_of,
-            |_, experiment| Experiment::clone(experiment),
-        )?;
+        let page = (request.page_size, request.page_token.as_str());
+        let (experiments, next_page_token) =
+            self.list(&request.parent, page, &request.filter).await?;
         Ok(Response::new(ListExperimentsResponse {
             experiments,
             next_page_token,
         }))
     }
 
+    async fn update_experiment(
+        &self,
+        request: Request<UpdateExperimentRequest>,
+    ) -> Result<Response<Experiment>, Status> {
+        let request = request.into_inner();
+        let given = request.experiment.unwrap_or_default();
+        let mut faults = Faults::default();
+        let name = faults.name("experiment.name", Noun::Experiment, &given.name);
+        let about = ("experiment", "Experiment");
+        let changes = fields::masked(&mut faults, about, &given, request.update_mask, &["labels"]);
+        faults.labels("experiment.labels", &given.labels);
+        let name: String = faults.finish(name)?.into();
+        let labels = (!changes.is_empty()).then_some(Labels {
+            labels: given.labels,
+        });
+        let update = Update {
+            name: name.clone(),
+            etag: given.etag,
+            labels,
+            scale_settings: None,
+        };
+        self.show(&self.update(update).await?, &name)
+    }
+
     async fn delete_experiment(
         &self,
         request: Request<DeleteExperimentRequest>,
     ) -> Result<Response<()>, Status> {
-        let DeleteExperimentRequest { name, etag } = request.into_inner();
-        let name = parse(Noun::Experiment, &name)?.into();
-        self.write(Kind::DeleteExperiment(Delete { name, etag }))
-            .await?;
+        let DeleteExperimentRequest { name, etag, force } = request.into_inner();
+        self.delete(Noun::Experiment, &name, etag, force).await?;
         Ok(Response::new(()))
+    }
+
+    type WatchExperimentStream = Replies<WatchExperimentResponse>;
+
+    async fn watch_experiment(
+        &self,
+        request: Request<WatchExperimentRequest>,
+    ) -> Result<Response<Self::WatchExperimentStream>, Status> {
+        let WatchExperimentRequest { name, revision } = request.into_inner();
+        let reply = |revision, experiments, deleted| WatchExperimentResponse {
+            revision,
+            experiments,
+            deleted,
+        };
+        self.watch(&name, revision, reply).await
     }
 }

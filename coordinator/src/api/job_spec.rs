@@ -2,16 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use batchai_proto::v1::job::{SchedulingPriority, ToolType};
-use batchai_proto::v1::{Job, JobConstraints, PyTorchSettings};
+use batchai_proto::v1::job::SchedulingPriority;
+use batchai_proto::v1::{ContainerSettings, Job, JobConstraints, NameValuePair};
 use prost::Message as _;
 
-use super::Faults;
+use super::faults::Faults;
+use super::{fields, toolkits, volumes};
 use batchai_common::names::Kind as Noun;
 
 const NODES_MAX: i32 = 10_000;
 /// An attempt with all of its ranks and files still fits one reply.
-const PROCESSES_MAX: i32 = 10_000;
+pub const PROCESSES_MAX: i32 = 10_000;
 /// A job is kept in memory and in every copy of the log.
 const JOB_BYTES_MAX: usize = 256 << 10;
 const LIST_MAX: usize = 1000;
@@ -40,7 +41,11 @@ pub fn check(faults: &mut Faults, given: Job) -> Job {
         &given.std_out_err_path_prefix,
     );
     check_directories(faults, &given);
-    check_environment(faults, &given);
+    check_variables(
+        faults,
+        "job.environment_variables",
+        &given.environment_variables,
+    );
     if let Some(preparation) = &given.job_preparation {
         text(
             faults,
@@ -49,9 +54,10 @@ pub fn check(faults: &mut Faults, given: Job) -> Job {
         );
     }
     let constraints = check_constraints(faults, given.constraints);
-    check_toolkit(faults, &given);
+    faults.labels("job.labels", &given.labels);
+    let tool = toolkits::check(faults, &given);
     check_not_served(faults, &given);
-    check_output_only(faults, &given);
+    fields::check_output_only(faults, "job", "Job", &given);
     if given.encoded_len() > JOB_BYTES_MAX {
         faults.invalid("job", format!("is larger than {JOB_BYTES_MAX} bytes"));
     }
@@ -59,20 +65,14 @@ pub fn check(faults: &mut Faults, given: Job) -> Job {
         SchedulingPriority::Unspecified => SchedulingPriority::Normal,
         priority => priority,
     };
-    let tool = match &given.py_torch_settings {
-        Some(_) => ToolType::Pytorch,
-        None => ToolType::Custom,
-    };
-    Job {
+    let mut job = Job {
         scheduling_priority: priority as i32,
         constraints: Some(constraints),
         tool_type: tool as i32,
-        py_torch_settings: given
-            .py_torch_settings
-            .clone()
-            .map(|settings| materialise_pytorch(settings, given.node_count)),
         ..given
-    }
+    };
+    toolkits::materialise(&mut job);
+    job
 }
 
 fn check_directories(faults: &mut Faults, given: &Job) {
@@ -124,20 +124,12 @@ fn directory_id<'a>(faults: &mut Faults, field: &str, id: &'a str, seen: &mut BT
     }
 }
 
-fn check_environment(faults: &mut Faults, given: &Job) {
-    at_most(
-        faults,
-        "job.environment_variables",
-        given.environment_variables.len(),
-    );
+/// Checks environment variables that a user sets.
+pub fn check_variables(faults: &mut Faults, field: &str, given: &[NameValuePair]) {
+    at_most(faults, field, given.len());
     let mut seen = BTreeSet::new();
-    for (i, variable) in given
-        .environment_variables
-        .iter()
-        .enumerate()
-        .take(LIST_MAX)
-    {
-        let field = format!("job.environment_variables[{i}]");
+    for (i, variable) in given.iter().enumerate().take(LIST_MAX) {
+        let field = format!("{field}[{i}]");
         let name = variable.name.as_str();
         let mut characters = name.bytes();
         let legal = name.len() <= ID_BYTES_MAX
@@ -158,10 +150,15 @@ fn check_environment(faults: &mut Faults, given: &Job) {
         if !seen.insert(name) {
             faults.invalid(format!("{field}.name"), "stands twice in the list");
         }
-        if variable.value.contains('\0') || variable.value.len() > TEXT_BYTES_MAX {
-            let why = format!("must have at most {TEXT_BYTES_MAX} bytes and no NUL");
-            faults.invalid(format!("{field}.value"), why);
-        }
+        no_longer_than_a_text(faults, &format!("{field}.value"), &variable.value);
+    }
+}
+
+/// A text that may be empty.
+pub fn no_longer_than_a_text(faults: &mut Faults, field: &str, text: &str) {
+    if text.contains('\0') || text.len() > TEXT_BYTES_MAX {
+        let why = format!("must have at most {TEXT_BYTES_MAX} bytes and no NUL");
+        faults.invalid(field, why);
     }
 }
 
@@ -185,149 +182,33 @@ fn check_constraints(faults: &mut Faults, given: Option<JobConstraints>) -> JobC
     }
 }
 
-fn toolkits(given: &Job) -> [(&'static str, bool, bool); 9] {
-    // Name, whether it is served, whether it is set.
-    [
-        (
-            "custom_toolkit_settings",
-            true,
-            given.custom_toolkit_settings.is_some(),
-        ),
-        ("py_torch_settings", true, given.py_torch_settings.is_some()),
-        (
-            "tensor_flow_settings",
-            false,
-            given.tensor_flow_settings.is_some(),
-        ),
-        ("cntk_settings", false, given.cntk_settings.is_some()),
-        ("caffe_settings", false, given.caffe_settings.is_some()),
-        ("caffe2_settings", false, given.caffe2_settings.is_some()),
-        ("chainer_settings", false, given.chainer_settings.is_some()),
-        ("horovod_settings", false, given.horovod_settings.is_some()),
-        (
-            "custom_mpi_settings",
-            false,
-            given.custom_mpi_settings.is_some(),
-        ),
-    ]
-}
-
-fn check_toolkit(faults: &mut Faults, given: &Job) {
-    let set: Vec<_> = toolkits(given)
-        .into_iter()
-        .filter(|(_, _, set)| *set)
-        .collect();
-    match set[..] {
-        [_] => {}
-        [] => faults.invalid(
-            "job",
-            "one toolkit must be given: set custom_toolkit_settings or py_torch_settings",
-        ),
-        _ => {
-            let names: Vec<_> = set.iter().map(|(name, ..)| *name).collect();
-            let names = names.join(" and ");
-            faults.invalid(
-                "job",
-                format!("exactly one toolkit may be given, not {names}"),
-            );
-        }
-    }
-    if let Some(settings) = &given.custom_toolkit_settings {
-        text(
-            faults,
-            "job.custom_toolkit_settings.command_line",
-            &settings.command_line,
-        );
-    }
-    if let Some(settings) = &given.py_torch_settings {
-        check_pytorch(faults, settings, given.node_count);
-    }
-}
-
-fn check_pytorch(faults: &mut Faults, given: &PyTorchSettings, nodes: i32) {
-    const FIELD: &str = "job.py_torch_settings";
-    path(
-        faults,
-        &format!("{FIELD}.python_script_file_path"),
-        &given.python_script_file_path,
-    );
-    let interpreter = &given.python_interpreter_path;
-    if !interpreter.is_empty() {
-        path(
-            faults,
-            &format!("{FIELD}.python_interpreter_path"),
-            interpreter,
-        );
-    }
-    let arguments = &given.command_line_args;
-    if shlex::split(arguments).is_none() || arguments.contains('\0') {
-        let why = "is not a list of words in shell quoting";
-        faults.invalid(format!("{FIELD}.command_line_args"), why);
-    }
-    let count = given.process_count;
-    if count != 0 && (count < nodes || count > PROCESSES_MAX) {
-        let why = format!("must be 0 or from node_count to {PROCESSES_MAX}");
-        faults.invalid(format!("{FIELD}.process_count"), why);
-    }
-    let field = format!("{FIELD}.communication_backend");
-    match given.communication_backend.to_ascii_lowercase().as_str() {
-        "" | "gloo" | "nccl" | "tcp" => {}
-        "mpi" => faults.not_served(&field, true),
-        _ => faults.invalid(field, "must be gloo, nccl or tcp"),
-    }
-}
-
-fn materialise_pytorch(given: PyTorchSettings, nodes: i32) -> PyTorchSettings {
-    let backend = given.communication_backend.to_ascii_lowercase();
-    PyTorchSettings {
-        process_count: if given.process_count == 0 {
-            nodes
-        } else {
-            given.process_count
-        },
-        communication_backend: if backend.is_empty() {
-            "gloo".into()
-        } else {
-            backend
-        },
-        ..given
-    }
-}
-
 fn check_not_served(faults: &mut Faults, given: &Job) {
+    volumes::check_secrets(faults, "job.secrets", &given.secrets);
     faults.not_served("job.secrets", !given.secrets.is_empty());
-    faults.not_served("job.mount_volumes", given.mount_volumes.is_some());
-    faults.not_served("job.container_settings", given.container_settings.is_some());
-    for (name, served, set) in toolkits(given) {
-        faults.not_served(&format!("job.{name}"), set && !served);
+    if let Some(mounts) = &given.mount_volumes {
+        volumes::check_mounts(faults, "job.mount_volumes", mounts);
+        faults.not_served("job.mount_volumes", true);
+    }
+    if let Some(container) = &given.container_settings {
+        check_container(faults, "job.container_settings", container);
+        faults.not_served("job.container_settings", true);
     }
 }
 
-fn check_output_only(faults: &mut Faults, given: &Job) {
-    for (field, set) in [
-        ("job.name", !given.name.is_empty()),
-        ("job.uid", !given.uid.is_empty()),
-        ("job.etag", !given.etag.is_empty()),
-        ("job.create_time", given.create_time.is_some()),
-        ("job.tool_type", given.tool_type != 0),
-        ("job.state", given.state != 0),
-        (
-            "job.state_transition_time",
-            given.state_transition_time.is_some(),
-        ),
-        ("job.pending_reason", !given.pending_reason.is_empty()),
-        ("job.start_time", given.start_time.is_some()),
-        ("job.end_time", given.end_time.is_some()),
-        ("job.exit_code", given.exit_code.is_some()),
-        ("job.errors", !given.errors.is_empty()),
-        (
-            "job.job_output_directory_path_segment",
-            !given.job_output_directory_path_segment.is_empty(),
-        ),
-        ("job.attempt", given.attempt.is_some()),
-        ("job.deleting", given.deleting),
-    ] {
-        faults.output_only(field, set);
+fn check_container(faults: &mut Faults, field: &str, given: &ContainerSettings) {
+    faults.text(&format!("{field}.shm_size"), &given.shm_size, false);
+    let field = format!("{field}.image_source_registry");
+    let Some(registry) = &given.image_source_registry else {
+        return faults.invalid(field, "must be given");
+    };
+    faults.text(&format!("{field}.image"), &registry.image, true);
+    faults.text(&format!("{field}.server_url"), &registry.server_url, false);
+    if let Some(credentials) = &registry.credentials {
+        let field = format!("{field}.credentials");
+        faults.text(&format!("{field}.username"), &credentials.username, true);
+        let reference = credentials.password_secret_reference.as_ref();
+        let password = ("password", credentials.password.as_str());
+        volumes::one_of(faults, &field, password, reference);
     }
 }
 
@@ -337,7 +218,7 @@ fn at_most(faults: &mut Faults, field: &str, length: usize) {
     }
 }
 
-fn text(faults: &mut Faults, field: &str, text: &str) {
+pub fn text(faults: &mut Faults, field: &str, text: &str) {
     if text.trim().is_empty() || text.contains('\0') || text.len() > TEXT_BYTES_MAX {
         let why = format!("must be given, with at most {TEXT_BYTES_MAX} bytes and no NUL");
         faults.invalid(field, why);
@@ -352,14 +233,14 @@ fn climbs(path: &str) -> bool {
     path.split('/').any(|part| part == "..")
 }
 
-fn path(faults: &mut Faults, field: &str, path: &str) {
+pub fn path(faults: &mut Faults, field: &str, path: &str) {
     if path.is_empty() || bad_path(path) {
         let why = format!("must be a path of 1 to {PATH_BYTES_MAX} bytes without NUL");
         faults.invalid(field, why);
     }
 }
 
-fn absolute(faults: &mut Faults, field: &str, path: &str) {
+pub fn absolute(faults: &mut Faults, field: &str, path: &str) {
     let begins_well = path.starts_with('/') || path.starts_with(VARIABLE);
     if !begins_well || climbs(path) || bad_path(path) {
         let why = "must be an absolute path without `..`; it may begin with $AZ_BATCHAI_...";

@@ -1,7 +1,7 @@
 use batchai_common::error::ApiError;
 
 use super::*;
-use batchai_proto::v1;
+use batchai_proto::v1::{self, PyTorchSettings};
 
 /// A job's settings with nothing in them that a check would mind.
 fn valid() -> Job {
@@ -11,6 +11,7 @@ fn valid() -> Job {
         std_out_err_path_prefix: "$AZ_BATCHAI_MOUNT_ROOT/logs".into(),
         custom_toolkit_settings: Some(v1::CustomToolkitSettings {
             command_line: "true".into(),
+            ..Default::default()
         }),
         ..Default::default()
     }
@@ -132,6 +133,7 @@ fn every_fault_is_named() {
             });
             j.custom_toolkit_settings = Some(v1::CustomToolkitSettings {
                 command_line: "x".repeat(100_000),
+                ..Default::default()
             });
             j.std_out_err_path_prefix = "/x".into();
             j.environment_variables = vec![v1::NameValuePair {
@@ -170,7 +172,13 @@ fn every_fault_is_named() {
 #[test]
 fn several_faults_are_named_at_once_and_what_is_not_served_is_told_apart() {
     let mut job = valid();
-    job.container_settings = Some(v1::ContainerSettings::default());
+    job.container_settings = Some(v1::ContainerSettings {
+        image_source_registry: Some(v1::ImageSourceRegistry {
+            image: "tensorflow/tensorflow:1.8.0-gpu".into(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
     let Err(ApiError::NotServed(faults)) = faults_of(job.clone()) else {
         panic!()
     };
@@ -183,11 +191,84 @@ fn several_faults_are_named_at_once_and_what_is_not_served_is_told_apart() {
     assert_eq!(faults.len(), 3);
     let job = Job {
         custom_toolkit_settings: None,
-        horovod_settings: Some(v1::HorovodSettings::default()),
+        horovod_settings: Some(v1::HorovodSettings {
+            python_script_file_path: "train.py".into(),
+            ..Default::default()
+        }),
         ..valid()
     };
     let Err(ApiError::NotServed(faults)) = faults_of(job) else {
         panic!()
     };
     assert_eq!(faults[0].field, "job.horovod_settings");
+}
+
+#[test]
+fn blocks_that_are_not_served_are_checked_all_the_same() {
+    let job = Job {
+        mount_volumes: Some(v1::MountVolumes {
+            azure_file_shares: vec![v1::AzureFileShare {
+                account_name: "a".into(),
+                azure_file_url: "https://a.invalid/share".into(),
+                relative_mount_path: "../logs".into(),
+                file_mode: "rwx".into(),
+                ..Default::default()
+            }],
+            unmanaged_file_systems: vec![v1::UnmanagedFileSystem {
+                mount_command: "mount -t nfs".into(),
+                relative_mount_path: "../logs/".into(),
+            }],
+            ..Default::default()
+        }),
+        secrets: vec![v1::EnvironmentVariableWithSecretValue {
+            name: "S".into(),
+            ..Default::default()
+        }],
+        ..valid()
+    };
+    let Err(ApiError::Invalid(faults)) = faults_of(job) else {
+        panic!("it passed")
+    };
+    let fields: Vec<_> = faults.iter().map(|fault| fault.field.as_str()).collect();
+    for field in [
+        "job.secrets[0].value",
+        "job.mount_volumes.azure_file_shares[0].credentials",
+        "job.mount_volumes.azure_file_shares[0].file_mode",
+        "job.mount_volumes.azure_file_shares[0].relative_mount_path",
+        "job.mount_volumes.unmanaged_file_systems[0].relative_mount_path",
+    ] {
+        assert!(fields.contains(&field), "{field} in {fields:?}");
+    }
+    let only = |spoil: fn(&mut Job)| {
+        let mut job = valid();
+        job.custom_toolkit_settings = None;
+        spoil(&mut job);
+        match faults_of(job) {
+            Err(ApiError::Invalid(faults)) => faults[0].field.clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let caffe = only(|job| job.caffe_settings = Some(v1::CaffeSettings::default()));
+    assert_eq!(caffe, "job.caffe_settings.config_file_path");
+    let cntk = only(|job| {
+        job.cntk_settings = Some(v1::CntkSettings {
+            language_type: "Python".into(),
+            config_file_path: "a.cntk".into(),
+            ..Default::default()
+        });
+    });
+    assert_eq!(cntk, "job.cntk_settings.language_type");
+    let tensorflow = only(|job| {
+        job.tensor_flow_settings = Some(v1::TensorFlowSettings {
+            python_script_file_path: "a.py".into(),
+            parameter_server_count: 3,
+            ..Default::default()
+        });
+    });
+    assert_eq!(
+        tensorflow,
+        "job.tensor_flow_settings.parameter_server_count"
+    );
+    let mpi = only(|job| job.custom_mpi_settings = Some(v1::CustomMpiSettings::default()));
+    assert_eq!(mpi, "job.custom_mpi_settings.command_line");
 }

@@ -1,29 +1,27 @@
 //! Jobs, their changes and their logs.
 
-use std::pin::Pin;
-
 use batchai_common::error::ApiError;
 use batchai_common::names::Kind as Noun;
 use batchai_proto::internal::v1::command::Kind;
-use batchai_proto::internal::v1::{CreateJobs, Delete, TerminateJob};
+use batchai_proto::internal::v1::{CreateJobs, Labels, TerminateJob, Update};
 use batchai_proto::v1::job_service_server::JobService;
 use batchai_proto::v1::{
     BatchCreateJobsRequest, BatchCreateJobsResponse, CreateJobRequest, DeleteJobRequest,
-    GetJobRequest, Job, ListJobsRequest, ListJobsResponse, StreamJobLogsRequest,
-    StreamJobLogsResponse, TerminateJobRequest, WatchJobRequest, WatchJobResponse,
+    GetJobRequest, Job, ListJobRemoteLoginInformationRequest,
+    ListJobRemoteLoginInformationResponse, ListJobsRequest, ListJobsResponse, StreamJobLogsRequest,
+    StreamJobLogsResponse, TerminateJobRequest, UpdateJobRequest, WatchJobRequest,
+    WatchJobResponse,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
-use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
-use super::page::page;
-use super::{Api, Faults, job_spec, not_found, parse, views};
+use super::faults::Faults;
+use super::views::Resource as _;
+use super::{Api, Replies, draining, fields, job_spec, not_found, parse, remote_login};
 use crate::logs::{self, ReadRequest};
-use crate::replica::hub::Topic;
-use crate::state::State;
 
 /// What a watcher or reader has not taken yet; one that is slow waits for itself only.
 const OUTBOX_MAX: usize = 4;
@@ -32,8 +30,6 @@ const BATCH_MAX: usize = 1000;
 const BATCH_BYTES_MAX: usize = 2 << 20;
 /// The only directory that is served.
 const STDOUTERR: &str = "stdouterr";
-
-type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl JobService for Api {
@@ -53,7 +49,7 @@ impl JobService for Api {
             ..job
         };
         let state = self.write_once(Kind::CreateJob(job), once).await?;
-        Ok(Response::new(self.job(&state, name.as_str())?))
+        self.show(&state, name.as_str())
     }
 
     async fn batch_create_jobs(
@@ -83,14 +79,14 @@ impl JobService for Api {
             .write_once(Kind::CreateJobs(CreateJobs { jobs }), once)
             .await?;
         let heard = self.contacts.heard();
-        let created = names.iter().filter_map(|name| state.jobs.get(name));
-        let jobs = created.map(|job| views::job(&state, &heard, job)).collect();
+        let created = names.iter();
+        let jobs = created.filter_map(|name| Job::view(&state, &heard, name));
+        let jobs = jobs.collect();
         Ok(Response::new(BatchCreateJobsResponse { jobs }))
     }
 
     async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
-        let name = parse(Noun::Job, &request.get_ref().name)?;
-        Ok(Response::new(self.job(&self.read().await?, name.as_str())?))
+        self.get(&request.get_ref().name).await
     }
 
     async fn list_jobs(
@@ -98,20 +94,36 @@ impl JobService for Api {
         request: Request<ListJobsRequest>,
     ) -> Result<Response<ListJobsResponse>, Status> {
         let request = request.into_inner();
-        let parent = self.parent(Noun::Job, &request.parent)?;
-        let (state, heard) = (self.read().await?, self.contacts.heard());
-        if !state.experiments.contains_key(parent.as_str()) {
-            return Err(not_found(Noun::Experiment, &parent).into());
-        }
-        let page_of = (request.page_size, request.page_token.as_str());
-        let (jobs, next_page_token) =
-            page(&state.jobs, Some(&parent), Noun::Job, page_of, |_, job| {
-                views::job(&state, &heard, job)
-            })?;
+        let page = (request.page_size, request.page_token.as_str());
+        let (jobs, next_page_token) = self.list(&request.parent, page, &request.filter).await?;
         Ok(Response::new(ListJobsResponse {
             jobs,
             next_page_token,
         }))
+    }
+
+    async fn update_job(
+        &self,
+        request: Request<UpdateJobRequest>,
+    ) -> Result<Response<Job>, Status> {
+        let request = request.into_inner();
+        let given = request.job.unwrap_or_default();
+        let mut faults = Faults::default();
+        let name = faults.name("job.name", Noun::Job, &given.name);
+        let mask = request.update_mask;
+        let changes = fields::masked(&mut faults, ("job", "Job"), &given, mask, &["labels"]);
+        faults.labels("job.labels", &given.labels);
+        let name: String = faults.finish(name)?.into();
+        let labels = (!changes.is_empty()).then_some(Labels {
+            labels: given.labels,
+        });
+        let update = Update {
+            name: name.clone(),
+            etag: given.etag,
+            labels,
+            scale_settings: None,
+        };
+        self.show(&self.update(update).await?, &name)
     }
 
     async fn terminate_job(
@@ -119,16 +131,17 @@ impl JobService for Api {
         request: Request<TerminateJobRequest>,
     ) -> Result<Response<Job>, Status> {
         let name: String = parse(Noun::Job, &request.get_ref().name)?.into();
-        let state = self
-            .write(Kind::TerminateJob(TerminateJob { name: name.clone() }))
-            .await?;
-        Ok(Response::new(self.job(&state, &name)?))
+        let terminate = TerminateJob {
+            name: name.clone(),
+            ..Default::default()
+        };
+        let state = self.write(Kind::TerminateJob(terminate)).await?;
+        self.show(&state, &name)
     }
 
     async fn delete_job(&self, request: Request<DeleteJobRequest>) -> Result<Response<()>, Status> {
         let DeleteJobRequest { name, etag } = request.into_inner();
-        let name = parse(Noun::Job, &name)?.into();
-        self.write(Kind::DeleteJob(Delete { name, etag })).await?;
+        self.delete(Noun::Job, &name, etag, false).await?;
         Ok(Response::new(()))
     }
 
@@ -138,21 +151,13 @@ impl JobService for Api {
         &self,
         request: Request<WatchJobRequest>,
     ) -> Result<Response<Self::WatchJobStream>, Status> {
-        let name: String = parse(Noun::Job, &request.get_ref().name)?.into();
-        self.job(&self.read().await?, &name)?;
-        let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
-        let api = self.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                () = api.watch(&name, &outbox) => {}
-                () = outbox.closed() => {}
-                () = api.shutdown.cancelled() => {
-                    // The watcher may be gone or slow; it sees the stream end in any case.
-                    let _ = outbox.try_send(Err(draining().into()));
-                }
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+        let WatchJobRequest { name, revision } = request.into_inner();
+        let reply = |revision, jobs, deleted| WatchJobResponse {
+            revision,
+            jobs,
+            deleted,
+        };
+        self.watch(&name, revision, reply).await
     }
 
     type StreamJobLogsStream = Replies<StreamJobLogsResponse>;
@@ -163,7 +168,7 @@ impl JobService for Api {
     ) -> Result<Response<Self::StreamJobLogsStream>, Status> {
         let request = request.into_inner();
         let read = check_log_request(&request)?;
-        self.job(&self.read().await?, &read.job)?;
+        self.show::<Job>(&self.read().await?, &read.job)?;
         let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
         let (replica, logs, shutdown) = (
             self.replica.clone(),
@@ -182,45 +187,26 @@ impl JobService for Api {
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
     }
-}
 
-impl Api {
-    fn job(&self, state: &State, name: &str) -> Result<Job, ApiError> {
-        let job = state.jobs.get(name);
-        let job = job.ok_or(ApiError::NotFound {
-            kind: Noun::Job,
-            name: name.to_owned(),
-        })?;
-        Ok(views::job(state, &self.contacts.heard(), job))
-    }
-
-    /// Sends the job after every change until it has ended or is gone.
-    async fn watch(&self, name: &str, outbox: &mpsc::Sender<Result<WatchJobResponse, Status>>) {
-        let mut changes = self
-            .replica
-            .hub()
-            .subscribe(Topic::Resource(name.to_owned()));
-        let mut sent = None;
-        loop {
-            let state = self.replica.published().borrow().state.clone();
-            let job = state.jobs.get(name);
-            if job.map(|job| job.revision) != sent || job.is_none() {
-                sent = job.map(|job| job.revision);
-                let view = job.map(|job| views::job(&state, &self.contacts.heard(), job));
-                let over = job.is_none_or(|job| job.ended() && !job.deleting);
-                if outbox
-                    .send(Ok(WatchJobResponse { job: view }))
-                    .await
-                    .is_err()
-                    || over
-                {
-                    return;
-                }
-            }
-            if changes.changed().await.is_err() {
-                return;
-            }
-        }
+    async fn list_job_remote_login_information(
+        &self,
+        request: Request<ListJobRemoteLoginInformationRequest>,
+    ) -> Result<Response<ListJobRemoteLoginInformationResponse>, Status> {
+        let request = request.into_inner();
+        let name = parse(Noun::Job, &request.name)?;
+        let state = self.read().await?;
+        let job = state.jobs.get(name.as_str());
+        let job = job.ok_or_else(|| not_found(Noun::Job, &name))?;
+        let attempt = job.attempt.as_ref().and_then(|id| state.attempts.get(id));
+        let nodes = attempt.iter().flat_map(|attempt| &attempt.nodes);
+        let nodes = nodes.map(|n| n.node.clone()).collect();
+        let page = (request.page_size, request.page_token.as_str());
+        let (remote_login_information, next_page_token) =
+            remote_login::page(&state, name.as_str(), nodes, page)?;
+        Ok(Response::new(ListJobRemoteLoginInformationResponse {
+            remote_login_information,
+            next_page_token,
+        }))
     }
 }
 
@@ -237,13 +223,6 @@ fn check_one_of_batch(faults: &mut Faults, parent: &str, given: CreateJobRequest
         name,
         uid: Uuid::new_v4().to_string(),
         ..job
-    }
-}
-
-fn draining() -> ApiError {
-    ApiError::Unavailable {
-        why: "it is shutting down".into(),
-        leader: None,
     }
 }
 

@@ -1,28 +1,50 @@
 //! The gRPC services that users see. Thin: a request is parsed and checked whole, becomes a command or a read, and
 //! what the State says becomes the reply. Nothing is decided here.
 
+mod cluster_spec;
 mod clusters;
 mod experiments;
+mod faults;
+mod fields;
+mod file_servers;
+mod filter;
+mod information;
 mod job_spec;
 mod jobs;
 mod nodes;
 mod page;
+mod permissions;
+mod remote_login;
 mod resource_groups;
+mod toolkits;
 mod views;
+mod vm_sizes;
+mod volumes;
+mod watch;
 mod workspaces;
+
+use std::pin::Pin;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_common::time;
 use batchai_proto::internal::v1::command::Kind;
-use batchai_proto::internal::v1::{Command, RequestKey};
-use sha2::{Digest as _, Sha256};
+use batchai_proto::internal::v1::{Command, Delete, Update};
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
+use tonic::{Response, Status};
 
 use crate::agents::contacts::Contacts;
 use crate::logs::LogStore;
 use crate::replica::{Handle, ReplicaError};
 use crate::state::{Rejection, State, apply};
+
+use faults::{Faults, Once};
+use page::Query;
+use views::Resource;
+
+/// What a stream sends.
+type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// What all services share. Cheap to clone.
 #[derive(Clone)]
@@ -74,13 +96,51 @@ impl Api {
         Ok(self.replica.published().borrow().state.clone())
     }
 
-    /// Parses the parent of a list.
-    fn parent(&self, kind: Noun, text: &str) -> Result<Name, ApiError> {
-        let mut faults = Faults::default();
-        let parent = kind
-            .parent()
-            .and_then(|parent| faults.name("parent", parent, text));
-        faults.finish(parent)
+    /// One resource, as it is in a State.
+    fn show<R: Resource>(&self, state: &State, name: &str) -> Result<Response<R>, Status> {
+        let found = R::view(state, &self.contacts.heard(), name);
+        let found = found.ok_or_else(|| ApiError::NotFound {
+            kind: R::KIND,
+            name: name.to_owned(),
+        })?;
+        Ok(Response::new(found))
+    }
+
+    /// One resource.
+    async fn get<R: Resource>(&self, name: &str) -> Result<Response<R>, Status> {
+        let name = parse(R::KIND, name)?;
+        self.show(&self.read().await?, name.as_str())
+    }
+
+    /// A page of resources, and the token of the next.
+    async fn list<R: Resource>(
+        &self,
+        parent: &str,
+        page: (i32, &str),
+        filter: &str,
+    ) -> Result<(Vec<R>, String), ApiError> {
+        let query = Query::new((R::KIND, R::MESSAGE), parent, page, filter)?;
+        let (state, heard) = (self.read().await?, self.contacts.heard());
+        query.check_parent(&state)?;
+        Ok(query.page(&state, |name| R::view(&state, &heard, name)))
+    }
+
+    /// Deletes a resource, or begins to.
+    async fn delete(
+        &self,
+        kind: Noun,
+        name: &str,
+        etag: String,
+        force: bool,
+    ) -> Result<(), ApiError> {
+        let name = parse(kind, name)?.into();
+        let delete = Delete { name, etag, force };
+        self.write(Kind::Delete(delete)).await.map(|_| ())
+    }
+
+    /// Changes a resource; returns a State that has the change.
+    async fn update(&self, update: Update) -> Result<State, ApiError> {
+        self.write(Kind::Update(update)).await
     }
 
     fn error(&self, error: ReplicaError) -> ApiError {
@@ -117,6 +177,7 @@ fn rejected(rejection: Rejection) -> ApiError {
         Rejection::WrongState { name, why } | Rejection::Overtaken { name, why } => {
             ApiError::WrongState { name, why }
         }
+        Rejection::LimitReached { kind, limit } => ApiError::LimitReached { kind, limit },
         Rejection::RequestIdReused { .. } => {
             ApiError::Invalid(vec![Fault::new("request_id", rejection.to_string())])
         }
@@ -140,125 +201,16 @@ fn not_found(kind: Noun, name: &Name) -> ApiError {
     }
 }
 
-/// How often a request is carried out: each time it comes, once under its name, or never.
-struct Once {
-    key: Option<RequestKey>,
-    validate_only: bool,
-}
-
-/// Collects everything that is wrong with a request.
-#[derive(Default)]
-struct Faults {
-    invalid: Vec<Fault>,
-    not_served: Vec<Fault>,
-}
-
-impl Faults {
-    fn invalid(&mut self, field: impl Into<String>, reason: impl Into<String>) {
-        self.invalid.push(Fault::new(field, reason));
-    }
-
-    /// A field that the model has and this version does not serve.
-    fn not_served(&mut self, field: &str, set: bool) {
-        if set {
-            self.not_served.push(Fault::new(
-                field,
-                "this field is not served yet; leave it out",
-            ));
-        }
-    }
-
-    /// A field that only the service sets.
-    fn output_only(&mut self, field: &str, set: bool) {
-        if set {
-            self.invalid(field, "is output only; leave it out");
-        }
-    }
-
-    fn name(&mut self, field: &str, kind: Noun, text: &str) -> Option<Name> {
-        let parsed = Name::parse(kind, text);
-        parsed
-            .map_err(|error| self.invalid(field, error.to_string()))
-            .ok()
-    }
-
-    /// The name of a new resource: its parent's and an id.
-    fn new_name(&mut self, kind: Noun, parent: &str, id_field: &str, id: &str) -> Option<Name> {
-        let parent = match kind.parent() {
-            Some(noun) => self.name("parent", noun, parent),
-            None => None,
-        };
-        if let Err(error) = batchai_common::names::check_id(kind, id) {
-            self.invalid(id_field, error.to_string());
-            return None;
-        }
-        match kind.parent() {
-            None => Name::top(kind, id).ok(),
-            Some(_) => parent.and_then(|parent| parent.child(kind, id).ok()),
-        }
-    }
-
-    /// How often a request is to be carried out.
-    fn once<M: prost::Message>(&mut self, id: &str, validate_only: bool, request: &M) -> Once {
-        let named = !id.is_empty();
-        if named && uuid::Uuid::try_parse(id).is_err() {
-            self.invalid("request_id", "must be a UUID");
-        }
-        let key = named.then(|| RequestKey {
-            // There are no identities yet: all callers are one.
-            caller: String::new(),
-            id: id.to_owned(),
-            digest: Sha256::digest(request.encode_to_vec()).to_vec(),
-        });
-        Once { key, validate_only }
-    }
-
-    /// The name of one of several new resources of a parent that is checked elsewhere; empty where the id is bad.
-    fn child_name(&mut self, kind: Noun, parent: &str, id_field: &str, id: &str) -> String {
-        match batchai_common::names::check_id(kind, id) {
-            Ok(()) => format!("{parent}/{}/{id}", kind.collection()),
-            Err(error) => {
-                self.invalid(id_field, error.to_string());
-                String::new()
-            }
-        }
-    }
-
-    /// Checks a part of a request, whose fields are named from the whole.
-    fn within<T>(&mut self, prefix: &str, check: impl FnOnce(&mut Faults) -> T) -> T {
-        let mut part = Faults::default();
-        let checked = check(&mut part);
-        let place = |fault: Fault| Fault::new(format!("{prefix}{}", fault.field), fault.reason);
-        self.invalid.extend(part.invalid.into_iter().map(place));
-        self.not_served
-            .extend(part.not_served.into_iter().map(place));
-        checked
-    }
-
-    fn location(&mut self, field: &str, text: &str) {
-        if !text.is_empty()
-            && let Err(error) = batchai_common::names::check_id(Noun::ResourceGroup, text)
-        {
-            self.invalid(field, error.to_string());
-        }
-    }
-
-    /// All faults at once, or what was parsed.
-    fn finish<T>(mut self, parsed: Option<T>) -> Result<T, ApiError> {
-        if !self.invalid.is_empty() {
-            self.invalid.append(&mut self.not_served);
-            return Err(ApiError::Invalid(self.invalid));
-        }
-        match parsed {
-            Some(parsed) if self.not_served.is_empty() => Ok(parsed),
-            _ => Err(ApiError::NotServed(self.not_served)),
-        }
-    }
-}
-
 /// Parses the one name of a request.
 fn parse(kind: Noun, text: &str) -> Result<Name, ApiError> {
     let mut faults = Faults::default();
     let name = faults.name("name", kind, text);
     faults.finish(name)
+}
+
+fn draining() -> ApiError {
+    ApiError::Unavailable {
+        why: "it is shutting down".into(),
+        leader: None,
+    }
 }

@@ -1,26 +1,17 @@
 //! Nodes.
 
-use batchai_common::names::Kind as Noun;
 use batchai_proto::v1::node_service_server::NodeService;
-use batchai_proto::v1::{GetNodeRequest, ListNodesRequest, ListNodesResponse, Node};
+use batchai_proto::v1::{
+    GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, WatchNodeRequest, WatchNodeResponse,
+};
 use tonic::{Request, Response, Status};
 
-use super::page::page;
-use super::{Api, not_found, parse, views};
+use super::{Api, Replies};
 
 #[tonic::async_trait]
 impl NodeService for Api {
     async fn get_node(&self, request: Request<GetNodeRequest>) -> Result<Response<Node>, Status> {
-        let name = parse(Noun::Node, &request.get_ref().name)?;
-        let state = self.read().await?;
-        let node = state.nodes.get(name.as_str());
-        let node = node.ok_or_else(|| not_found(Noun::Node, &name))?;
-        Ok(Response::new(views::node(
-            &state,
-            &self.contacts.heard(),
-            name.as_str(),
-            node,
-        )))
+        self.get(&request.get_ref().name).await
     }
 
     async fn list_nodes(
@@ -28,15 +19,26 @@ impl NodeService for Api {
         request: Request<ListNodesRequest>,
     ) -> Result<Response<ListNodesResponse>, Status> {
         let request = request.into_inner();
-        let (state, heard) = (self.read().await?, self.contacts.heard());
-        let page_of = (request.page_size, request.page_token.as_str());
-        let (nodes, next_page_token) =
-            page(&state.nodes, None, Noun::Node, page_of, |name, node| {
-                views::node(&state, &heard, name, node)
-            })?;
+        let page = (request.page_size, request.page_token.as_str());
+        let (nodes, next_page_token) = self.list("", page, &request.filter).await?;
         Ok(Response::new(ListNodesResponse {
             nodes,
             next_page_token,
         }))
+    }
+
+    type WatchNodeStream = Replies<WatchNodeResponse>;
+
+    async fn watch_node(
+        &self,
+        request: Request<WatchNodeRequest>,
+    ) -> Result<Response<Self::WatchNodeStream>, Status> {
+        let WatchNodeRequest { name, revision } = request.into_inner();
+        let reply = |revision, nodes, deleted| WatchNodeResponse {
+            revision,
+            nodes,
+            deleted,
+        };
+        self.watch(&name, revision, reply).await
     }
 }

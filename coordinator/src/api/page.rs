@@ -2,53 +2,121 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use batchai_common::error::{ApiError, Fault};
-use batchai_common::names::{Kind, Name};
-use imbl::OrdMap;
+use batchai_common::error::ApiError;
+use batchai_common::names::{Kind, Name, WILDCARD};
 
-use crate::state::children;
+use super::faults::Faults;
+use super::filter::Filter;
+use crate::state::State;
 
 const PAGE_DEFAULT: usize = 100;
 const PAGE_MAX: usize = 1000;
 /// With one more element, of at most a megabyte, a page still fits a message.
 const PAGE_BYTES_MAX: usize = 2 << 20;
+/// Elements that one page looks at: where few pass the filter, the rest is for the next page.
+const LOOKS_MAX: usize = 10_000;
 
-/// A page of a table, as replies show it: the elements of one parent in the order of their names, and the token of the
-/// next page. A page ends early where it would grow too large for a message.
-pub fn page<T, M: prost::Message>(
-    table: &OrdMap<String, T>,
-    parent: Option<&Name>,
-    kind: Kind,
-    request: (i32, &str),
-    view: impl Fn(&str, &T) -> M,
-) -> Result<(Vec<M>, String), ApiError> {
-    let (page_size, page_token) = request;
-    let invalid = |field: &str, why: &str| ApiError::Invalid(vec![Fault::new(field, why)]);
-    let size = match usize::try_from(page_size) {
-        Err(_) => return Err(invalid("page_size", "must not be negative")),
-        Ok(0) => PAGE_DEFAULT,
-        Ok(size) => size.min(PAGE_MAX),
-    };
-    let parent = parent.map_or("", Name::as_str);
-    let list = format!("{parent}/{}", kind.collection());
-    let after = match page_token {
-        "" => String::new(),
-        token => decode(&list, token)
-            .ok_or_else(|| invalid("page_token", "is not one that this list returned"))?,
-    };
-    let mut page = Vec::new();
-    let mut bytes = 0;
-    let mut last = String::new();
-    for (name, value) in children(table, parent, kind, &after) {
-        if page.len() == size || (bytes > PAGE_BYTES_MAX && !page.is_empty()) {
-            return Ok((page, encode(&list, &last)));
-        }
-        let element = view(name, value);
-        bytes += element.encoded_len();
-        page.push(element);
-        last.clone_from(name);
+/// What a list asks for.
+pub struct Query {
+    /// The full names of all that belongs to the list.
+    pattern: Name,
+    size: usize,
+    after: String,
+    filter: Option<Filter>,
+    /// What tells this list from others, for its tokens.
+    list: String,
+}
+
+impl Query {
+    /// Takes the arguments of a list of messages of a name. For kinds without a parent it only tells lists apart.
+    pub fn new(
+        (kind, message): (Kind, &'static str),
+        parent: &str,
+        (page_size, page_token): (i32, &str),
+        filter: &str,
+    ) -> Result<Query, ApiError> {
+        let mut faults = Faults::default();
+        let list = parent;
+        let parent = match kind.parent() {
+            Some(above) => faults
+                .pattern("parent", above, parent)
+                .map(|parent| format!("{parent}/{}/{WILDCARD}", kind.collection())),
+            None => Some(format!("{}/{WILDCARD}", kind.collection())),
+        };
+        let pattern = parent.and_then(|text| faults.pattern("parent", kind, &text));
+        let size = match usize::try_from(page_size) {
+            Err(_) => {
+                faults.invalid("page_size", "must not be negative");
+                PAGE_DEFAULT
+            }
+            Ok(0) => PAGE_DEFAULT,
+            Ok(size) => size.min(PAGE_MAX),
+        };
+        let parsed = Filter::parse(message, filter).unwrap_or_else(|why| {
+            faults.invalid("filter", why);
+            None
+        });
+        let list = format!("{list} {} {filter}", kind.collection());
+        let after = match page_token {
+            "" => String::new(),
+            token => decode(&list, token).unwrap_or_else(|| {
+                faults.invalid("page_token", "is not one that this list returned");
+                String::new()
+            }),
+        };
+        let pattern = faults.finish(pattern)?;
+        Ok(Query {
+            pattern,
+            size,
+            after,
+            filter: parsed,
+            list,
+        })
     }
-    Ok((page, String::new()))
+
+    /// Refuses a list of what a parent holds that does not exist.
+    pub fn check_parent(&self, state: &State) -> Result<(), ApiError> {
+        match self.pattern.parent() {
+            Some(parent)
+                if !parent.is_pattern() && !state.contains(parent.kind(), parent.as_str()) =>
+            {
+                Err(ApiError::NotFound {
+                    kind: parent.kind(),
+                    name: parent.into(),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A page, as replies show it: elements in the order of their names, and the token of the next page. A page ends early
+    /// where it would grow too large for a message.
+    pub fn page<M: prost::Message>(
+        &self,
+        state: &State,
+        view: impl Fn(&str) -> Option<M>,
+    ) -> (Vec<M>, String) {
+        let mut page = Vec::new();
+        let (mut bytes, mut looks) = (0, 0);
+        let mut last = self.after.as_str();
+        for name in state.names(self.pattern.kind(), self.pattern.prefix(), &self.after) {
+            let full = page.len() == self.size || (bytes > PAGE_BYTES_MAX && !page.is_empty());
+            if full || looks == LOOKS_MAX {
+                return (page, encode(&self.list, last));
+            }
+            looks += 1;
+            last = name;
+            if !self.pattern.covers(name) {
+                continue;
+            }
+            let passes = |element: &M| self.filter.as_ref().is_none_or(|f| f.matches(element));
+            if let Some(element) = view(name).filter(passes) {
+                bytes += element.encoded_len();
+                page.push(element);
+            }
+        }
+        (page, String::new())
+    }
 }
 
 fn encode(list: &str, name: &str) -> String {
@@ -63,58 +131,156 @@ fn decode(list: &str, token: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use std::sync::Arc;
+
+    use batchai_proto::v1::Workspace;
+    use imbl::OrdMap;
+    use proptest::prelude::*;
+
     use super::*;
 
-    #[test]
-    fn pages_join_to_the_whole_list_also_when_it_changes() {
-        let group = Name::parse(Kind::ResourceGroup, "resourceGroups/g").unwrap();
-        let name = |g: &str, i: usize| format!("resourceGroups/{g}/workspaces/w{i:02}");
-        let mut table: OrdMap<String, usize> = (0..25).map(|i| (name("g", i), i)).collect();
-        table.insert(name("g-other", 1), 99);
-        let mut seen = Vec::new();
-        let mut token = String::new();
-        let view = |_: &str, i: &usize| *i as u64;
+    fn name(group: &str, i: usize) -> String {
+        format!("resourceGroups/{group}/workspaces/w{i:02}")
+    }
+
+    type Table = OrdMap<String, Arc<Workspace>>;
+
+    fn workspace(name: &str, location: &str) -> Arc<Workspace> {
+        Arc::new(Workspace {
+            name: name.to_owned(),
+            location: location.to_owned(),
+            ..Default::default()
+        })
+    }
+
+    fn page(query: &Query, table: &Table) -> (Vec<Workspace>, String) {
+        let state = State {
+            workspaces: table.clone(),
+            ..State::default()
+        };
+        query.page(&state, |name| Some(Workspace::clone(table.get(name)?)))
+    }
+
+    fn query(parent: &str, size: i32, token: &str, filter: &str) -> Result<Query, ApiError> {
+        Query::new(
+            (Kind::Workspace, "Workspace"),
+            parent,
+            (size, token),
+            filter,
+        )
+    }
+
+    fn all(table: &Table, parent: &str, size: i32, filter: &str) -> Vec<String> {
+        let (mut seen, mut token) = (Vec::new(), String::new());
         loop {
-            let request = (10, token.as_str());
-            let (page, next) = page(&table, Some(&group), Kind::Workspace, request, view).unwrap();
-            seen.extend(page.into_iter().map(|i| i as usize));
-            // What a page ended with may go before the next page is asked for.
-            table.remove(&name("g", *seen.last().unwrap()));
+            let query = query(parent, size, &token, filter).unwrap();
+            let (page, next) = page(&query, table);
+            seen.extend(page.into_iter().map(|workspace| workspace.name));
             token = next;
             if token.is_empty() {
-                break;
+                return seen;
             }
         }
-        assert_eq!(seen, (0..25).collect::<Vec<_>>());
+    }
+
+    proptest! {
+        /// Whatever is created and deleted between pages: what was there all the time is listed once, in order.
+        #[test]
+        fn pages_survive_insertion_and_deletion(
+            before in prop::collection::btree_set(0_usize..60, 0..40),
+            changes in prop::collection::vec((0_usize..60, any::<bool>()), 0..60),
+            size in 1_i32..7,
+        ) {
+            let of = |i: usize| (name("g", i), workspace(&name("g", i), ""));
+            let mut table: Table = before.iter().map(|i| of(*i)).collect();
+            let mut stayed: BTreeSet<usize> = before.clone();
+            let mut changes = changes.into_iter();
+            let (mut seen, mut token) = (Vec::new(), String::new());
+            loop {
+                let query = query("resourceGroups/g", size, &token, "").unwrap();
+                let (page, next) = page(&query, &table);
+                seen.extend(page.into_iter().map(|w| w.name));
+                for (i, create) in changes.by_ref().take(5) {
+                    let (name, workspace) = of(i);
+                    if create {
+                        table.insert(name, workspace);
+                    } else {
+                        table.remove(&name);
+                        stayed.remove(&i);
+                    }
+                }
+                token = next;
+                if token.is_empty() {
+                    break;
+                }
+            }
+            let mut sorted = seen.clone();
+            sorted.sort();
+            sorted.dedup();
+            prop_assert_eq!(&sorted, &seen);
+            for i in stayed {
+                prop_assert!(seen.contains(&name("g", i)), "{} is missing", i);
+            }
+        }
     }
 
     #[test]
-    fn a_page_of_large_elements_ends_early() {
-        let group = Name::parse(Kind::ResourceGroup, "resourceGroups/g").unwrap();
-        let name = |i: usize| format!("resourceGroups/g/workspaces/w{i:02}");
-        let table: OrdMap<String, usize> = (0..25).map(|i| (name(i), i)).collect();
-        let view = |_: &str, i: &usize| format!("{i}{}", "x".repeat(1 << 20));
-        let (first, token) = page(&table, Some(&group), Kind::Workspace, (0, ""), view).unwrap();
-        assert_eq!(first.len(), 2);
-        let (next, _) = page(&table, Some(&group), Kind::Workspace, (0, &token), view).unwrap();
-        assert!(next[0].starts_with("2x"));
+    fn lists_reach_over_parents_and_pass_what_the_filter_lets_pass() {
+        let places = BTreeMap::from([("g", "north"), ("g-other", "south"), ("h", "north")]);
+        let table: Table = places
+            .iter()
+            .flat_map(|(group, place)| {
+                (0..5).map(|i| (name(group, i), workspace(&name(group, i), place)))
+            })
+            .collect();
+        assert_eq!(all(&table, "resourceGroups/g", 2, "").len(), 5);
+        assert_eq!(all(&table, "resourceGroups/-", 2, "").len(), 15);
+        let north = all(&table, "resourceGroups/-", 2, "location = north");
+        assert_eq!(north.len(), 10);
+        assert!(north.iter().all(|name| !name.contains("g-other")));
     }
 
     #[test]
-    fn foreign_tokens_and_negative_sizes_are_refused() {
-        let group = Name::parse(Kind::ResourceGroup, "resourceGroups/g").unwrap();
-        let table: OrdMap<String, usize> = OrdMap::new();
-        let foreign = encode(
-            "resourceGroups/h/workspaces",
-            "resourceGroups/h/workspaces/w",
-        );
-        for (size, token) in [(-1, ""), (1, "?"), (1, "AAAA"), (1, foreign.as_str())] {
-            let view = |_: &str, i: &usize| *i as u64;
-            let result = page(&table, Some(&group), Kind::Workspace, (size, token), view);
+    fn a_page_of_large_elements_ends_early_and_so_does_one_that_finds_little() {
+        let table: Table = (0..25)
+            .map(|i| (name("g", i), workspace(&name("g", i), &"x".repeat(1 << 20))))
+            .collect();
+        let first = query("resourceGroups/g", 0, "", "").unwrap();
+        let (found, token) = page(&first, &table);
+        assert_eq!(found.len(), 2);
+        let next = query("resourceGroups/g", 0, &token, "").unwrap();
+        assert_eq!(page(&next, &table).0[0].name, name("g", 2));
+        let many: Table = (0..=LOOKS_MAX)
+            .map(|i| (name("g", 100_000 + i), workspace("", "")))
+            .collect();
+        let rare = query("resourceGroups/g", 0, "", "location = north").unwrap();
+        let (found, token) = page(&rare, &many);
+        assert!(found.is_empty() && !token.is_empty());
+    }
+
+    #[test]
+    fn foreign_tokens_negative_sizes_and_bad_filters_are_refused_all_at_once() {
+        let list = "resourceGroups/h workspaces ";
+        let foreign = encode(list, "resourceGroups/h/workspaces/w");
+        for (size, token, filter) in [
+            (-1, "", ""),
+            (1, "?", ""),
+            (1, "AAAA", ""),
+            (1, foreign.as_str(), ""),
+            (1, "", "nonsense"),
+        ] {
+            let refused = query("resourceGroups/g", size, token, filter);
             assert!(
-                matches!(result, Err(ApiError::Invalid(_))),
-                "{size} {token}"
+                matches!(refused, Err(ApiError::Invalid(_))),
+                "{size} {token} {filter}"
             );
         }
+        let Err(ApiError::Invalid(faults)) = query("nonsense", -1, "", "nonsense") else {
+            panic!("it was taken");
+        };
+        assert_eq!(faults.len(), 3);
+        assert!(query("resourceGroups/h", 1, &foreign, "").is_ok());
     }
 }

@@ -1,18 +1,22 @@
 //! Resource groups.
 
 use batchai_common::names::Kind as Noun;
-use batchai_proto::internal::v1::Delete;
 use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{Labels, Update};
 use batchai_proto::v1::resource_group_service_server::ResourceGroupService;
 use batchai_proto::v1::{
     CreateResourceGroupRequest, DeleteResourceGroupRequest, GetResourceGroupRequest,
     ListResourceGroupsRequest, ListResourceGroupsResponse, ResourceGroup,
+    UpdateResourceGroupRequest, WatchResourceGroupRequest, WatchResourceGroupResponse,
 };
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
-use super::page::page;
-use super::{Api, Faults, not_found, parse};
+use super::faults::Faults;
+use super::{Api, Replies, fields};
+
+/// Where a resource group is when nobody says so.
+const LOCATION_DEFAULT: &str = "local";
 
 #[tonic::async_trait]
 impl ResourceGroupService for Api {
@@ -24,41 +28,37 @@ impl ResourceGroupService for Api {
         let mut faults = Faults::default();
         let once = faults.once(&request.request_id, request.validate_only, &request);
         let given = request.resource_group.unwrap_or_default();
-        let id = &request.resource_group_id;
-        let name = faults.new_name(Noun::ResourceGroup, "", "resource_group_id", id);
+        let name = faults.new_name(
+            Noun::ResourceGroup,
+            "",
+            "resource_group_id",
+            &request.resource_group_id,
+        );
+        fields::check_output_only(&mut faults, "resource_group", "ResourceGroup", &given);
         faults.location("resource_group.location", &given.location);
-        faults.output_only("resource_group.name", !given.name.is_empty());
-        faults.output_only("resource_group.uid", !given.uid.is_empty());
-        faults.output_only("resource_group.etag", !given.etag.is_empty());
-        faults.output_only("resource_group.create_time", given.create_time.is_some());
+        faults.labels("resource_group.tags", &given.tags);
         let name = faults.finish(name)?;
         let location = match given.location.is_empty() {
-            true => "local".to_owned(),
+            true => LOCATION_DEFAULT.to_owned(),
             false => given.location,
         };
-        let group = ResourceGroup {
+        let resource_group = ResourceGroup {
             name: name.to_string(),
             uid: Uuid::new_v4().to_string(),
+            tags: given.tags,
             location,
             ..Default::default()
         };
-        let state = self
-            .write_once(Kind::CreateResourceGroup(group), once)
-            .await?;
-        let group = state.resource_groups.get(name.as_str());
-        let group = group.ok_or_else(|| not_found(Noun::ResourceGroup, &name))?;
-        Ok(Response::new(ResourceGroup::clone(group)))
+        let create = Kind::CreateResourceGroup(resource_group);
+        let state = self.write_once(create, once).await?;
+        self.show(&state, name.as_str())
     }
 
     async fn get_resource_group(
         &self,
         request: Request<GetResourceGroupRequest>,
     ) -> Result<Response<ResourceGroup>, Status> {
-        let name = parse(Noun::ResourceGroup, &request.get_ref().name)?;
-        let state = self.read().await?;
-        let group = state.resource_groups.get(name.as_str());
-        let group = group.ok_or_else(|| not_found(Noun::ResourceGroup, &name))?;
-        Ok(Response::new(ResourceGroup::clone(group)))
+        self.get(&request.get_ref().name).await
     }
 
     async fn list_resource_groups(
@@ -66,29 +66,57 @@ impl ResourceGroupService for Api {
         request: Request<ListResourceGroupsRequest>,
     ) -> Result<Response<ListResourceGroupsResponse>, Status> {
         let request = request.into_inner();
-        let state = self.read().await?;
-        let page_of = (request.page_size, request.page_token.as_str());
-        let (resource_groups, next_page_token) = page(
-            &state.resource_groups,
-            None,
-            Noun::ResourceGroup,
-            page_of,
-            |_, group| ResourceGroup::clone(group),
-        )?;
+        let page = (request.page_size, request.page_token.as_str());
+        let (resource_groups, next_page_token) = self.list("", page, &request.filter).await?;
         Ok(Response::new(ListResourceGroupsResponse {
             resource_groups,
             next_page_token,
         }))
     }
 
+    async fn update_resource_group(
+        &self,
+        request: Request<UpdateResourceGroupRequest>,
+    ) -> Result<Response<ResourceGroup>, Status> {
+        let request = request.into_inner();
+        let given = request.resource_group.unwrap_or_default();
+        let mut faults = Faults::default();
+        let name = faults.name("resource_group.name", Noun::ResourceGroup, &given.name);
+        let about = ("resource_group", "ResourceGroup");
+        let changes = fields::masked(&mut faults, about, &given, request.update_mask, &["tags"]);
+        faults.labels("resource_group.tags", &given.tags);
+        let name: String = faults.finish(name)?.into();
+        let labels = (!changes.is_empty()).then_some(Labels { labels: given.tags });
+        let update = Update {
+            name: name.clone(),
+            etag: given.etag,
+            labels,
+            scale_settings: None,
+        };
+        self.show(&self.update(update).await?, &name)
+    }
+
     async fn delete_resource_group(
         &self,
         request: Request<DeleteResourceGroupRequest>,
     ) -> Result<Response<()>, Status> {
-        let DeleteResourceGroupRequest { name, etag } = request.into_inner();
-        let name = parse(Noun::ResourceGroup, &name)?.into();
-        self.write(Kind::DeleteResourceGroup(Delete { name, etag }))
-            .await?;
+        let DeleteResourceGroupRequest { name, etag, force } = request.into_inner();
+        self.delete(Noun::ResourceGroup, &name, etag, force).await?;
         Ok(Response::new(()))
+    }
+
+    type WatchResourceGroupStream = Replies<WatchResourceGroupResponse>;
+
+    async fn watch_resource_group(
+        &self,
+        request: Request<WatchResourceGroupRequest>,
+    ) -> Result<Response<Self::WatchResourceGroupStream>, Status> {
+        let WatchResourceGroupRequest { name, revision } = request.into_inner();
+        let reply = |revision, resource_groups, deleted| WatchResourceGroupResponse {
+            revision,
+            resource_groups,
+            deleted,
+        };
+        self.watch(&name, revision, reply).await
     }
 }

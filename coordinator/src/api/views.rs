@@ -1,16 +1,100 @@
 //! PURE. What the State holds, as replies show it.
 
+use batchai_common::names::Kind as Noun;
 use batchai_common::time;
 use batchai_proto::v1;
+use batchai_proto::v1::ProvisioningState;
 use batchai_proto::v1::cluster::AllocationState;
+use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::node::State as NodeState;
+use prost_types::Timestamp;
 
+use super::cluster_spec;
 use crate::duties::Heard;
 use crate::scheduler::explain::pending_reason;
-use crate::state::{Cluster, Job, Node, State, etag};
+use crate::state::{Cluster, Job, Node, State, etag, vm_size_aliases};
 
-/// A job.
-pub fn job(state: &State, heard: &Heard, job: &Job) -> v1::Job {
+/// A kind of resource as replies show it.
+pub trait Resource: prost::Message + Default + Send + 'static {
+    const KIND: Noun;
+    /// The name of its message in the API.
+    const MESSAGE: &'static str;
+    /// One of them; none where the State has none of that name.
+    fn view(state: &State, heard: &Heard, name: &str) -> Option<Self>;
+    /// Nothing more happens to it by itself.
+    fn is_over(&self) -> bool {
+        false
+    }
+}
+
+macro_rules! resource {
+    ($message:ident, |$state:ident, $heard:ident, $name:ident| $view:expr) => {
+        impl Resource for v1::$message {
+            const KIND: Noun = Noun::$message;
+            const MESSAGE: &'static str = stringify!($message);
+
+            fn view($state: &State, $heard: &Heard, $name: &str) -> Option<Self> {
+                $view
+            }
+        }
+    };
+}
+
+resource!(ResourceGroup, |state, _heard, name| state
+    .resource_groups
+    .get(name)
+    .map(|group| Self::clone(group)));
+resource!(Workspace, |state, _heard, name| state
+    .workspaces
+    .get(name)
+    .map(|workspace| Self::clone(workspace)));
+resource!(Experiment, |state, _heard, name| state
+    .experiments
+    .get(name)
+    .map(|experiment| Self::clone(experiment)));
+resource!(VmSizeAlias, |state, _heard, name| state
+    .vm_size_aliases
+    .get(name)
+    .map(|alias| Self::clone(alias)));
+resource!(Cluster, |state, heard, name| Some(cluster(
+    state,
+    heard,
+    state.clusters.get(name)?
+)));
+resource!(Node, |state, heard, name| Some(node(
+    state,
+    heard,
+    name,
+    state.nodes.get(name)?
+)));
+
+impl Resource for v1::Job {
+    const KIND: Noun = Noun::Job;
+    const MESSAGE: &'static str = "Job";
+
+    fn view(state: &State, heard: &Heard, name: &str) -> Option<Self> {
+        Some(job(state, heard, state.jobs.get(name)?))
+    }
+
+    fn is_over(&self) -> bool {
+        let ended = matches!(self.state(), JobState::Succeeded | JobState::Failed);
+        ended && self.provisioning_state() != ProvisioningState::Deleting
+    }
+}
+
+/// Where a record is in its life, and since when.
+fn provisioning(
+    deleting: Option<Timestamp>,
+    created: Option<Timestamp>,
+) -> (i32, Option<Timestamp>) {
+    match deleting {
+        Some(since) => (ProvisioningState::Deleting as i32, Some(since)),
+        None => (ProvisioningState::Succeeded as i32, created),
+    }
+}
+
+fn job(state: &State, heard: &Heard, job: &Job) -> v1::Job {
+    let (provisioning_state, since) = provisioning(job.deleting, job.spec.create_time);
     let attempt = job.attempt.as_ref().and_then(|id| state.attempts.get(id));
     v1::Job {
         etag: etag(job.revision),
@@ -22,13 +106,13 @@ pub fn job(state: &State, heard: &Heard, job: &Job) -> v1::Job {
         exit_code: job.exit_code,
         errors: job.errors.clone(),
         attempt: attempt.map(|attempt| attempt.view()),
-        deleting: job.deleting,
+        provisioning_state,
+        provisioning_state_transition_time: since,
         ..v1::Job::clone(&job.spec)
     }
 }
 
-/// A node.
-pub fn node(state: &State, heard: &Heard, name: &str, node: &Node) -> v1::Node {
+fn node(state: &State, heard: &Heard, name: &str, node: &Node) -> v1::Node {
     let attempt = node.attempt.as_ref().and_then(|id| state.attempts.get(id));
     v1::Node {
         name: name.to_owned(),
@@ -53,7 +137,8 @@ fn node_state(heard: &Heard, name: &str, node: &Node) -> NodeState {
 }
 
 /// A cluster, with its nodes counted.
-pub fn cluster(state: &State, heard: &Heard, cluster: &Cluster) -> v1::Cluster {
+fn cluster(state: &State, heard: &Heard, cluster: &Cluster) -> v1::Cluster {
+    let (provisioning_state, since) = provisioning(cluster.deleting, cluster.spec.create_time);
     let members = cluster
         .members
         .iter()
@@ -68,13 +153,16 @@ pub fn cluster(state: &State, heard: &Heard, cluster: &Cluster) -> v1::Cluster {
         };
         *count += 1;
     }
-    let steady = cluster.members.len() == cluster.target();
     v1::Cluster {
         etag: etag(cluster.revision),
-        allocation_state: match steady {
+        allocation_state: match cluster.steady() {
             true => AllocationState::Steady,
             false => AllocationState::Resizing,
         } as i32,
+        allocation_state_transition_time: Some(cluster.allocation_time),
+        provisioning_state,
+        provisioning_state_transition_time: since,
+        warnings: cluster_spec::warnings(&cluster.spec),
         current_node_count: cluster.members.len() as i32,
         node_state_counts: Some(counts),
         errors: too_few(state, cluster).into_iter().collect(),
@@ -86,7 +174,8 @@ pub fn cluster(state: &State, heard: &Heard, cluster: &Cluster) -> v1::Cluster {
 fn too_few(state: &State, cluster: &Cluster) -> Option<v1::ResourceError> {
     let missing = cluster.target().saturating_sub(cluster.members.len());
     let free = || state.nodes.values().filter(|node| node.cluster.is_none());
-    if missing == 0 || free().any(|node| cluster.matches(&node.facts)) {
+    let alias = vm_size_aliases::resolve(state, &cluster.spec.vm_size);
+    if missing == 0 || free().any(|node| cluster.matches(alias, &node.facts)) {
         return None;
     }
     let mut kinds: Vec<_> = free()

@@ -20,7 +20,7 @@ use tonic::Status;
 
 use super::{FileKey, LogStore};
 use crate::replica::Handle;
-use crate::replica::hub::Topic;
+use crate::replica::hub::{Follower, Topic};
 use crate::state::State;
 use crate::state::attempts::{Attempt, AttemptNode};
 
@@ -48,7 +48,7 @@ type Outbox = mpsc::Sender<Result<StreamJobLogsResponse, Status>>;
 pub async fn read(replica: Handle, logs: LogStore, request: ReadRequest, outbox: Outbox) {
     let job = Topic::Resource(request.job.clone());
     let mut reader = Reader {
-        changes: replica.hub().subscribe(job),
+        changes: replica.hub().follow(job),
         replica,
         logs,
         request,
@@ -68,7 +68,7 @@ struct Reader {
     replica: Handle,
     logs: LogStore,
     request: ReadRequest,
-    changes: watch::Receiver<i64>,
+    changes: Follower,
 }
 
 /// The file was found.

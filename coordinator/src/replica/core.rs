@@ -12,6 +12,7 @@ use raft::eraftpb::{ConfChangeV2, Entry, EntryType, Message, MessageType};
 use raft::storage::MemStorage;
 use raft::{Config, RawNode, StateRole};
 
+use super::hub::Revision;
 use super::logger::logger;
 use super::store::{LogStore, Recovered, StoreError};
 use crate::state::{Event, Rejection, State, apply};
@@ -23,8 +24,8 @@ const ELECTION_TICKS: usize = 10;
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 /// What may be proposed and not yet committed.
 const UNCOMMITTED_BYTES_MAX: u64 = 64 << 20;
-/// What one Ready may ask to apply: a bound on memory.
-const COMMITTED_BYTES_MAX: u64 = 16 << 20;
+/// What one Ready may ask to apply: a bound on memory, for every revision keeps the State it led to.
+const COMMITTED_BYTES_MAX: u64 = 1 << 20;
 const INFLIGHT_MESSAGES_MAX: usize = 256;
 
 /// Names a proposal or a read towards the caller.
@@ -62,7 +63,8 @@ pub struct Output {
     pub proposals: Vec<(Ticket, Proposed)>,
     /// Reads that may now be answered from the State.
     pub reads: Vec<Ticket>,
-    pub events: Vec<Event>,
+    /// What changed, in order.
+    pub revisions: Vec<Revision>,
 }
 
 /// A replica.
@@ -79,7 +81,8 @@ pub struct Core<S> {
 }
 
 impl<S: LogStore> Core<S> {
-    /// Starts a replica from what its store held. `life` is another number at every start. A committed prefix of the log is applied by the first `ready`s.
+    /// Starts a replica from what its store held. `life` is another number at every start. A committed
+    /// prefix of the log is applied by the first `ready`s.
     pub fn new(store: S, recovered: Recovered, life: u64) -> Result<Core<S>, CoreError> {
         let identity = &recovered.identity;
         let memory = MemStorage::new_with_conf_state((identity.voters.clone(), vec![]));
@@ -194,14 +197,19 @@ impl<S: LogStore> Core<S> {
         true
     }
 
-    /// Does everything that the input so far calls for. Messages for peers are handed to `send`, in order, some of them
-    /// before the store has synced.
+    /// Whether the input so far calls for more than was done.
+    pub fn has_ready(&self) -> bool {
+        self.raw.has_ready()
+    }
+
+    /// Does the next part of what the input so far calls for; to be called until nothing is left. Messages for peers are
+    /// handed to `send`, in order, some of them before the store has synced.
     ///
     /// # Errors
     /// The replica must stop: what is on disk is not known, or the log is of a later version.
     pub fn ready(&mut self, send: &mut dyn FnMut(Vec<Message>)) -> Result<Output, CoreError> {
         let mut output = Output::default();
-        while self.raw.has_ready() {
+        if self.raw.has_ready() {
             self.ready_once(&mut output, send)?;
         }
         self.fail_what_lost_its_leader(&mut output);
@@ -269,22 +277,24 @@ impl<S: LogStore> Core<S> {
                     None
                 }
             };
-            let ticket = self.proposed.remove(&entry.index);
-            match (ticket, result) {
+            let revision = self.state.revision;
+            let result = result.map(|result| {
+                result.map(|events| {
+                    if !events.is_empty() {
+                        let state = self.state.clone();
+                        output.revisions.push(Revision { state, events });
+                    }
+                    revision
+                })
+            });
+            let proposed = match (self.proposed.remove(&entry.index), result) {
                 (Some((term, ticket)), Some(result)) if term == entry.term => {
-                    let revision = self.state.revision;
-                    let result = result.map(|events| {
-                        output.events.extend(events);
-                        revision
-                    });
-                    output.proposals.push((ticket, Proposed::Applied(result)));
+                    (ticket, Proposed::Applied(result))
                 }
-                (Some((_, ticket)), result) => {
-                    output.events.extend(result.into_iter().flatten().flatten());
-                    output.proposals.push((ticket, Proposed::NotLeader));
-                }
-                (None, result) => output.events.extend(result.into_iter().flatten().flatten()),
-            }
+                (Some((_, ticket)), _) => (ticket, Proposed::NotLeader),
+                (None, _) => continue,
+            };
+            output.proposals.push(proposed);
         }
         Ok(())
     }

@@ -43,6 +43,19 @@ fn start(store: &MemoryStore, id: u64, voters: &[u64]) -> Core<MemoryStore> {
     Core::new(store.clone(), store.recover(identity), 7).unwrap()
 }
 
+impl Core<MemoryStore> {
+    fn all_ready(&mut self, send: &mut dyn FnMut(Vec<Message>)) -> Result<Output, CoreError> {
+        let mut all = self.ready(send)?;
+        while self.has_ready() {
+            let more = self.ready(send)?;
+            all.proposals.extend(more.proposals);
+            all.reads.extend(more.reads);
+            all.revisions.extend(more.revisions);
+        }
+        Ok(all)
+    }
+}
+
 /// Several replicas and the messages between them.
 struct Net {
     cores: BTreeMap<u64, Core<MemoryStore>>,
@@ -68,7 +81,7 @@ impl Net {
             let mut messages = Vec::new();
             for (id, core) in &mut self.cores {
                 let mut output = core
-                    .ready(&mut |mut sent| messages.append(&mut sent))
+                    .all_ready(&mut |mut sent| messages.append(&mut sent))
                     .unwrap();
                 let kept = self.outputs.entry(*id).or_default();
                 kept.proposals.append(&mut output.proposals);
@@ -105,21 +118,21 @@ impl Net {
 fn one_voter_leads_at_once_and_applies_what_it_is_told() {
     let store = MemoryStore::default();
     let mut core = start(&store, 1, &[1]);
-    core.ready(&mut |_| {}).unwrap();
+    core.all_ready(&mut |_| {}).unwrap();
     assert!(core.leads());
     let refused = core.propose(&[(6, init()), (7, group("a")), (8, group("a"))]);
     assert!(refused.is_empty());
-    let output = core.ready(&mut |_| {}).unwrap();
+    let output = core.all_ready(&mut |_| {}).unwrap();
     assert!(matches!(output.proposals[1], (7, Proposed::Applied(Ok(2)))));
     assert!(matches!(
         output.proposals[2],
         (8, Proposed::Applied(Err(Rejection::Exists { .. })))
     ));
     assert!(core.read(9));
-    assert_eq!(core.ready(&mut |_| {}).unwrap().reads, [9]);
+    assert_eq!(core.all_ready(&mut |_| {}).unwrap().reads, [9]);
 
     let mut again = start(&store, 1, &[1]);
-    again.ready(&mut |_| {}).unwrap();
+    again.all_ready(&mut |_| {}).unwrap();
     assert_eq!(again.state(), core.state(), "a restart finds everything");
 }
 

@@ -1,56 +1,218 @@
-//! Wakes those who wait for a resource to change. It carries revisions only: who wakes reads the published State.
+//! What changed, for those who want to know: live, and as far back as is remembered.
+//!
+//! Each revision travels with the State it led to, so that all of what it changed can be shown together, as it was then.
+//! Who is too slow is not waited for: it misses revisions, and is told so.
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::watch;
+use batchai_common::names::Kind;
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
-use crate::state::Event;
+use crate::state::{Event, State};
 
-/// What can be waited for.
+/// Revisions that are remembered. Each costs what it changed: some kilobytes.
+const HISTORY_MAX: usize = 1024;
+/// Revisions that a follower of one resource, or of all of a kind, may be behind.
+const RESOURCE_BACKLOG_MAX: usize = 16;
+const KIND_BACKLOG_MAX: usize = 1024;
+/// Topics that nobody follows any more are looked for when there are so many, or twice as many as there were then.
+const TOPICS_SWEEP_MIN: usize = 64;
+
+/// What can be followed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Topic {
     /// A resource, by full name.
     Resource(String),
+    /// All resources of a kind.
+    Kind(Kind),
     /// The assignments of a node, by full name.
     Assignments(String),
 }
 
-/// Who waits for what.
+/// A revision that changed something.
+#[derive(Debug)]
+pub struct Revision {
+    /// What it led to.
+    pub state: State,
+    /// What it changed.
+    pub events: Vec<Event>,
+}
+
+impl Revision {
+    fn topics(&self) -> HashSet<Topic> {
+        let topics = self.events.iter().flat_map(|event| match event {
+            Event::Changed { name } | Event::Deleted { name } => {
+                let kind = Kind::of(name).map(Topic::Kind);
+                [Some(Topic::Resource(name.clone())), kind]
+            }
+            Event::Assigned { node } => [Some(Topic::Assignments(node.clone())), None],
+        });
+        topics.flatten().collect()
+    }
+}
+
+/// Revisions are missing: those up to this one are forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forgotten(pub i64);
+
+/// Who follows what, and what was.
 #[derive(Default)]
 pub struct Hub {
-    topics: Mutex<HashMap<Topic, watch::Sender<i64>>>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    topics: HashMap<Topic, broadcast::Sender<Arc<Revision>>>,
+    sweep_at: usize,
+    history: VecDeque<Arc<Revision>>,
+    /// The last revision that is forgotten.
+    forgotten: i64,
 }
 
 impl Hub {
-    /// Wakes whenever the topic changed after this call.
-    pub fn subscribe(&self, topic: Topic) -> watch::Receiver<i64> {
-        let mut topics = self.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        topics
-            .entry(topic)
-            .or_insert_with(|| watch::Sender::new(0))
-            .subscribe()
+    /// Follows a topic from now on.
+    pub fn follow(&self, topic: Topic) -> Follower {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.topics.len() >= inner.sweep_at {
+            inner.topics.retain(|_, sender| sender.receiver_count() > 0);
+            inner.sweep_at = TOPICS_SWEEP_MIN.max(inner.topics.len() * 2);
+        }
+        let backlog = match topic {
+            Topic::Kind(_) => KIND_BACKLOG_MAX,
+            Topic::Resource(_) | Topic::Assignments(_) => RESOURCE_BACKLOG_MAX,
+        };
+        let sender = inner.topics.entry(topic);
+        let sender = sender.or_insert_with(|| broadcast::Sender::new(backlog));
+        Follower {
+            revisions: sender.subscribe(),
+        }
     }
 
-    /// Called with the events of commands whose State is published.
-    pub fn notify(&self, events: Vec<Event>) {
-        if events.is_empty() {
+    /// The revisions behind one, in their order.
+    pub fn since(&self, revision: i64) -> Result<Vec<Arc<Revision>>, Forgotten> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if revision < inner.forgotten {
+            return Err(Forgotten(inner.forgotten));
+        }
+        let from = inner
+            .history
+            .partition_point(|known| known.state.revision <= revision);
+        Ok(inner.history.range(from..).cloned().collect())
+    }
+
+    /// Called with revisions that are published.
+    pub fn notify(&self, revisions: Vec<Revision>) {
+        if revisions.is_empty() {
             return;
         }
-        let mut topics = self.topics.lock().unwrap_or_else(PoisonError::into_inner);
-        for event in events {
-            let (topic, revision) = match event {
-                Event::Changed { name, revision } | Event::Deleted { name, revision } => {
-                    (Topic::Resource(name), revision)
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        for revision in revisions {
+            let topics = revision.topics();
+            let revision = Arc::new(revision);
+            for topic in topics {
+                // Where nobody follows any more, nobody misses it.
+                if let Some(sender) = inner.topics.get(&topic) {
+                    let _ = sender.send(revision.clone());
                 }
-                Event::Assigned { node, revision } => (Topic::Assignments(node), revision),
-            };
-            if topics
-                .get(&topic)
-                .is_some_and(|sender| sender.send(revision).is_err())
+            }
+            inner.history.push_back(revision);
+            if inner.history.len() > HISTORY_MAX
+                && let Some(oldest) = inner.history.pop_front()
             {
-                topics.remove(&topic);
+                inner.forgotten = oldest.state.revision;
             }
         }
+    }
+}
+
+/// The replica has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopped;
+
+/// Follows one topic.
+pub struct Follower {
+    revisions: broadcast::Receiver<Arc<Revision>>,
+}
+
+impl Follower {
+    /// The next revision; `None` where this follower was too slow and has missed some.
+    pub async fn next(&mut self) -> Result<Option<Arc<Revision>>, Stopped> {
+        match self.revisions.recv().await {
+            Ok(revision) => Ok(Some(revision)),
+            Err(RecvError::Lagged(_)) => Ok(None),
+            Err(RecvError::Closed) => Err(Stopped),
+        }
+    }
+
+    /// Waits for a change, for who then looks at the published State: however many there were, it is one.
+    pub async fn changed(&mut self) -> Result<(), Stopped> {
+        self.next().await?;
+        while !matches!(
+            self.revisions.try_recv(),
+            Err(TryRecvError::Empty | TryRecvError::Closed)
+        ) {}
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn revision(number: i64, name: &str) -> Revision {
+        let state = State {
+            revision: number,
+            ..State::default()
+        };
+        let name = name.to_owned();
+        Revision {
+            state,
+            events: vec![Event::Changed { name }],
+        }
+    }
+
+    #[tokio::test]
+    async fn a_follower_gets_every_revision_of_its_topic_or_learns_that_it_missed_some() {
+        let hub = Hub::default();
+        let mut one = hub.follow(Topic::Resource("nodes/a".into()));
+        let mut all = hub.follow(Topic::Kind(Kind::Node));
+        hub.notify(vec![revision(1, "nodes/a"), revision(2, "nodes/b")]);
+        let number = |found: Option<Arc<Revision>>| found.unwrap().state.revision;
+        assert_eq!(number(one.next().await.unwrap()), 1);
+        assert_eq!(number(all.next().await.unwrap()), 1);
+        assert_eq!(number(all.next().await.unwrap()), 2);
+        let burst = 3..=2 + RESOURCE_BACKLOG_MAX as i64 + 1;
+        hub.notify(burst.map(|number| revision(number, "nodes/a")).collect());
+        assert!(one.next().await.unwrap().is_none(), "it missed one");
+        one.changed().await.unwrap();
+        assert!(one.revisions.is_empty(), "one wake for all of them");
+    }
+
+    #[test]
+    fn history_is_bounded_and_knows_what_it_forgot() {
+        let hub = Hub::default();
+        let last = HISTORY_MAX as i64 + 10;
+        hub.notify(
+            (1..=last)
+                .map(|number| revision(number, "nodes/a"))
+                .collect(),
+        );
+        assert_eq!(hub.since(9).unwrap_err(), Forgotten(10));
+        let since = hub.since(10).unwrap();
+        assert_eq!(since.len(), HISTORY_MAX);
+        assert_eq!(since[0].state.revision, 11);
+        assert!(hub.since(last).unwrap().is_empty());
+    }
+
+    #[test]
+    fn topics_that_nobody_follows_are_forgotten() {
+        let hub = Hub::default();
+        for number in 0..10 * TOPICS_SWEEP_MIN {
+            drop(hub.follow(Topic::Resource(format!("nodes/{number}"))));
+        }
+        assert!(hub.inner.lock().unwrap().topics.len() <= TOPICS_SWEEP_MIN);
     }
 }

@@ -275,8 +275,17 @@ impl<S: LogStore> Loop<S> {
         stop
     }
 
-    /// Lets the core do its work, publishes the State, then answers: who got an answer finds it in the State.
+    /// Lets the core do its work until there is none.
     fn settle(&mut self) -> Result<(), CoreError> {
+        self.settle_once()?;
+        while self.core.has_ready() {
+            self.settle_once()?;
+        }
+        Ok(())
+    }
+
+    /// Lets the core do a part of its work, publishes the State, then answers: who got an answer finds it in the State.
+    fn settle_once(&mut self) -> Result<(), CoreError> {
         // With one voter there are no peers; a transport will take these.
         let output = self
             .core
@@ -295,7 +304,7 @@ impl<S: LogStore> Loop<S> {
             }
             changed
         });
-        self.hub.notify(output.events);
+        self.hub.notify(output.revisions);
         for (ticket, outcome) in output.proposals {
             self.answer_proposal(ticket, outcome);
         }

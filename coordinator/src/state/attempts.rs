@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use batchai_common::names::Kind;
 use batchai_proto::agent::v1::{AttemptObservation, Failure};
+use batchai_proto::internal::v1::terminate_job::Cause;
 use batchai_proto::internal::v1::{FailAttempt, Place, RecordReport};
 use batchai_proto::v1;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
@@ -49,10 +50,13 @@ impl Outcome {
         }
     }
 
-    /// A user ended it.
-    pub fn terminated() -> Outcome {
-        let error = error("JobTerminated", "the job was terminated by the user", &[]);
-        Outcome::new(Verdict::Failed, None, vec![error])
+    /// It was told to end.
+    pub fn terminated(cause: Cause) -> Outcome {
+        let (code, message) = match cause {
+            Cause::Unspecified => ("JobTerminated", "the job was terminated by the user"),
+            Cause::ClusterDeleted => ("ClusterDeleted", "the job's cluster was deleted"),
+        };
+        Outcome::new(Verdict::Failed, None, vec![error(code, message, &[])])
     }
 
     /// Its node is needed elsewhere.
@@ -122,11 +126,13 @@ impl Attempt {
 
 /// How many processes a job's toolkit starts over all nodes.
 pub fn rank_count(spec: &v1::Job) -> usize {
-    match &spec.py_torch_settings {
-        Some(s) if s.process_count > 0 => s.process_count as usize,
-        Some(_) => usize::try_from(spec.node_count).unwrap_or(1),
-        None => 1,
-    }
+    let count = match (&spec.py_torch_settings, &spec.custom_toolkit_settings) {
+        (Some(s), _) if s.process_count > 0 => s.process_count,
+        (Some(_), _) => spec.node_count,
+        (None, Some(s)) if s.processes_per_node > 0 => s.processes_per_node * spec.node_count,
+        (None, _) => 1,
+    };
+    usize::try_from(count).unwrap_or(1)
 }
 
 /// An error for a job.
@@ -309,8 +315,8 @@ fn failed(failure: &Failure) -> Outcome {
     Outcome::new(verdict, failure.exit_code, vec![error])
 }
 
-/// The toolkit's rule: is the job over, and how? The first failure decides; without one, a custom job is over when
-/// its process on the master is, a PyTorch job when all ranks are.
+/// The toolkit's rule: is the job over, and how? The first failure decides; without one, the job is over when all of its
+/// ranks are: of a custom job that is one process on the master, unless it asks for some on every node.
 pub fn verdict(attempt: &Attempt) -> Option<Outcome> {
     let ranks = || {
         attempt

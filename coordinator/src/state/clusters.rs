@@ -6,10 +6,11 @@ use std::cmp::Reverse;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
-use batchai_proto::internal::v1::{Delete, ResizeCluster};
+use batchai_proto::internal::v1::{Delete, Update};
 use batchai_proto::v1;
 use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
 use imbl::OrdSet;
+use prost_types::Timestamp;
 
 use super::{Rejection, State, Step, check_etag, check_new, etag, not_found};
 
@@ -33,6 +34,10 @@ pub struct Cluster {
     pub queue: OrdSet<QueueKey>,
     /// The jobs that have nodes of it.
     pub running: OrdSet<String>,
+    /// When it last began or ceased to have the nodes it shall have.
+    pub allocation_time: Timestamp,
+    /// Since when it is removed as soon as no job needs it.
+    pub deleting: Option<Timestamp>,
 }
 
 impl Cluster {
@@ -46,6 +51,17 @@ impl Cluster {
         self.manual().node_deallocation_option()
     }
 
+    /// Whether it has the nodes it shall have.
+    pub fn steady(&self) -> bool {
+        self.members.len() == self.target()
+    }
+
+    /// The jobs that wait for its nodes or have some.
+    pub fn jobs(&self) -> impl Iterator<Item = &String> {
+        let queued = self.queue.iter().map(|key| &key.job);
+        self.running.iter().chain(queued)
+    }
+
     fn manual(&self) -> v1::ManualScaleSettings {
         self.spec
             .scale_settings
@@ -54,11 +70,11 @@ impl Cluster {
             .unwrap_or_default()
     }
 
-    /// Whether a node with these facts fits.
-    pub fn matches(&self, facts: &v1::NodeFacts) -> bool {
+    /// Whether a node with these facts fits. `alias` is what its VM size stands for, where that is an alias.
+    pub fn matches(&self, alias: Option<&str>, facts: &v1::NodeFacts) -> bool {
         let machine = self.spec.virtual_machine_configuration.as_ref();
         let image = machine.and_then(|m| m.image_reference.as_ref());
-        facts.vm_size == self.spec.vm_size
+        (facts.vm_size == self.spec.vm_size || alias == Some(facts.vm_size.as_str()))
             && image.is_none_or(|image| image_text(image) == facts.image)
     }
 }
@@ -73,11 +89,15 @@ pub fn image_text(image: &v1::ImageReference) -> String {
 
 /// Changes a cluster in place.
 pub(super) fn change(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut Cluster)) {
-    let revision = step.state.revision;
+    let (revision, time) = (step.state.revision, step.state.time);
     if let Some(cluster) = step.state.clusters.get_mut(name) {
         let cluster = Arc::make_mut(cluster);
+        let before = cluster.steady();
         change(cluster);
         cluster.revision = revision;
+        if cluster.steady() != before {
+            cluster.allocation_time = time;
+        }
         step.changed(name);
     }
 }
@@ -85,7 +105,7 @@ pub(super) fn change(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut C
 pub(super) fn create(step: &mut Step<'_>, cluster: &v1::Cluster) -> Result<(), Rejection> {
     let state = &mut *step.state;
     let name = &cluster.name;
-    check_new(Kind::Cluster, name, &state.clusters, &state.workspaces)?;
+    check_new(state, Kind::Cluster, name)?;
     let stored = Cluster {
         spec: Arc::new(v1::Cluster {
             create_time: Some(state.time),
@@ -95,21 +115,28 @@ pub(super) fn create(step: &mut Step<'_>, cluster: &v1::Cluster) -> Result<(), R
         members: OrdSet::new(),
         queue: OrdSet::new(),
         running: OrdSet::new(),
+        allocation_time: state.time,
+        deleting: None,
     };
     state.clusters.insert(name.clone(), Arc::new(stored));
     step.changed(name);
     Ok(())
 }
 
-pub(super) fn resize(step: &mut Step<'_>, command: &ResizeCluster) -> Result<(), Rejection> {
+pub(super) fn update(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
     let found = get(step.state, &command.name)?;
     check_etag(&command.name, &command.etag, &etag(found.revision))?;
+    if command.labels.is_none() && command.scale_settings.is_none() {
+        return Ok(());
+    }
     change(step, &command.name, |cluster| {
         let spec = Arc::make_mut(&mut cluster.spec);
-        spec.scale_settings = Some(v1::ScaleSettings {
-            manual: command.manual,
-            auto_scale: None,
-        });
+        if let Some(labels) = &command.labels {
+            spec.labels = labels.labels.clone();
+        }
+        if let Some(scale) = &command.scale_settings {
+            spec.scale_settings = Some(*scale);
+        }
     });
     Ok(())
 }
@@ -118,9 +145,11 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Reject
     let name = &command.name;
     let found = get(step.state, name)?;
     check_etag(name, &command.etag, &etag(found.revision))?;
-    let queued = found.queue.iter().map(|key| &key.job);
-    if let Some(job) = found.running.iter().chain(queued).next() {
-        let why = format!("job {job} still needs it; terminate or delete that first");
+    if let Some(job) = found.jobs().next() {
+        if command.force {
+            return delete_later(step, name);
+        }
+        let why = format!("job {job} still needs it; terminate or delete that first, or force it");
         return Err(Rejection::WrongState {
             name: name.clone(),
             why,
@@ -134,7 +163,17 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Reject
         });
     }
     step.state.clusters.remove(name);
+    step.state.deleting.remove(name);
     step.deleted(name);
+    Ok(())
+}
+
+/// Its jobs are ended by the leader's duties; then it is deleted again.
+fn delete_later(step: &mut Step<'_>, name: &str) -> Result<(), Rejection> {
+    let time = step.state.time;
+    if step.state.deleting.insert(name.to_owned()).is_none() {
+        change(step, name, |cluster| cluster.deleting = Some(time));
+    }
     Ok(())
 }
 

@@ -11,7 +11,24 @@ pub fn check(state: &State) -> Result<(), String> {
     members_and_nodes_agree(state)?;
     nodes_and_attempts_agree(state)?;
     ended_jobs_are_whole(state)?;
+    what_is_being_deleted_exists(state)?;
     ports_are_unique_per_machine(state)
+}
+
+/// And nothing that it holds is new: that is refused when it is made.
+fn what_is_being_deleted_exists(state: &State) -> Result<(), String> {
+    for name in &state.deleting {
+        let kind = names::Kind::of(name);
+        if !kind.is_some_and(|kind| state.contains(kind, name)) {
+            return Err(format!("what_is_being_deleted_exists: {name}"));
+        }
+    }
+    for (name, cluster) in &state.clusters {
+        if cluster.deleting.is_some() != state.deleting.contains(name) {
+            return Err(format!("what_is_being_deleted_exists: {name}"));
+        }
+    }
+    Ok(())
 }
 
 fn parents_exist(state: &State) -> Result<(), String> {

@@ -12,14 +12,15 @@ use std::cmp::Reverse;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
-use batchai_proto::internal::v1::Delete;
+use batchai_proto::internal::v1::terminate_job::Cause;
+use batchai_proto::internal::v1::{Delete, Update};
 use batchai_proto::v1;
 use batchai_proto::v1::job::{SchedulingPriority, State as JobState};
 use prost_types::Timestamp;
 
 use super::attempts::{self, Outcome, Verdict};
 use super::clusters::QueueKey;
-use super::{Rejection, Step, check_etag, check_new, clusters, etag, not_found};
+use super::{Rejection, Step, check_etag, check_new, check_stays, clusters, etag, not_found};
 
 /// How often a job may go back to the queue because infrastructure failed.
 pub const INFRASTRUCTURE_RETRIES_MAX: i32 = 3;
@@ -44,8 +45,8 @@ pub struct Job {
     pub attempts: i32,
     /// How many of them infrastructure ended.
     pub infrastructure_retries: i32,
-    /// It is removed when it has ended.
-    pub deleting: bool,
+    /// Since when it is removed as soon as it has ended.
+    pub deleting: Option<Timestamp>,
 }
 
 impl Job {
@@ -86,10 +87,11 @@ pub(super) fn change(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut J
 pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejection> {
     let state = &mut *step.state;
     let name = &spec.name;
-    check_new(Kind::Job, name, &state.jobs, &state.experiments)?;
+    check_new(state, Kind::Job, name)?;
     if !state.clusters.contains_key(&spec.cluster) {
         return Err(not_found(Kind::Cluster, &spec.cluster));
     }
+    check_stays(state, &spec.cluster)?;
     let segment = format!("{}/{}/{}", state.ensemble, segment_of(name), spec.uid);
     let job = Job {
         spec: Arc::new(v1::Job {
@@ -108,7 +110,7 @@ pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejectio
         attempt: None,
         attempts: 0,
         infrastructure_retries: 0,
-        deleting: false,
+        deleting: None,
     };
     state.submissions += 1;
     let key = job.queue_key();
@@ -126,18 +128,26 @@ fn segment_of(name: &str) -> &str {
         .map_or(name, |(_collection, rest)| rest)
 }
 
-pub(super) fn terminate(step: &mut Step<'_>, name: &str) -> Result<(), Rejection> {
-    let job = step
-        .state
-        .jobs
-        .get(name)
-        .cloned()
-        .ok_or_else(|| not_found(Kind::Job, name))?;
+pub(super) fn update(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
+    let name = &command.name;
+    let job = get(step, name)?;
+    check_etag(name, &command.etag, &etag(job.revision))?;
+    if let Some(labels) = &command.labels {
+        change(step, name, |job| {
+            Arc::make_mut(&mut job.spec).labels = labels.labels.clone();
+        });
+    }
+    Ok(())
+}
+
+pub(super) fn terminate(step: &mut Step<'_>, name: &str, cause: Cause) -> Result<(), Rejection> {
+    let job = get(step, name)?;
+    let outcome = Outcome::terminated(cause);
     match (job.state, &job.attempt) {
-        (JobState::Queued, _) => finish(step, name, &Outcome::terminated()),
+        (JobState::Queued, _) => finish(step, name, &outcome),
         (JobState::Running, Some(attempt)) => {
             change(step, name, |job| job.state = JobState::Terminating);
-            attempts::decide(step, attempt, Outcome::terminated());
+            attempts::decide(step, attempt, outcome);
         }
         _ => {}
     }
@@ -146,19 +156,23 @@ pub(super) fn terminate(step: &mut Step<'_>, name: &str) -> Result<(), Rejection
 
 pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
     let name = &command.name;
-    let job = step
-        .state
-        .jobs
-        .get(name)
-        .cloned()
-        .ok_or_else(|| not_found(Kind::Job, name))?;
+    let job = get(step, name)?;
     check_etag(name, &command.etag, &etag(job.revision))?;
     if job.ended() {
         remove(step, name);
         return Ok(());
     }
-    change(step, name, |job| job.deleting = true);
-    terminate(step, name)
+    if job.deleting.is_some() {
+        return Ok(());
+    }
+    let time = step.state.time;
+    change(step, name, |job| job.deleting = Some(time));
+    terminate(step, name, Cause::Unspecified)
+}
+
+fn get(step: &Step<'_>, name: &str) -> Result<Arc<Job>, Rejection> {
+    let job = step.state.jobs.get(name).cloned();
+    job.ok_or_else(|| not_found(Kind::Job, name))
 }
 
 fn remove(step: &mut Step<'_>, name: &str) {
@@ -200,7 +214,7 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
         Verdict::Requeue => true,
         Verdict::InfrastructureFailed => job.infrastructure_retries < INFRASTRUCTURE_RETRIES_MAX,
         Verdict::Succeeded | Verdict::Failed => false,
-    } && !job.deleting;
+    } && job.deleting.is_none();
     let time = step.state.time;
     change(step, name, |job| {
         if requeue {
@@ -228,7 +242,7 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
             cluster.queue.remove(&job.queue_key());
         }
     });
-    if job.deleting {
+    if job.deleting.is_some() {
         remove(step, name);
     }
 }

@@ -9,21 +9,20 @@
 pub mod assignments;
 pub mod attempts;
 pub mod clusters;
-pub mod experiments;
+mod holders;
 pub mod invariants;
 pub mod jobs;
 pub mod nodes;
 pub mod requests;
-pub mod resource_groups;
-pub mod workspaces;
+pub mod vm_size_aliases;
 
 use std::ops::Bound;
 use std::sync::Arc;
 
 use batchai_common::names::{self, Kind};
-use batchai_proto::internal::v1::{Command, command::Kind as CommandKind};
+use batchai_proto::internal::v1::{Command, Delete, Update, command::Kind as CommandKind};
 use batchai_proto::v1;
-use imbl::OrdMap;
+use imbl::{OrdMap, OrdSet};
 use prost_types::Timestamp;
 
 pub use attempts::Attempt;
@@ -54,19 +53,32 @@ pub struct State {
     pub nodes: OrdMap<String, Arc<Node>>,
     /// The latest attempt of every job that has one, by attempt id.
     pub attempts: OrdMap<String, Arc<Attempt>>,
+    pub vm_size_aliases: OrdMap<String, Arc<v1::VmSizeAlias>>,
+    /// What is being deleted with all that it holds or that needs it; jobs excepted, which know it themselves.
+    pub deleting: OrdSet<String>,
     /// What was carried out lately, by the id it came with.
     pub requests: requests::Requests,
+}
+
+/// How many resources of a kind there may be. All of them are in memory and in every copy of the log.
+pub fn limit(kind: Kind) -> usize {
+    match kind {
+        Kind::ResourceGroup | Kind::Cluster | Kind::FileServer | Kind::VmSizeAlias => 1_000,
+        Kind::Workspace | Kind::Node => 10_000,
+        Kind::Experiment => 100_000,
+        Kind::Job => 1_000_000,
+    }
 }
 
 /// What a command changed: for those who watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A resource was created or changed.
-    Changed { name: String, revision: i64 },
+    Changed { name: String },
     /// A resource was removed.
-    Deleted { name: String, revision: i64 },
+    Deleted { name: String },
     /// The assignments of a node are others than before.
-    Assigned { node: String, revision: i64 },
+    Assigned { node: String },
 }
 
 /// Why a command changed nothing.
@@ -84,6 +96,8 @@ pub enum Rejection {
         expected: String,
         actual: String,
     },
+    #[error("there are {limit} of kind {} already, as many as there may be", .kind.noun())]
+    LimitReached { kind: Kind, limit: usize },
     #[error("request id {id} was used for another request")]
     RequestIdReused { id: String },
     /// A plan or report was overtaken by events; whoever made it makes another.
@@ -107,27 +121,18 @@ pub(crate) struct Step<'a> {
 
 impl Step<'_> {
     pub fn changed(&mut self, name: &str) {
-        let revision = self.state.revision;
-        self.events.push(Event::Changed {
-            name: name.to_owned(),
-            revision,
-        });
+        let name = name.to_owned();
+        self.events.push(Event::Changed { name });
     }
 
     pub fn deleted(&mut self, name: &str) {
-        let revision = self.state.revision;
-        self.events.push(Event::Deleted {
-            name: name.to_owned(),
-            revision,
-        });
+        let name = name.to_owned();
+        self.events.push(Event::Deleted { name });
     }
 
     pub fn assigned(&mut self, node: &str) {
-        let revision = self.state.revision;
-        self.events.push(Event::Assigned {
-            node: node.to_owned(),
-            revision,
-        });
+        let node = node.to_owned();
+        self.events.push(Event::Assigned { node });
     }
 }
 
@@ -173,25 +178,45 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
     }
     match command.kind.as_ref().ok_or(Rejection::Unknown)? {
         CommandKind::InitEnsemble(c) => init_ensemble(step.state, &c.ensemble, c.epoch),
-        CommandKind::CreateResourceGroup(c) => resource_groups::create(step, c),
-        CommandKind::DeleteResourceGroup(c) => resource_groups::delete(step, c),
-        CommandKind::CreateWorkspace(c) => workspaces::create(step, c),
-        CommandKind::DeleteWorkspace(c) => workspaces::delete(step, c),
+        CommandKind::CreateResourceGroup(c) => holders::create(step, c),
+        CommandKind::CreateWorkspace(c) => holders::create(step, c),
         CommandKind::CreateCluster(c) => clusters::create(step, c),
-        CommandKind::ResizeCluster(c) => clusters::resize(step, c),
-        CommandKind::DeleteCluster(c) => clusters::delete(step, c),
-        CommandKind::CreateExperiment(c) => experiments::create(step, c),
-        CommandKind::DeleteExperiment(c) => experiments::delete(step, c),
+        CommandKind::CreateExperiment(c) => holders::create(step, c),
         CommandKind::CreateJob(c) => jobs::create(step, c),
         CommandKind::CreateJobs(c) => c.jobs.iter().try_for_each(|job| jobs::create(step, job)),
-        CommandKind::TerminateJob(c) => jobs::terminate(step, &c.name),
-        CommandKind::DeleteJob(c) => jobs::delete(step, c),
+        CommandKind::CreateVmSizeAlias(c) => vm_size_aliases::create(step, c),
+        CommandKind::Update(c) => update(step, c),
+        CommandKind::Delete(c) => delete(step, c),
+        CommandKind::TerminateJob(c) => jobs::terminate(step, &c.name, c.cause()),
         CommandKind::RegisterNode(c) => nodes::register(step, c),
         CommandKind::AllocateNode(c) => nodes::allocate(step, c),
         CommandKind::ReleaseNode(c) => nodes::release(step, c),
         CommandKind::Place(c) => attempts::place(step, c),
         CommandKind::RecordReport(c) => attempts::record(step, c),
         CommandKind::FailAttempt(c) => attempts::fail(step, c),
+    }
+}
+
+fn update(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
+    match Kind::of(&command.name).ok_or(Rejection::Unknown)? {
+        Kind::ResourceGroup => holders::update::<v1::ResourceGroup>(step, command),
+        Kind::Workspace => holders::update::<v1::Workspace>(step, command),
+        Kind::Experiment => holders::update::<v1::Experiment>(step, command),
+        Kind::Cluster => clusters::update(step, command),
+        Kind::Job => jobs::update(step, command),
+        Kind::FileServer | Kind::Node | Kind::VmSizeAlias => Err(Rejection::Unknown),
+    }
+}
+
+fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
+    match Kind::of(&command.name).ok_or(Rejection::Unknown)? {
+        Kind::ResourceGroup => holders::delete::<v1::ResourceGroup>(step, command),
+        Kind::Workspace => holders::delete::<v1::Workspace>(step, command),
+        Kind::Experiment => holders::delete::<v1::Experiment>(step, command),
+        Kind::Cluster => clusters::delete(step, command),
+        Kind::Job => jobs::delete(step, command),
+        Kind::VmSizeAlias => vm_size_aliases::delete(step, command),
+        Kind::FileServer | Kind::Node => Err(Rejection::Unknown),
     }
 }
 
@@ -227,25 +252,93 @@ pub(crate) fn not_found(kind: Kind, name: &str) -> Rejection {
     }
 }
 
-/// A new resource needs its parent and a free name.
-pub(crate) fn check_new<T, P>(
-    kind: Kind,
-    name: &str,
-    table: &OrdMap<String, T>,
-    parents: &OrdMap<String, P>,
-) -> Result<(), Rejection> {
-    let parent = names::parent(name).unwrap_or_default();
-    let parent_kind = kind.parent().unwrap_or(kind);
-    if !parents.contains_key(parent) {
-        return Err(not_found(parent_kind, parent));
+impl State {
+    /// Whether a resource exists.
+    pub fn contains(&self, kind: Kind, name: &str) -> bool {
+        match kind {
+            Kind::ResourceGroup => self.resource_groups.contains_key(name),
+            Kind::Workspace => self.workspaces.contains_key(name),
+            Kind::Cluster => self.clusters.contains_key(name),
+            Kind::Experiment => self.experiments.contains_key(name),
+            Kind::Job => self.jobs.contains_key(name),
+            Kind::Node => self.nodes.contains_key(name),
+            Kind::VmSizeAlias => self.vm_size_aliases.contains_key(name),
+            Kind::FileServer => false,
+        }
     }
-    if table.contains_key(name) {
+
+    /// The names of a kind that begin alike, in their order, from behind a name on.
+    pub fn names<'a>(
+        &'a self,
+        kind: Kind,
+        prefix: &str,
+        after: &str,
+    ) -> Box<dyn Iterator<Item = &'a String> + Send + 'a> {
+        fn of<'a, T: Send + Sync>(
+            table: &'a OrdMap<String, T>,
+            prefix: &str,
+            after: &str,
+        ) -> Box<dyn Iterator<Item = &'a String> + Send + 'a> {
+            Box::new(behind(table, prefix, after).map(|(name, _)| name))
+        }
+        match kind {
+            Kind::ResourceGroup => of(&self.resource_groups, prefix, after),
+            Kind::Workspace => of(&self.workspaces, prefix, after),
+            Kind::Cluster => of(&self.clusters, prefix, after),
+            Kind::Experiment => of(&self.experiments, prefix, after),
+            Kind::Job => of(&self.jobs, prefix, after),
+            Kind::Node => of(&self.nodes, prefix, after),
+            Kind::VmSizeAlias => of(&self.vm_size_aliases, prefix, after),
+            Kind::FileServer => Box::new(std::iter::empty()),
+        }
+    }
+
+    /// How many resources of a kind there are.
+    pub fn count(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::ResourceGroup => self.resource_groups.len(),
+            Kind::Workspace => self.workspaces.len(),
+            Kind::Cluster => self.clusters.len(),
+            Kind::Experiment => self.experiments.len(),
+            Kind::Job => self.jobs.len(),
+            Kind::Node => self.nodes.len(),
+            Kind::VmSizeAlias => self.vm_size_aliases.len(),
+            Kind::FileServer => 0,
+        }
+    }
+}
+
+/// A new resource needs its parent, a free name and room.
+pub(crate) fn check_new(state: &State, kind: Kind, name: &str) -> Result<(), Rejection> {
+    if let Some(parent_kind) = kind.parent() {
+        let parent = names::parent(name).unwrap_or_default();
+        if !state.contains(parent_kind, parent) {
+            return Err(not_found(parent_kind, parent));
+        }
+        check_stays(state, parent)?;
+    }
+    if state.contains(kind, name) {
         return Err(Rejection::Exists {
             kind,
             name: name.to_owned(),
         });
     }
+    let limit = limit(kind);
+    if state.count(kind) >= limit {
+        return Err(Rejection::LimitReached { kind, limit });
+    }
     Ok(())
+}
+
+/// Nothing new is made in or for what is being deleted.
+pub(crate) fn check_stays(state: &State, name: &str) -> Result<(), Rejection> {
+    if !state.deleting.contains(name) {
+        return Ok(());
+    }
+    Err(Rejection::WrongState {
+        name: name.to_owned(),
+        why: "it is being deleted".to_owned(),
+    })
 }
 
 /// The resources of a table that one parent holds, by name, from behind a name on.
@@ -259,6 +352,16 @@ pub fn children<'a, T>(
         Some(_) => format!("{parent}/{}/", kind.collection()),
         None => format!("{}/", kind.collection()),
     };
+    behind(table, &prefix, after)
+}
+
+/// The resources of a table whose names begin alike, by name, from behind a name on.
+fn behind<'a, T>(
+    table: &'a OrdMap<String, T>,
+    prefix: &str,
+    after: &str,
+) -> impl Iterator<Item = (&'a String, &'a T)> + use<'a, T> {
+    let prefix = prefix.to_owned();
     let begin = match after {
         "" => Bound::Included(prefix.clone()),
         after => Bound::Excluded(after.to_owned()),
@@ -266,22 +369,6 @@ pub fn children<'a, T>(
     table
         .range((begin, Bound::Unbounded))
         .take_while(move |(name, _)| name.starts_with(&prefix))
-}
-
-/// Refuses to remove what still holds something.
-pub(crate) fn check_empty<T>(
-    parent: &str,
-    table: &OrdMap<String, T>,
-    kind: Kind,
-) -> Result<(), Rejection> {
-    let Some((child, _)) = children(table, parent, kind, "").next() else {
-        return Ok(());
-    };
-    let why = format!("it still holds {} {child}; delete that first", kind.noun());
-    Err(Rejection::WrongState {
-        name: parent.to_owned(),
-        why,
-    })
 }
 
 #[cfg(test)]

@@ -11,7 +11,8 @@ use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
 use prost_types::Timestamp;
 
 use super::attempts::{self, Outcome};
-use super::{Rejection, Step, clusters, jobs, not_found};
+use super::{Rejection, Step, check_new, clusters, jobs, not_found, vm_size_aliases};
+use batchai_proto::internal::v1::terminate_job::Cause;
 
 /// A machine with an agent.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,6 +73,7 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
     let name = &command.name;
     let facts = Arc::new(command.facts.clone().unwrap_or_default());
     let Some(known) = step.state.nodes.get(name).cloned() else {
+        check_new(step.state, Kind::Node, name)?;
         let node = Node {
             uid: command.uid.clone(),
             incarnation: command.incarnation.clone(),
@@ -102,12 +104,14 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
         attempts::lose_node(step, attempt, name);
     }
     // A machine that changed its size or image is no longer what its cluster was made of.
-    let misfit = known.cluster.as_ref().is_some_and(|cluster| {
-        step.state
-            .clusters
-            .get(cluster)
-            .is_some_and(|cluster| !cluster.matches(&facts))
-    });
+    let as_before = known.facts.vm_size == facts.vm_size && known.facts.image == facts.image;
+    let misfit = !as_before
+        && known.cluster.as_ref().is_some_and(|cluster| {
+            step.state.clusters.get(cluster).is_some_and(|cluster| {
+                let alias = vm_size_aliases::resolve(step.state, &cluster.spec.vm_size);
+                !cluster.matches(alias, &facts)
+            })
+        });
     change(step, name, |node| {
         node.uid = command.uid.clone();
         node.incarnation = command.incarnation.clone();
@@ -124,7 +128,9 @@ pub(super) fn allocate(step: &mut Step<'_>, command: &AllocateNode) -> Result<()
     let node = node.ok_or_else(|| not_found(Kind::Node, &command.node))?;
     let cluster = step.state.clusters.get(&command.cluster);
     let cluster = cluster.ok_or_else(|| not_found(Kind::Cluster, &command.cluster))?;
-    if node.cluster.is_some() || !cluster.matches(&node.facts) {
+    let alias = vm_size_aliases::resolve(step.state, &cluster.spec.vm_size);
+    let stays = cluster.deleting.is_none();
+    if node.cluster.is_some() || !stays || !cluster.matches(alias, &node.facts) {
         let why = "it is not free for that cluster any more".to_owned();
         return Err(Rejection::Overtaken {
             name: command.node.clone(),
@@ -161,7 +167,7 @@ pub(super) fn release(step: &mut Step<'_>, command: &ReleaseNode) -> Result<(), 
                     .attempts
                     .get(attempt)
                     .map(|attempt| attempt.job.clone());
-                jobs::terminate(step, &job.unwrap_or_default())?;
+                jobs::terminate(step, &job.unwrap_or_default(), Cause::Unspecified)?;
             }
             NodeDeallocationOption::Requeue | NodeDeallocationOption::Unspecified => {
                 attempts::decide(step, attempt, Outcome::requeue_for_resize());

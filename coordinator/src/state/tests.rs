@@ -4,7 +4,7 @@ use batchai_proto::agent::v1::{AttemptObservation, Failure, Report};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
     Command, CreateJobs, Delete, InitEnsemble, RecordReport, RegisterNode, RequestKey,
-    ResizeCluster, TerminateJob,
+    TerminateJob, Update,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
@@ -381,7 +381,10 @@ fn a_queued_job_ends_at_once_when_terminated_and_a_running_one_when_its_nodes_ar
     let running = e.run_two(|_| {});
     let queued = e.submit("q", 1, |_| {});
     for name in [&queued, &running, &queued, &running] {
-        e.ok(C::TerminateJob(TerminateJob { name: name.clone() }));
+        e.ok(C::TerminateJob(TerminateJob {
+            name: name.clone(),
+            ..Default::default()
+        }));
     }
     assert_eq!(e.state_of(&queued), JobState::Failed);
     assert_eq!(e.job(&queued).errors[0].code, "JobTerminated");
@@ -397,11 +400,11 @@ fn a_queued_job_ends_at_once_when_terminated_and_a_running_one_when_its_nodes_ar
 fn a_deleted_running_job_is_gone_when_its_processes_are_and_its_name_is_free() {
     let mut e = Ensemble::with_nodes(2, 2);
     let job = e.run_two(|_| {});
-    e.ok(C::DeleteJob(Delete {
+    e.ok(C::Delete(Delete {
         name: job.clone(),
-        etag: String::new(),
+        ..Default::default()
     }));
-    assert!(e.job(&job).deleting);
+    assert!(e.job(&job).deleting.is_some());
     e.see(&job, 0, P::Ended, &[(0, Some(143))]);
     let attempt = e.attempt(&job);
     e.see_attempt(&attempt, 1, P::Ended, &[], None);
@@ -498,10 +501,13 @@ fn resize(target: i32, option: Dealloc) -> C {
         target_node_count: target,
         node_deallocation_option: option as i32,
     };
-    C::ResizeCluster(ResizeCluster {
+    C::Update(Update {
         name: CLUSTER.into(),
-        manual: Some(manual),
-        etag: String::new(),
+        scale_settings: Some(v1::ScaleSettings {
+            manual: Some(manual),
+            auto_scale: None,
+        }),
+        ..Default::default()
     })
 }
 
@@ -533,13 +539,13 @@ fn what_still_holds_something_is_not_deleted() {
     let job = e.submit("j", 1, |_| {});
     let delete = |name: &str| Delete {
         name: name.into(),
-        etag: String::new(),
+        ..Default::default()
     };
     for kind in [
-        C::DeleteResourceGroup(delete(GROUP)),
-        C::DeleteWorkspace(delete(WORKSPACE)),
-        C::DeleteExperiment(delete(EXPERIMENT)),
-        C::DeleteCluster(delete(CLUSTER)),
+        C::Delete(delete(GROUP)),
+        C::Delete(delete(WORKSPACE)),
+        C::Delete(delete(EXPERIMENT)),
+        C::Delete(delete(CLUSTER)),
     ] {
         assert!(matches!(
             e.try_apply(kind),
@@ -547,12 +553,161 @@ fn what_still_holds_something_is_not_deleted() {
         ));
     }
     e.see(&job, 0, P::Ended, &[(0, Some(0))]);
-    e.ok(C::DeleteJob(delete(&job)));
-    e.ok(C::DeleteExperiment(delete(EXPERIMENT)));
-    e.ok(C::DeleteCluster(delete(CLUSTER)));
-    e.ok(C::DeleteWorkspace(delete(WORKSPACE)));
-    e.ok(C::DeleteResourceGroup(delete(GROUP)));
+    e.ok(C::Delete(delete(&job)));
+    e.ok(C::Delete(delete(EXPERIMENT)));
+    e.ok(C::Delete(delete(CLUSTER)));
+    e.ok(C::Delete(delete(WORKSPACE)));
+    e.ok(C::Delete(delete(GROUP)));
     assert!(e.state.nodes.values().all(|node| node.cluster.is_none()));
+}
+
+fn force(name: &str) -> C {
+    C::Delete(Delete {
+        name: name.into(),
+        force: true,
+        ..Default::default()
+    })
+}
+
+#[test]
+fn a_workspace_goes_with_all_it_holds_when_its_jobs_have_ended() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let running = e.run_two(|_| {});
+    e.submit("queued", 2, |_| {});
+    let other = "resourceGroups/g/workspaces/other";
+    e.ok(C::CreateWorkspace(v1::Workspace {
+        name: other.into(),
+        ..Default::default()
+    }));
+    e.ok(C::CreateExperiment(v1::Experiment {
+        name: format!("{other}/experiments/e"),
+        ..Default::default()
+    }));
+    // A job of another workspace on the cluster that goes.
+    let guest = format!("{other}/experiments/e/jobs/guest");
+    e.ok(C::CreateJob(v1::Job {
+        name: guest.clone(),
+        cluster: CLUSTER.into(),
+        node_count: 1,
+        ..Default::default()
+    }));
+    e.ok(force(WORKSPACE));
+    let deleting = v1::ProvisioningState::Deleting;
+    assert_eq!(e.state.workspaces[WORKSPACE].provisioning_state(), deleting);
+    let again = e.ok(force(WORKSPACE));
+    assert!(again.is_empty(), "asked twice, it is the same deletion");
+    let new = v1::Experiment {
+        name: format!("{WORKSPACE}/experiments/new"),
+        ..Default::default()
+    };
+    let refused = e.try_apply(C::CreateExperiment(new));
+    assert!(matches!(refused, Err(Rejection::WrongState { .. })));
+    e.settle();
+    // The running job holds up what holds it, and nothing else.
+    assert_eq!(e.state_of(&running), JobState::Terminating);
+    assert_eq!(e.state.jobs.len(), 2);
+    assert_eq!(e.job(&guest).state, JobState::Failed);
+    assert_eq!(e.job(&guest).errors[0].code, "ClusterDeleted");
+    assert!(e.state.clusters.contains_key(CLUSTER));
+    let attempt = e.attempt(&running);
+    e.see(&running, 0, P::Ended, &[(0, Some(143))]);
+    e.see_attempt(&attempt, 1, P::Ended, &[], None);
+    e.settle();
+    assert!(!e.state.workspaces.contains_key(WORKSPACE));
+    assert!(e.state.deleting.is_empty() && e.state.clusters.is_empty());
+    assert!(e.state.nodes.values().all(|node| node.cluster.is_none()));
+    assert_eq!(e.state.jobs.len(), 1);
+    // The name is free.
+    e.ok(C::CreateWorkspace(v1::Workspace {
+        name: WORKSPACE.into(),
+        ..Default::default()
+    }));
+    e.ok(force(GROUP));
+    e.settle();
+    assert!(e.state.resource_groups.is_empty() && e.state.jobs.is_empty());
+}
+
+#[test]
+fn more_jobs_than_one_look_deletes_go_all_the_same() {
+    let mut e = Ensemble::with_nodes(0, 0);
+    for i in 0..700 {
+        e.submit(&format!("j{i}"), 1, |_| {});
+    }
+    e.ok(force(EXPERIMENT));
+    e.settle();
+    assert!(e.state.jobs.is_empty() && e.state.experiments.is_empty());
+    assert!(e.state.clusters[CLUSTER].queue.is_empty());
+}
+
+#[test]
+fn labels_change_and_nothing_else_with_them() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.run_two(|_| {});
+    let before = e.attempt(&job);
+    for name in [GROUP, WORKSPACE, EXPERIMENT, CLUSTER, job.as_str()] {
+        let labels = [("team".to_owned(), "vision".to_owned())].into();
+        let labels = Some(batchai_proto::internal::v1::Labels { labels });
+        let events = e.ok(C::Update(Update {
+            name: name.into(),
+            labels,
+            ..Default::default()
+        }));
+        let name = name.to_owned();
+        assert_eq!(events, [Event::Changed { name }]);
+    }
+    assert_eq!(e.job(&job).spec.labels["team"], "vision");
+    assert_eq!(e.state.clusters[CLUSTER].spec.labels["team"], "vision");
+    assert_eq!(e.state.experiments[EXPERIMENT].labels["team"], "vision");
+    assert_eq!(e.attempt(&job), before, "what runs is not touched");
+    assert_eq!(e.state.clusters[CLUSTER].target(), 2);
+}
+
+#[test]
+fn an_alias_stands_for_a_size_as_long_as_it_exists() {
+    let mut e = Ensemble::new(0);
+    let cluster = format!("{WORKSPACE}/clusters/aliased");
+    let alias = v1::VmSizeAlias {
+        name: "vmSizeAliases/Standard_NC6".into(),
+        vm_size: "small".into(),
+        ..Default::default()
+    };
+    e.ok(C::CreateVmSizeAlias(alias));
+    e.ok(C::CreateCluster(v1::Cluster {
+        name: cluster.clone(),
+        vm_size: "Standard_NC6".into(),
+        scale_settings: Some(v1::ScaleSettings {
+            manual: Some(v1::ManualScaleSettings {
+                target_node_count: 2,
+                ..Default::default()
+            }),
+            auto_scale: None,
+        }),
+        ..Default::default()
+    }));
+    e.register("nodes/n0", "1");
+    e.settle();
+    assert_eq!(e.state.clusters[&cluster].members.len(), 1);
+    e.ok(force("vmSizeAliases/Standard_NC6"));
+    // The same machine comes back: it is still what the cluster was made of.
+    e.register("nodes/n0", "2");
+    e.register("nodes/n1", "1");
+    e.settle();
+    assert_eq!(e.state.clusters[&cluster].members.len(), 1);
+}
+
+#[test]
+fn a_job_with_processes_per_node_is_over_when_all_of_them_are() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.run_two(|job| {
+        job.custom_toolkit_settings = Some(v1::CustomToolkitSettings {
+            processes_per_node: 2,
+            ..Default::default()
+        });
+    });
+    e.see(&job, 0, P::Ended, &[(0, Some(0)), (1, Some(0))]);
+    assert_eq!(e.state_of(&job), JobState::Running);
+    e.see(&job, 1, P::Ended, &[(2, Some(0)), (3, Some(0))]);
+    assert_eq!(e.state_of(&job), JobState::Succeeded);
 }
 
 fn create_group(
@@ -623,9 +778,10 @@ fn a_stale_etag_is_refused() {
     let delete = Delete {
         name: EXPERIMENT.into(),
         etag,
+        force: true,
     };
     assert!(matches!(
-        e.try_apply(C::DeleteExperiment(delete)),
+        e.try_apply(C::Delete(delete)),
         Err(Rejection::StaleEtag { .. })
     ));
 }
@@ -726,13 +882,16 @@ proptest! {
                 }
                 Action::Terminate(job) => {
                     if let Some(name) = names.get(job) {
-                        let _ = e.try_apply(C::TerminateJob(TerminateJob { name: name.clone() }));
+                        let _ = e.try_apply(C::TerminateJob(TerminateJob {
+            name: name.clone(),
+            ..Default::default()
+        }));
                     }
                 }
                 Action::Delete(job) => {
                     if let Some(name) = names.get(job) {
-                        let delete = Delete { name: name.clone(), etag: String::new() };
-                        let _ = e.try_apply(C::DeleteJob(delete));
+                        let delete = Delete { name: name.clone(), etag: String::new(), force: false };
+                        let _ = e.try_apply(C::Delete(delete));
                     }
                 }
                 Action::Reboot(node, other) => {

@@ -53,6 +53,7 @@ pub fn facts(config: &Config) -> Result<NodeFacts, HardwareError> {
         root: config.root.to_string_lossy().into_owned(),
         first_port: i32::from(config.ports.0),
         last_port: i32::from(config.ports.1),
+        ssh_port: i32::from(config.ssh_port),
     })
 }
 

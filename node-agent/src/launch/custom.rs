@@ -1,24 +1,44 @@
-//! PURE. A custom job: one bash command line on the master; the other hosts are prepared and wait.
+//! PURE. A custom job: a bash command line, once on the master while the other hosts are prepared and wait; or, where the
+//! job asks for processes per node, so many times on every host.
 //!
-//! The original's file names: `stdout.txt` and `stderr.txt`. The job is over when the command is.
+//! Once on the master it has the original's file names, `stdout.txt` and `stderr.txt`. On every host each process finds its
+//! place in `RANK`, `WORLD_SIZE` and their kin, and writes to `stdout-{rank}.txt`. The job is over when all processes are,
+//! or one fails.
 
 use batchai_proto::v1::CustomToolkitSettings;
 
-use super::{Context, LaunchError, ProcessPlan, bash, environment};
+use super::{Context, LaunchError, ProcessPlan, bash, environment, rank_count, ranks};
 
 pub fn processes(
     context: &Context<'_>,
     settings: &CustomToolkitSettings,
 ) -> Result<Vec<ProcessPlan>, LaunchError> {
-    if context.assignment.host_index != 0 {
-        return Ok(Vec::new());
+    let hosts = context.assignment.hosts.len();
+    let index = usize::try_from(context.assignment.host_index).unwrap_or_default();
+    match rank_count(context.job, hosts) {
+        0 if index > 0 => Ok(Vec::new()),
+        0 => Ok(vec![ProcessPlan {
+            rank: 0,
+            argv: bash(&settings.command_line),
+            env: environment::with_user(context, context.env.clone())?,
+            cwd: context.paths.job_temp.clone(),
+            stdout: "stdout.txt".into(),
+            stderr: "stderr.txt".into(),
+        }]),
+        total => {
+            let own = ranks(total, hosts, index);
+            let process = |rank: usize| -> Result<ProcessPlan, LaunchError> {
+                let env = environment::of_rank(context, rank, total, &own)?;
+                Ok(ProcessPlan {
+                    rank: rank as i32,
+                    argv: bash(&settings.command_line),
+                    env: environment::with_user(context, env)?,
+                    cwd: context.paths.job_temp.clone(),
+                    stdout: format!("stdout-{rank}.txt"),
+                    stderr: format!("stderr-{rank}.txt"),
+                })
+            };
+            own.clone().map(process).collect()
+        }
     }
-    Ok(vec![ProcessPlan {
-        rank: 0,
-        argv: bash(&settings.command_line),
-        env: environment::with_user(context, context.env.clone())?,
-        cwd: context.paths.job_temp.clone(),
-        stdout: "stdout.txt".into(),
-        stderr: "stderr.txt".into(),
-    }])
 }

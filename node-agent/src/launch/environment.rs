@@ -58,6 +58,35 @@ pub fn common(
     Ok(env)
 }
 
+/// The environment of a rank, before the user's own variables. gloo and nccl are told which interface has the host's
+/// address.
+pub fn of_rank(
+    context: &Context<'_>,
+    rank: usize,
+    total: usize,
+    own: &std::ops::Range<usize>,
+) -> Result<Env, LaunchError> {
+    let master = context.assignment.hosts.first();
+    let master = master.ok_or(LaunchError::Incomplete { what: "master" })?;
+    let mut env = context.env.clone();
+    for (name, value) in [
+        ("AZ_BATCHAI_TASK_INDEX", rank.to_string()),
+        ("MASTER_ADDR", master.address.clone()),
+        ("MASTER_PORT", master.port.to_string()),
+        ("RANK", rank.to_string()),
+        ("WORLD_SIZE", total.to_string()),
+        ("LOCAL_RANK", (rank - own.start).to_string()),
+        ("LOCAL_WORLD_SIZE", own.len().to_string()),
+    ] {
+        env.insert(name.to_owned(), value);
+    }
+    if let Some(interface) = &context.facts.interface {
+        env.insert("GLOO_SOCKET_IFNAME".into(), interface.clone());
+        env.insert("NCCL_SOCKET_IFNAME".into(), interface.clone());
+    }
+    Ok(env)
+}
+
 /// What only ranks have: a user's variable that names one of them is not set for the preparation command.
 const OF_RANKS: [&str; 2] = ["AZ_BATCHAI_TASK_INDEX", "AZ_BATCHAI_PYTORCH_INIT_METHOD"];
 

@@ -207,17 +207,22 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
 /// One line per host, in the form that Open MPI reads.
 fn hostfile(context: &Context<'_>) -> String {
     let hosts = &context.assignment.hosts;
-    let total = context
-        .job
-        .py_torch_settings
-        .as_ref()
-        .map_or(0, |s| s.process_count);
-    let total = usize::try_from(total).unwrap_or_default().max(hosts.len());
+    let total = rank_count(context.job, hosts.len()).max(hosts.len());
     let line = |(i, host): (usize, &batchai_proto::agent::v1::Host)| {
         let slots = ranks(total, hosts.len(), i).len();
         format!("{} slots={slots} max-slots={slots}\n", host.address)
     };
     hosts.iter().enumerate().map(line).collect()
+}
+
+/// How many processes the job has over all hosts.
+fn rank_count(job: &Job, hosts: usize) -> usize {
+    let count = |count: i32| usize::try_from(count).unwrap_or_default();
+    match (&job.py_torch_settings, &job.custom_toolkit_settings) {
+        (Some(settings), _) => count(settings.process_count),
+        (None, Some(settings)) => count(settings.processes_per_node) * hosts,
+        (None, None) => 0,
+    }
 }
 
 /// The ranks of one host: as even as can be, the first hosts have one more.

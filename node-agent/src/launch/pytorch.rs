@@ -1,15 +1,14 @@
 //! PURE. A PyTorch job: the script once per rank, ranks numbered over the hosts in their order.
 //!
 //! A rank finds its place in the original's variables (`AZ_BATCHAI_TASK_INDEX`, `AZ_BATCHAI_PYTORCH_INIT_METHOD`, here
-//! `tcp://` to rank 0's host) and in those that `env://` reads today (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...). gloo
-//! and nccl are told which interface has the host's address, unless the user says so. The interpreter is `python3`
+//! `tcp://` to rank 0's host) and in those that `env://` reads today (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...). The interpreter is `python3`
 //! where none is named. Log files are `stdout-{rank}.txt` and `stderr-{rank}.txt`. The job is over when all ranks are,
 //! or one fails.
 
 use batchai_proto::v1::PyTorchSettings;
 
 use super::expand::expand;
-use super::{Context, LaunchError, ProcessPlan, environment, ranks};
+use super::{Context, LaunchError, ProcessPlan, environment, rank_count, ranks};
 
 const PYTHON: &str = "python3";
 
@@ -19,7 +18,7 @@ pub fn processes(
 ) -> Result<Vec<ProcessPlan>, LaunchError> {
     let hosts = &context.assignment.hosts;
     let index = usize::try_from(context.assignment.host_index).unwrap_or_default();
-    let total = usize::try_from(settings.process_count).unwrap_or_default();
+    let total = rank_count(context.job, hosts.len());
     let own = ranks(total, hosts.len(), index);
     own.clone()
         .map(|rank| process(context, settings, rank, total, &own))
@@ -33,30 +32,13 @@ fn process(
     total: usize,
     own: &std::ops::Range<usize>,
 ) -> Result<ProcessPlan, LaunchError> {
-    let master = context.assignment.hosts.first();
-    let master = master.ok_or(LaunchError::Incomplete { what: "master" })?;
-    let mut env = context.env.clone();
-    let address = match master.address.contains(':') {
-        true => format!("[{}]", master.address),
-        false => master.address.clone(),
+    let mut env = environment::of_rank(context, rank, total, own)?;
+    let (address, port) = (&env["MASTER_ADDR"], &env["MASTER_PORT"]);
+    let init_method = match address.contains(':') {
+        true => format!("tcp://[{address}]:{port}"),
+        false => format!("tcp://{address}:{port}"),
     };
-    let init_method = format!("tcp://{address}:{}", master.port);
-    for (name, value) in [
-        ("AZ_BATCHAI_TASK_INDEX", rank.to_string()),
-        ("AZ_BATCHAI_PYTORCH_INIT_METHOD", init_method),
-        ("MASTER_ADDR", master.address.clone()),
-        ("MASTER_PORT", master.port.to_string()),
-        ("RANK", rank.to_string()),
-        ("WORLD_SIZE", total.to_string()),
-        ("LOCAL_RANK", (rank - own.start).to_string()),
-        ("LOCAL_WORLD_SIZE", own.len().to_string()),
-    ] {
-        env.insert(name.to_owned(), value);
-    }
-    if let Some(interface) = &context.facts.interface {
-        env.insert("GLOO_SOCKET_IFNAME".into(), interface.clone());
-        env.insert("NCCL_SOCKET_IFNAME".into(), interface.clone());
-    }
+    env.insert("AZ_BATCHAI_PYTORCH_INIT_METHOD".into(), init_method);
     let env = environment::with_user(context, env)?;
     let interpreter = match settings.python_interpreter_path.as_str() {
         "" => PYTHON,

@@ -38,7 +38,10 @@ fn facts() -> HostFacts {
 fn custom() -> Job {
     let command_line = "mpirun -hostfile $AZ_BATCHAI_MPI_HOST_FILE true".into();
     Job {
-        custom_toolkit_settings: Some(v1::CustomToolkitSettings { command_line }),
+        custom_toolkit_settings: Some(v1::CustomToolkitSettings {
+            command_line,
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }

@@ -181,7 +181,10 @@ async fn one_job(channel: &Channel, dir: &Path, id: &str) -> f64 {
         .await
         .expect("it is valid")
         .into_inner();
-    let watch = v1::WatchJobRequest { name: job.name };
+    let watch = v1::WatchJobRequest {
+        name: job.name,
+        revision: 0,
+    };
     let mut changes = client
         .watch_job(watch)
         .await
@@ -202,7 +205,10 @@ fn job(dir: &Path, id: &str, command_line: &str) -> v1::CreateJobRequest {
             cluster: format!("{WORKSPACE}/clusters/c"),
             node_count: 1,
             std_out_err_path_prefix: dir.join("out").to_string_lossy().into_owned(),
-            custom_toolkit_settings: Some(v1::CustomToolkitSettings { command_line }),
+            custom_toolkit_settings: Some(v1::CustomToolkitSettings {
+                command_line,
+                ..Default::default()
+            }),
             ..Default::default()
         }),
         request_id: String::new(),
@@ -233,6 +239,7 @@ async fn create(channel: &Channel) -> Result<(), tonic::Status> {
     let experiment = v1::CreateExperimentRequest {
         parent: WORKSPACE.to_owned(),
         experiment_id: "e".to_owned(),
+        experiment: None,
         request_id: String::new(),
         validate_only: false,
     };

@@ -1,0 +1,146 @@
+//! PURE. Checks volumes and secrets, wherever they stand. They are not served yet; what is wrong with them is said all the
+//! same.
+
+use batchai_common::names::Kind as Noun;
+use batchai_proto::v1::{
+    EnvironmentVariableWithSecretValue, KeyVaultSecretReference, MountVolumes, StorageCredentials,
+};
+
+use super::faults::Faults;
+
+const LIST_MAX: usize = 100;
+
+/// Checks what to mount.
+pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
+    let mut places = Vec::new();
+    for (i, share) in given.azure_file_shares.iter().enumerate().take(LIST_MAX) {
+        let at = format!("{field}.azure_file_shares[{i}]");
+        faults.text(&format!("{at}.account_name"), &share.account_name, true);
+        faults.text(&format!("{at}.azure_file_url"), &share.azure_file_url, true);
+        credentials(faults, &at, share.credentials.as_ref());
+        mode(faults, &format!("{at}.file_mode"), &share.file_mode);
+        mode(
+            faults,
+            &format!("{at}.directory_mode"),
+            &share.directory_mode,
+        );
+        places.push((at, share.relative_mount_path.as_str()));
+    }
+    for (i, blob) in given
+        .azure_blob_file_systems
+        .iter()
+        .enumerate()
+        .take(LIST_MAX)
+    {
+        let at = format!("{field}.azure_blob_file_systems[{i}]");
+        faults.text(&format!("{at}.account_name"), &blob.account_name, true);
+        faults.text(&format!("{at}.container_name"), &blob.container_name, true);
+        faults.text(&format!("{at}.mount_options"), &blob.mount_options, false);
+        credentials(faults, &at, blob.credentials.as_ref());
+        places.push((at, blob.relative_mount_path.as_str()));
+    }
+    for (i, server) in given.file_servers.iter().enumerate().take(LIST_MAX) {
+        let at = format!("{field}.file_servers[{i}]");
+        faults.name(
+            &format!("{at}.file_server"),
+            Noun::FileServer,
+            &server.file_server,
+        );
+        faults.text(
+            &format!("{at}.source_directory"),
+            &server.source_directory,
+            false,
+        );
+        faults.text(&format!("{at}.mount_options"), &server.mount_options, false);
+        places.push((at, server.relative_mount_path.as_str()));
+    }
+    for (i, system) in given
+        .unmanaged_file_systems
+        .iter()
+        .enumerate()
+        .take(LIST_MAX)
+    {
+        let at = format!("{field}.unmanaged_file_systems[{i}]");
+        faults.text(&format!("{at}.mount_command"), &system.mount_command, true);
+        places.push((at, system.relative_mount_path.as_str()));
+    }
+    let longest = given
+        .azure_file_shares
+        .len()
+        .max(given.azure_blob_file_systems.len())
+        .max(given.file_servers.len())
+        .max(given.unmanaged_file_systems.len());
+    if longest > LIST_MAX {
+        faults.invalid(
+            field,
+            format!("has a list of more than {LIST_MAX} elements"),
+        );
+    }
+    check_places(faults, &places);
+}
+
+/// Every volume has a place of its own below the mount root.
+fn check_places(faults: &mut Faults, places: &[(String, &str)]) {
+    for (i, (at, path)) in places.iter().enumerate() {
+        let at = format!("{at}.relative_mount_path");
+        faults.text(&at, path, true);
+        if path.starts_with('/') || path.split('/').any(|part| part == "..") {
+            faults.invalid(&at, "must be a relative path without `..`");
+        }
+        let same = |other: &str| other.trim_matches('/') == path.trim_matches('/');
+        if places[..i].iter().any(|(_, other)| same(other)) {
+            faults.invalid(at, "is the place of another volume already");
+        }
+    }
+}
+
+fn credentials(faults: &mut Faults, at: &str, given: Option<&StorageCredentials>) {
+    let at = format!("{at}.credentials");
+    let Some(given) = given else {
+        return faults.invalid(at, "must be given");
+    };
+    let reference = given.account_key_secret_reference.as_ref();
+    one_of(faults, &at, ("account_key", &given.account_key), reference);
+}
+
+/// A secret is given by its value or by where it is, not both.
+pub fn one_of(
+    faults: &mut Faults,
+    at: &str,
+    (name, value): (&str, &str),
+    reference: Option<&KeyVaultSecretReference>,
+) {
+    faults.text(&format!("{at}.{name}"), value, false);
+    if value.is_empty() == reference.is_none() {
+        let why = format!("must be given, or a reference to it in {name}_secret_reference");
+        faults.invalid(format!("{at}.{name}"), why);
+    }
+    if let Some(reference) = reference {
+        let at = format!("{at}.{name}_secret_reference");
+        faults.text(&format!("{at}.source_vault"), &reference.source_vault, true);
+        faults.text(&format!("{at}.secret_url"), &reference.secret_url, true);
+    }
+}
+
+fn mode(faults: &mut Faults, at: &str, text: &str) {
+    if !text.is_empty() && (text.len() > 4 || u32::from_str_radix(text, 8).is_err()) {
+        faults.invalid(at, "must be an octal mode such as 0777");
+    }
+}
+
+/// Checks secret environment variables; their names are checked with those of the others.
+pub fn check_secrets(
+    faults: &mut Faults,
+    field: &str,
+    given: &[EnvironmentVariableWithSecretValue],
+) {
+    for (i, secret) in given.iter().enumerate().take(LIST_MAX) {
+        let at = format!("{field}[{i}]");
+        faults.text(&format!("{at}.name"), &secret.name, true);
+        let reference = secret.value_secret_reference.as_ref();
+        one_of(faults, &at, ("value", &secret.value), reference);
+    }
+    if given.len() > LIST_MAX {
+        faults.invalid(field, format!("has more than {LIST_MAX} elements"));
+    }
+}

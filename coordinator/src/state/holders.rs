@@ -1,0 +1,181 @@
+//! PURE. Resource groups, workspaces and experiments: they hold others, have labels, and nothing else happens to them.
+//!
+//! One that is deleted with what it holds stays, `DELETING`, until all of that is gone; what takes it away, one by one,
+//! are the leader's duties.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use batchai_common::names::{self, Kind};
+use batchai_proto::internal::v1::{Delete, Update};
+use batchai_proto::v1::{self, ProvisioningState};
+use imbl::OrdMap;
+use prost_types::Timestamp;
+
+use super::{Rejection, State, Step, check_etag, check_new, children, etag, not_found};
+
+/// The fields that all of them have.
+pub(super) struct Fields<'a> {
+    name: &'a str,
+    etag: &'a mut String,
+    create_time: &'a mut Option<Timestamp>,
+    labels: &'a mut BTreeMap<String, String>,
+    provisioning_state: &'a mut i32,
+    provisioning_time: &'a mut Option<Timestamp>,
+}
+
+/// A resource that holds others.
+pub(super) trait Holder: Clone {
+    const KIND: Kind;
+    /// What it holds.
+    const HELD: &'static [Kind];
+    fn table(state: &mut State) -> &mut OrdMap<String, Arc<Self>>;
+    fn fields(&mut self) -> Fields<'_>;
+    /// Takes over what its parent has and it has not.
+    fn inherit(&mut self, _: &State) {}
+}
+
+macro_rules! fields {
+    ($labels:ident) => {
+        fn fields(&mut self) -> Fields<'_> {
+            Fields {
+                name: &self.name,
+                etag: &mut self.etag,
+                create_time: &mut self.create_time,
+                labels: &mut self.$labels,
+                provisioning_state: &mut self.provisioning_state,
+                provisioning_time: &mut self.provisioning_state_transition_time,
+            }
+        }
+    };
+}
+
+impl Holder for v1::ResourceGroup {
+    const KIND: Kind = Kind::ResourceGroup;
+    const HELD: &'static [Kind] = &[Kind::Workspace];
+
+    fn table(state: &mut State) -> &mut OrdMap<String, Arc<Self>> {
+        &mut state.resource_groups
+    }
+
+    fields!(tags);
+}
+
+impl Holder for v1::Workspace {
+    const KIND: Kind = Kind::Workspace;
+    const HELD: &'static [Kind] = &[Kind::Experiment, Kind::Cluster];
+
+    fn table(state: &mut State) -> &mut OrdMap<String, Arc<Self>> {
+        &mut state.workspaces
+    }
+
+    fields!(tags);
+
+    fn inherit(&mut self, state: &State) {
+        let group = names::parent(&self.name).and_then(|group| state.resource_groups.get(group));
+        if let (true, Some(group)) = (self.location.is_empty(), group) {
+            self.location.clone_from(&group.location);
+        }
+    }
+}
+
+impl Holder for v1::Experiment {
+    const KIND: Kind = Kind::Experiment;
+    const HELD: &'static [Kind] = &[Kind::Job];
+
+    fn table(state: &mut State) -> &mut OrdMap<String, Arc<Self>> {
+        &mut state.experiments
+    }
+
+    fields!(labels);
+}
+
+pub(super) fn create<H: Holder>(step: &mut Step<'_>, given: &H) -> Result<(), Rejection> {
+    let mut stored = given.clone();
+    let name = stored.fields().name.to_owned();
+    check_new(step.state, H::KIND, &name)?;
+    stored.inherit(step.state);
+    let (revision, time) = (step.state.revision, step.state.time);
+    let fields = stored.fields();
+    *fields.etag = etag(revision);
+    *fields.create_time = Some(time);
+    *fields.provisioning_state = ProvisioningState::Succeeded as i32;
+    *fields.provisioning_time = Some(time);
+    H::table(step.state).insert(name.clone(), Arc::new(stored));
+    step.changed(&name);
+    Ok(())
+}
+
+pub(super) fn update<H: Holder>(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
+    let name = &command.name;
+    find::<H>(step, name, &command.etag)?;
+    if let Some(labels) = &command.labels {
+        change::<H>(step, name, |fields| *fields.labels = labels.labels.clone());
+    }
+    Ok(())
+}
+
+pub(super) fn delete<H: Holder>(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
+    let name = &command.name;
+    find::<H>(step, name, &command.etag)?;
+    let Some((kind, child)) = first_child(step.state, H::HELD, name) else {
+        H::table(step.state).remove(name);
+        step.state.deleting.remove(name);
+        step.deleted(name);
+        return Ok(());
+    };
+    if !command.force {
+        let why = format!(
+            "it still holds {} {child}; delete that first, or force it",
+            kind.noun()
+        );
+        return Err(Rejection::WrongState {
+            name: name.clone(),
+            why,
+        });
+    }
+    let time = step.state.time;
+    if step.state.deleting.insert(name.clone()).is_none() {
+        change::<H>(step, name, |fields| {
+            *fields.provisioning_state = ProvisioningState::Deleting as i32;
+            *fields.provisioning_time = Some(time);
+        });
+    }
+    Ok(())
+}
+
+fn find<H: Holder>(step: &mut Step<'_>, name: &str, expected: &str) -> Result<(), Rejection> {
+    let found = H::table(step.state).get_mut(name);
+    let found = found.ok_or_else(|| not_found(H::KIND, name))?;
+    check_etag(name, expected, Arc::make_mut(found).fields().etag)
+}
+
+fn change<H: Holder>(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut Fields<'_>)) {
+    let revision = step.state.revision;
+    if let Some(found) = H::table(step.state).get_mut(name) {
+        let mut fields = Arc::make_mut(found).fields();
+        change(&mut fields);
+        *fields.etag = etag(revision);
+        step.changed(name);
+    }
+}
+
+/// The first resource of some kinds that a name holds.
+fn first_child(state: &State, kinds: &[Kind], name: &str) -> Option<(Kind, String)> {
+    let first = |kind: &Kind| {
+        let child = match kind {
+            Kind::Workspace => first_of(&state.workspaces, name, *kind),
+            Kind::Experiment => first_of(&state.experiments, name, *kind),
+            Kind::Cluster => first_of(&state.clusters, name, *kind),
+            _ => first_of(&state.jobs, name, *kind),
+        };
+        Some((*kind, child?))
+    };
+    kinds.iter().find_map(first)
+}
+
+fn first_of<T>(table: &OrdMap<String, T>, parent: &str, kind: Kind) -> Option<String> {
+    children(table, parent, kind, "")
+        .next()
+        .map(|(name, _)| name.clone())
+}

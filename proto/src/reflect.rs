@@ -1,0 +1,41 @@
+//! Messages by their descriptors, the same ones that reflection serves: for what treats all of them alike.
+
+use std::sync::LazyLock;
+
+use prost::Message;
+use prost_reflect::{DescriptorPool, DynamicMessage, FieldDescriptor, MessageDescriptor, Value};
+
+/// The number of `google.api.FieldBehavior.OUTPUT_ONLY`.
+const OUTPUT_ONLY: i32 = 3;
+
+static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
+    DescriptorPool::decode(crate::DESCRIPTORS).expect("the descriptors are our own")
+});
+
+/// All descriptors.
+pub fn pool() -> &'static DescriptorPool {
+    &POOL
+}
+
+/// The descriptor of a message of the public API, such as `Job`.
+pub fn descriptor(message: &str) -> MessageDescriptor {
+    let name = format!("batchai.v1.{message}");
+    POOL.get_message_by_name(&name)
+        .expect("the message is one of the public API")
+}
+
+/// A message of the public API as one whose fields can be walked.
+pub fn dynamic<M: Message>(name: &str, message: &M) -> DynamicMessage {
+    DynamicMessage::decode(descriptor(name), message.encode_to_vec().as_slice())
+        .expect("a message decodes by its own descriptor")
+}
+
+/// Whether only the service sets a field.
+pub fn is_output_only(field: &FieldDescriptor) -> bool {
+    let behavior = POOL.get_extension_by_name("google.api.field_behavior");
+    let behavior = behavior.expect("it is among the descriptors");
+    match field.options().get_extension(&behavior).as_ref() {
+        Value::List(values) => values.contains(&Value::EnumNumber(OUTPUT_ONLY)),
+        _ => false,
+    }
+}
