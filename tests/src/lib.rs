@@ -1,6 +1,7 @@
 //! What the tests of the whole system share: real processes in directories of their own, on ports of their own, that
 //! end with the test, also when it fails.
 
+pub mod api;
 pub mod ensemble;
 pub mod process;
 pub mod requirement;

@@ -1,0 +1,708 @@
+//! What every resource can do, over the wire of a real coordinator.
+
+use std::time::{Duration, Instant};
+
+use batchai_proto::v1;
+use batchai_proto::v1::ProvisioningState;
+use batchai_proto::v1::cluster::{AllocationState, VmPriority};
+use batchai_proto::v1::job::{SchedulingPriority, State, ToolType};
+use batchai_tests::api::{Api, CLUSTER, EXPERIMENT, GROUP, WORKSPACE, job, refusal};
+use batchai_tests::ensemble::{Ensemble, SIZE};
+use batchai_tests::process::until;
+use prost_types::FieldMask;
+use serde_json::json;
+use tonic::Code;
+
+type Map = std::collections::BTreeMap<String, String>;
+
+fn map(pairs: &[(&str, &str)]) -> Map {
+    let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+    pairs.iter().map(owned).collect()
+}
+
+fn mask(paths: &[&str]) -> Option<FieldMask> {
+    let paths = paths.iter().map(|path| (*path).to_owned()).collect();
+    Some(FieldMask { paths })
+}
+
+/// What the service sets on every resource.
+macro_rules! assert_is_made {
+    ($resource:expr, $name:expr) => {
+        assert_eq!($resource.name, $name);
+        assert_eq!($resource.uid.len(), 36);
+        assert!($resource.etag.starts_with('"') && $resource.etag.len() > 2);
+        assert!($resource.create_time.unwrap().seconds > 1_600_000_000);
+        assert_eq!($resource.provisioning_state(), ProvisioningState::Succeeded);
+        let since = $resource.provisioning_state_transition_time;
+        assert_eq!(since, $resource.create_time);
+    };
+}
+
+#[test]
+fn what_is_created_is_shown_whole_with_its_defaults() {
+    let api = Api::start(Ensemble::start(0));
+    let group = api.call(
+        api.groups()
+            .create_resource_group(v1::CreateResourceGroupRequest {
+                resource_group_id: "g".into(),
+                resource_group: Some(v1::ResourceGroup {
+                    location: "north".into(),
+                    tags: map(&[("owner", "ada")]),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+    );
+    let group = group.unwrap();
+    assert_is_made!(group, GROUP);
+    assert_eq!(
+        (group.location.as_str(), &group.tags["owner"]),
+        ("north", &"ada".to_owned())
+    );
+    let workspace = api.call(
+        api.workspaces()
+            .create_workspace(v1::CreateWorkspaceRequest {
+                parent: GROUP.into(),
+                workspace_id: "w".into(),
+                workspace: Some(v1::Workspace {
+                    tags: map(&[("team", "vision")]),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+    );
+    let workspace = workspace.unwrap();
+    assert_is_made!(workspace, WORKSPACE);
+    assert_eq!(workspace.location, "north", "the resource group's");
+    assert_eq!(workspace.tags["team"], "vision");
+    let experiment = api.call(
+        api.experiments()
+            .create_experiment(v1::CreateExperimentRequest {
+                parent: WORKSPACE.into(),
+                experiment_id: "e".into(),
+                experiment: Some(v1::Experiment {
+                    labels: map(&[("paper", "icml")]),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+    );
+    let experiment = experiment.unwrap();
+    assert_is_made!(experiment, EXPERIMENT);
+    assert_eq!(experiment.labels["paper"], "icml");
+    let cluster = create_cluster(&api);
+    assert_is_made!(cluster, CLUSTER);
+    let job = create_job(&api);
+    assert_is_made!(job, format!("{EXPERIMENT}/jobs/j"));
+    let segment = &job.job_output_directory_path_segment;
+    assert!(segment.ends_with(&format!("g/workspaces/w/experiments/e/jobs/j/{}", job.uid)));
+    let got = api.call(api.jobs().get_job(v1::GetJobRequest {
+        name: job.name.clone(),
+    }));
+    assert_eq!(got.unwrap(), job);
+}
+
+fn create_cluster(api: &Api) -> v1::Cluster {
+    let image = v1::ImageReference {
+        publisher: "Canonical".into(),
+        offer: "UbuntuServer".into(),
+        sku: "16.04-LTS".into(),
+        virtual_machine_image_id: "/images/mine".into(),
+        ..Default::default()
+    };
+    let given = v1::Cluster {
+        vm_size: "Standard_NC6".into(),
+        vm_priority: VmPriority::LowPriority as i32,
+        virtual_machine_configuration: Some(v1::VirtualMachineConfiguration {
+            image_reference: Some(image),
+        }),
+        user_account_settings: Some(v1::UserAccountSettings {
+            admin_user_name: "ada".into(),
+            admin_user_ssh_public_key: "ssh-ed25519 AAAA".into(),
+            admin_user_password: "hunter22".into(),
+        }),
+        subnet: "/networks/mine".into(),
+        labels: map(&[("rack", "7")]),
+        ..Default::default()
+    };
+    let request = v1::CreateClusterRequest {
+        parent: WORKSPACE.into(),
+        cluster_id: "c".into(),
+        cluster: Some(given),
+        ..Default::default()
+    };
+    let cluster = api.call(api.clusters().create_cluster(request)).unwrap();
+    assert_eq!(cluster.allocation_state(), AllocationState::Steady);
+    assert_eq!(
+        cluster.allocation_state_transition_time,
+        cluster.create_time
+    );
+    assert_eq!(cluster.current_node_count, 0);
+    let image = cluster.virtual_machine_configuration.clone().unwrap();
+    assert_eq!(image.image_reference.unwrap().version, "latest");
+    let scale = cluster.scale_settings.unwrap().manual.unwrap();
+    assert_eq!(scale.target_node_count, 0);
+    let requeue = v1::manual_scale_settings::NodeDeallocationOption::Requeue;
+    assert_eq!(scale.node_deallocation_option(), requeue);
+    let account = cluster.user_account_settings.clone().unwrap();
+    assert_eq!(account.admin_user_name, "ada");
+    assert_eq!(account.admin_user_password, "", "secrets never come out");
+    let warned: Vec<_> = cluster.warnings.iter().map(|w| w.field.as_str()).collect();
+    let image = "virtual_machine_configuration.image_reference.virtual_machine_image_id";
+    let expected = ["vm_priority", "user_account_settings", "subnet", image];
+    assert_eq!(warned, expected);
+    assert!(cluster.warnings.iter().all(|w| !w.message.is_empty()));
+    assert_eq!(cluster.labels["rack"], "7");
+    cluster
+}
+
+fn create_job(api: &Api) -> v1::Job {
+    let job = v1::Job {
+        input_directories: vec![v1::InputDirectory {
+            id: "DATA".into(),
+            path: "/data".into(),
+        }],
+        labels: map(&[("run", "1")]),
+        ..job()
+    };
+    let job = api.create_job("j", job).unwrap();
+    assert_eq!(job.state(), State::Queued);
+    assert_eq!(job.scheduling_priority(), SchedulingPriority::Normal);
+    assert_eq!(job.tool_type(), ToolType::Custom);
+    let limit = job.constraints.unwrap().max_wall_clock_time.unwrap();
+    assert_eq!(limit.seconds, 7 * 24 * 3600);
+    assert_eq!(job.labels["run"], "1");
+    assert_eq!(job.input_directories[0].path, "/data");
+    assert!(
+        job.pending_reason
+            .contains("cannot start unless the cluster is resized")
+    );
+    assert_eq!(job.state_transition_time, job.create_time);
+    assert!(job.warnings.is_empty());
+    job
+}
+
+#[test]
+fn lists_take_filters_and_reach_over_parents() {
+    let api = Api::start(Ensemble::with_cluster(0));
+    let other = v1::CreateExperimentRequest {
+        parent: WORKSPACE.into(),
+        experiment_id: "other".into(),
+        ..Default::default()
+    };
+    api.call(api.experiments().create_experiment(other))
+        .unwrap();
+    for (parent, count) in [
+        (EXPERIMENT, 5),
+        (&format!("{WORKSPACE}/experiments/other"), 3),
+    ] {
+        let requests = (0..count).map(|i| v1::CreateJobRequest {
+            job_id: format!("j{i}"),
+            job: Some(v1::Job {
+                labels: map(&[("fold", if i % 2 == 0 { "even" } else { "odd" })]),
+                ..job()
+            }),
+            ..Default::default()
+        });
+        let batch = v1::BatchCreateJobsRequest {
+            parent: parent.to_owned(),
+            requests: requests.collect(),
+            ..Default::default()
+        };
+        api.call(api.jobs().batch_create_jobs(batch)).unwrap();
+    }
+    let list = |parent: &str, filter: &str| {
+        let (mut names, mut token) = (Vec::new(), String::new());
+        loop {
+            let list = v1::ListJobsRequest {
+                parent: parent.into(),
+                page_size: 2,
+                page_token: token,
+                filter: filter.into(),
+            };
+            let page = api.call(api.jobs().list_jobs(list)).unwrap();
+            names.extend(page.jobs.into_iter().map(|job| job.name));
+            token = page.next_page_token;
+            if token.is_empty() {
+                return names;
+            }
+        }
+    };
+    assert_eq!(list(EXPERIMENT, "").len(), 5);
+    let everywhere = format!("{WORKSPACE}/experiments/-");
+    assert_eq!(list(&everywhere, "").len(), 8);
+    let even = list(
+        "resourceGroups/-/workspaces/-/experiments/-",
+        "labels.fold = even",
+    );
+    assert_eq!(even.len(), 5, "{even:?}");
+    assert!(list(&everywhere, "state = RUNNING").is_empty());
+    let bad = v1::ListJobsRequest {
+        parent: "nonsense".into(),
+        page_size: -1,
+        page_token: "nonsense".into(),
+        filter: "stat = RUNNING".into(),
+    };
+    let refused = api.call(api.jobs().list_jobs(bad)).unwrap_err();
+    let fields = ["parent", "page_size", "filter", "page_token"].map(str::to_owned);
+    assert_eq!(refusal(&refused), (Code::InvalidArgument, fields.to_vec()));
+    let absent = v1::ListJobsRequest {
+        parent: format!("{WORKSPACE}/experiments/none"),
+        ..Default::default()
+    };
+    let refused = api.call(api.jobs().list_jobs(absent)).unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+}
+
+#[test]
+fn updates_change_what_their_mask_names() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    let get = || {
+        let name = CLUSTER.to_owned();
+        api.call(api.clusters().get_cluster(v1::GetClusterRequest { name }))
+            .unwrap()
+    };
+    let update = |cluster: v1::Cluster, update_mask: Option<FieldMask>| {
+        let update = v1::UpdateClusterRequest {
+            cluster: Some(cluster),
+            update_mask,
+        };
+        api.call(api.clusters().update_cluster(update))
+    };
+    // As a reader got it, with two changes; only one of them is named.
+    let mut cluster = get();
+    cluster.labels = map(&[("rack", "8")]);
+    cluster.scale_settings = Some(v1::ScaleSettings {
+        manual: Some(v1::ManualScaleSettings::default()),
+        auto_scale: None,
+    });
+    cluster.etag = String::new();
+    let changed = update(cluster.clone(), mask(&["labels"])).unwrap();
+    assert_eq!(changed.labels["rack"], "8");
+    assert_eq!(
+        changed
+            .scale_settings
+            .unwrap()
+            .manual
+            .unwrap()
+            .target_node_count,
+        1
+    );
+    // What cannot be changed, and what is not there, is refused and changes nothing.
+    for (paths, field) in [(["vm_size"], "update_mask"), (["nonsense"], "update_mask")] {
+        let refused = update(cluster.clone(), mask(&paths)).unwrap_err();
+        assert_eq!(
+            refusal(&refused),
+            (Code::InvalidArgument, vec![field.to_owned()])
+        );
+    }
+    let auto = v1::Cluster {
+        scale_settings: Some(v1::ScaleSettings {
+            manual: None,
+            auto_scale: Some(v1::AutoScaleSettings {
+                maximum_node_count: 1,
+                ..Default::default()
+            }),
+        }),
+        ..cluster.clone()
+    };
+    let refused = update(auto, mask(&["scale_settings"])).unwrap_err();
+    let field = "cluster.scale_settings.auto_scale".to_owned();
+    assert_eq!(refusal(&refused), (Code::Unimplemented, vec![field]));
+    // A stale etag changes nothing; the present one does, and without a mask what is set is changed.
+    let stale = v1::Cluster {
+        name: CLUSTER.into(),
+        etag: "\"1\"".into(),
+        labels: map(&[("rack", "9")]),
+        ..Default::default()
+    };
+    assert_eq!(
+        update(stale.clone(), None).unwrap_err().code(),
+        Code::Aborted
+    );
+    let present = v1::Cluster {
+        etag: get().etag,
+        ..stale
+    };
+    let changed = update(present, None).unwrap();
+    assert_eq!(changed.labels["rack"], "9");
+    assert_eq!(
+        changed
+            .scale_settings
+            .unwrap()
+            .manual
+            .unwrap()
+            .target_node_count,
+        1
+    );
+    let all = update(cluster, mask(&["*"])).unwrap();
+    assert_eq!(
+        all.scale_settings
+            .unwrap()
+            .manual
+            .unwrap()
+            .target_node_count,
+        0
+    );
+    // The others have labels or tags.
+    let workspace = v1::Workspace {
+        name: WORKSPACE.into(),
+        tags: map(&[("a", "b")]),
+        ..Default::default()
+    };
+    let update = v1::UpdateWorkspaceRequest {
+        workspace: Some(workspace),
+        update_mask: None,
+    };
+    let workspace = api.call(api.workspaces().update_workspace(update)).unwrap();
+    assert_eq!(workspace.tags["a"], "b");
+    let group = v1::UpdateResourceGroupRequest {
+        resource_group: Some(v1::ResourceGroup {
+            name: GROUP.into(),
+            tags: map(&[("bad name", "b")]),
+            ..Default::default()
+        }),
+        update_mask: None,
+    };
+    let refused = api
+        .call(api.groups().update_resource_group(group))
+        .unwrap_err();
+    let field = "resource_group.tags[\"bad name\"]".to_owned();
+    assert_eq!(refusal(&refused), (Code::InvalidArgument, vec![field]));
+}
+
+#[test]
+fn deleting_a_workspace_takes_all_it_holds_along_and_its_name_is_free() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    api.e.submit(
+        "runs",
+        json!({ "nodeCount": 1, "customToolkitSettings": { "commandLine": "sleep 600" } }),
+    );
+    api.e.submit(
+        "waits",
+        json!({ "nodeCount": 1, "customToolkitSettings": { "commandLine": "true" } }),
+    );
+    api.e.until_job("runs", "RUNNING");
+    let delete = |force| {
+        let delete = v1::DeleteWorkspaceRequest {
+            name: WORKSPACE.into(),
+            force,
+            ..Default::default()
+        };
+        api.call(api.workspaces().delete_workspace(delete))
+    };
+    let refused = delete(false).unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    delete(true).unwrap();
+    let get = || {
+        let get = v1::GetWorkspaceRequest {
+            name: WORKSPACE.into(),
+        };
+        api.call(api.workspaces().get_workspace(get))
+    };
+    until("the workspace to be gone", || get().err());
+    assert_eq!(get().unwrap_err().code(), Code::NotFound);
+    until("the node to be free", || {
+        let nodes = api.e.json(&["node", "list"]);
+        (nodes[0]["state"] == "AVAILABLE").then_some(())
+    });
+    let again = v1::CreateWorkspaceRequest {
+        parent: GROUP.into(),
+        workspace_id: "w".into(),
+        ..Default::default()
+    };
+    api.call(api.workspaces().create_workspace(again)).unwrap();
+}
+
+/// What a watch sent: its revision, the ids of what changed, and the names of what was deleted.
+type Seen = (i64, Vec<String>, Vec<String>);
+
+struct Jobs {
+    stream: tonic::Streaming<v1::WatchJobResponse>,
+}
+
+impl Jobs {
+    fn watch(api: &Api, name: &str, revision: i64) -> Result<Jobs, tonic::Status> {
+        let name = name.to_owned();
+        let watch = v1::WatchJobRequest { name, revision };
+        let stream = api.call(api.jobs().watch_job(watch))?;
+        Ok(Jobs { stream })
+    }
+
+    fn next(&mut self, api: &Api) -> Option<Seen> {
+        let message = api.runtime.block_on(self.stream.message()).unwrap()?;
+        let id = |job: &v1::Job| job.name.rsplit('/').next().unwrap().to_owned();
+        let changed = message.jobs.iter().map(id).collect();
+        Some((message.revision, changed, message.deleted))
+    }
+}
+
+#[test]
+fn a_watch_shows_each_revision_whole_and_goes_on_where_it_broke_off() {
+    let api = Api::start(Ensemble::with_cluster(0));
+    let all = format!("{EXPERIMENT}/jobs/-");
+    let mut watch = Jobs::watch(&api, &all, 0).unwrap();
+    let (begin, existing, _) = watch.next(&api).unwrap();
+    assert!(begin > 0 && existing.is_empty());
+    let batch = v1::BatchCreateJobsRequest {
+        parent: EXPERIMENT.into(),
+        requests: ["a", "b", "c"]
+            .map(|id| v1::CreateJobRequest {
+                job_id: id.into(),
+                job: Some(job()),
+                ..Default::default()
+            })
+            .into(),
+        ..Default::default()
+    };
+    api.call(api.jobs().batch_create_jobs(batch)).unwrap();
+    let (created, changed, _) = watch.next(&api).unwrap();
+    assert_eq!(changed, ["a", "b", "c"], "one revision is one message");
+    let name = format!("{EXPERIMENT}/jobs/b");
+    let terminate = v1::TerminateJobRequest { name: name.clone() };
+    api.call(api.jobs().terminate_job(terminate)).unwrap();
+    let delete = v1::DeleteJobRequest {
+        name: name.clone(),
+        ..Default::default()
+    };
+    api.call(api.jobs().delete_job(delete)).unwrap();
+    let (ended, changed, _) = watch.next(&api).unwrap();
+    assert!(ended > created);
+    assert_eq!(changed, ["b"]);
+    let (last, changed, deleted) = watch.next(&api).unwrap();
+    assert_eq!((changed, deleted), (vec![], vec![name.clone()]));
+    // Another one that goes on behind the first revision sees the same.
+    let mut again = Jobs::watch(&api, &all, begin).unwrap();
+    assert_eq!(again.next(&api).unwrap().1, ["a", "b", "c"]);
+    assert_eq!(again.next(&api).unwrap().0, ended);
+    assert_eq!(again.next(&api).unwrap().2, [name.clone()]);
+    // One of a single job sees that one only, and ends with it.
+    let mut one = Jobs::watch(&api, &name, created).unwrap();
+    assert_eq!(one.next(&api).unwrap().0, ended);
+    assert_eq!(one.next(&api), None);
+    // What exists at the beginning comes first, and nothing that is older.
+    let mut late = Jobs::watch(&api, &all, 0).unwrap();
+    let (now, existing, _) = late.next(&api).unwrap();
+    assert!(now >= last);
+    assert_eq!(existing, ["a", "c"]);
+}
+
+#[test]
+fn a_watch_of_what_is_forgotten_or_never_was_is_refused() {
+    let mut api = Api::start(Ensemble::with_cluster(0));
+    let all = format!("{EXPERIMENT}/jobs/-");
+    let code = |api: &Api, name: &str, revision| {
+        let refused = Jobs::watch(api, name, revision).map(|_| ()).unwrap_err();
+        refused.code()
+    };
+    assert_eq!(
+        code(&api, &format!("{EXPERIMENT}/jobs/none"), 0),
+        Code::NotFound
+    );
+    assert_eq!(code(&api, "nonsense", 0), Code::InvalidArgument);
+    assert_eq!(code(&api, &all, -1), Code::InvalidArgument);
+    assert_eq!(code(&api, &all, 1_000_000), Code::OutOfRange);
+    // More revisions than are remembered.
+    for i in 0..1100 {
+        let workspace = v1::Workspace {
+            name: WORKSPACE.into(),
+            tags: map(&[("i", &i.to_string())]),
+            ..Default::default()
+        };
+        let update = v1::UpdateWorkspaceRequest {
+            workspace: Some(workspace),
+            update_mask: None,
+        };
+        api.call(api.workspaces().update_workspace(update)).unwrap();
+    }
+    let refused = Jobs::watch(&api, &all, 1).map(|_| ()).unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange);
+    assert!(refused.message().contains("list, and watch from there"));
+    // A coordinator that was restarted remembers as much again.
+    let mut watch = Jobs::watch(&api, &all, 0).unwrap();
+    let (now, ..) = watch.next(&api).unwrap();
+    api.create_job("j", job()).unwrap();
+    api.e.coordinator.take().unwrap().kill();
+    api.e.start_coordinator();
+    let endpoint = tonic::transport::Channel::from_shared(api.e.endpoint.clone()).unwrap();
+    api.channel = api.runtime.block_on(endpoint.connect()).unwrap();
+    let mut watch = Jobs::watch(&api, &all, now).unwrap();
+    assert_eq!(watch.next(&api).unwrap().1, ["j"]);
+}
+
+#[test]
+fn a_watcher_that_takes_nothing_is_cut_off_and_holds_up_nobody() {
+    let api = Api::start(Ensemble::with_cluster(0));
+    let all = format!("{EXPERIMENT}/jobs/-");
+    let mut slow = Jobs::watch(&api, &all, 0).unwrap();
+    let began = Instant::now();
+    // More than buffers on the way hold, in far more revisions than are remembered.
+    let labels = map(&[("x", &"x".repeat(250))]);
+    let big = v1::Job {
+        environment_variables: vec![v1::NameValuePair {
+            name: "BIG".into(),
+            value: "x".repeat(100_000),
+        }],
+        labels,
+        ..job()
+    };
+    api.create_job("j", big).unwrap();
+    for i in 0..1500 {
+        let job = v1::Job {
+            name: format!("{EXPERIMENT}/jobs/j"),
+            labels: map(&[("i", &i.to_string())]),
+            ..Default::default()
+        };
+        let update = v1::UpdateJobRequest {
+            job: Some(job),
+            update_mask: None,
+        };
+        api.call(api.jobs().update_job(update)).unwrap();
+    }
+    assert!(
+        began.elapsed() < Duration::from_secs(30),
+        "it held up others"
+    );
+    let end = loop {
+        match api.runtime.block_on(slow.stream.message()) {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("it ended without a word"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(end.code(), Code::OutOfRange, "{end:?}");
+}
+
+#[test]
+fn usages_operations_sizes_and_logins_say_what_there_is() {
+    let api = Api::start(Ensemble::with_cluster(2));
+    until("the nodes to join", || {
+        let name = CLUSTER.to_owned();
+        let mut clusters = api.clusters();
+        let get = clusters.get_cluster(v1::GetClusterRequest { name });
+        (api.call(get).unwrap().current_node_count == 2).then_some(())
+    });
+    let list = v1::ListUsagesRequest::default();
+    let usages = api
+        .call(api.information().list_usages(list))
+        .unwrap()
+        .usages;
+    let usage = |name: &str| {
+        let found = usages
+            .iter()
+            .find(|u| u.name.as_ref().unwrap().value == name);
+        let found = found.unwrap_or_else(|| panic!("{name} in {usages:?}"));
+        (found.current_value, found.limit)
+    };
+    assert_eq!(usage("clusters"), (1, 1000));
+    assert_eq!(usage(&format!("nodes/{SIZE}")), (2, 2));
+    let (used, all) = usage("cores");
+    assert!(used > 0 && used == all);
+    let elsewhere = v1::ListUsagesRequest {
+        location: "elsewhere".into(),
+    };
+    let elsewhere = api
+        .call(api.information().list_usages(elsewhere))
+        .unwrap()
+        .usages;
+    assert_eq!(elsewhere[0].current_value, 0);
+    let list = v1::ListOperationsRequest {};
+    let operations = api
+        .call(api.information().list_operations(list))
+        .unwrap()
+        .operations;
+    assert!(operations.iter().any(|operation| {
+        operation.method == "batchai.v1.JobService/TerminateJob"
+            && operation.name == "batchai/workspaces/experiments/jobs/terminate/action"
+    }));
+    let alias = v1::CreateVmSizeAliasRequest {
+        vm_size_alias_id: "Standard_NC6".into(),
+        vm_size_alias: Some(v1::VmSizeAlias {
+            vm_size: SIZE.into(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let alias = api
+        .call(api.vm_sizes().create_vm_size_alias(alias))
+        .unwrap();
+    assert_eq!(
+        (alias.name.as_str(), alias.vm_size.as_str()),
+        ("vmSizeAliases/Standard_NC6", SIZE)
+    );
+    assert!(!alias.etag.is_empty() && alias.create_time.is_some());
+    let list = v1::ListVmSizesRequest {};
+    let sizes = api
+        .call(api.vm_sizes().list_vm_sizes(list))
+        .unwrap()
+        .vm_sizes;
+    assert_eq!(sizes.len(), 1);
+    assert_eq!((sizes[0].vm_size.as_str(), sizes[0].node_count), (SIZE, 2));
+    assert_eq!(
+        (sizes[0].free_node_count, &sizes[0].aliases[..]),
+        (0, &["Standard_NC6".to_owned()][..])
+    );
+    assert!(sizes[0].image.split(':').count() == 4);
+    let login = v1::ListClusterRemoteLoginInformationRequest {
+        name: CLUSTER.into(),
+        page_size: 1,
+        ..Default::default()
+    };
+    let page = api
+        .call(
+            api.clusters()
+                .list_cluster_remote_login_information(login.clone()),
+        )
+        .unwrap();
+    let first = &page.remote_login_information[0];
+    assert_eq!(
+        (first.node.as_str(), first.ip_address.as_str(), first.port),
+        ("nodes/a1", "127.0.0.1", 22)
+    );
+    let login = v1::ListClusterRemoteLoginInformationRequest {
+        page_token: page.next_page_token,
+        ..login
+    };
+    let page = api
+        .call(api.clusters().list_cluster_remote_login_information(login))
+        .unwrap();
+    assert_eq!(page.remote_login_information[0].node, "nodes/a2");
+    assert_eq!(page.next_page_token, "");
+    api.e.submit(
+        "j",
+        json!({ "nodeCount": 2, "customToolkitSettings": { "commandLine": "true" } }),
+    );
+    assert_eq!(api.e.wait("j"), 0);
+    let login = v1::ListJobRemoteLoginInformationRequest {
+        name: format!("{EXPERIMENT}/jobs/j"),
+        ..Default::default()
+    };
+    let page = api
+        .call(api.jobs().list_job_remote_login_information(login))
+        .unwrap();
+    assert_eq!(page.remote_login_information.len(), 2);
+}
+
+#[test]
+fn a_command_runs_on_every_node_as_often_as_is_asked() {
+    let e = Ensemble::with_cluster(2);
+    let command = "echo $RANK of $WORLD_SIZE, $LOCAL_RANK here, at $MASTER_ADDR:$MASTER_PORT";
+    e.submit(
+        "j",
+        json!({
+            "nodeCount": 2,
+            "customToolkitSettings": { "commandLine": command, "processesPerNode": 2 }
+        }),
+    );
+    assert_eq!(e.wait("j"), 0);
+    for rank in 0..4 {
+        let line = e.log("j", &format!("stdout-{rank}.txt"));
+        let expected = format!("{rank} of 4, {} here, at 127.0.0.1:", rank % 2);
+        assert!(line.starts_with(&expected), "{line}");
+    }
+    e.submit("fails", json!({
+        "nodeCount": 2,
+        "customToolkitSettings": { "commandLine": "test $RANK != 1 || exit 7; sleep 600", "processesPerNode": 1 }
+    }));
+    assert_eq!(e.wait("fails"), 7);
+}
