@@ -706,3 +706,163 @@ fn a_command_runs_on_every_node_as_often_as_is_asked() {
     }));
     assert_eq!(e.wait("fails"), 7);
 }
+
+#[test]
+fn nodes_are_shown_whole() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    until("the node to join", || {
+        let nodes = api.e.json(&["node", "list"]);
+        (nodes[0]["state"] == "IDLE").then_some(())
+    });
+    let name = "nodes/a1".to_owned();
+    let node = api
+        .call(api.nodes().get_node(v1::GetNodeRequest { name }))
+        .unwrap();
+    assert_eq!(
+        (node.name.as_str(), node.cluster.as_str(), node.job.as_str()),
+        ("nodes/a1", CLUSTER, "")
+    );
+    assert_eq!((node.uid.len(), node.etag.is_empty()), (36, false));
+    let (created, heard) = (node.create_time.unwrap(), node.last_contact_time.unwrap());
+    assert!(created.seconds > 1_600_000_000 && heard.seconds >= created.seconds - 1);
+    let facts = node.facts.unwrap();
+    assert_eq!(facts.vm_size, SIZE);
+    assert_eq!(facts.image.split(':').count(), 4);
+    assert!(facts.cpu_cores > 0 && facts.memory_mib > 100);
+    assert_eq!(facts.addresses, ["127.0.0.1"]);
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    assert_eq!(facts.boot_id, boot_id.trim());
+    assert_eq!(facts.agent_version, env!("CARGO_PKG_VERSION"));
+    assert!(facts.root.ends_with("nodes/a1"));
+    assert_eq!(
+        (facts.first_port, facts.last_port, facts.ssh_port),
+        (20_000, 29_999, 22)
+    );
+    // A busy node says for what.
+    let properties =
+        json!({ "nodeCount": 1, "customToolkitSettings": { "commandLine": "sleep 600" } });
+    api.e.submit("runs", properties);
+    let busy = until("the node to be busy", || {
+        let nodes = api.e.json(&["node", "list"]);
+        (nodes[0]["state"] == "RUNNING").then(|| nodes[0].clone())
+    });
+    assert_eq!(busy["job"], format!("{EXPERIMENT}/jobs/runs"));
+}
+
+#[test]
+fn clusters_say_what_their_nodes_do() {
+    let mut api = Api::start(Ensemble::with_cluster(2));
+    let counts = |api: &Api| {
+        let name = CLUSTER.to_owned();
+        let get = api.call(api.clusters().get_cluster(v1::GetClusterRequest { name }));
+        let cluster = get.unwrap();
+        (cluster.node_state_counts.unwrap(), cluster)
+    };
+    until("the nodes to be idle", || {
+        (counts(&api).0.idle_node_count == 2).then_some(())
+    });
+    let properties =
+        json!({ "nodeCount": 1, "customToolkitSettings": { "commandLine": "sleep 600" } });
+    api.e.submit("runs", properties);
+    until("one to run", || {
+        let counts = counts(&api).0;
+        ((counts.idle_node_count, counts.running_node_count) == (1, 1)).then_some(())
+    });
+    // The running one leaves when its job has ended.
+    let update = v1::ResizeClusterRequest {
+        name: CLUSTER.into(),
+        target_node_count: Some(0),
+        node_deallocation_option: 3,
+        ..Default::default()
+    };
+    api.call(api.clusters().resize_cluster(update)).unwrap();
+    until("one to leave", || {
+        let (counts, cluster) = counts(&api);
+        let resizing = cluster.allocation_state() == AllocationState::Resizing;
+        ((counts.leaving_node_count, cluster.current_node_count) == (1, 1) && resizing)
+            .then_some(())
+    });
+    // More than there are: the cluster says what is missing and what there is.
+    let more = v1::CreateClusterRequest {
+        parent: WORKSPACE.into(),
+        cluster_id: "more".into(),
+        cluster: Some(v1::Cluster {
+            vm_size: "huge".into(),
+            scale_settings: Some(v1::ScaleSettings {
+                manual: Some(v1::ManualScaleSettings {
+                    target_node_count: 3,
+                    ..Default::default()
+                }),
+                auto_scale: None,
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let cluster = api.call(api.clusters().create_cluster(more)).unwrap();
+    let error = &cluster.errors[0];
+    assert_eq!(error.code, "TooFewNodes");
+    assert!(error.message.contains(SIZE), "{}", error.message);
+    let detail = |name: &str| {
+        error
+            .details
+            .iter()
+            .find(|d| d.name == name)
+            .unwrap()
+            .value
+            .clone()
+    };
+    assert_eq!(
+        (detail("missing").as_str(), detail("vmSize").as_str()),
+        ("3", "huge")
+    );
+    // A node that is cut down is unusable when it has been silent for too long.
+    api.e.agents.remove("a1").unwrap().kill();
+    api.e.agents.remove("a2").unwrap().kill();
+    until("the nodes to be unusable", || {
+        let nodes = api.e.json(&["node", "list"]);
+        (nodes[0]["state"] == "UNUSABLE" && nodes[1]["state"] == "UNUSABLE").then_some(())
+    });
+    assert_eq!(counts(&api).0.unusable_node_count, 1);
+}
+
+#[test]
+fn jobs_tell_of_their_life() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    let command = "echo out; exit 3";
+    api.e.submit(
+        "j",
+        json!({ "nodeCount": 1, "customToolkitSettings": { "commandLine": command } }),
+    );
+    assert_eq!(api.e.wait("j"), 3);
+    let name = format!("{EXPERIMENT}/jobs/j");
+    let job = api
+        .call(api.jobs().get_job(v1::GetJobRequest { name }))
+        .unwrap();
+    assert_eq!((job.state(), job.exit_code), (State::Failed, Some(3)));
+    let seconds = |time: Option<prost_types::Timestamp>| time.unwrap().seconds;
+    assert!(seconds(job.create_time) <= seconds(job.start_time));
+    assert!(seconds(job.start_time) <= seconds(job.end_time));
+    assert_eq!(job.state_transition_time, job.end_time);
+    assert_eq!(job.pending_reason, "");
+    let attempt = job.attempt.unwrap();
+    assert!(attempt.id.starts_with("1-") && attempt.number == 1);
+    let node = &attempt.nodes[0];
+    assert_eq!(node.node, "nodes/a1");
+    assert_eq!(node.phase(), v1::job_attempt_node::Phase::Ended);
+    assert_eq!((node.ranks[0].rank, node.ranks[0].exit_code), (0, Some(3)));
+    let stdout = node
+        .files
+        .iter()
+        .find(|file| file.name == "stdout.txt")
+        .unwrap();
+    assert_eq!(stdout.size_bytes, 4);
+    let error = &job.errors[0];
+    assert_eq!(error.code, "JobFailed");
+    assert!(
+        error
+            .details
+            .iter()
+            .any(|d| d.name == "exitCode" && d.value == "3")
+    );
+}

@@ -1,0 +1,318 @@
+//! The ledger of fields: none of them is accepted and ignored.
+//!
+//! `fields.toml` says of every field of every resource that it works, and which test shows it; or that it is recorded, and
+//! then the resource's warnings name it; or that it is refused, by name. Here the ledger is compared with the descriptors,
+//! and every field that is recorded or refused is sent to a real coordinator.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use batchai_proto::reflect::{descriptor, dynamic, is_output_only};
+use batchai_proto::v1;
+use batchai_tests::api::{Api, CLUSTER, WORKSPACE, job, refusal};
+use batchai_tests::ensemble::Ensemble;
+use prost::Message as _;
+use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, Value};
+use tonic::Code;
+
+/// Everything that calls return.
+const RESOURCES: [&str; 12] = [
+    "ResourceGroup",
+    "Workspace",
+    "Cluster",
+    "FileServer",
+    "Experiment",
+    "Job",
+    "Node",
+    "VmSize",
+    "VmSizeAlias",
+    "Usage",
+    "Operation",
+    "RemoteLoginInformation",
+];
+const REFUSED: &str = "refused";
+const RECORDED: &str = "recorded";
+
+type Ledger = BTreeMap<String, BTreeMap<String, String>>;
+
+fn ledger() -> Ledger {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fields.toml");
+    toml::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// Every path of a message, down to where the ledger says that all below is refused or recorded.
+fn paths(
+    message: &MessageDescriptor,
+    above: &str,
+    entries: &BTreeMap<String, String>,
+) -> Vec<String> {
+    let mut found = Vec::new();
+    for field in message.fields() {
+        let path = format!("{above}{}", field.name());
+        let whole = matches!(
+            entries.get(&path).map(String::as_str),
+            Some(REFUSED | RECORDED)
+        );
+        if let Some(inner) = inner(&field).filter(|_| !whole) {
+            found.extend(paths(&inner, &format!("{path}."), entries));
+        }
+        found.push(path);
+    }
+    found
+}
+
+/// The message that a field has fields of, where it is one of ours.
+fn inner(field: &FieldDescriptor) -> Option<MessageDescriptor> {
+    let Kind::Message(inner) = field.kind() else {
+        return None;
+    };
+    (!field.is_map() && inner.package_name() == "batchai.v1").then_some(inner)
+}
+
+#[test]
+fn the_ledger_has_every_field_and_no_other() {
+    let ledger = ledger();
+    let resources: BTreeSet<_> = ledger.keys().map(String::as_str).collect();
+    assert_eq!(resources, BTreeSet::from(RESOURCES));
+    let tests = tests();
+    for (resource, entries) in &ledger {
+        let paths: BTreeSet<_> = paths(&descriptor(resource), "", entries)
+            .into_iter()
+            .collect();
+        let known: BTreeSet<_> = entries.keys().cloned().collect();
+        let missing: Vec<_> = paths.difference(&known).collect();
+        let surplus: Vec<_> = known.difference(&paths).collect();
+        assert!(
+            missing.is_empty(),
+            "{resource}: not in fields.toml: {missing:?}"
+        );
+        assert!(
+            surplus.is_empty(),
+            "{resource}: not in the API: {surplus:?}"
+        );
+        for (path, entry) in entries {
+            let known = [REFUSED, RECORDED].contains(&entry.as_str()) || tests.contains(entry);
+            assert!(known, "{resource}.{path}: there is no test {entry}");
+        }
+    }
+}
+
+/// The names of all tests of the workspace.
+fn tests() -> BTreeSet<String> {
+    fn collect(dir: &Path, found: &mut BTreeSet<String>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("target") {
+                collect(&path, found);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = fs::read_to_string(&path).unwrap();
+                let mut is_test = false;
+                for line in text.lines().map(str::trim) {
+                    if let Some(name) = line.split("fn ").nth(1).filter(|_| is_test) {
+                        found.insert(name.split('(').next().unwrap().to_owned());
+                    }
+                    is_test = line.starts_with("#[test]")
+                        || line.starts_with("#[tokio::test")
+                        || (is_test && line.starts_with(['#', '/']));
+                }
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let mut found = BTreeSet::new();
+    for dir in [
+        "proto",
+        "common",
+        "coordinator",
+        "node-agent",
+        "cli",
+        "tests",
+    ] {
+        collect(&root.join(dir), &mut found);
+    }
+    assert!(found.len() > 100);
+    found
+}
+
+/// A value that a check lets pass.
+fn sample(field: &FieldDescriptor) -> Value {
+    let one = match field.kind() {
+        // Every volume has a place of its own.
+        Kind::String if field.name() == "relative_mount_path" => {
+            Value::String(field.parent_message().name().to_owned())
+        }
+        Kind::String => Value::String(text(field.name()).to_owned()),
+        Kind::Bool => Value::Bool(true),
+        Kind::Int32 => Value::I32(1),
+        Kind::Int64 => Value::I64(1),
+        // The last one: the first means that nothing was said.
+        Kind::Enum(values) => Value::EnumNumber(values.values().last().unwrap().number()),
+        Kind::Message(message) => Value::Message(message_sample(&message)),
+        other => panic!("{other:?}"),
+    };
+    match field.is_list() {
+        true => Value::List(vec![one]),
+        false => one,
+    }
+}
+
+fn text(name: &str) -> &'static str {
+    match name {
+        "file_mode" | "directory_mode" => "0777",
+        "file_server" => "resourceGroups/g/workspaces/w/fileServers/f",
+        "std_out_err_path_prefix" => "/out",
+        "public_ips_to_allow" => "10.0.0.0/24",
+        _ => "x",
+    }
+}
+
+/// All of its fields, but for those that exclude others and those that only the service sets.
+fn message_sample(message: &MessageDescriptor) -> DynamicMessage {
+    let mut sample_of = DynamicMessage::new(message.clone());
+    for field in message.fields() {
+        let excluded = field.name().ends_with("_secret_reference")
+            || ["config_file_path", "language_type"].contains(&field.name());
+        if !excluded && !is_output_only(&field) {
+            sample_of.set_field(&field, sample(&field));
+        }
+    }
+    sample_of
+}
+
+/// Sets a path, and everything that what lies on the way needs.
+fn set(message: &mut DynamicMessage, path: &str) {
+    let (first, rest) = path
+        .split_once('.')
+        .map_or((path, None), |(a, b)| (a, Some(b)));
+    let descriptor = prost_reflect::ReflectMessage::descriptor(message);
+    let field = descriptor.get_field_by_name(first).unwrap();
+    match rest {
+        None => message.set_field(&field, sample(&field)),
+        Some(rest) => {
+            let mut inner = match message.get_field(&field).into_owned() {
+                Value::Message(inner) if message.has_field(&field) => inner,
+                _ if first == "image_reference" => message_sample(&inner(&field).unwrap()),
+                _ => DynamicMessage::new(inner(&field).unwrap()),
+            };
+            set(&mut inner, rest);
+            message.set_field(&field, Value::Message(inner));
+        }
+    }
+}
+
+fn cluster() -> v1::Cluster {
+    v1::Cluster {
+        vm_size: "x".into(),
+        ..Default::default()
+    }
+}
+
+/// Sends a cluster in which a path is set.
+fn send_cluster(api: &Api, path: &str) -> Result<v1::Cluster, tonic::Status> {
+    let mut given = dynamic("Cluster", &cluster());
+    set(&mut given, path);
+    let request = v1::CreateClusterRequest {
+        parent: WORKSPACE.into(),
+        cluster_id: "new".into(),
+        cluster: Some(given.transcode_to().unwrap()),
+        validate_only: true,
+        ..Default::default()
+    };
+    api.call(api.clusters().create_cluster(request))
+}
+
+fn send_job(api: &Api, path: &str) -> Result<v1::Job, tonic::Status> {
+    let mut base = v1::Job {
+        cluster: CLUSTER.into(),
+        ..job()
+    };
+    if path.split('.').next().unwrap().ends_with("_settings") && path != "container_settings" {
+        base.custom_toolkit_settings = None;
+    }
+    let mut given = dynamic("Job", &base);
+    set(&mut given, path);
+    let request = v1::CreateJobRequest {
+        parent: batchai_tests::api::EXPERIMENT.into(),
+        job_id: "new".into(),
+        job: Some(given.transcode_to().unwrap()),
+        validate_only: true,
+        ..Default::default()
+    };
+    api.call(api.jobs().create_job(request))
+}
+
+fn assert_refused(status: &tonic::Status, field: &str) {
+    let (code, fields) = refusal(status);
+    assert_eq!(code, Code::Unimplemented, "{field}: {}", status.message());
+    let named = |named: &String| field.starts_with(named.as_str()) || named.starts_with(field);
+    assert!(fields.iter().any(named), "{field}: {fields:?}");
+}
+
+#[test]
+fn what_is_recorded_is_warned_of_and_what_is_refused_is_refused_by_name() {
+    let api = Api::start(Ensemble::with_cluster(0));
+    let ledger = ledger();
+    let (mut refused, mut recorded) = (0, 0);
+    for (path, entry) in &ledger["Cluster"] {
+        match entry.as_str() {
+            REFUSED => {
+                let status = send_cluster(&api, path).expect_err(path);
+                assert_refused(&status, &format!("cluster.{path}"));
+                refused += 1;
+            }
+            RECORDED => {
+                let cluster = send_cluster(&api, path).unwrap();
+                let named = cluster
+                    .warnings
+                    .iter()
+                    .any(|warning| &warning.field == path);
+                assert!(named, "{path}: {:?}", cluster.warnings);
+                recorded += 1;
+            }
+            _ => {}
+        }
+    }
+    for (path, entry) in &ledger["Job"] {
+        assert_ne!(entry, RECORDED, "of jobs nothing is recorded only: {path}");
+        if entry == REFUSED {
+            let status = send_job(&api, path).expect_err(path);
+            assert_refused(&status, &format!("job.{path}"));
+            refused += 1;
+        }
+    }
+    assert!(refused >= 10 && recorded >= 5, "{refused} {recorded}");
+    // File servers are refused as a whole.
+    assert!(ledger["FileServer"].values().all(|entry| entry == REFUSED));
+    let whole = message_sample(&descriptor("FileServer"));
+    let create = v1::CreateFileServerRequest {
+        parent: WORKSPACE.into(),
+        file_server_id: "f".into(),
+        file_server: Some(v1::FileServer::decode(&*whole.encode_to_vec()).unwrap()),
+    };
+    let status = api
+        .call(api.file_servers().create_file_server(create))
+        .unwrap_err();
+    assert_refused(&status, "file_server");
+    let list = v1::ListFileServersRequest {
+        parent: WORKSPACE.into(),
+        ..Default::default()
+    };
+    let list = api
+        .call(api.file_servers().list_file_servers(list))
+        .unwrap();
+    assert!(list.file_servers.is_empty());
+    for resource in [
+        "ResourceGroup",
+        "Workspace",
+        "Experiment",
+        "Node",
+        "VmSizeAlias",
+    ] {
+        let all = ledger[resource].values();
+        assert!(
+            all.into_iter()
+                .all(|entry| entry != REFUSED && entry != RECORDED)
+        );
+    }
+}
