@@ -79,6 +79,9 @@ fn normalise_field(
     path: &str,
     faults: &mut Vec<String>,
 ) {
+    if field.is_map() {
+        return check_map(value, path, faults);
+    }
     if let (true, Value::Array(elements)) = (field.is_list(), &mut *value) {
         for (i, element) in elements.iter_mut().enumerate() {
             normalise_element(element, &field.kind(), &format!("{path}[{i}]"), faults);
@@ -86,6 +89,19 @@ fn normalise_field(
         return;
     }
     normalise_element(value, &field.kind(), path, faults);
+}
+
+/// The maps of the API are of texts.
+fn check_map(value: &Value, path: &str, faults: &mut Vec<String>) {
+    match value {
+        Value::Null => {}
+        Value::Object(map) => {
+            for (key, value) in map.iter().filter(|(_, value)| !value.is_string()) {
+                faults.push(format!("{path}.{key}: text is expected, not {value}"));
+            }
+        }
+        _ => faults.push(format!("{path}: an object is expected")),
+    }
 }
 
 fn normalise_element(value: &mut Value, kind: &FieldKind, path: &str, faults: &mut Vec<String>) {
@@ -267,6 +283,7 @@ mod tests {
             "schedulingPriority": "urgent",
             "constraints": {"maxWallClockTime": "soon"},
             "nodeCount": "many",
+            "labels": {"team": 7},
             "cluster": 7
         }}"#;
         let faults = parse::<Job>(text, "Job").unwrap_err().join("\n");
@@ -278,6 +295,7 @@ mod tests {
             "\"urgent\" is none of low, normal, high",
             "\"soon\" is not a duration",
             "properties.nodeCount: a whole number is expected, not \"many\"",
+            "properties.labels.team: text is expected, not 7",
             "properties.cluster: text is expected, not 7",
         ] {
             assert!(faults.contains(expected), "{expected} in:\n{faults}");

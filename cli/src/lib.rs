@@ -6,10 +6,10 @@
 mod args;
 mod client;
 mod demo;
-mod descriptors;
+pub mod descriptors;
 mod dev;
-mod error;
-mod file;
+pub mod error;
+pub mod file;
 mod job;
 mod logs;
 mod output;

@@ -2,6 +2,7 @@
 //! end with the test, also when it fails.
 
 pub mod api;
+pub mod arbitrary;
 pub mod ensemble;
 pub mod process;
 pub mod requirement;

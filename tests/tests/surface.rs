@@ -475,7 +475,7 @@ fn a_watch_shows_each_revision_whole_and_goes_on_where_it_broke_off() {
     let mut again = Jobs::watch(&api, &all, begin).unwrap();
     assert_eq!(again.next(&api).unwrap().1, ["a", "b", "c"]);
     assert_eq!(again.next(&api).unwrap().0, ended);
-    assert_eq!(again.next(&api).unwrap().2, [name.clone()]);
+    assert_eq!(again.next(&api).unwrap().2, std::slice::from_ref(&name));
     // One of a single job sees that one only, and ends with it.
     let mut one = Jobs::watch(&api, &name, created).unwrap();
     assert_eq!(one.next(&api).unwrap().0, ended);

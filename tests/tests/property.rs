@@ -1,0 +1,200 @@
+//! Whatever is sent is answered or refused, and says the same in both of its forms.
+
+use std::time::Duration;
+
+use batchai::descriptors::to_json;
+use batchai_proto::reflect::{descriptor, pool};
+use batchai_proto::v1;
+use batchai_tests::api::{Api, refusal};
+use batchai_tests::arbitrary;
+use batchai_tests::ensemble::Ensemble;
+use bytes::{Buf as _, BufMut as _, Bytes};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use prost::Message as _;
+use prost_reflect::MethodDescriptor;
+use tonic::client::Grpc;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::{Code, Request, Status};
+
+/// Sends bytes as they are.
+#[derive(Clone, Default)]
+struct Raw;
+
+impl Codec for Raw {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Raw;
+    type Decoder = Raw;
+
+    fn encoder(&mut self) -> Raw {
+        Raw
+    }
+
+    fn decoder(&mut self) -> Raw {
+        Raw
+    }
+}
+
+impl Encoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn encode(&mut self, item: Bytes, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.put(item);
+        Ok(())
+    }
+}
+
+impl Decoder for Raw {
+    type Item = Bytes;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        let length = buffer.remaining();
+        Ok(Some(buffer.copy_to_bytes(length)))
+    }
+}
+
+/// The calls that answer once.
+fn unary() -> Vec<MethodDescriptor> {
+    let services = pool()
+        .services()
+        .filter(|s| s.package_name() == "batchai.v1");
+    let methods = services.flat_map(|s| s.methods().collect::<Vec<_>>());
+    methods
+        .filter(|m| !m.is_server_streaming() && !m.is_client_streaming())
+        .collect()
+}
+
+fn send(api: &Api, method: &MethodDescriptor, body: Vec<u8>) -> Result<Bytes, Status> {
+    let path = format!("/{}/{}", method.parent_service().full_name(), method.name());
+    let mut grpc = Grpc::new(api.channel.clone());
+    api.runtime.block_on(async {
+        grpc.ready()
+            .await
+            .map_err(|error| Status::unavailable(error.to_string()))?;
+        let mut request = Request::new(Bytes::from(body));
+        request.set_timeout(Duration::from_secs(10));
+        let path = path.parse().expect("it is a path");
+        Ok(grpc.unary(request, path, Raw).await?.into_inner())
+    })
+}
+
+fn run<T: std::fmt::Debug>(
+    cases: u32,
+    strategy: impl Strategy<Value = T>,
+    test: impl Fn(T) -> Result<(), TestCaseError>,
+) {
+    let config = Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    TestRunner::new(config).run(&strategy, test).unwrap();
+}
+
+/// What an answer to nonsense may be. An answer that is no status of ours names itself a fault of ours.
+fn assert_is_an_answer(
+    method: &MethodDescriptor,
+    answer: Result<Bytes, Status>,
+) -> Result<(), TestCaseError> {
+    let Err(status) = answer else {
+        return Ok(());
+    };
+    let (code, _) = refusal(&status);
+    let ours = [
+        Code::InvalidArgument,
+        Code::Unimplemented,
+        Code::NotFound,
+        Code::AlreadyExists,
+        Code::FailedPrecondition,
+        Code::Aborted,
+    ];
+    prop_assert!(ours.contains(&code), "{}: {status:?}", method.full_name());
+    Ok(())
+}
+
+#[test]
+fn any_request_is_answered_or_refused() {
+    let api = Api::start(Ensemble::with_cluster(0));
+    for method in unary() {
+        let requests = arbitrary::message(method.input(), |_| false);
+        run(25, requests, |request| {
+            assert_is_an_answer(&method, send(&api, &method, request.0.encode_to_vec()))
+        });
+    }
+    let method = unary()
+        .into_iter()
+        .find(|m| m.name() == "CreateJob")
+        .unwrap();
+    // A job that is nearly right comes further.
+    let jobs = arbitrary::message(descriptor("Job"), |field| field.number() >= 30);
+    run(200, jobs, |job| {
+        let mut job: v1::Job = job.0.transcode_to().unwrap();
+        job = v1::Job {
+            name: String::new(),
+            uid: String::new(),
+            etag: String::new(),
+            create_time: None,
+            ..job
+        };
+        job.custom_toolkit_settings = batchai_tests::api::job().custom_toolkit_settings;
+        let request = v1::CreateJobRequest {
+            parent: batchai_tests::api::EXPERIMENT.into(),
+            job_id: "j".into(),
+            job: Some(job),
+            validate_only: true,
+            ..Default::default()
+        };
+        assert_is_an_answer(&method, send(&api, &method, request.encode_to_vec()))
+    });
+}
+
+#[test]
+fn any_bytes_are_answered_or_refused_and_nobody_falls() {
+    let api = Api::start(Ensemble::with_cluster(0));
+    for method in unary() {
+        run(15, prop::collection::vec(any::<u8>(), 0..200), |body| {
+            if let Err(status) = send(&api, &method, body) {
+                prop_assert!(status.code() != Code::Unavailable, "{status:?}");
+            }
+            Ok(())
+        });
+    }
+    let alive = v1::ListNodesRequest::default();
+    api.call(api.nodes().list_nodes(alive)).unwrap();
+}
+
+/// What is a file's: all but what only the service sets, and references, which are texts here and there.
+#[test]
+fn a_job_file_and_the_message_it_stands_for_say_the_same() {
+    let skip =
+        |field: &prost_reflect::FieldDescriptor| batchai_proto::reflect::is_output_only(field);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("job.json");
+    for name in ["Job", "Cluster", "FileServer"] {
+        run(150, arbitrary::message(descriptor(name), skip), |message| {
+            let json = serde_json::to_value(&message.0).unwrap();
+            let file = serde_json::json!({ "$schema": "x", "properties": &json });
+            std::fs::write(&path, file.to_string()).unwrap();
+            let again = match name {
+                "Job" => again::<v1::Job>(name, &path)?,
+                "Cluster" => again::<v1::Cluster>(name, &path)?,
+                _ => again::<v1::FileServer>(name, &path)?,
+            };
+            prop_assert_eq!(again, json);
+            Ok(())
+        });
+    }
+}
+
+/// A file's message, in its standard form again.
+fn again<M: prost::Message + Default>(
+    name: &str,
+    path: &std::path::Path,
+) -> Result<serde_json::Value, TestCaseError> {
+    let read: M =
+        batchai::file::read(path, name).map_err(|error| TestCaseError::fail(error.to_string()))?;
+    Ok(to_json(name, &read))
+}
