@@ -26,6 +26,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .btree_map(".")
         .bytes(".batchai.agent.v1.LogChunk.data")
         .bytes(".batchai.v1.StreamJobLogsResponse.data")
+        .bytes(".batchai.v1.UploadBundleRequest.data")
+        .bytes(".batchai.agent.v1.AnswerFileRequest.data")
+        .bytes(".batchai.agent.v1.FetchBundleResponse.data")
         .compile_fds(compiler.file_descriptor_set())?;
     Ok(())
 }

@@ -139,6 +139,7 @@ async fn stream(client: &Client, command: args::JobFile) -> Done {
             .map(|node| format!("nodes/{}", last_id(&node)))
             .unwrap_or_default(),
         offset,
+        length: 0,
         follow: !no_follow,
     };
     match logs::follow(client, stream, &mut std::io::stdout()).await? {

@@ -9,6 +9,13 @@ pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// reader who follows sees it soon.
 pub const LOG_CHUNK_BYTES_MAX: usize = 64 << 10;
 
+/// The largest bundle, packed: source code, not data.
+pub const BUNDLE_BYTES_MAX: u64 = 256 << 20;
+
+/// What a bundle may unpack to, and how many files: one that was made to fill disks does not.
+pub const BUNDLE_UNPACKED_BYTES_MAX: u64 = 4 << 30;
+pub const BUNDLE_ENTRIES_MAX: usize = 100_000;
+
 /// How long a unary call may take before the server gives up on it.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 

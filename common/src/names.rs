@@ -18,13 +18,14 @@ pub enum Kind {
     FileServer,
     Node,
     VmSizeAlias,
+    Bundle,
 }
 
 /// In names of lists and watches it stands for every id; no resource is called so.
 pub const WILDCARD: &str = "-";
 
 impl Kind {
-    const ALL: [Kind; 8] = [
+    const ALL: [Kind; 9] = [
         Kind::ResourceGroup,
         Kind::Workspace,
         Kind::Cluster,
@@ -33,6 +34,7 @@ impl Kind {
         Kind::FileServer,
         Kind::Node,
         Kind::VmSizeAlias,
+        Kind::Bundle,
     ];
 
     /// What a well-formed full name names.
@@ -55,6 +57,7 @@ impl Kind {
             Kind::FileServer => "fileServers",
             Kind::Node => "nodes",
             Kind::VmSizeAlias => "vmSizeAliases",
+            Kind::Bundle => "bundles",
         }
     }
 
@@ -69,13 +72,14 @@ impl Kind {
             Kind::FileServer => "file server",
             Kind::Node => "node",
             Kind::VmSizeAlias => "VM size alias",
+            Kind::Bundle => "bundle",
         }
     }
 
     /// The kind that holds this one.
     pub fn parent(self) -> Option<Kind> {
         match self {
-            Kind::ResourceGroup | Kind::Node | Kind::VmSizeAlias => None,
+            Kind::ResourceGroup | Kind::Node | Kind::VmSizeAlias | Kind::Bundle => None,
             Kind::Workspace => Some(Kind::ResourceGroup),
             Kind::Cluster | Kind::Experiment | Kind::FileServer => Some(Kind::Workspace),
             Kind::Job => Some(Kind::Experiment),
@@ -254,6 +258,9 @@ pub fn ids(name: &str) -> Vec<&str> {
 
 /// Checks the last part of a name of the given kind.
 pub fn check_id(kind: Kind, id: &str) -> Result<(), NameError> {
+    if kind == Kind::Bundle {
+        return check_digest(id);
+    }
     let dots = kind == Kind::ResourceGroup;
     let allowed = if dots {
         "[-A-Za-z0-9_.], not . or .."
@@ -267,6 +274,17 @@ pub fn check_id(kind: Kind, id: &str) -> Result<(), NameError> {
         return Err(NameError::Id { id, allowed });
     }
     Ok(())
+}
+
+/// SHA-256 in hexadecimal digits.
+fn check_digest(id: &str) -> Result<(), NameError> {
+    let digit = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+    if id.len() == ID_BYTES_MAX && id.bytes().all(digit) {
+        return Ok(());
+    }
+    let id = id.chars().take(ID_BYTES_MAX + 8).collect();
+    let allowed = "[0-9a-f], all 64 of a SHA-256";
+    Err(NameError::Id { id, allowed })
 }
 
 #[cfg(test)]

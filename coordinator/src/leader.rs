@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use batchai_common::names::last_id;
+
 use crate::agents::contacts::Contacts;
+use crate::bundles::BundleStore;
 use crate::duties::{Leader, duties};
 use crate::logs::LogStore;
 use crate::replica::Handle;
@@ -24,6 +27,7 @@ pub async fn run(
     replica: Handle,
     contacts: Contacts,
     logs: LogStore,
+    bundles: BundleStore,
     leader: Leader,
     shutdown: CancellationToken,
 ) {
@@ -38,7 +42,7 @@ pub async fn run(
             _ = interval.tick() => {
                 looks += 1;
                 if looks % SWEEP_EVERY == 0 {
-                    sweep(&logs, &replica).await;
+                    sweep(&logs, &bundles, &replica).await;
                 }
             }
             () = shutdown.cancelled() => return,
@@ -60,8 +64,8 @@ pub async fn run(
     }
 }
 
-/// Removes the log files of attempts that the State does not know.
-async fn sweep(logs: &LogStore, replica: &Handle) {
+/// Removes the log files of attempts that the State does not know, and the bundles that no job of it names.
+async fn sweep(logs: &LogStore, bundles: &BundleStore, replica: &Handle) {
     // Listed before the State is looked at, and a State that is not behind: what is there and is not known is over.
     let Ok(kept) = on_a_thread(logs, |logs| logs.attempts()).await else {
         return;
@@ -69,7 +73,10 @@ async fn sweep(logs: &LogStore, replica: &Handle) {
     let Ok(state) = replica.read().await else {
         return;
     };
+    let bundles = bundles.clone();
     let sweep = move |logs: LogStore| {
+        let used = state.jobs.values().map(|job| last_id(&job.spec.bundle));
+        bundles.sweep(&used.collect())?;
         let phase = |id: &str| state.attempts.get(id).map(|attempt| attempt.phase);
         logs.close(|id| phase(id).is_none_or(|phase| phase == Phase::Ended));
         for attempt in kept.iter().filter(|id| phase(id).is_none()) {
@@ -91,7 +98,7 @@ async fn on_a_thread<T: Send + 'static>(
     let logs = logs.clone();
     let done = tokio::task::spawn_blocking(move || work(logs)).await;
     let done = done.map_err(std::io::Error::other).and_then(|done| done);
-    done.inspect_err(|error| tracing::warn!(%error, "cannot sweep the log files"))
+    done.inspect_err(|error| tracing::warn!(%error, "cannot sweep log files and bundles"))
 }
 
 /// Since when each attempt has been seen to prepare, on the boot clock.

@@ -1,13 +1,14 @@
 //! The coordinator: keeps the resource model, schedules, and tells agents what to do.
 //!
 //! Arrows only point down:
-//! `state <- scheduler <- duties <- replica <- {logs <- agents, api} <- leader <- server`.
+//! `state <- scheduler <- duties <- replica <- logs <- bundles <- agents <- api <- leader <- server`.
 //!
 //! `state`, `scheduler` and `duties` are pure. `replica` makes the State survive and agree. `api` serves users,
-//! `agents` serves node agents, `logs` keeps job output. `leader` performs the duties while this replica leads.
+//! `agents` serves node agents, `logs` keeps job output, `bundles` what is sent along with jobs. `leader` performs the duties while this replica leads.
 
 pub mod agents;
 pub mod api;
+mod bundles;
 mod config;
 pub mod duties;
 pub mod leader;

@@ -12,6 +12,7 @@ use batchai_common::limits::{
 use batchai_common::{limits, listen};
 use batchai_proto::agent::v1::agent_service_server::AgentServiceServer;
 use batchai_proto::internal::v1::ReplicaIdentity;
+use batchai_proto::v1::bundle_service_server::BundleServiceServer;
 use batchai_proto::v1::cluster_service_server::ClusterServiceServer;
 use batchai_proto::v1::experiment_service_server::ExperimentServiceServer;
 use batchai_proto::v1::file_server_service_server::FileServerServiceServer;
@@ -31,8 +32,10 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::server::HealthReporter;
 
 use crate::agents::contacts::Contacts;
+use crate::agents::files::FileDesk;
 use crate::agents::service::Agents;
 use crate::api::Api;
+use crate::bundles::BundleStore;
 use crate::config::Config;
 use crate::duties::Leader;
 use crate::leader;
@@ -93,6 +96,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
     let logs = config.data.join("logs");
     let logs =
         LogStore::new(logs.clone()).map_err(|source| ServerError::Data { path: logs, source })?;
+    let bundles = config.data.join("bundles");
+    let bundles = BundleStore::new(bundles.clone()).map_err(|source| ServerError::Data {
+        path: bundles,
+        source,
+    })?;
     let (replica, running, leader) = start_replica(&config)?;
     let mut failed = running.failed;
     let bound = TcpListener::bind(config.listen).await;
@@ -101,12 +109,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
         source,
     })?;
     let address = listener.local_addr()?;
-    let contacts = Contacts::default();
+    let (contacts, desk) = (Contacts::default(), FileDesk::default());
     let (health, health_service) = tonic_health::server::health_reporter();
     let duties = tokio::spawn(leader::run(
         replica.clone(),
         contacts.clone(),
         logs.clone(),
+        bundles.clone(),
         leader,
         shutdown.clone(),
     ));
@@ -115,12 +124,16 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
         replica: replica.clone(),
         contacts: contacts.clone(),
         logs: logs.clone(),
+        bundles: bundles.clone(),
+        desk: desk.clone(),
         shutdown: shutdown.clone(),
     };
     let agents = Agents {
         replica: replica.clone(),
         contacts,
         logs,
+        bundles,
+        desk,
         shutdown: shutdown.clone(),
     };
     let serve = routes(api, agents)?
@@ -215,6 +228,7 @@ fn routes(api: Api, agents: Agents) -> Result<tonic::transport::server::Router, 
         .add_service(limited!(ClusterServiceServer, api.clone()))
         .add_service(limited!(FileServerServiceServer, api.clone()))
         .add_service(limited!(ExperimentServiceServer, api.clone()))
+        .add_service(limited!(BundleServiceServer, api.clone()))
         .add_service(limited!(VmSizeServiceServer, api.clone()))
         .add_service(limited!(InformationServiceServer, api.clone()))
         .add_service(limited!(NodeServiceServer, api.clone()))

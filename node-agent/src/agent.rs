@@ -6,17 +6,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use batchai_common::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, TERMINATION_GRACE};
-use batchai_proto::agent::v1::{Hello, LogHello};
+use batchai_proto::agent::v1::{AnswerHello, FileRequest, Hello, LogHello};
 use batchai_proto::v1::NodeFacts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 
+use crate::bundles::Fetcher;
 use crate::config::Config;
+use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
 use crate::journal::{Identity, Journal, JournalError, STOP};
+use crate::launch::HostFacts;
 use crate::logs::{Shipped, Shipper};
 use crate::session::Session;
 use crate::shim::{self, Root, RootError};
@@ -24,6 +28,8 @@ use crate::supervisor::Supervisor;
 use crate::watch::Watch;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Questions about files that are not looked at yet.
+const QUESTIONS_MAX: usize = 32;
 /// Beyond the grace that processes get: for shims to write their records.
 const END_JOBS_MARGIN: Duration = Duration::from_secs(5);
 const END_JOBS_STEP: Duration = Duration::from_millis(20);
@@ -102,11 +108,19 @@ impl Parts {
         let shipped = Shipped::default();
         let (assign, assignments) = watch::channel(None);
         let (observe, observed) = watch::channel(Vec::new());
+        let (ask, questions) = mpsc::channel(QUESTIONS_MAX);
+        let kept = self.journal.bundles();
+        let facts = hardware::host_facts(&self.facts, &self.identity.uid, &kept);
+        let own_name = (self.node_id.clone(), self.identity.uid.clone());
+        let (fetcher, bundles) =
+            Fetcher::new(kept, self.endpoint.clone(), own_name, self.watch.clone())?;
+        let answerer = self.answerer(own, facts.clone(), questions);
         let supervisor = Supervisor {
             journal: self.journal.clone(),
             watch: self.watch.clone(),
-            facts: hardware::host_facts(&self.facts, &self.identity.uid),
+            facts,
             shipped: shipped.clone(),
+            bundles,
             own,
             assignments,
             observed: observe,
@@ -126,38 +140,70 @@ impl Parts {
         };
         let session = Session {
             endpoint: self.endpoint.clone(),
-            hello: Hello {
-                node_id: self.node_id.clone(),
-                uid: self.identity.uid.clone(),
-                journal_id: self.identity.journal_id.clone(),
-                facts: Some(self.facts.clone()),
-                report: None,
-                ensemble: String::new(),
-            },
+            hello: self.hello(),
             identity: self.identity.clone(),
             journal: self.journal.clone(),
             observed,
             assignments: assign,
+            questions: ask,
         };
-        let mut supervisor = tokio::spawn(supervisor.run(shutdown.clone()));
-        let (mut session, mut shipper) = (tokio::spawn(session.run()), tokio::spawn(shipper.run()));
-        // An agent that is deaf in one ear must not look alive.
-        let failed = tokio::select! {
-            ended = &mut supervisor => ended.err(),
-            ended = &mut session => ended.err(),
-            ended = &mut shipper => ended.err(),
-        };
-        session.abort();
-        shipper.abort();
-        if !supervisor.is_finished() {
-            supervisor.abort();
-            // It may be in the middle of starting a shim.
-            let _ = supervisor.await;
+        let mut connections = JoinSet::new();
+        connections.spawn(session.run());
+        connections.spawn(shipper.run());
+        connections.spawn(fetcher.run());
+        connections.spawn(answerer.run());
+        until_ended(tokio::spawn(supervisor.run(shutdown)), connections).await
+    }
+
+    fn answerer(
+        &self,
+        own: &'static [&'static str],
+        facts: HostFacts,
+        questions: mpsc::Receiver<FileRequest>,
+    ) -> Answerer {
+        Answerer {
+            endpoint: self.endpoint.clone(),
+            hello: AnswerHello {
+                node_id: self.node_id.clone(),
+                uid: self.identity.uid.clone(),
+                id: String::new(),
+            },
+            facts,
+            own,
+            questions,
         }
-        match failed {
-            Some(error) => Err(AgentError::System(std::io::Error::other(error))),
-            None => Ok(()),
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            node_id: self.node_id.clone(),
+            uid: self.identity.uid.clone(),
+            journal_id: self.identity.journal_id.clone(),
+            facts: Some(self.facts.clone()),
+            report: None,
+            ensemble: String::new(),
         }
+    }
+}
+
+/// Runs until one of the agent's tasks ends: one that is deaf in one ear must not look alive.
+async fn until_ended(
+    mut supervisor: JoinHandle<()>,
+    mut connections: JoinSet<()>,
+) -> Result<(), AgentError> {
+    let failed = tokio::select! {
+        ended = &mut supervisor => ended.err(),
+        ended = connections.join_next() => ended.and_then(Result::err),
+    };
+    connections.abort_all();
+    if !supervisor.is_finished() {
+        supervisor.abort();
+        // It may be in the middle of starting a shim.
+        let _ = supervisor.await;
+    }
+    match failed {
+        Some(error) => Err(AgentError::System(std::io::Error::other(error))),
+        None => Ok(()),
     }
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //! DATA/node.json                 who this node is
 //! DATA/lock                      one agent per directory
+//! DATA/bundles/                  what was fetched of bundles
 //! DATA/attempts/{attempt}/
 //!     prepare.json  launch.json  what the shim shall do; written by the agent
 //!     stop                       it shall end; written by the agent; `true` where the node is ending
@@ -119,6 +120,11 @@ impl Journal {
                 tracing::warn!(%error, path = %entry.path().display(), "cannot be removed");
             }
         }
+    }
+
+    /// Where the bundles of this node's work are kept.
+    pub fn bundles(&self) -> PathBuf {
+        self.root.join("bundles")
     }
 
     /// Remembers who this node is.

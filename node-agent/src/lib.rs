@@ -1,13 +1,15 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `status <- {launch, reconcile} <- {hardware, journal} <- {shim, watch} <- session <- logs <- supervisor <- agent`.
+//! `status <- {launch, reconcile} <- {hardware, journal} <- {shim, watch} <- session <- {logs, bundles, files} <- supervisor <- agent`.
 //!
 //! `launch`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
 
 mod agent;
+mod bundles;
 mod config;
+mod files;
 pub mod hardware;
 pub mod journal;
 pub mod launch;
@@ -43,12 +45,16 @@ enum Part {
     /// Holds the processes of one attempt.
     #[command(hide = true)]
     Shim { dir: PathBuf },
+    /// Shows what lies in a directory.
+    #[command(hide = true)]
+    Look,
 }
 
 /// An agent, or a part of one, as a process. `own` are the arguments that come before those of this command line.
 pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
     match cli.part {
         Some(Part::Shim { dir }) => shim::main(&dir),
+        Some(Part::Look) => files::look(),
         None => agent_main(cli.config, own),
     }
 }

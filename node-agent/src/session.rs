@@ -8,8 +8,8 @@ use std::time::Duration;
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
-    AssignmentList, AttemptObservation, Heartbeat, Hello, Report, SessionRequest, SessionResponse,
-    Welcome, session_request, session_response,
+    AssignmentList, AttemptObservation, FileRequest, Heartbeat, Hello, Report, SessionRequest,
+    SessionResponse, Welcome, session_request, session_response,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Interval, MissedTickBehavior};
@@ -60,6 +60,7 @@ pub struct Session {
     pub journal: Arc<Journal>,
     pub observed: watch::Receiver<Vec<AttemptObservation>>,
     pub assignments: watch::Sender<Option<AssignmentList>>,
+    pub questions: mpsc::Sender<FileRequest>,
 }
 
 impl Session {
@@ -123,6 +124,10 @@ impl Session {
                             // Only now it is a session: the coordinator took the node as it is.
                             *failures = 0;
                             self.take(list);
+                        }
+                        Some(session_response::Message::FileRequest(question)) => {
+                            // Who has asked too much at once is not answered, and asks again.
+                            let _ = self.questions.try_send(question);
                         }
                         None => return Ok(()),
                     }

@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::bundles::{Bundles, Have};
 use crate::journal::{AttemptDir, Journal, JournalError, LAUNCH, PREPARE, STARTED, STATUS, STOP};
 use crate::launch::{HostFacts, plan};
 use crate::logs::Shipped;
@@ -33,6 +34,7 @@ pub struct Supervisor {
     pub watch: Arc<Watch>,
     pub facts: HostFacts,
     pub shipped: Shipped,
+    pub bundles: Bundles,
     /// The arguments that lead to this program's own subcommands.
     pub own: &'static [&'static str],
     pub assignments: watch::Receiver<Option<AssignmentList>>,
@@ -188,9 +190,28 @@ impl Supervisor {
     }
 
     fn start(&mut self, dir: &AttemptDir, assignment: &Assignment) -> Result<(), JournalError> {
+        let bundle = assignment.job.as_ref().map_or("", |job| &job.bundle);
+        let have = match bundle {
+            "" => Have::Yes,
+            bundle => self.bundles.look_for(bundle),
+        };
+        if have == Have::NotYet {
+            return Ok(());
+        }
         dir.create()?;
         if let Err(error) = self.watch.add(dir) {
             tracing::warn!(%error, "changes of an attempt are noticed late");
+        }
+        if let Have::Never(why) = have {
+            self.bundles.forget(bundle);
+            return refuse(
+                dir,
+                FailureRecord {
+                    code: "JobBundleFailed".into(),
+                    message: format!("the job's bundle cannot be had: {why}"),
+                    ..FailureRecord::default()
+                },
+            );
         }
         let starts = self.starts.entry(dir.id()).or_default();
         *starts += 1;

@@ -17,7 +17,7 @@ use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, Va
 use tonic::Code;
 
 /// Everything that calls return.
-const RESOURCES: [&str; 12] = [
+const RESOURCES: [&str; 14] = [
     "ResourceGroup",
     "Workspace",
     "Cluster",
@@ -30,6 +30,8 @@ const RESOURCES: [&str; 12] = [
     "Usage",
     "Operation",
     "RemoteLoginInformation",
+    "JobFile",
+    "Bundle",
 ];
 const REFUSED: &str = "refused";
 const RECORDED: &str = "recorded";

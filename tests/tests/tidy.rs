@@ -38,12 +38,13 @@ const PURE: [&str; 7] = [
 ];
 
 /// Arrows point down: a module may name those of lower levels only. Modules of one level do not name each other.
-const COORDINATOR: [&[&str]; 10] = [
+const COORDINATOR: [&[&str]; 11] = [
     &["config", "state"],
     &["scheduler"],
     &["duties"],
     &["replica"],
     &["logs"],
+    &["bundles"],
     &["agents"],
     &["api"],
     &["leader"],
@@ -56,7 +57,7 @@ const NODE_AGENT: [&[&str]; 9] = [
     &["hardware", "journal"],
     &["shim", "watch"],
     &["session"],
-    &["logs"],
+    &["bundles", "files", "logs"],
     &["supervisor"],
     &["agent"],
     &["lib", "main"],

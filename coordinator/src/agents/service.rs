@@ -5,7 +5,8 @@ use std::pin::Pin;
 use batchai_common::error::{ApiError, Fault};
 use batchai_proto::agent::v1::agent_service_server::AgentService;
 use batchai_proto::agent::v1::{
-    SessionRequest, SessionResponse, ShipLogsRequest, ShipLogsResponse, session_request,
+    AnswerFileRequest, AnswerFileResponse, FetchBundleRequest, FetchBundleResponse, SessionRequest,
+    SessionResponse, ShipLogsRequest, ShipLogsResponse, session_request,
 };
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -13,9 +14,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::bundle;
 use super::contacts::Contacts;
+use super::files::FileDesk;
 use super::log_intake;
 use super::session::{OUTBOX_MAX, Session};
+use crate::bundles::BundleStore;
 use crate::logs::LogStore;
 use crate::replica::Handle;
 
@@ -24,6 +28,8 @@ pub struct Agents {
     pub replica: Handle,
     pub contacts: Contacts,
     pub logs: LogStore,
+    pub bundles: BundleStore,
+    pub desk: FileDesk,
     pub shutdown: CancellationToken,
 }
 
@@ -46,7 +52,8 @@ impl AgentService for Agents {
             let fault = Fault::new("message", "the first message must be a hello");
             return Err(ApiError::Invalid(vec![fault]).into());
         };
-        let session = Session::open(self.replica.clone(), &self.contacts, hello).await?;
+        let session =
+            Session::open(self.replica.clone(), &self.contacts, &self.desk, hello).await?;
         let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
         tokio::spawn(session.run(incoming, outbox, self.shutdown.clone()));
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
@@ -64,4 +71,51 @@ impl AgentService for Agents {
         tokio::spawn(intake.run(incoming, outbox, self.shutdown.clone()));
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
     }
+
+    type AnswerFileStream = Replies<AnswerFileResponse>;
+
+    async fn answer_file(
+        &self,
+        request: Request<Streaming<AnswerFileRequest>>,
+    ) -> Result<Response<Self::AnswerFileStream>, Status> {
+        let incoming = request.into_inner();
+        let (outbox, replies) = mpsc::channel(1);
+        let (desk, replica, shutdown) = (
+            self.desk.clone(),
+            self.replica.clone(),
+            self.shutdown.clone(),
+        );
+        tokio::spawn(async move {
+            let registered = |node: &str, uid: &str| is_registered(&replica, node, uid);
+            let end = tokio::select! {
+                end = desk.take_in(registered, incoming) => end,
+                () = shutdown.cancelled() => Ok(()),
+            };
+            if let Err(status) = end {
+                // The agent may be gone; then nobody needs to know.
+                let _ = outbox.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+
+    type FetchBundleStream = Replies<FetchBundleResponse>;
+
+    async fn fetch_bundle(
+        &self,
+        request: Request<FetchBundleRequest>,
+    ) -> Result<Response<Self::FetchBundleStream>, Status> {
+        let request = request.into_inner();
+        let (outbox, replies) = mpsc::channel(bundle::PIECES_MAX);
+        let file = bundle::open(&self.replica, &self.bundles, &request).await?;
+        tokio::task::spawn_blocking(move || bundle::send(file, &outbox));
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+}
+
+/// Whether a node is the one that the State knows under its name.
+pub(super) fn is_registered(replica: &Handle, node: &str, uid: &str) -> bool {
+    let published = replica.published();
+    let nodes = &published.borrow().state.nodes;
+    nodes.get(node).is_some_and(|known| known.uid == uid)
 }

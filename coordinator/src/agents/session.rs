@@ -4,8 +4,8 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_proto::agent::v1::{
-    AttemptObservation, Hello, Report, SessionRequest, SessionResponse, Welcome, session_request,
-    session_response,
+    AttemptObservation, FileRequest, Hello, Report, SessionRequest, SessionResponse, Welcome,
+    session_request, session_response,
 };
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 use super::contacts::{Contacts, Live};
+use super::files::FileDesk;
 use crate::replica::hub::Topic;
 use crate::replica::{Handle, ReplicaError};
 use crate::state::{Rejection, assignments::assignments};
@@ -38,6 +39,8 @@ pub struct Session {
     uid: String,
     incarnation: String,
     live: Live,
+    /// Taken by whoever sends.
+    questions: Option<mpsc::Receiver<FileRequest>>,
 }
 
 impl Session {
@@ -45,6 +48,7 @@ impl Session {
     pub async fn open(
         replica: Handle,
         contacts: &Contacts,
+        desk: &FileDesk,
         hello: Hello,
     ) -> Result<Session, Status> {
         let facts = hello.facts.clone().unwrap_or_default();
@@ -75,8 +79,10 @@ impl Session {
                 .await
                 .map_err(status)?;
         }
+        let questions = Some(desk.attend(&name));
         let session = Session {
             replica,
+            questions,
             name,
             uid: hello.uid,
             incarnation,
@@ -89,15 +95,16 @@ impl Session {
 
     /// Relays until either side ends.
     pub async fn run(
-        self,
+        mut self,
         mut incoming: Streaming<SessionRequest>,
         outbox: mpsc::Sender<Result<SessionResponse, Status>>,
         shutdown: CancellationToken,
     ) {
         tracing::info!(node = %self.name, "session opened");
+        let questions = self.questions.take();
         let end = tokio::select! {
             end = self.take_in(&mut incoming) => end,
-            end = self.send_out(&outbox) => end,
+            end = self.send_out(&outbox, questions) => end,
             () = shutdown.cancelled() => Err(unavailable("the coordinator is shutting down")),
         };
         match end {
@@ -146,7 +153,11 @@ impl Session {
     async fn send_out(
         &self,
         outbox: &mpsc::Sender<Result<SessionResponse, Status>>,
+        questions: Option<mpsc::Receiver<FileRequest>>,
     ) -> Result<(), Status> {
+        let Some(mut questions) = questions else {
+            return Ok(());
+        };
         let topic = Topic::Assignments(self.name.clone());
         let mut changes = self.replica.hub().follow(topic);
         let published = self.replica.published();
@@ -164,8 +175,13 @@ impl Session {
                 sent = list.revision;
                 send(outbox, session_response::Message::Assignments(list))?;
             }
-            if changes.changed().await.is_err() {
-                return Err(unavailable("the replica has stopped"));
+            tokio::select! {
+                changed = changes.changed() => {
+                    changed.map_err(|_| unavailable("the replica has stopped"))?;
+                }
+                Some(question) = questions.recv() => {
+                    send(outbox, session_response::Message::FileRequest(question))?;
+                }
             }
         }
     }

@@ -55,6 +55,9 @@ pub fn check(faults: &mut Faults, given: Job) -> Job {
     }
     let constraints = check_constraints(faults, given.constraints);
     faults.labels("job.labels", &given.labels);
+    if !given.bundle.is_empty() {
+        faults.name("job.bundle", Noun::Bundle, &given.bundle);
+    }
     let tool = toolkits::check(faults, &given);
     check_not_served(faults, &given);
     fields::check_output_only(faults, "job", "Job", &given);

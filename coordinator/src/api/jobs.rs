@@ -1,16 +1,15 @@
 //! Jobs, their changes and their logs.
 
-use batchai_common::error::ApiError;
 use batchai_common::names::Kind as Noun;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{CreateJobs, Labels, TerminateJob, Update};
 use batchai_proto::v1::job_service_server::JobService;
 use batchai_proto::v1::{
     BatchCreateJobsRequest, BatchCreateJobsResponse, CreateJobRequest, DeleteJobRequest,
-    GetJobRequest, Job, ListJobRemoteLoginInformationRequest,
-    ListJobRemoteLoginInformationResponse, ListJobsRequest, ListJobsResponse, StreamJobLogsRequest,
-    StreamJobLogsResponse, TerminateJobRequest, UpdateJobRequest, WatchJobRequest,
-    WatchJobResponse,
+    GetJobRequest, Job, ListJobFilesRequest, ListJobFilesResponse,
+    ListJobRemoteLoginInformationRequest, ListJobRemoteLoginInformationResponse, ListJobsRequest,
+    ListJobsResponse, StreamJobLogsRequest, StreamJobLogsResponse, TerminateJobRequest,
+    UpdateJobRequest, WatchJobRequest, WatchJobResponse,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -21,15 +20,12 @@ use uuid::Uuid;
 use super::faults::Faults;
 use super::views::Resource as _;
 use super::{Api, Replies, draining, fields, job_spec, not_found, parse, remote_login};
-use crate::logs::{self, ReadRequest};
 
 /// What a watcher or reader has not taken yet; one that is slow waits for itself only.
 const OUTBOX_MAX: usize = 4;
 /// Jobs of one batch, and their size: the reply must fit a message too.
 const BATCH_MAX: usize = 1000;
 const BATCH_BYTES_MAX: usize = 2 << 20;
-/// The only directory that is served.
-const STDOUTERR: &str = "stdouterr";
 
 #[tonic::async_trait]
 impl JobService for Api {
@@ -48,6 +44,7 @@ impl JobService for Api {
             uid: Uuid::new_v4().to_string(),
             ..job
         };
+        self.use_bundles(std::slice::from_ref(&job)).await?;
         let state = self.write_once(Kind::CreateJob(job), once).await?;
         self.show(&state, name.as_str())
     }
@@ -74,6 +71,7 @@ impl JobService for Api {
             })
             .collect();
         faults.finish(parent)?;
+        self.use_bundles(&jobs).await?;
         let names: Vec<_> = jobs.iter().map(|job| job.name.clone()).collect();
         let state = self
             .write_once(Kind::CreateJobs(CreateJobs { jobs }), once)
@@ -160,6 +158,13 @@ impl JobService for Api {
         self.watch(&name, revision, reply).await
     }
 
+    async fn list_job_files(
+        &self,
+        request: Request<ListJobFilesRequest>,
+    ) -> Result<Response<ListJobFilesResponse>, Status> {
+        Ok(Response::new(self.list_files(request.into_inner()).await?))
+    }
+
     type StreamJobLogsStream = Replies<StreamJobLogsResponse>;
 
     async fn stream_job_logs(
@@ -167,19 +172,13 @@ impl JobService for Api {
         request: Request<StreamJobLogsRequest>,
     ) -> Result<Response<Self::StreamJobLogsStream>, Status> {
         let request = request.into_inner();
-        let read = check_log_request(&request)?;
-        self.show::<Job>(&self.read().await?, &read.job)?;
         let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
-        let (replica, logs, shutdown) = (
-            self.replica.clone(),
-            self.logs.clone(),
-            self.shutdown.clone(),
-        );
+        let api = self.clone();
         tokio::spawn(async move {
             let end = outbox.clone();
             tokio::select! {
-                () = logs::read(replica, logs, read, outbox) => {}
-                () = shutdown.cancelled() => {
+                () = api.stream_file(request, outbox) => {}
+                () = api.shutdown.cancelled() => {
                     // The reader may be gone or slow; it sees the stream end in any case.
                     let _ = end.try_send(Err(draining().into()));
                 }
@@ -224,30 +223,4 @@ fn check_one_of_batch(faults: &mut Faults, parent: &str, given: CreateJobRequest
         uid: Uuid::new_v4().to_string(),
         ..job
     }
-}
-
-fn check_log_request(request: &StreamJobLogsRequest) -> Result<ReadRequest, ApiError> {
-    let mut faults = Faults::default();
-    let job = faults.name("name", Noun::Job, &request.name);
-    let other_directory = !request.directory.is_empty() && request.directory != STDOUTERR;
-    faults.not_served("directory", other_directory);
-    if !logs::check_file(&request.file) {
-        faults.invalid("file", "must be the name of a file, such as stdout.txt");
-    }
-    let node = match request.node.is_empty() {
-        true => None,
-        false => faults.name("node", Noun::Node, &request.node),
-    };
-    let offset = u64::try_from(request.offset);
-    if offset.is_err() {
-        faults.invalid("offset", "must not be negative");
-    }
-    let job = faults.finish(job)?;
-    Ok(ReadRequest {
-        job: job.into(),
-        file: request.file.clone(),
-        node: node.map(String::from),
-        offset: offset.unwrap_or_default(),
-        follow: request.follow,
-    })
 }

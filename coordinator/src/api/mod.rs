@@ -1,12 +1,14 @@
 //! The gRPC services that users see. Thin: a request is parsed and checked whole, becomes a command or a read, and
 //! what the State says becomes the reply. Nothing is decided here.
 
+mod bundles;
 mod cluster_spec;
 mod clusters;
 mod experiments;
 mod faults;
 mod fields;
 mod file_servers;
+mod files;
 mod filter;
 mod information;
 mod job_spec;
@@ -35,6 +37,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
 
 use crate::agents::contacts::Contacts;
+use crate::agents::files::FileDesk;
+use crate::bundles::BundleStore;
 use crate::logs::LogStore;
 use crate::replica::{Handle, ReplicaError};
 use crate::state::{Rejection, State, apply};
@@ -52,6 +56,8 @@ pub struct Api {
     pub replica: Handle,
     pub contacts: Contacts,
     pub logs: LogStore,
+    pub bundles: BundleStore,
+    pub desk: FileDesk,
     pub shutdown: CancellationToken,
 }
 
@@ -213,4 +219,11 @@ fn draining() -> ApiError {
         why: "it is shutting down".into(),
         leader: None,
     }
+}
+
+/// What went wrong is for the log; who asked gets the name that it has there.
+fn internal(error: impl std::fmt::Display) -> ApiError {
+    let id = uuid::Uuid::new_v4().to_string();
+    tracing::error!(%error, id, "cannot answer");
+    ApiError::Internal { id }
 }

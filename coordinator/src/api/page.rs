@@ -44,14 +44,7 @@ impl Query {
             None => Some(format!("{}/{WILDCARD}", kind.collection())),
         };
         let pattern = parent.and_then(|text| faults.pattern("parent", kind, &text));
-        let size = match usize::try_from(page_size) {
-            Err(_) => {
-                faults.invalid("page_size", "must not be negative");
-                PAGE_DEFAULT
-            }
-            Ok(0) => PAGE_DEFAULT,
-            Ok(size) => size.min(PAGE_MAX),
-        };
+        let size = self::page_size(&mut faults, page_size);
         let parsed = Filter::parse(message, filter).unwrap_or_else(|why| {
             faults.invalid("filter", why);
             None
@@ -119,11 +112,25 @@ impl Query {
     }
 }
 
-fn encode(list: &str, name: &str) -> String {
+/// How many elements a page has.
+pub fn page_size(faults: &mut Faults, asked: i32) -> usize {
+    match usize::try_from(asked) {
+        Err(_) => {
+            faults.invalid("page_size", "must not be negative");
+            PAGE_DEFAULT
+        }
+        Ok(0) => PAGE_DEFAULT,
+        Ok(size) => size.min(PAGE_MAX),
+    }
+}
+
+/// The token of the page behind a name.
+pub fn encode(list: &str, name: &str) -> String {
     URL_SAFE_NO_PAD.encode(format!("{:08x}{name}", crc32fast::hash(list.as_bytes())))
 }
 
-fn decode(list: &str, token: &str) -> Option<String> {
+/// The name that a token of this list stands for.
+pub fn decode(list: &str, token: &str) -> Option<String> {
     let text = String::from_utf8(URL_SAFE_NO_PAD.decode(token).ok()?).ok()?;
     let name = text.strip_prefix(&format!("{:08x}", crc32fast::hash(list.as_bytes())))?;
     Some(name.to_owned())

@@ -2,6 +2,11 @@
 
 /// The call, and the permission it takes; by call.
 pub const PERMISSIONS: &[(&str, &str)] = &[
+    ("batchai.v1.BundleService/GetBundle", "batchai/bundles/read"),
+    (
+        "batchai.v1.BundleService/UploadBundle",
+        "batchai/bundles/write",
+    ),
     (
         "batchai.v1.ClusterService/CreateCluster",
         "batchai/workspaces/clusters/write",
@@ -96,6 +101,10 @@ pub const PERMISSIONS: &[(&str, &str)] = &[
     ),
     (
         "batchai.v1.JobService/GetJob",
+        "batchai/workspaces/experiments/jobs/read",
+    ),
+    (
+        "batchai.v1.JobService/ListJobFiles",
         "batchai/workspaces/experiments/jobs/read",
     ),
     (

@@ -7,4 +7,4 @@ mod reader;
 mod store;
 
 pub use reader::{ReadRequest, read};
-pub use store::{FileKey, LogStore, check_file};
+pub use store::{FileKey, Listed, LogStore, check_file, check_space};

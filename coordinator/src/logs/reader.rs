@@ -31,6 +31,8 @@ pub struct ReadRequest {
     /// The node's full name, where one was named.
     pub node: Option<String>,
     pub offset: u64,
+    /// How many bytes at most.
+    pub length: Option<u64>,
     pub follow: bool,
 }
 
@@ -88,8 +90,12 @@ impl Reader {
             // In this order: a length that is final was final before it was looked at.
             let last = self.last(&found);
             let length = *found.length.borrow_and_update();
-            while offset < length {
-                let data = read_piece(found.file.clone(), offset, length).await?;
+            let wanted = self
+                .request
+                .length
+                .map_or(u64::MAX, |n| self.request.offset.saturating_add(n));
+            while offset < length.min(wanted) {
+                let data = read_piece(found.file.clone(), offset, length.min(wanted)).await?;
                 let size = data.len() as u64;
                 let piece = message(&found, offset, data, End::Unspecified);
                 if outbox.send(Ok(piece)).await.is_err() {
@@ -98,6 +104,7 @@ impl Reader {
                 offset += size;
             }
             let end = match last {
+                _ if offset >= wanted => End::NotFollowed,
                 Some(Last::Lost) => End::Truncated,
                 Some(Last::Size(size)) if length >= size => End::Complete,
                 Some(Last::Size(_)) if stalled => End::Truncated,

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use batchai_common::names::{Kind, Name, check_id};
 use bytes::Bytes;
@@ -57,6 +58,26 @@ const OPEN_MAX: usize = 1024;
 /// Logs leave so much of their disk alone, a twentieth of it but no more than this: the replicated log may lie on it too.
 const RESERVE_BYTES_MAX: u64 = 1 << 30;
 
+/// A job that floods its log, or whoever sends large bundles, must not take the last of the disk.
+pub fn check_space(root: &Path) -> io::Result<()> {
+    let disk = nix::sys::statvfs::statvfs(root)?;
+    let block = disk.fragment_size() as u64;
+    let reserve = (disk.blocks() as u64 * block / 20).min(RESERVE_BYTES_MAX);
+    match disk.blocks_available() as u64 * block > reserve {
+        true => Ok(()),
+        false => Err(io::Error::from(io::ErrorKind::StorageFull)),
+    }
+}
+
+/// A log file as it lies on the disk.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Listed {
+    pub file: String,
+    pub node_id: String,
+    pub length: u64,
+    pub modified: SystemTime,
+}
+
 /// A file that is being written or read.
 struct Open {
     file: Arc<File>,
@@ -91,7 +112,7 @@ impl LogStore {
             if offset > length || end <= length {
                 return Ok(length);
             }
-            store.check_space()?;
+            check_space(&store.root)?;
             open.file
                 .write_all_at(&data[(length - offset) as usize..], length)?;
             open.length.send_replace(end);
@@ -134,17 +155,6 @@ impl LogStore {
         tokio::task::spawn_blocking(open)
             .await
             .map_err(io::Error::other)?
-    }
-
-    /// A job that floods its log must not take the last of the disk.
-    fn check_space(&self) -> io::Result<()> {
-        let disk = nix::sys::statvfs::statvfs(&self.root)?;
-        let block = disk.fragment_size() as u64;
-        let reserve = (disk.blocks() as u64 * block / 20).min(RESERVE_BYTES_MAX);
-        match disk.blocks_available() as u64 * block > reserve {
-            true => Ok(()),
-            false => Err(io::Error::from(io::ErrorKind::StorageFull)),
-        }
     }
 
     fn open(&self, key: &FileKey, create: bool) -> io::Result<Arc<Open>> {
@@ -205,10 +215,42 @@ impl LogStore {
         });
     }
 
+    /// The files of an attempt, by name and node.
+    pub async fn files(&self, attempt: &str) -> io::Result<Vec<Listed>> {
+        let root = self.root.join(attempt);
+        tokio::task::spawn_blocking(move || list(&root))
+            .await
+            .map_err(io::Error::other)?
+    }
+
     /// Removes the files of an attempt.
     pub fn remove(&self, attempt: &str) -> io::Result<()> {
         fs::remove_dir_all(self.root.join(attempt))
     }
+}
+
+fn list(root: &Path) -> io::Result<Vec<Listed>> {
+    let mut found = Vec::new();
+    let nodes = match fs::read_dir(root) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+        nodes => nodes?,
+    };
+    let name = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
+    for node in nodes {
+        let node = node?;
+        for file in fs::read_dir(node.path())? {
+            let file = file?;
+            let metadata = file.metadata()?;
+            found.push(Listed {
+                file: name(&file),
+                node_id: name(&node),
+                length: metadata.len(),
+                modified: metadata.modified()?,
+            });
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 #[cfg(test)]

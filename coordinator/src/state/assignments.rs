@@ -27,6 +27,15 @@ fn assignment(state: &State, attempt: &Attempt, name: &str) -> Option<Assignment
         Phase::Ending => Desired::Stop,
         Phase::Ended => return None,
     };
+    part_of(state, attempt, name, desired)
+}
+
+/// What a node has to know to find the directories of an attempt that it has, or had, a part in.
+pub fn for_files(state: &State, attempt: &Attempt, name: &str) -> Option<Assignment> {
+    part_of(state, attempt, name, Desired::Unspecified)
+}
+
+fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Option<Assignment> {
     let index = attempt.nodes.iter().position(|n| n.node == name)?;
     let hosts = attempt
         .nodes

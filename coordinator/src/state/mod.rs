@@ -67,6 +67,8 @@ pub fn limit(kind: Kind) -> usize {
         Kind::Workspace | Kind::Node => 10_000,
         Kind::Experiment => 100_000,
         Kind::Job => 1_000_000,
+        // Files beside the State; their disk is their bound.
+        Kind::Bundle => 0,
     }
 }
 
@@ -204,7 +206,7 @@ fn update(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
         Kind::Experiment => holders::update::<v1::Experiment>(step, command),
         Kind::Cluster => clusters::update(step, command),
         Kind::Job => jobs::update(step, command),
-        Kind::FileServer | Kind::Node | Kind::VmSizeAlias => Err(Rejection::Unknown),
+        Kind::FileServer | Kind::Node | Kind::VmSizeAlias | Kind::Bundle => Err(Rejection::Unknown),
     }
 }
 
@@ -216,7 +218,7 @@ fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
         Kind::Cluster => clusters::delete(step, command),
         Kind::Job => jobs::delete(step, command),
         Kind::VmSizeAlias => vm_size_aliases::delete(step, command),
-        Kind::FileServer | Kind::Node => Err(Rejection::Unknown),
+        Kind::FileServer | Kind::Node | Kind::Bundle => Err(Rejection::Unknown),
     }
 }
 
@@ -263,7 +265,7 @@ impl State {
             Kind::Job => self.jobs.contains_key(name),
             Kind::Node => self.nodes.contains_key(name),
             Kind::VmSizeAlias => self.vm_size_aliases.contains_key(name),
-            Kind::FileServer => false,
+            Kind::FileServer | Kind::Bundle => false,
         }
     }
 
@@ -289,7 +291,7 @@ impl State {
             Kind::Job => of(&self.jobs, prefix, after),
             Kind::Node => of(&self.nodes, prefix, after),
             Kind::VmSizeAlias => of(&self.vm_size_aliases, prefix, after),
-            Kind::FileServer => Box::new(std::iter::empty()),
+            Kind::FileServer | Kind::Bundle => Box::new(std::iter::empty()),
         }
     }
 
@@ -303,7 +305,7 @@ impl State {
             Kind::Job => self.jobs.len(),
             Kind::Node => self.nodes.len(),
             Kind::VmSizeAlias => self.vm_size_aliases.len(),
-            Kind::FileServer => 0,
+            Kind::FileServer | Kind::Bundle => 0,
         }
     }
 }

@@ -6,6 +6,7 @@ mod os;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::Path;
 
 use batchai_proto::v1::NodeFacts;
 
@@ -58,13 +59,14 @@ pub fn facts(config: &Config) -> Result<NodeFacts, HardwareError> {
 }
 
 /// The same machine, as launchers see it.
-pub fn host_facts(facts: &NodeFacts, node_uid: &str) -> HostFacts {
+pub fn host_facts(facts: &NodeFacts, node_uid: &str, bundles: &Path) -> HostFacts {
     let base = INHERITED
         .iter()
         .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)));
     HostFacts {
         node_uid: node_uid.to_owned(),
         root: facts.root.clone(),
+        bundles: bundles.to_string_lossy().into_owned(),
         gpu_count: facts.gpus.len(),
         interface: facts
             .addresses

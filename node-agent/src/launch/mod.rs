@@ -42,6 +42,9 @@ pub struct Preparation {
     pub directories: Vec<String>,
     /// Path and content.
     pub files: Vec<(String, String)>,
+    /// The bundle on this host that is unpacked, and where to.
+    #[serde(default)]
+    pub bundle: Option<(String, String)>,
     /// The preparation command.
     pub command: Option<ProcessPlan>,
     /// Where log files are copied to.
@@ -61,6 +64,8 @@ pub struct HostFacts {
     pub node_uid: String,
     /// The root of mounts and job directories.
     pub root: String,
+    /// Where the agent keeps bundles.
+    pub bundles: String,
     pub gpu_count: usize,
     /// The network interface that has the host's address.
     pub interface: Option<String>,
@@ -196,12 +201,36 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         wipe: paths.job_temp_dir.clone(),
         directories: paths.directories(),
         files: vec![(paths.hostfile.clone(), hostfile(context))],
+        bundle: bundle(context),
         command,
         copy_to: paths.stdouterr.clone(),
         execution_log: format!("execution{suffix}.log"),
         wall_clock_s: u64::try_from(limit.seconds).unwrap_or_default(),
         grace_s: TERMINATION_GRACE.as_secs(),
     })
+}
+
+fn bundle(context: &Context<'_>) -> Option<(String, String)> {
+    let name = &context.job.bundle;
+    let digest = batchai_common::names::last_id(name);
+    let path = format!("{}/{digest}.tar.gz", context.facts.bundles);
+    (!name.is_empty()).then(|| (path, context.paths.job_temp.clone()))
+}
+
+/// Where an output directory of an attempt is on this host.
+pub fn output_directory(
+    assignment: &Assignment,
+    facts: &HostFacts,
+    id: &str,
+) -> Result<String, LaunchError> {
+    let job = assignment.job.as_ref();
+    let job = job.ok_or(LaunchError::Incomplete { what: "job" })?;
+    let paths = Paths::of(job, assignment, &facts.root)?;
+    let found = paths.outputs.into_iter().find(|(known, _)| known == id);
+    let (_, path) = found.ok_or(LaunchError::Incomplete {
+        what: "output directory",
+    })?;
+    Ok(path)
 }
 
 /// One line per host, in the form that Open MPI reads.

@@ -29,6 +29,7 @@ fn facts() -> HostFacts {
     HostFacts {
         node_uid: "u".into(),
         root: "/r".into(),
+        bundles: "/data/bundles".into(),
         gpu_count: 4,
         interface: Some("eth0".into()),
         base_env: BTreeMap::from([("PATH".into(), "/bin".into())]),

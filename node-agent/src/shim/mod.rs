@@ -13,6 +13,7 @@ mod process;
 mod root;
 mod run;
 mod tree;
+mod unpack;
 
 use std::io::Write as _;
 use std::path::Path;

@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::root::MARKER;
+use super::unpack::unpack;
 use crate::journal::{AttemptDir, SETUP_FAILED};
 use crate::launch::Preparation;
 use crate::status::FailureRecord;
@@ -34,6 +35,14 @@ fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
     }
     for (path, content) in &plan.files {
         fs::write(path, content).map_err(|e| failure("write", path, &e, true))?;
+    }
+    if let Some((bundle, into)) = &plan.bundle {
+        let unpacked = unpack(Path::new(bundle), Path::new(into));
+        unpacked.map_err(|error| FailureRecord {
+            code: "JobBundleFailed".into(),
+            infrastructure: error.kind() == io::ErrorKind::StorageFull,
+            ..failure("unpack the bundle into", into, &error, false)
+        })?;
     }
     Ok(())
 }

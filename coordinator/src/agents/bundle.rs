@@ -1,0 +1,93 @@
+//! Sends a node the bundle that its work names.
+
+use std::fs::File;
+use std::io::Read as _;
+
+use batchai_common::error::{ApiError, Fault};
+use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_common::names::{Kind, Name};
+use batchai_proto::agent::v1::{FetchBundleRequest, FetchBundleResponse};
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use crate::bundles::BundleStore;
+use crate::replica::Handle;
+use crate::state::assignments::assignments;
+
+/// Pieces that the agent has not taken yet.
+pub const PIECES_MAX: usize = 8;
+
+/// Opens the bundle, if it is the node's business.
+pub async fn open(
+    replica: &Handle,
+    store: &BundleStore,
+    request: &FetchBundleRequest,
+) -> Result<File, ApiError> {
+    let invalid = |field: &str, why: String| ApiError::Invalid(vec![Fault::new(field, why)]);
+    let node = Name::top(Kind::Node, &request.node_id)
+        .map_err(|error| invalid("node_id", error.to_string()))?;
+    let bundle = Name::parse(Kind::Bundle, &request.bundle)
+        .map_err(|error| invalid("bundle", error.to_string()))?;
+    let state = replica
+        .read()
+        .await
+        .map_err(|error| ApiError::Unavailable {
+            why: error.to_string(),
+            leader: None,
+        })?;
+    let registered = state
+        .nodes
+        .get(node.as_str())
+        .is_some_and(|n| n.uid == request.uid);
+    let work = assignments(&state, node.as_str()).assignments;
+    let mut jobs = work.iter().filter_map(|work| work.job.as_ref());
+    let absent = || ApiError::NotFound {
+        kind: Kind::Bundle,
+        name: bundle.to_string(),
+    };
+    if !registered || !jobs.any(|job| job.bundle == bundle.as_str()) {
+        return Err(absent());
+    }
+    let (store, digest) = (store.clone(), bundle.id().to_owned());
+    let opened = tokio::task::spawn_blocking(move || store.open(&digest)).await;
+    let opened = opened
+        .map_err(std::io::Error::other)
+        .and_then(|opened| opened);
+    match opened {
+        Ok(Some(file)) => Ok(file),
+        Ok(None) => Err(absent()),
+        Err(error) => {
+            tracing::error!(%error, bundle = bundle.as_str(), "a bundle cannot be read");
+            Err(ApiError::Unavailable {
+                why: "its disk does not give the bundle".into(),
+                leader: None,
+            })
+        }
+    }
+}
+
+/// Sends a bundle as fast as the agent takes it. It waits for the disk.
+pub fn send(mut file: File, outbox: &mpsc::Sender<Result<FetchBundleResponse, Status>>) {
+    loop {
+        let mut piece = vec![0; LOG_CHUNK_BYTES_MAX];
+        let piece = match file.read(&mut piece) {
+            Ok(0) => return,
+            Ok(read) => {
+                piece.truncate(read);
+                Ok(FetchBundleResponse {
+                    data: Bytes::from(piece),
+                })
+            }
+            Err(error) => {
+                tracing::error!(%error, "a bundle cannot be read");
+                Err(Status::unavailable("the bundle cannot be read"))
+            }
+        };
+        let failed = piece.is_err();
+        // An agent that is gone asks again when it is back.
+        if outbox.blocking_send(piece).is_err() || failed {
+            return;
+        }
+    }
+}

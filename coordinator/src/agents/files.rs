@@ -1,0 +1,155 @@
+//! Questions to agents about files of their nodes, and the way of the answers back to who asked.
+//!
+//! Nothing is kept: an answer flows as fast as who asked takes it, and what nobody waits for any more is thrown away.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use batchai_common::error::{ApiError, Fault};
+use batchai_common::limits::{CALL_TIMEOUT, LOG_CHUNK_BYTES_MAX};
+use batchai_common::names::{Kind, Name};
+use batchai_proto::agent::v1::answer_file_request::Part as Message;
+use batchai_proto::agent::v1::{AnswerFileRequest, FileFault, FileRequest};
+use batchai_proto::v1::JobFile;
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tonic::{Status, Streaming};
+
+/// Questions that an agent has not taken yet.
+const QUESTIONS_MAX: usize = 16;
+/// Parts of an answer that who asked has not taken yet.
+const PARTS_MAX: usize = 4;
+/// How long an answer may take to begin, or to go on.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A part of an answer.
+#[derive(Debug)]
+pub enum Part {
+    Entries(Vec<JobFile>),
+    Data(Bytes),
+}
+
+type Parts = mpsc::Sender<Result<Part, FileFault>>;
+
+/// Who can be asked, and what was asked and is not answered.
+#[derive(Clone, Default)]
+pub struct FileDesk {
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    agents: BTreeMap<String, mpsc::Sender<FileRequest>>,
+    open: HashMap<String, (String, Parts)>,
+}
+
+impl FileDesk {
+    /// From now on questions to a node come here.
+    pub fn attend(&self, node: &str) -> mpsc::Receiver<FileRequest> {
+        let (sender, questions) = mpsc::channel(QUESTIONS_MAX);
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.agents.retain(|_, agent| !agent.is_closed());
+        inner.agents.insert(node.to_owned(), sender);
+        questions
+    }
+
+    /// Asks a node.
+    pub fn ask(&self, node: &str, question: FileRequest) -> Result<Answer, ApiError> {
+        let (sender, parts) = mpsc::channel(PARTS_MAX);
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let agent = inner.agents.get(node).filter(|agent| !agent.is_closed());
+        let agent = agent.ok_or_else(|| unavailable(node, "is not in contact"))?;
+        let id = question.id.clone();
+        agent
+            .try_send(question)
+            .map_err(|_| unavailable(node, "has too many questions to answer"))?;
+        inner.open.insert(id.clone(), (node.to_owned(), sender));
+        Ok(Answer {
+            desk: self.clone(),
+            node: node.to_owned(),
+            id,
+            parts,
+        })
+    }
+
+    /// Passes an agent's answer on to who asked.
+    pub async fn take_in(
+        &self,
+        registered: impl Fn(&str, &str) -> bool,
+        mut incoming: Streaming<AnswerFileRequest>,
+    ) -> Result<(), Status> {
+        let first = tokio::time::timeout(CALL_TIMEOUT, incoming.message()).await;
+        let first = first.map_err(|_| invalid("part", "the hello did not come in time"))??;
+        let Some(Message::Hello(hello)) = first.and_then(|request| request.part) else {
+            return Err(invalid("part", "the first message must be a hello"));
+        };
+        let node = Name::top(Kind::Node, &hello.node_id)
+            .map_err(|error| invalid("hello.node_id", &error.to_string()))?;
+        let parts = self.parts(node.as_str(), &hello.id);
+        let parts = parts.filter(|_| registered(node.as_str(), &hello.uid));
+        let Some(parts) = parts else {
+            return Err(invalid("hello.id", "nobody waits for this answer"));
+        };
+        while let Some(request) = incoming.message().await? {
+            let part = match request.part {
+                Some(Message::Entries(entries)) => Ok(Part::Entries(entries.entries)),
+                Some(Message::Data(data)) if data.len() <= LOG_CHUNK_BYTES_MAX => {
+                    Ok(Part::Data(data))
+                }
+                Some(Message::Fault(fault)) => Err(fault),
+                Some(Message::Data(_) | Message::Hello(_)) | None => {
+                    return Err(invalid("part", "is not a part of an answer"));
+                }
+            };
+            if parts.send(part).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn parts(&self, node: &str, id: &str) -> Option<Parts> {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.open.get(id).filter(|(asked, _)| asked == node)?;
+        inner.open.remove(id).map(|(_, parts)| parts)
+    }
+}
+
+/// An answer on its way.
+pub struct Answer {
+    desk: FileDesk,
+    node: String,
+    id: String,
+    parts: mpsc::Receiver<Result<Part, FileFault>>,
+}
+
+impl Answer {
+    /// The next part; none where that was all.
+    pub async fn next(&mut self) -> Result<Option<Result<Part, FileFault>>, ApiError> {
+        let part = tokio::time::timeout(PATIENCE, self.parts.recv()).await;
+        part.map_err(|_| unavailable(&self.node, "does not answer"))
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        let mut inner = self
+            .desk
+            .inner
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        inner.open.remove(&self.id);
+    }
+}
+
+fn unavailable(node: &str, why: &str) -> ApiError {
+    ApiError::Unavailable {
+        why: format!("{node}, which has the files, {why}"),
+        leader: None,
+    }
+}
+
+fn invalid(field: &str, why: &str) -> Status {
+    ApiError::Invalid(vec![Fault::new(field, why)]).into()
+}

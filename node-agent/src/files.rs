@@ -1,0 +1,270 @@
+//! Shows what lies in the output directories of this node's jobs, to whom the coordinator asks for.
+//!
+//! A directory may lie on a dead mount, and a path may be anything: so a process of its own opens it (`look`), beneath the
+//! directory whatever links say, and this one passes on what that prints and gives up on it when it is silent for too
+//! long. Nothing is remembered.
+
+mod look;
+
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use batchai_common::error::causes;
+use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
+use batchai_proto::agent::v1::answer_file_request::Part;
+use batchai_proto::agent::v1::file_request::Kind;
+use batchai_proto::agent::v1::{
+    AnswerFileRequest, AnswerHello, Assignment, FileEntries, FileFault, FileRequest,
+};
+use batchai_proto::v1::JobFile;
+use batchai_proto::v1::job_file::FileType;
+use bytes::Bytes;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::launch::{HostFacts, output_directory};
+
+pub use look::main as look;
+
+/// Answers at once.
+const ANSWERS_MAX: usize = 8;
+/// Parts of an answer that the coordinator has not taken yet.
+const PARTS_MAX: usize = 4;
+/// Entries in one message.
+const ENTRIES_MAX: usize = 500;
+/// How long the process that looks may be silent: less than the coordinator waits.
+const SILENCE_MAX_MS: u16 = 20_000;
+
+/// Answers the coordinator's questions.
+pub struct Answerer {
+    pub endpoint: Endpoint,
+    pub hello: AnswerHello,
+    pub facts: HostFacts,
+    /// The arguments that lead to this program's own subcommands.
+    pub own: &'static [&'static str],
+    pub questions: mpsc::Receiver<FileRequest>,
+}
+
+impl Answerer {
+    /// Answers for ever.
+    pub async fn run(mut self) {
+        let room = Arc::new(Semaphore::new(ANSWERS_MAX));
+        // Made when it is needed, and again when it broke.
+        let channel = self.endpoint.connect_lazy();
+        while let Some(question) = self.questions.recv().await {
+            let Ok(permit) = room.clone().acquire_owned().await else {
+                return;
+            };
+            let hello = AnswerHello {
+                id: question.id.clone(),
+                ..self.hello.clone()
+            };
+            let (channel, facts, own) = (channel.clone(), self.facts.clone(), self.own);
+            tokio::spawn(async move {
+                answer(channel, hello, question, facts, own).await;
+                drop(permit);
+            });
+        }
+    }
+}
+
+async fn answer(
+    channel: Channel,
+    hello: AnswerHello,
+    question: FileRequest,
+    facts: HostFacts,
+    own: &'static [&'static str],
+) {
+    let (sender, parts) = mpsc::channel(PARTS_MAX);
+    let hello = AnswerFileRequest {
+        part: Some(Part::Hello(hello)),
+    };
+    // The channel has room: nothing was sent yet.
+    let _ = sender.try_send(hello);
+    tokio::task::spawn_blocking(move || {
+        let send = |part: Part| {
+            let part = AnswerFileRequest { part: Some(part) };
+            sender.blocking_send(part).map_err(|_| Stop::Unwanted)
+        };
+        match tell(&question, &facts, own, &send) {
+            // Nobody is there any more to hear why.
+            Ok(()) | Err(Stop::Unwanted) => {}
+            Err(Stop::Fault(fault)) => {
+                let _ = send(Part::Fault(fault));
+            }
+        }
+    });
+    let mut client = AgentServiceClient::new(channel);
+    let end = match client.answer_file(ReceiverStream::new(parts)).await {
+        Ok(end) => end.into_inner().message().await.map(|_| ()),
+        Err(status) => Err(status),
+    };
+    if let Err(status) = end {
+        tracing::debug!(
+            error = causes(&status),
+            "an answer about files was not taken"
+        );
+    }
+}
+
+/// Why an answer ends early.
+enum Stop {
+    /// Nobody waits for it any more.
+    Unwanted,
+    Fault(FileFault),
+}
+
+fn fault(message: impl Into<String>) -> Stop {
+    Stop::Fault(FileFault {
+        absent: false,
+        message: message.into(),
+    })
+}
+
+fn tell(
+    question: &FileRequest,
+    facts: &HostFacts,
+    own: &[&str],
+    send: &dyn Fn(Part) -> Result<(), Stop>,
+) -> Result<(), Stop> {
+    let base = base(question.attempt.as_ref(), facts, &question.directory)?;
+    let number = |value: i64| u64::try_from(value).unwrap_or_default();
+    let wanted = look::Wanted {
+        base,
+        path: question.path.clone(),
+        list: question.kind() == Kind::List,
+        after: question.after.clone(),
+        limit: number(question.limit),
+        offset: number(question.offset),
+    };
+    let mut looking = Looking::start(&wanted, own).map_err(|error| fault(error.to_string()))?;
+    let told = match wanted.list {
+        true => looking.entries(send),
+        false => looking.bytes(send),
+    };
+    told.and_then(|()| looking.finish())
+}
+
+fn base(attempt: Option<&Assignment>, facts: &HostFacts, id: &str) -> Result<String, Stop> {
+    let attempt = attempt.ok_or_else(|| fault("the question names no attempt"))?;
+    output_directory(attempt, facts, id).map_err(|error| fault(error.to_string()))
+}
+
+/// A process that looks.
+struct Looking {
+    child: Child,
+}
+
+impl Looking {
+    fn start(wanted: &look::Wanted, own: &[&str]) -> io::Result<Looking> {
+        // The very file that this agent runs, even if it was replaced meanwhile.
+        let mut child = Command::new("/proc/self/exe")
+            .arg0("batchai-look")
+            .args(own)
+            .arg("look")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let question = serde_json::to_vec(wanted).map_err(io::Error::other)?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(&question)?;
+        }
+        Ok(Looking { child })
+    }
+
+    /// The next bytes that it prints; none at the end.
+    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Stop> {
+        let stdout = self.child.stdout.as_mut();
+        let stdout = stdout.ok_or_else(|| fault("its output is not piped"))?;
+        let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::from(SILENCE_MAX_MS)) {
+            Ok(0) => return Err(fault("the directory does not answer: is its mount dead?")),
+            Ok(_) => {}
+            Err(error) => return Err(fault(error.to_string())),
+        }
+        stdout
+            .read(buffer)
+            .map_err(|error| fault(error.to_string()))
+    }
+
+    fn bytes(&mut self, send: &dyn Fn(Part) -> Result<(), Stop>) -> Result<(), Stop> {
+        let mut buffer = vec![0; LOG_CHUNK_BYTES_MAX];
+        loop {
+            match self.read(&mut buffer)? {
+                0 => return Ok(()),
+                read => send(Part::Data(Bytes::copy_from_slice(&buffer[..read])))?,
+            }
+        }
+    }
+
+    fn entries(&mut self, send: &dyn Fn(Part) -> Result<(), Stop>) -> Result<(), Stop> {
+        let (mut text, mut buffer) = (Vec::new(), vec![0; LOG_CHUNK_BYTES_MAX]);
+        loop {
+            match self.read(&mut buffer)? {
+                0 => break,
+                read => text.extend_from_slice(&buffer[..read]),
+            }
+        }
+        if text.is_empty() {
+            return Ok(());
+        }
+        let found: Vec<look::Entry> =
+            serde_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
+        for part in found.chunks(ENTRIES_MAX) {
+            let entries = part.iter().map(entry).collect();
+            send(Part::Entries(FileEntries { entries }))?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), Stop> {
+        let mut said = String::new();
+        if let Some(stderr) = &mut self.child.stderr {
+            let read = stderr.read_to_string(&mut said);
+            read.map_err(|error| fault(error.to_string()))?;
+        }
+        let status = self
+            .child
+            .wait()
+            .map_err(|error| fault(error.to_string()))?;
+        match status.code() {
+            Some(0) => Ok(()),
+            code => Err(Stop::Fault(FileFault {
+                absent: code == Some(look::ABSENT),
+                message: said.trim().to_owned(),
+            })),
+        }
+    }
+}
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            // One that is stuck in the kernel is left to the kernel; who waits for it is a thread of its own.
+            let _ = self.child.kill();
+            let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+            std::thread::spawn(move || nix::sys::wait::waitpid(pid, None));
+        }
+    }
+}
+
+fn entry(found: &look::Entry) -> JobFile {
+    let file_type = match found.directory {
+        true => FileType::Directory,
+        false => FileType::File,
+    };
+    JobFile {
+        name: found.name.clone(),
+        file_type: file_type as i32,
+        content_length: found.length as i64,
+        last_modified: Some(batchai_common::time::from_millis(found.modified_ms)),
+        node: String::new(),
+    }
+}

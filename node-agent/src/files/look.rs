@@ -1,0 +1,236 @@
+//! The process that looks: opens a path beneath a directory, and prints what is there. It ends with what it printed.
+//!
+//! The kernel itself keeps it beneath (`openat2`): no link and no `..` leads out, whatever changes meanwhile.
+
+use std::fs::File;
+use std::io::{self, Read, Seek as _, SeekFrom, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use serde::{Deserialize, Serialize};
+
+/// Its exit code where nothing of the name is there.
+pub const ABSENT: i32 = 3;
+/// A directory with more is not listed.
+const NAMES_MAX: usize = 1_000_000;
+
+/// What is wanted.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Wanted {
+    /// The directory that is not left.
+    pub base: String,
+    /// A path in it; the directory itself where it is empty.
+    pub path: String,
+    /// Its entries, else its bytes.
+    pub list: bool,
+    /// Entries behind this name only.
+    pub after: String,
+    /// So many entries or bytes at most; 0 bytes are all.
+    pub limit: u64,
+    pub offset: u64,
+}
+
+/// An entry of a directory.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    pub name: String,
+    pub directory: bool,
+    pub length: u64,
+    pub modified_ms: i64,
+}
+
+/// The process: the question comes on standard input, the answer goes to standard output.
+pub fn main() -> ExitCode {
+    let mut question = String::new();
+    let done = io::stdin()
+        .read_to_string(&mut question)
+        .and_then(|_| serde_json::from_str(&question).map_err(io::Error::other))
+        .and_then(|wanted: Wanted| look(&wanted, &mut io::stdout().lock()));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // Who asked has heard enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "{error}");
+            match error.kind() {
+                io::ErrorKind::NotFound => ExitCode::from(ABSENT as u8),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+fn look(wanted: &Wanted, out: &mut impl Write) -> io::Result<()> {
+    let base = nix::fcntl::open(
+        Path::new(&wanted.base),
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        nix::sys::stat::Mode::empty(),
+    )?;
+    match wanted.list {
+        true => {
+            let entries = entries(base.as_fd(), wanted)?;
+            serde_json::to_writer(out, &entries).map_err(io::Error::other)
+        }
+        false => bytes(base.as_fd(), wanted, out),
+    }
+}
+
+/// Opens a path beneath a directory.
+fn beneath(base: BorrowedFd<'_>, path: &str, flags: OFlag) -> io::Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(flags | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let path = if path.is_empty() { "." } else { path };
+    openat2(base, path, how).map_err(|error| match error {
+        Errno::EXDEV => io::Error::other("it leads out of the directory"),
+        error => error.into(),
+    })
+}
+
+fn entries(base: BorrowedFd<'_>, wanted: &Wanted) -> io::Result<Vec<Entry>> {
+    let directory = beneath(base, &wanted.path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    let mut names = Vec::new();
+    for entry in Dir::from_fd(directory)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name != "." && name != ".." && name > wanted.after {
+            names.push(name);
+        }
+        if names.len() > NAMES_MAX {
+            let why = format!("it has more than {NAMES_MAX} entries");
+            return Err(io::Error::other(why));
+        }
+    }
+    names.sort_unstable();
+    let prefix = match wanted.path.trim_end_matches('/') {
+        "" => String::new(),
+        path => format!("{path}/"),
+    };
+    let shown = names.into_iter().filter_map(|name| {
+        let opened = beneath(base, &format!("{prefix}{name}"), OFlag::O_PATH).ok()?;
+        let metadata = File::from(opened).metadata().ok()?;
+        // What leads out, dangles or is neither file nor directory is not shown.
+        (metadata.is_file() || metadata.is_dir()).then(|| Entry {
+            name,
+            directory: metadata.is_dir(),
+            length: if metadata.is_dir() { 0 } else { metadata.len() },
+            modified_ms: metadata.mtime() * 1000 + metadata.mtime_nsec() / 1_000_000,
+        })
+    });
+    Ok(shown
+        .take(usize::try_from(wanted.limit).unwrap_or(usize::MAX))
+        .collect())
+}
+
+fn bytes(base: BorrowedFd<'_>, wanted: &Wanted, out: &mut impl Write) -> io::Result<()> {
+    // A pipe or device must not be waited for, nor read.
+    let opened = beneath(base, &wanted.path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?;
+    let mut file = File::from(opened);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a file"));
+    }
+    file.seek(SeekFrom::Start(wanted.offset))?;
+    let limit = if wanted.limit == 0 {
+        u64::MAX
+    } else {
+        wanted.limit
+    };
+    io::copy(&mut file.take(limit), out)?;
+    out.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn answer(base: &Path, change: impl FnOnce(&mut Wanted)) -> io::Result<String> {
+        let mut wanted = Wanted {
+            base: base.to_string_lossy().into_owned(),
+            ..Wanted::default()
+        };
+        change(&mut wanted);
+        let mut out = Vec::new();
+        look(&wanted, &mut out)?;
+        Ok(String::from_utf8(out).unwrap())
+    }
+
+    fn names(base: &Path, change: impl FnOnce(&mut Wanted)) -> Vec<String> {
+        let listed = answer(base, |wanted| {
+            (wanted.list, wanted.limit) = (true, 100);
+            change(wanted);
+        });
+        let entries: Vec<Entry> = serde_json::from_str(&listed.unwrap()).unwrap();
+        entries.into_iter().map(|entry| entry.name).collect()
+    }
+
+    #[test]
+    fn nothing_leads_out_of_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, outside) = (dir.path().join("out"), dir.path().join("secret"));
+        fs::create_dir_all(base.join("sub")).unwrap();
+        fs::write(&outside, "secret").unwrap();
+        fs::write(base.join("result.txt"), "0123456789").unwrap();
+        symlink("../result.txt", base.join("sub/inside")).unwrap();
+        symlink("../../secret", base.join("sub/out")).unwrap();
+        symlink(&outside, base.join("absolute")).unwrap();
+        symlink("/proc/self/environ", base.join("magic")).unwrap();
+        symlink(dir.path(), base.join("up")).unwrap();
+        nix::unistd::mkfifo(&base.join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(names(&base, |_| ()), ["result.txt", "sub"]);
+        assert_eq!(names(&base, |w| w.path = "sub/".into()), ["inside"]);
+        assert_eq!(
+            answer(&base, |w| w.path = "sub/inside".into()).unwrap(),
+            "0123456789"
+        );
+        for path in [
+            "../secret",
+            "sub/../../secret",
+            "sub/out",
+            "absolute",
+            "magic",
+            "up/secret",
+            "/etc/passwd",
+            "pipe",
+            "sub",
+            "",
+        ] {
+            assert!(answer(&base, |w| w.path = path.into()).is_err(), "{path}");
+        }
+        for path in ["..", "up", "sub/../.."] {
+            let listed = answer(&base, |w| (w.path, w.list) = (path.into(), true));
+            assert!(listed.is_err(), "{path}");
+        }
+        let absent = answer(&base, |w| w.path = "none".into()).unwrap_err();
+        assert_eq!(absent.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn ranges_and_pages_are_what_was_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        for i in 0..5 {
+            fs::write(dir.path().join(format!("f{i}")), "0123456789").unwrap();
+        }
+        let read = |offset, limit| {
+            answer(dir.path(), |w| {
+                (w.path, w.offset, w.limit) = ("f0".into(), offset, limit)
+            })
+            .unwrap()
+        };
+        assert_eq!(read(0, 0), "0123456789");
+        assert_eq!(read(3, 4), "3456");
+        assert_eq!(read(8, 40), "89");
+        assert_eq!(read(50, 1), "");
+        assert_eq!(names(dir.path(), |w| w.limit = 2), ["f0", "f1"]);
+        assert_eq!(
+            names(dir.path(), |w| (w.limit, w.after) = (2, "f1".into())),
+            ["f2", "f3"]
+        );
+    }
+}
