@@ -97,7 +97,7 @@ impl Retry {
         // What tonic calls Unknown, Cancelled or Internal here is a connection that broke at some moment or other.
         let broken = matches!(
             status.code(),
-            Code::Unavailable | Code::Unknown | Code::Cancelled
+            Code::Unavailable | Code::Unknown | Code::Cancelled | Code::OutOfRange
         );
         let unknown = status
             .get_details_error_info()

@@ -67,13 +67,15 @@ pub enum ApiError {
     )]
     LimitReached { kind: Kind, limit: usize },
     #[error(
-        "revision {revision} is not remembered; it goes back to {oldest} and up to {latest}: list, and watch from there"
+        "revision {revision} is not remembered: what is goes from {oldest} to {latest}; watch again from revision 0"
     )]
     Forgotten {
         revision: i64,
         oldest: i64,
         latest: i64,
     },
+    #[error("the watcher took nothing for too long; watch again from revision {revision}")]
+    TooSlow { revision: i64 },
     #[error("{what} is full; try again soon")]
     Busy { what: &'static str },
     #[error("this replica cannot serve: {why}")]
@@ -159,7 +161,7 @@ impl From<ApiError> for Status {
             ApiError::Internal { id } => {
                 details.set_request_info(id, "");
             }
-            ApiError::StaleEtag { .. } | ApiError::Forgotten { .. } => {}
+            ApiError::StaleEtag { .. } | ApiError::Forgotten { .. } | ApiError::TooSlow { .. } => {}
         }
         Status::with_error_details(code, error.to_string(), details)
     }
@@ -177,6 +179,7 @@ fn class(error: &ApiError) -> (Code, &'static str) {
         ApiError::StaleEtag { .. } => (Code::Aborted, "STALE_ETAG"),
         ApiError::LimitReached { .. } => (Code::ResourceExhausted, "LIMIT_REACHED"),
         ApiError::Forgotten { .. } => (Code::OutOfRange, "REVISION_FORGOTTEN"),
+        ApiError::TooSlow { .. } => (Code::OutOfRange, "WATCHER_TOO_SLOW"),
         ApiError::Busy { .. } => (Code::ResourceExhausted, "BUSY"),
         ApiError::Unavailable { .. } => (Code::Unavailable, "UNAVAILABLE"),
         ApiError::Unknown { .. } => (Code::Aborted, "OUTCOME_UNKNOWN"),
@@ -222,6 +225,7 @@ fn metadata(error: &ApiError) -> HashMap<String, String> {
             ("oldest", oldest.to_string()),
             ("latest", latest.to_string()),
         ],
+        ApiError::TooSlow { revision } => vec![("revision", revision.to_string())],
         ApiError::Busy { what } => vec![("what", (*what).into())],
         ApiError::Unavailable { why, leader } => {
             let mut pairs = vec![("why", why.clone())];

@@ -40,8 +40,10 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
         let ensemble = leader.ensemble.clone();
         return vec![Kind::InitEnsemble(InitEnsemble { ensemble, epoch: 1 })];
     }
-    let mut commands = deletions(state);
+    // Each duty has room of its own: a large deletion must not keep clusters waiting.
+    let mut commands = Vec::new();
     drive_clusters(state, heard, &mut commands);
+    commands.extend(deletions(state));
     let late = attempts::live(state).filter_map(|attempt| late(heard, attempt));
     commands.extend(late.take(COMMANDS_MAX));
     let placements = scheduler::schedule(state, heard, leader.replica);

@@ -1,5 +1,6 @@
 //! Messages by their descriptors, the same ones that reflection serves: for what treats all of them alike.
 
+use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
 use prost::Message;
@@ -30,8 +31,21 @@ pub fn dynamic<M: Message>(name: &str, message: &M) -> DynamicMessage {
         .expect("a message decodes by its own descriptor")
 }
 
+/// The full names of all fields that only the service sets.
+static OUTPUT_ONLY_FIELDS: LazyLock<BTreeSet<String>> = LazyLock::new(|| {
+    let fields = POOL
+        .all_messages()
+        .flat_map(|message| message.fields().collect::<Vec<_>>());
+    let fields = fields.filter(says_output_only);
+    fields.map(|field| field.full_name().to_owned()).collect()
+});
+
 /// Whether only the service sets a field.
 pub fn is_output_only(field: &FieldDescriptor) -> bool {
+    OUTPUT_ONLY_FIELDS.contains(field.full_name())
+}
+
+fn says_output_only(field: &FieldDescriptor) -> bool {
     let behavior = POOL.get_extension_by_name("google.api.field_behavior");
     let behavior = behavior.expect("it is among the descriptors");
     match field.options().get_extension(&behavior).as_ref() {

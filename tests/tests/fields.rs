@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use batchai_proto::reflect::{descriptor, dynamic, is_output_only};
+use batchai_proto::reflect::{descriptor, dynamic, is_output_only, pool};
 use batchai_proto::v1;
 use batchai_tests::api::{Api, CLUSTER, WORKSPACE, job, refusal};
 use batchai_tests::ensemble::Ensemble;
@@ -16,23 +16,6 @@ use prost::Message as _;
 use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, Value};
 use tonic::Code;
 
-/// Everything that calls return.
-const RESOURCES: [&str; 14] = [
-    "ResourceGroup",
-    "Workspace",
-    "Cluster",
-    "FileServer",
-    "Experiment",
-    "Job",
-    "Node",
-    "VmSize",
-    "VmSizeAlias",
-    "Usage",
-    "Operation",
-    "RemoteLoginInformation",
-    "JobFile",
-    "Bundle",
-];
 const REFUSED: &str = "refused";
 const RECORDED: &str = "recorded";
 
@@ -75,9 +58,10 @@ fn inner(field: &FieldDescriptor) -> Option<MessageDescriptor> {
 #[test]
 fn the_ledger_has_every_field_and_no_other() {
     let ledger = ledger();
-    let resources: BTreeSet<_> = ledger.keys().map(String::as_str).collect();
-    assert_eq!(resources, BTreeSet::from(RESOURCES));
+    let resources: BTreeSet<_> = ledger.keys().cloned().collect();
+    assert_eq!(resources, self::resources());
     let tests = tests();
+    let mut unnamed = Vec::new();
     for (resource, entries) in &ledger {
         let paths: BTreeSet<_> = paths(&descriptor(resource), "", entries)
             .into_iter()
@@ -94,35 +78,72 @@ fn the_ledger_has_every_field_and_no_other() {
             "{resource}: not in the API: {surplus:?}"
         );
         for (path, entry) in entries {
-            let known = [REFUSED, RECORDED].contains(&entry.as_str()) || tests.contains(entry);
-            assert!(known, "{resource}.{path}: there is no test {entry}");
+            if [REFUSED, RECORDED].contains(&entry.as_str()) {
+                continue;
+            }
+            let body = tests.get(entry);
+            let body = body.unwrap_or_else(|| panic!("{resource}.{path}: no test {entry}"));
+            let field = path.rsplit('.').next().unwrap();
+            if !body.contains(field) && !body.contains(&camel(field)) {
+                unnamed.push(format!("{resource}.{path}: {entry}"));
+            }
         }
     }
+    assert!(
+        unnamed.is_empty(),
+        "tests that do not even name the field: {unnamed:#?}"
+    );
 }
 
-/// The names of all tests of the workspace.
-fn tests() -> BTreeSet<String> {
-    fn collect(dir: &Path, found: &mut BTreeSet<String>) {
+/// Everything that calls return, alone or in lists.
+fn resources() -> BTreeSet<String> {
+    let services = pool()
+        .services()
+        .filter(|s| s.package_name() == "batchai.v1");
+    let methods = services.flat_map(|s| s.methods().collect::<Vec<_>>());
+    let outputs = methods.map(|method| method.output());
+    outputs
+        .filter(|output| output.package_name() == "batchai.v1")
+        .flat_map(|output| match output.name().ends_with("Response") {
+            false => vec![output],
+            true => output.fields().filter_map(|field| inner(&field)).collect(),
+        })
+        .map(|message| message.name().to_owned())
+        .collect()
+}
+
+fn camel(snake: &str) -> String {
+    let mut parts = snake.split('_');
+    let first = parts.next().unwrap().to_owned();
+    parts.fold(first, |text, part| {
+        text + &part[..1].to_uppercase() + &part[1..]
+    })
+}
+
+/// All tests of the workspace and what is in them, helpers of their file that they call included.
+fn tests() -> BTreeMap<String, String> {
+    fn collect(dir: &Path, found: &mut BTreeMap<String, String>) {
         for entry in fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() && !path.ends_with("target") {
                 collect(&path, found);
             } else if path.extension().is_some_and(|e| e == "rs") {
                 let text = fs::read_to_string(&path).unwrap();
-                let mut is_test = false;
-                for line in text.lines().map(str::trim) {
-                    if let Some(name) = line.split("fn ").nth(1).filter(|_| is_test) {
-                        found.insert(name.split('(').next().unwrap().to_owned());
+                let functions = functions(&text);
+                for (name, (is_test, body)) in &functions {
+                    if *is_test {
+                        let called = functions.iter().filter(|(other, (is_test, _))| {
+                            !is_test && body.contains(&format!("{other}("))
+                        });
+                        let helpers: String = called.map(|(_, (_, body))| body.as_str()).collect();
+                        found.insert(name.clone(), format!("{body}{helpers}"));
                     }
-                    is_test = line.starts_with("#[test]")
-                        || line.starts_with("#[tokio::test")
-                        || (is_test && line.starts_with(['#', '/']));
                 }
             }
         }
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let mut found = BTreeSet::new();
+    let mut found = BTreeMap::new();
     for dir in [
         "proto",
         "common",
@@ -137,11 +158,36 @@ fn tests() -> BTreeSet<String> {
     found
 }
 
+/// The functions of a file: whether each is a test that runs, and its text.
+fn functions(text: &str) -> BTreeMap<String, (bool, String)> {
+    let mut functions = BTreeMap::new();
+    let (mut is_test, mut current) = (false, String::new());
+    for line in text.lines() {
+        let code = line.trim();
+        let named = code
+            .split("fn ")
+            .nth(1)
+            .filter(|_| code.ends_with(['{', '(', ',']));
+        if let Some(rest) = named.filter(|_| line.find("fn ").is_some_and(|at| at < 24)) {
+            current = rest.split(['(', '<']).next().unwrap().to_owned();
+            functions.insert(current.clone(), (is_test, String::new()));
+        }
+        if let Some((_, body)) = functions.get_mut(&current) {
+            body.push_str(line);
+            body.push('\n');
+        }
+        is_test = code.starts_with("#[test]")
+            || code.starts_with("#[tokio::test")
+            || (is_test && code.starts_with(['#', '/']) && !code.contains("ignore"));
+    }
+    functions
+}
+
 /// A value that a check lets pass.
 fn sample(field: &FieldDescriptor) -> Value {
     let one = match field.kind() {
-        // Every volume has a place of its own.
-        Kind::String if field.name() == "relative_mount_path" => {
+        // Every volume has a place of its own, every variable a name.
+        Kind::String if ["relative_mount_path", "name"].contains(&field.name()) => {
             Value::String(field.parent_message().name().to_owned())
         }
         Kind::String => Value::String(text(field.name()).to_owned()),
@@ -211,14 +257,14 @@ fn cluster() -> v1::Cluster {
 }
 
 /// Sends a cluster in which a path is set.
-fn send_cluster(api: &Api, path: &str) -> Result<v1::Cluster, tonic::Status> {
+fn send_cluster(api: &Api, path: &str, validate_only: bool) -> Result<v1::Cluster, tonic::Status> {
     let mut given = dynamic("Cluster", &cluster());
     set(&mut given, path);
     let request = v1::CreateClusterRequest {
         parent: WORKSPACE.into(),
         cluster_id: "new".into(),
         cluster: Some(given.transcode_to().unwrap()),
-        validate_only: true,
+        validate_only,
         ..Default::default()
     };
     api.call(api.clusters().create_cluster(request))
@@ -238,7 +284,6 @@ fn send_job(api: &Api, path: &str) -> Result<v1::Job, tonic::Status> {
         parent: batchai_tests::api::EXPERIMENT.into(),
         job_id: "new".into(),
         job: Some(given.transcode_to().unwrap()),
-        validate_only: true,
         ..Default::default()
     };
     api.call(api.jobs().create_job(request))
@@ -247,7 +292,17 @@ fn send_job(api: &Api, path: &str) -> Result<v1::Job, tonic::Status> {
 fn assert_refused(status: &tonic::Status, field: &str) {
     let (code, fields) = refusal(status);
     assert_eq!(code, Code::Unimplemented, "{field}: {}", status.message());
-    let named = |named: &String| field.starts_with(named.as_str()) || named.starts_with(field);
+    // The field itself, or one that it lies in or holds: never just the resource.
+    let below = |whole: &str, part: &str| {
+        part == whole
+            || part
+                .strip_prefix(whole)
+                .is_some_and(|rest| rest.starts_with('.'))
+    };
+    let named = |named: &String| {
+        let precise = named.contains('.') || named == "file_server";
+        precise && (below(named, field) || below(field, named))
+    };
     assert!(fields.iter().any(named), "{field}: {fields:?}");
 }
 
@@ -259,12 +314,12 @@ fn what_is_recorded_is_warned_of_and_what_is_refused_is_refused_by_name() {
     for (path, entry) in &ledger["Cluster"] {
         match entry.as_str() {
             REFUSED => {
-                let status = send_cluster(&api, path).expect_err(path);
+                let status = send_cluster(&api, path, false).expect_err(path);
                 assert_refused(&status, &format!("cluster.{path}"));
                 refused += 1;
             }
             RECORDED => {
-                let cluster = send_cluster(&api, path).unwrap();
+                let cluster = send_cluster(&api, path, true).unwrap();
                 let named = cluster
                     .warnings
                     .iter()
@@ -283,6 +338,20 @@ fn what_is_recorded_is_warned_of_and_what_is_refused_is_refused_by_name() {
             refused += 1;
         }
     }
+    let name = format!("{WORKSPACE}/clusters/new");
+    let stored = api.call(api.clusters().get_cluster(v1::GetClusterRequest { name }));
+    assert_eq!(
+        stored.unwrap_err().code(),
+        Code::NotFound,
+        "what is refused is not stored"
+    );
+    let name = format!("{}/jobs/new", batchai_tests::api::EXPERIMENT);
+    let stored = api.call(api.jobs().get_job(v1::GetJobRequest { name }));
+    assert_eq!(
+        stored.unwrap_err().code(),
+        Code::NotFound,
+        "what is refused is not stored"
+    );
     assert!(refused >= 10 && recorded >= 5, "{refused} {recorded}");
     // File servers are refused as a whole.
     assert!(ledger["FileServer"].values().all(|entry| entry == REFUSED));
@@ -291,6 +360,7 @@ fn what_is_recorded_is_warned_of_and_what_is_refused_is_refused_by_name() {
         parent: WORKSPACE.into(),
         file_server_id: "f".into(),
         file_server: Some(v1::FileServer::decode(&*whole.encode_to_vec()).unwrap()),
+        ..Default::default()
     };
     let status = api
         .call(api.file_servers().create_file_server(create))

@@ -246,6 +246,9 @@ fn the_smoke_test_of_the_original_runs() {
         .as_str()
         .unwrap()
         .to_owned();
+    let logs = e.path().join("out").join(&segment);
+    let logs = logs.join("stdouterr/stdout.txt");
+    assert_eq!(std::fs::read_to_string(logs).unwrap(), "hi\n");
     let result = e
         .path()
         .join("out")
@@ -357,6 +360,7 @@ fn the_cluster_and_file_server_files_of_the_original_are_taken_or_refused_by_nam
         parent: WORKSPACE.into(),
         file_server_id: "f".into(),
         file_server: Some(file_server),
+        ..Default::default()
     };
     let refused = api
         .call(api.file_servers().create_file_server(create))
@@ -472,7 +476,10 @@ fn the_other_verbs_answer_as_documented() {
         code(api.call(api.file_servers().get_file_server(get))),
         Code::NotFound
     );
-    let delete = v1::DeleteFileServerRequest { name: absent };
+    let delete = v1::DeleteFileServerRequest {
+        name: absent,
+        ..Default::default()
+    };
     assert_eq!(
         code(api.call(api.file_servers().delete_file_server(delete))),
         Code::NotFound

@@ -20,7 +20,12 @@ struct Contact {
 #[derive(Clone, Debug, Default)]
 pub struct Contacts {
     nodes: Arc<Mutex<BTreeMap<String, Arc<Contact>>>>,
+    /// What was heard when somebody last asked.
+    lately: Arc<Mutex<Arc<Heard>>>,
 }
+
+/// What was heard is good enough for readers for so long.
+const LATELY_MS: i64 = 100;
 
 /// The one live session of a node. Dropping it makes way for the next.
 pub struct Live {
@@ -51,7 +56,16 @@ impl Contacts {
         Some(Live { contact })
     }
 
-    /// What was heard, for duties and readers.
+    /// What was heard not long ago, for readers: they share it.
+    pub fn heard_lately(&self) -> Arc<Heard> {
+        let mut lately = self.lately.lock().unwrap_or_else(PoisonError::into_inner);
+        if lately.now == 0 || boot_millis() - lately.now > LATELY_MS {
+            *lately = Arc::new(self.heard());
+        }
+        lately.clone()
+    }
+
+    /// What was heard, for duties.
     pub fn heard(&self) -> Heard {
         let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         let last = nodes

@@ -19,10 +19,7 @@ const VERSION_DEFAULT: &str = "latest";
 /// Checks a cluster's settings; what comes back is what is stored, apart from name and uid.
 pub fn check(faults: &mut Faults, given: Cluster) -> Cluster {
     fields::check_output_only(faults, "cluster", "Cluster", &given);
-    if given.vm_size.is_empty() || given.vm_size.len() > TEXT_BYTES_MAX {
-        let why = format!("must be given, with at most {TEXT_BYTES_MAX} bytes");
-        faults.invalid("cluster.vm_size", why);
-    }
+    faults.text("cluster.vm_size", &given.vm_size, true);
     let scale = given.scale_settings.unwrap_or_default();
     let scale = check_scale(faults, "cluster.scale_settings", scale);
     let image = given
@@ -206,7 +203,13 @@ fn check_task(faults: &mut Faults, field: &str, given: &SetupTask) {
     );
     let at = format!("{field}.environment_variables");
     job_spec::check_variables(faults, &at, &given.environment_variables);
-    volumes::check_secrets(faults, &format!("{field}.secrets"), &given.secrets);
+    let variables = &given.environment_variables;
+    volumes::check_secrets(
+        faults,
+        &format!("{field}.secrets"),
+        &given.secrets,
+        variables,
+    );
 }
 
 /// The settings that are kept and have no effect here.

@@ -153,14 +153,19 @@ impl Faults {
     }
 
     /// All faults at once, or what was parsed.
-    pub fn finish<T>(mut self, parsed: Option<T>) -> Result<T, ApiError> {
-        if !self.invalid.is_empty() {
-            self.invalid.append(&mut self.not_served);
-            return Err(ApiError::Invalid(self.invalid));
-        }
+    pub fn finish<T>(self, parsed: Option<T>) -> Result<T, ApiError> {
         match parsed {
-            Some(parsed) if self.not_served.is_empty() => Ok(parsed),
-            _ => Err(ApiError::NotServed(self.not_served)),
+            Some(parsed) if self.invalid.is_empty() && self.not_served.is_empty() => Ok(parsed),
+            _ => Err(self.refuse()),
         }
+    }
+
+    /// All faults at once, of which there are some.
+    pub fn refuse(mut self) -> ApiError {
+        if self.invalid.is_empty() {
+            return ApiError::NotServed(self.not_served);
+        }
+        self.invalid.append(&mut self.not_served);
+        ApiError::Invalid(self.invalid)
     }
 }

@@ -10,10 +10,23 @@ use super::faults::Faults;
 /// The mask that stands for everything that can be changed.
 const ALL: &str = "*";
 const PATHS_MAX: usize = 100;
+/// A resource is kept in memory and in every copy of the log.
+const RESOURCE_BYTES_MAX: usize = 256 << 10;
 
 /// Notes every field that is set and that only the service sets.
 pub fn check_output_only<M: Message>(faults: &mut Faults, prefix: &str, name: &str, message: &M) {
-    walk(faults, prefix, &dynamic(name, message));
+    if check_size(faults, prefix, message) {
+        walk(faults, prefix, &dynamic(name, message));
+    }
+}
+
+/// Whether a resource is small enough to look at it field by field, and to keep it.
+fn check_size<M: Message>(faults: &mut Faults, prefix: &str, message: &M) -> bool {
+    let fits = message.encoded_len() <= RESOURCE_BYTES_MAX;
+    if !fits {
+        faults.invalid(prefix, format!("is larger than {RESOURCE_BYTES_MAX} bytes"));
+    }
+    fits
 }
 
 fn walk(faults: &mut Faults, prefix: &str, message: &DynamicMessage) {
@@ -46,11 +59,15 @@ pub fn masked<M: Message>(
     mask: Option<FieldMask>,
     changeable: &[&'static str],
 ) -> Vec<&'static str> {
+    if !check_size(faults, prefix, message) {
+        return Vec::new();
+    }
     let message = dynamic(name, message);
     let covers = |path: &str, changeable: &str| {
         path == ALL || path == changeable || changeable.starts_with(&format!("{path}."))
     };
-    let Some(mask) = mask else {
+    // In JSON a mask that names nothing and none at all look alike.
+    let Some(mask) = mask.filter(|mask| !mask.paths.is_empty()) else {
         for (field, _) in message.fields() {
             let own = |path: &&&str| path.split('.').next() == Some(field.name());
             if !is_output_only(&field) && changeable.iter().find(own).is_none() {
@@ -64,9 +81,13 @@ pub fn masked<M: Message>(
     for path in mask.paths.iter().take(PATHS_MAX) {
         let covered = changeable.iter().any(|changeable| covers(path, changeable));
         if !covered {
-            let why = match exists(&message.descriptor(), path) {
-                true => "cannot be changed",
-                false => "is not a field",
+            let whole = changeable
+                .iter()
+                .find(|c| path.starts_with(&format!("{c}.")));
+            let why = match (exists(&message.descriptor(), path), whole) {
+                (true, Some(whole)) => format!("can be changed only with all of {whole}"),
+                (true, None) => "cannot be changed".to_owned(),
+                (false, _) => "is not a field".to_owned(),
             };
             let path: String = path.chars().take(PATHS_MAX).collect();
             faults.invalid("update_mask", format!("{path}: {why}"));
@@ -158,6 +179,7 @@ mod tests {
             (changed, faults_of(faults))
         };
         assert_eq!(ask(&cluster, None), (vec!["labels"], vec![]));
+        assert_eq!(ask(&cluster, Some(&[])), (vec!["labels"], vec![]));
         assert_eq!(ask(&cluster, Some(&["*"])).0, CHANGEABLE);
         assert_eq!(
             ask(&cluster, Some(&["scale_settings"])).0,
@@ -166,6 +188,7 @@ mod tests {
         for (path, why) in [
             ("uid", "cannot be changed"),
             ("vm_size", "cannot be changed"),
+            ("scale_settings.manual", "only with all of scale_settings"),
             ("scale_settings.manual.nonsense", "is not a field"),
             ("", "is not a field"),
         ] {

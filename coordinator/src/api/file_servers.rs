@@ -25,13 +25,12 @@ impl FileServerService for Api {
     ) -> Result<Response<FileServer>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
+        faults.once(&request.request_id, request.validate_only, &request);
         let (parent, id) = (&request.parent, &request.file_server_id);
         faults.new_name(Noun::FileServer, parent, "file_server_id", id);
         check(&mut faults, &request.file_server.unwrap_or_default());
         faults.not_served("file_server", true);
-        Err(faults.finish::<()>(None).map_or_else(Status::from, |()| {
-            unreachable!("what is not served is never finished")
-        }))
+        Err(faults.refuse().into())
     }
 
     async fn get_file_server(
@@ -49,7 +48,7 @@ impl FileServerService for Api {
         let request = request.into_inner();
         let page = (request.page_size, request.page_token.as_str());
         let kind = (Noun::FileServer, "FileServer");
-        let query = Query::new(kind, &request.parent, page, "")?;
+        let query = Query::new(kind, &request.parent, page, &request.filter)?;
         query.check_parent(&self.read().await?)?;
         Ok(Response::new(ListFileServersResponse::default()))
     }

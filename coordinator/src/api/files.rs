@@ -100,7 +100,7 @@ impl Api {
             None => {
                 let mut faults = Faults::default();
                 faults.invalid("path", "must be left out: logs lie in one directory");
-                return faults.finish(None);
+                return Err(faults.refuse());
             }
             Some(directory) => {
                 let question = FileRequest {

@@ -11,6 +11,8 @@ use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MapKey, Value};
 use prost_types::Timestamp;
 
 const FILTER_BYTES_MAX: usize = 1024;
+/// Each is looked for in every element.
+const TERMS_MAX: usize = 16;
 const TIMESTAMP: &str = "google.protobuf.Timestamp";
 
 /// What must hold of an element.
@@ -75,6 +77,9 @@ impl Filter {
         loop {
             let (term, after) = parse_term(message, rest)?;
             terms.push(term);
+            if terms.len() > TERMS_MAX {
+                return Err(format!("has more than {TERMS_MAX} comparisons"));
+            }
             rest = after.trim_start();
             if rest.is_empty() {
                 return Ok(Some(Filter { message, terms }));
@@ -201,22 +206,20 @@ fn literal_of(
 
 impl Term {
     fn holds(&self, element: &DynamicMessage) -> bool {
+        self.holds_below(element, &self.path)
+    }
+
+    fn holds_below(&self, at: &DynamicMessage, path: &[FieldDescriptor]) -> bool {
         let absent = self.operator == Operator::NotEqual;
-        let Some((last, above)) = self.path.split_last() else {
+        let Some((field, below)) = path.split_first() else {
             return false;
         };
-        let mut at = element.clone();
-        for field in above {
-            let Value::Message(inner) = at.get_field(field).into_owned() else {
-                return absent;
-            };
-            at = inner;
-        }
-        if last.supports_presence() && !at.has_field(last) {
+        if field.supports_presence() && !at.has_field(field) {
             return absent;
         }
-        let value = at.get_field(last);
+        let value = at.get_field(field);
         match (value.as_ref(), &self.key, &self.literal) {
+            (Value::Message(inner), _, _) if !below.is_empty() => self.holds_below(inner, below),
             (Value::Map(map), None, Literal::Text(name)) => {
                 map.contains_key(&MapKey::String(name.clone()))
             }
@@ -349,6 +352,7 @@ mod tests {
             ("node_count = 1 OR node_count = 2", "AND is expected"),
             ("name.part = x", "too deep"),
             ("errors:x", "lists of texts only"),
+            (&["node_count = 1"; 17].join(" AND "), "more than 16"),
         ] {
             let Err(said) = Filter::parse("Job", text) else {
                 panic!("{text} was taken");

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use batchai_proto::v1::job::SchedulingPriority;
 use batchai_proto::v1::{ContainerSettings, Job, JobConstraints, NameValuePair};
-use prost::Message as _;
 
 use super::faults::Faults;
 use super::{fields, toolkits, volumes};
@@ -13,8 +12,6 @@ use batchai_common::names::Kind as Noun;
 const NODES_MAX: i32 = 10_000;
 /// An attempt with all of its ranks and files still fits one reply.
 pub const PROCESSES_MAX: i32 = 10_000;
-/// A job is kept in memory and in every copy of the log.
-const JOB_BYTES_MAX: usize = 256 << 10;
 const LIST_MAX: usize = 1000;
 const ID_BYTES_MAX: usize = 64;
 /// Linux itself takes no longer path; no longer argument either, with room for the name of a variable.
@@ -61,9 +58,6 @@ pub fn check(faults: &mut Faults, given: Job) -> Job {
     let tool = toolkits::check(faults, &given);
     check_not_served(faults, &given);
     fields::check_output_only(faults, "job", "Job", &given);
-    if given.encoded_len() > JOB_BYTES_MAX {
-        faults.invalid("job", format!("is larger than {JOB_BYTES_MAX} bytes"));
-    }
     let priority = match given.scheduling_priority() {
         SchedulingPriority::Unspecified => SchedulingPriority::Normal,
         priority => priority,
@@ -130,10 +124,22 @@ fn directory_id<'a>(faults: &mut Faults, field: &str, id: &'a str, seen: &mut BT
 /// Checks environment variables that a user sets.
 pub fn check_variables(faults: &mut Faults, field: &str, given: &[NameValuePair]) {
     at_most(faults, field, given.len());
-    let mut seen = BTreeSet::new();
+    let names = given.iter().map(|variable| variable.name.as_str());
+    check_variable_names(faults, field, names, &mut BTreeSet::new());
     for (i, variable) in given.iter().enumerate().take(LIST_MAX) {
+        no_longer_than_a_text(faults, &format!("{field}[{i}].value"), &variable.value);
+    }
+}
+
+/// Checks names of environment variables; `seen` are those that are taken.
+pub fn check_variable_names<'a>(
+    faults: &mut Faults,
+    field: &str,
+    names: impl Iterator<Item = &'a str>,
+    seen: &mut BTreeSet<&'a str>,
+) {
+    for (i, name) in names.enumerate().take(LIST_MAX) {
         let field = format!("{field}[{i}]");
-        let name = variable.name.as_str();
         let mut characters = name.bytes();
         let legal = name.len() <= ID_BYTES_MAX
             && characters
@@ -153,7 +159,6 @@ pub fn check_variables(faults: &mut Faults, field: &str, given: &[NameValuePair]
         if !seen.insert(name) {
             faults.invalid(format!("{field}.name"), "stands twice in the list");
         }
-        no_longer_than_a_text(faults, &format!("{field}.value"), &variable.value);
     }
 }
 
@@ -173,11 +178,10 @@ fn check_constraints(faults: &mut Faults, given: Option<JobConstraints>) -> JobC
     let limit = given
         .and_then(|given| given.max_wall_clock_time)
         .unwrap_or(default);
-    let legal = (1..=WALL_CLOCK_MAX_S).contains(&limit.seconds);
-    if !legal || !(0..1_000_000_000).contains(&limit.nanos) {
+    if !(1..=WALL_CLOCK_MAX_S).contains(&limit.seconds) || limit.nanos != 0 {
         faults.invalid(
             "job.constraints.max_wall_clock_time",
-            "must be from 1 second to 10 years",
+            "must be from 1 second to 10 years, in whole seconds",
         );
     }
     JobConstraints {
@@ -186,7 +190,8 @@ fn check_constraints(faults: &mut Faults, given: Option<JobConstraints>) -> JobC
 }
 
 fn check_not_served(faults: &mut Faults, given: &Job) {
-    volumes::check_secrets(faults, "job.secrets", &given.secrets);
+    let variables = &given.environment_variables;
+    volumes::check_secrets(faults, "job.secrets", &given.secrets, variables);
     faults.not_served("job.secrets", !given.secrets.is_empty());
     if let Some(mounts) = &given.mount_volumes {
         volumes::check_mounts(faults, "job.mount_volumes", mounts);

@@ -60,6 +60,7 @@ impl JobService for Api {
         if !(1..=BATCH_MAX).contains(&request.requests.len()) || size > BATCH_BYTES_MAX {
             let why = format!("must be 1 to {BATCH_MAX}, with at most {BATCH_BYTES_MAX} bytes");
             faults.invalid("requests", why);
+            return Err(faults.refuse().into());
         }
         let parent = faults.name("parent", Noun::Experiment, &request.parent);
         let requests = request.requests.into_iter().take(BATCH_MAX).enumerate();
@@ -76,7 +77,7 @@ impl JobService for Api {
         let state = self
             .write_once(Kind::CreateJobs(CreateJobs { jobs }), once)
             .await?;
-        let heard = self.contacts.heard();
+        let heard = self.contacts.heard_lately();
         let created = names.iter();
         let jobs = created.filter_map(|name| Job::view(&state, &heard, name));
         let jobs = jobs.collect();

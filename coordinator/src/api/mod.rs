@@ -71,13 +71,18 @@ impl Api {
         })
     }
 
-    /// Has a command applied; returns a State that has it.
+    /// Has a command applied; returns the State that it led to.
     async fn write(&self, kind: Kind) -> Result<State, ApiError> {
-        self.replica
-            .propose(kind)
-            .await
-            .map_err(|error| self.error(error))?;
-        Ok(self.replica.published().borrow().state.clone())
+        let revision = self.replica.propose(kind).await;
+        Ok(self.at(revision.map_err(|error| self.error(error))?))
+    }
+
+    /// The State of a revision, or the latest where that changed nothing or is forgotten.
+    fn at(&self, revision: i64) -> State {
+        match self.replica.hub().at(revision) {
+            Some(known) => known.state.clone(),
+            None => self.replica.published().borrow().state.clone(),
+        }
     }
 
     /// Has a request carried out, once, or only tried.
@@ -97,14 +102,13 @@ impl Api {
         let Some(key) = once.key else {
             return self.write(kind).await;
         };
-        let done = self.replica.propose_once(kind, key).await;
-        done.map_err(|error| self.error(error))?;
-        Ok(self.replica.published().borrow().state.clone())
+        let revision = self.replica.propose_once(kind, key).await;
+        Ok(self.at(revision.map_err(|error| self.error(error))?))
     }
 
     /// One resource, as it is in a State.
     fn show<R: Resource>(&self, state: &State, name: &str) -> Result<Response<R>, Status> {
-        let found = R::view(state, &self.contacts.heard(), name);
+        let found = R::view(state, &self.contacts.heard_lately(), name);
         let found = found.ok_or_else(|| ApiError::NotFound {
             kind: R::KIND,
             name: name.to_owned(),
@@ -126,9 +130,11 @@ impl Api {
         filter: &str,
     ) -> Result<(Vec<R>, String), ApiError> {
         let query = Query::new((R::KIND, R::MESSAGE), parent, page, filter)?;
-        let (state, heard) = (self.read().await?, self.contacts.heard());
+        let (state, heard) = (self.read().await?, self.contacts.heard_lately());
         query.check_parent(&state)?;
-        Ok(query.page(&state, |name| R::view(&state, &heard, name)))
+        // It may look at many: others of this thread go on elsewhere.
+        let page = || query.page(&state, |name| R::view(&state, &heard, name));
+        Ok(tokio::task::block_in_place(page))
     }
 
     /// Deletes a resource, or begins to.

@@ -14,7 +14,7 @@ const PAGE_MAX: usize = 1000;
 /// With one more element, of at most a megabyte, a page still fits a message.
 const PAGE_BYTES_MAX: usize = 2 << 20;
 /// Elements that one page looks at: where few pass the filter, the rest is for the next page.
-const LOOKS_MAX: usize = 10_000;
+const LOOKS_MAX: usize = 2_000;
 
 /// What a list asks for.
 pub struct Query {

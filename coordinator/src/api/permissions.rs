@@ -1,4 +1,4 @@
-//! PURE. Which permission each call of the API takes, in the original's form: one table. Nothing is enforced by it yet.
+//! PURE. Which permission each call of the API will take, in the original's form: one table. Nothing is enforced by it yet.
 
 /// The call, and the permission it takes; by call.
 pub const PERMISSIONS: &[(&str, &str)] = &[
@@ -176,6 +176,10 @@ pub const PERMISSIONS: &[(&str, &str)] = &[
     ),
     (
         "batchai.v1.VmSizeService/ListVmSizes",
+        "batchai/vmSizes/read",
+    ),
+    (
+        "batchai.v1.VmSizeService/WatchVmSizeAlias",
         "batchai/vmSizes/read",
     ),
     (

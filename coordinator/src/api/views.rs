@@ -1,5 +1,7 @@
 //! PURE. What the State holds, as replies show it.
 
+use std::collections::BTreeSet;
+
 use batchai_common::names::Kind as Noun;
 use batchai_common::time;
 use batchai_proto::v1;
@@ -178,13 +180,14 @@ fn too_few(state: &State, cluster: &Cluster) -> Option<v1::ResourceError> {
     if missing == 0 || free().any(|node| cluster.matches(alias, &node.facts)) {
         return None;
     }
-    let mut kinds: Vec<_> = free()
-        .map(|node| format!("{} ({})", node.facts.vm_size, node.facts.image))
+    let kinds: BTreeSet<_> = free()
+        .map(|node| (&node.facts.vm_size, &node.facts.image))
         .collect();
-    kinds.sort_unstable();
-    kinds.dedup();
     // A message is no inventory: a few kinds show what went wrong.
-    kinds.truncate(5);
+    let kinds = kinds.into_iter().take(5);
+    let kinds: Vec<_> = kinds
+        .map(|(size, image)| format!("{size} ({image})"))
+        .collect();
     let kinds = if kinds.is_empty() {
         "none".to_owned()
     } else {

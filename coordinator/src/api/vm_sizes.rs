@@ -8,12 +8,12 @@ use batchai_proto::v1::vm_size_service_server::VmSizeService;
 use batchai_proto::v1::{
     CreateVmSizeAliasRequest, DeleteVmSizeAliasRequest, GetVmSizeAliasRequest,
     ListVmSizeAliasesRequest, ListVmSizeAliasesResponse, ListVmSizesRequest, ListVmSizesResponse,
-    VmSize, VmSizeAlias,
+    VmSize, VmSizeAlias, WatchVmSizeAliasRequest, WatchVmSizeAliasResponse,
 };
 use tonic::{Request, Response, Status};
 
 use super::faults::Faults;
-use super::{Api, fields};
+use super::{Api, Replies, fields};
 use crate::state::State;
 
 const SIZES_MAX: usize = 1000;
@@ -64,7 +64,7 @@ impl VmSizeService for Api {
     ) -> Result<Response<ListVmSizeAliasesResponse>, Status> {
         let request = request.into_inner();
         let page = (request.page_size, request.page_token.as_str());
-        let (vm_size_aliases, next_page_token) = self.list("", page, "").await?;
+        let (vm_size_aliases, next_page_token) = self.list("", page, &request.filter).await?;
         Ok(Response::new(ListVmSizeAliasesResponse {
             vm_size_aliases,
             next_page_token,
@@ -78,6 +78,21 @@ impl VmSizeService for Api {
         let DeleteVmSizeAliasRequest { name, etag } = request.into_inner();
         self.delete(Noun::VmSizeAlias, &name, etag, false).await?;
         Ok(Response::new(()))
+    }
+
+    type WatchVmSizeAliasStream = Replies<WatchVmSizeAliasResponse>;
+
+    async fn watch_vm_size_alias(
+        &self,
+        request: Request<WatchVmSizeAliasRequest>,
+    ) -> Result<Response<Self::WatchVmSizeAliasStream>, Status> {
+        let WatchVmSizeAliasRequest { name, revision } = request.into_inner();
+        let reply = |revision, vm_size_aliases, deleted| WatchVmSizeAliasResponse {
+            revision,
+            vm_size_aliases,
+            deleted,
+        };
+        self.watch(&name, revision, reply).await
     }
 }
 

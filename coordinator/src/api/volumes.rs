@@ -3,10 +3,12 @@
 
 use batchai_common::names::Kind as Noun;
 use batchai_proto::v1::{
-    EnvironmentVariableWithSecretValue, KeyVaultSecretReference, MountVolumes, StorageCredentials,
+    EnvironmentVariableWithSecretValue, KeyVaultSecretReference, MountVolumes, NameValuePair,
+    StorageCredentials,
 };
 
 use super::faults::Faults;
+use super::job_spec;
 
 const LIST_MAX: usize = 100;
 
@@ -128,17 +130,27 @@ fn mode(faults: &mut Faults, at: &str, text: &str) {
     }
 }
 
-/// Checks secret environment variables; their names are checked with those of the others.
+/// Checks secret environment variables; their names must not be those of the plain ones.
 pub fn check_secrets(
     faults: &mut Faults,
     field: &str,
     given: &[EnvironmentVariableWithSecretValue],
+    plain: &[NameValuePair],
 ) {
+    let mut seen = plain
+        .iter()
+        .map(|variable| variable.name.as_str())
+        .collect();
+    let names = given.iter().map(|secret| secret.name.as_str());
+    job_spec::check_variable_names(faults, field, names.take(LIST_MAX), &mut seen);
     for (i, secret) in given.iter().enumerate().take(LIST_MAX) {
-        let at = format!("{field}[{i}]");
-        faults.text(&format!("{at}.name"), &secret.name, true);
         let reference = secret.value_secret_reference.as_ref();
-        one_of(faults, &at, ("value", &secret.value), reference);
+        one_of(
+            faults,
+            &format!("{field}[{i}]"),
+            ("value", &secret.value),
+            reference,
+        );
     }
     if given.len() > LIST_MAX {
         faults.invalid(field, format!("has more than {LIST_MAX} elements"));

@@ -7,16 +7,22 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use batchai_common::names::Kind;
+use prost::Message as _;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 
 use crate::state::{Event, State};
 
-/// Revisions that are remembered. Each costs what it changed: some kilobytes.
+/// Revisions that are remembered, and about how much of memory they take: each keeps what it changed.
 const HISTORY_MAX: usize = 1024;
+const HISTORY_BYTES_MAX: usize = 32 << 20;
+/// What a change costs beside the resource itself: a piece of each ordered map that it went through.
+const CHANGE_BYTES: usize = 4 << 10;
+/// What one node of an attempt costs.
+const ATTEMPT_NODE_BYTES: usize = 256;
 /// Revisions that a follower of one resource, or of all of a kind, may be behind.
 const RESOURCE_BACKLOG_MAX: usize = 16;
-const KIND_BACKLOG_MAX: usize = 1024;
+const KIND_BACKLOG_MAX: usize = 256;
 /// Topics that nobody follows any more are looked for when there are so many, or twice as many as there were then.
 const TOPICS_SWEEP_MIN: usize = 64;
 
@@ -41,6 +47,23 @@ pub struct Revision {
 }
 
 impl Revision {
+    /// About how much memory it keeps that nothing else does.
+    fn bytes(&self) -> usize {
+        let cost = |event: &Event| match event {
+            Event::Changed { name } => self.state.jobs.get(name).map_or(0, |job| {
+                let attempt = job
+                    .attempt
+                    .as_ref()
+                    .and_then(|id| self.state.attempts.get(id));
+                let nodes = attempt.map_or(0, |attempt| attempt.nodes.len());
+                job.spec.encoded_len() + nodes * ATTEMPT_NODE_BYTES
+            }),
+            Event::Deleted { .. } | Event::Assigned { .. } => 0,
+        };
+        let costs = self.events.iter().map(|event| CHANGE_BYTES + cost(event));
+        costs.sum()
+    }
+
     fn topics(&self) -> HashSet<Topic> {
         let topics = self.events.iter().flat_map(|event| match event {
             Event::Changed { name } | Event::Deleted { name } => {
@@ -67,7 +90,10 @@ pub struct Hub {
 struct Inner {
     topics: HashMap<Topic, broadcast::Sender<Arc<Revision>>>,
     sweep_at: usize,
-    history: VecDeque<Arc<Revision>>,
+    history: VecDeque<(usize, Arc<Revision>)>,
+    history_bytes: usize,
+    /// The last revision that anyone was told of.
+    latest: i64,
     /// The last revision that is forgotten.
     forgotten: i64,
 }
@@ -99,8 +125,29 @@ impl Hub {
         }
         let from = inner
             .history
-            .partition_point(|known| known.state.revision <= revision);
-        Ok(inner.history.range(from..).cloned().collect())
+            .partition_point(|(_, known)| known.state.revision <= revision);
+        let since = inner.history.range(from..);
+        Ok(since.map(|(_, known)| known.clone()).collect())
+    }
+
+    /// One revision, if it is remembered.
+    pub fn at(&self, revision: i64) -> Option<Arc<Revision>> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = |known: &(usize, Arc<Revision>)| known.1.state.revision;
+        let found = inner.history.binary_search_by_key(&revision, known).ok()?;
+        Some(inner.history[found].1.clone())
+    }
+
+    /// Up to which revision a follower has seen everything of its topic; none where something waits for it.
+    pub fn caught_up(&self, follower: &Follower) -> Option<i64> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        follower.revisions.is_empty().then_some(inner.latest)
+    }
+
+    /// Called when nothing will change any more: whoever follows learns it.
+    pub fn close(&self) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.topics.clear();
     }
 
     /// Called with revisions that are published.
@@ -108,23 +155,36 @@ impl Hub {
         if revisions.is_empty() {
             return;
         }
+        let revisions: Vec<_> = revisions
+            .into_iter()
+            .map(|revision| (revision.topics(), revision.bytes(), Arc::new(revision)))
+            .collect();
+        let mut forgotten = Vec::new();
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        for revision in revisions {
-            let topics = revision.topics();
-            let revision = Arc::new(revision);
+        for (topics, bytes, revision) in revisions {
+            inner.latest = revision.state.revision;
             for topic in topics {
                 // Where nobody follows any more, nobody misses it.
                 if let Some(sender) = inner.topics.get(&topic) {
                     let _ = sender.send(revision.clone());
                 }
             }
-            inner.history.push_back(revision);
-            if inner.history.len() > HISTORY_MAX
-                && let Some(oldest) = inner.history.pop_front()
+            inner.history_bytes += bytes;
+            inner.history.push_back((bytes, revision));
+            while inner.history.len() > HISTORY_MAX
+                || (inner.history_bytes > HISTORY_BYTES_MAX && inner.history.len() > 1)
             {
+                let Some((bytes, oldest)) = inner.history.pop_front() else {
+                    break;
+                };
+                inner.history_bytes -= bytes;
                 inner.forgotten = oldest.state.revision;
+                forgotten.push(oldest);
             }
         }
+        // What they alone keep is freed when nobody has to wait for it.
+        drop(inner);
+        drop(forgotten);
     }
 }
 
@@ -186,9 +246,16 @@ mod tests {
         assert_eq!(number(all.next().await.unwrap()), 2);
         let burst = 3..=2 + RESOURCE_BACKLOG_MAX as i64 + 1;
         hub.notify(burst.map(|number| revision(number, "nodes/a")).collect());
+        assert_eq!(hub.caught_up(&one), None);
         assert!(one.next().await.unwrap().is_none(), "it missed one");
         one.changed().await.unwrap();
         assert!(one.revisions.is_empty(), "one wake for all of them");
+        let latest = 2 + RESOURCE_BACKLOG_MAX as i64 + 1;
+        assert_eq!(hub.caught_up(&one), Some(latest));
+        assert_eq!(hub.at(latest).unwrap().state.revision, latest);
+        assert!(hub.at(latest + 1).is_none());
+        hub.close();
+        assert_eq!(one.next().await.unwrap_err(), Stopped);
     }
 
     #[test]
@@ -205,6 +272,24 @@ mod tests {
         assert_eq!(since.len(), HISTORY_MAX);
         assert_eq!(since[0].state.revision, 11);
         assert!(hub.since(last).unwrap().is_empty());
+        // Large ones are fewer.
+        let hub = Hub::default();
+        let events = vec![
+            Event::Deleted {
+                name: "nodes/a".into()
+            };
+            HISTORY_BYTES_MAX / CHANGE_BYTES / 4
+        ];
+        for number in 1..=10 {
+            let state = State {
+                revision: number,
+                ..State::default()
+            };
+            let events = events.clone();
+            hub.notify(vec![Revision { state, events }]);
+        }
+        assert_eq!(hub.since(6).unwrap().len(), 4);
+        assert_eq!(hub.since(5).unwrap_err(), Forgotten(6));
     }
 
     #[test]

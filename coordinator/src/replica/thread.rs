@@ -210,6 +210,13 @@ struct Loop<S> {
 
 impl<S: LogStore> Loop<S> {
     fn run(mut self) -> Result<(), CoreError> {
+        let hub = self.hub.clone();
+        let end = self.work();
+        hub.close();
+        end
+    }
+
+    fn work(&mut self) -> Result<(), CoreError> {
         let mut next_tick = Instant::now() + TICK;
         self.settle()?;
         loop {

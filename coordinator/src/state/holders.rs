@@ -31,12 +31,17 @@ pub(super) trait Holder: Clone {
     const HELD: &'static [Kind];
     fn table(state: &mut State) -> &mut OrdMap<String, Arc<Self>>;
     fn fields(&mut self) -> Fields<'_>;
+    fn etag(&self) -> &str;
     /// Takes over what its parent has and it has not.
     fn inherit(&mut self, _: &State) {}
 }
 
 macro_rules! fields {
     ($labels:ident) => {
+        fn etag(&self) -> &str {
+            &self.etag
+        }
+
         fn fields(&mut self) -> Fields<'_> {
             Fields {
                 name: &self.name,
@@ -145,9 +150,9 @@ pub(super) fn delete<H: Holder>(step: &mut Step<'_>, command: &Delete) -> Result
 }
 
 fn find<H: Holder>(step: &mut Step<'_>, name: &str, expected: &str) -> Result<(), Rejection> {
-    let found = H::table(step.state).get_mut(name);
+    let found = H::table(step.state).get(name);
     let found = found.ok_or_else(|| not_found(H::KIND, name))?;
-    check_etag(name, expected, Arc::make_mut(found).fields().etag)
+    check_etag(name, expected, found.etag())
 }
 
 fn change<H: Holder>(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut Fields<'_>)) {

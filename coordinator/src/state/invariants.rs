@@ -23,6 +23,24 @@ fn what_is_being_deleted_exists(state: &State) -> Result<(), String> {
             return Err(format!("what_is_being_deleted_exists: {name}"));
         }
     }
+    let deleting = batchai_proto::v1::ProvisioningState::Deleting;
+    let groups = state
+        .resource_groups
+        .iter()
+        .map(|(n, r)| (n, r.provisioning_state()));
+    let workspaces = state
+        .workspaces
+        .iter()
+        .map(|(n, r)| (n, r.provisioning_state()));
+    let experiments = state
+        .experiments
+        .iter()
+        .map(|(n, r)| (n, r.provisioning_state()));
+    for (name, provisioning) in groups.chain(workspaces).chain(experiments) {
+        if (provisioning == deleting) != state.deleting.contains(name) {
+            return Err(format!("what_is_being_deleted_exists: {name}"));
+        }
+    }
     for (name, cluster) in &state.clusters {
         if cluster.deleting.is_some() != state.deleting.contains(name) {
             return Err(format!("what_is_being_deleted_exists: {name}"));

@@ -200,25 +200,35 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
 }
 
 fn update(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
-    match Kind::of(&command.name).ok_or(Rejection::Unknown)? {
+    match Kind::of(&command.name).ok_or_else(|| not_for(&command.name))? {
         Kind::ResourceGroup => holders::update::<v1::ResourceGroup>(step, command),
         Kind::Workspace => holders::update::<v1::Workspace>(step, command),
         Kind::Experiment => holders::update::<v1::Experiment>(step, command),
         Kind::Cluster => clusters::update(step, command),
         Kind::Job => jobs::update(step, command),
-        Kind::FileServer | Kind::Node | Kind::VmSizeAlias | Kind::Bundle => Err(Rejection::Unknown),
+        Kind::FileServer | Kind::Node | Kind::VmSizeAlias | Kind::Bundle => {
+            Err(not_for(&command.name))
+        }
     }
 }
 
 fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
-    match Kind::of(&command.name).ok_or(Rejection::Unknown)? {
+    match Kind::of(&command.name).ok_or_else(|| not_for(&command.name))? {
         Kind::ResourceGroup => holders::delete::<v1::ResourceGroup>(step, command),
         Kind::Workspace => holders::delete::<v1::Workspace>(step, command),
         Kind::Experiment => holders::delete::<v1::Experiment>(step, command),
         Kind::Cluster => clusters::delete(step, command),
         Kind::Job => jobs::delete(step, command),
         Kind::VmSizeAlias => vm_size_aliases::delete(step, command),
-        Kind::FileServer | Kind::Node | Kind::Bundle => Err(Rejection::Unknown),
+        Kind::FileServer | Kind::Node | Kind::Bundle => Err(not_for(&command.name)),
+    }
+}
+
+/// The command is one that resources of this kind do not take. Nothing sends it; if something did, no replica falls.
+fn not_for(name: &str) -> Rejection {
+    Rejection::WrongState {
+        name: name.to_owned(),
+        why: "resources of its kind are not changed or deleted like that".to_owned(),
     }
 }
 

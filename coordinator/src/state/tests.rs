@@ -44,19 +44,24 @@ impl Ensemble {
         };
         let ensemble = "00000000-0000-0000-0000-000000000001".to_owned();
         e.ok(C::InitEnsemble(InitEnsemble { ensemble, epoch: 1 }));
+        e.make_what_holds_jobs(target);
+        e
+    }
+
+    /// Makes what is not there of a resource group, a workspace, an experiment and a cluster.
+    fn make_what_holds_jobs(&mut self, target: i32) {
         let group = v1::ResourceGroup {
             name: GROUP.into(),
             ..Default::default()
         };
-        e.ok(C::CreateResourceGroup(group));
-        e.ok(C::CreateWorkspace(v1::Workspace {
+        let workspace = v1::Workspace {
             name: WORKSPACE.into(),
             ..Default::default()
-        }));
-        e.ok(C::CreateExperiment(v1::Experiment {
+        };
+        let experiment = v1::Experiment {
             name: EXPERIMENT.into(),
             ..Default::default()
-        }));
+        };
         let cluster = v1::Cluster {
             name: CLUSTER.into(),
             vm_size: "small".into(),
@@ -69,8 +74,16 @@ impl Ensemble {
             }),
             ..Default::default()
         };
-        e.ok(C::CreateCluster(cluster));
-        e
+        for (name, create) in [
+            (GROUP, C::CreateResourceGroup(group)),
+            (WORKSPACE, C::CreateWorkspace(workspace)),
+            (EXPERIMENT, C::CreateExperiment(experiment)),
+            (CLUSTER, C::CreateCluster(cluster)),
+        ] {
+            if !self.state.contains(Kind::of(name).unwrap(), name) {
+                self.ok(create);
+            }
+        }
     }
 
     fn with_nodes(target: i32, count: usize) -> Ensemble {
@@ -663,6 +676,75 @@ fn labels_change_and_nothing_else_with_them() {
 }
 
 #[test]
+fn an_alias_is_no_name_that_machines_have_themselves() {
+    let mut e = Ensemble::with_nodes(0, 1);
+    let alias = v1::VmSizeAlias {
+        name: "vmSizeAliases/small".into(),
+        vm_size: "large".into(),
+        ..Default::default()
+    };
+    let refused = e.try_apply(C::CreateVmSizeAlias(alias));
+    assert!(matches!(refused, Err(Rejection::WrongState { .. })));
+}
+
+#[test]
+fn nodes_of_another_image_do_not_join() {
+    let mut e = Ensemble::new(0);
+    let image = v1::ImageReference {
+        publisher: "debian".into(),
+        offer: "debian".into(),
+        sku: "12".into(),
+        version: "latest".into(),
+        ..Default::default()
+    };
+    let cluster = format!("{WORKSPACE}/clusters/debian");
+    e.ok(C::CreateCluster(v1::Cluster {
+        name: cluster.clone(),
+        vm_size: "small".into(),
+        virtual_machine_configuration: Some(v1::VirtualMachineConfiguration {
+            image_reference: Some(image),
+        }),
+        scale_settings: Some(v1::ScaleSettings {
+            manual: Some(v1::ManualScaleSettings {
+                target_node_count: 9,
+                ..Default::default()
+            }),
+            auto_scale: None,
+        }),
+        ..Default::default()
+    }));
+    for (i, image) in [
+        "debian:debian:12:latest",
+        "ubuntu:debian:12:latest",
+        "debian:ubuntu:12:latest",
+        "debian:debian:13:latest",
+        "debian:debian:12:1",
+        "",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("nodes/n{i}");
+        let facts = v1::NodeFacts {
+            vm_size: "small".into(),
+            image: image.into(),
+            ..Default::default()
+        };
+        e.ok(C::RegisterNode(RegisterNode {
+            name: name.clone(),
+            uid: name.clone(),
+            incarnation: "1".into(),
+            facts: Some(facts),
+        }));
+        let now = e.heard.now;
+        e.heard.last.insert(name, now);
+    }
+    e.settle();
+    let members: Vec<_> = e.state.clusters[&cluster].members.iter().collect();
+    assert_eq!(members, ["nodes/n0"]);
+}
+
+#[test]
 fn an_alias_stands_for_a_size_as_long_as_it_exists() {
     let mut e = Ensemble::new(0);
     let cluster = format!("{WORKSPACE}/clusters/aliased");
@@ -832,6 +914,10 @@ enum Action {
     Reboot(usize, bool),
     Resize(i32, i32),
     Pass(i64),
+    /// What holds jobs, or runs them, goes with all of it, and is made again when it is gone.
+    Force(usize),
+    Label(usize),
+    Batch(usize),
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -847,6 +933,9 @@ fn action() -> impl Strategy<Value = Action> {
         1 => (0..4usize, prop::bool::weighted(0.3)).prop_map(|(n, other)| Action::Reboot(n, other)),
         1 => (0..5i32, 0..4i32).prop_map(|(n, o)| Action::Resize(n, o)),
         1 => (0..20_000i64).prop_map(Action::Pass),
+        1 => (0..4usize).prop_map(Action::Force),
+        1 => (0..5usize).prop_map(Action::Label),
+        1 => (1..4usize).prop_map(Action::Batch),
     ]
 }
 
@@ -861,6 +950,30 @@ proptest! {
         let mut names: Vec<String> = Vec::new();
         for (i, action) in actions.into_iter().enumerate() {
             match action {
+                Action::Submit { .. } | Action::Batch(_) if !e.state.deleting.is_empty() => {}
+                Action::Force(i) => {
+                    let _ = e.try_apply(force([GROUP, WORKSPACE, EXPERIMENT, CLUSTER][i]));
+                }
+                Action::Label(at) => {
+                    let name = [GROUP, WORKSPACE, EXPERIMENT, CLUSTER].get(at);
+                    let name = name.map(|name| (*name).to_owned()).or(names.last().cloned());
+                    let labels = [("i".to_owned(), i.to_string())].into();
+                    let _ = e.try_apply(C::Update(Update {
+                        name: name.unwrap_or_default(),
+                        labels: Some(batchai_proto::internal::v1::Labels { labels }),
+                        ..Default::default()
+                    }));
+                }
+                Action::Batch(count) => {
+                    let jobs: Vec<_> = (0..count).map(|n| v1::Job {
+                        name: format!("{EXPERIMENT}/jobs/b{i}-{n}"),
+                        cluster: CLUSTER.into(),
+                        node_count: 1,
+                        ..Default::default()
+                    }).collect();
+                    names.extend(jobs.iter().map(|job| job.name.clone()));
+                    e.ok(C::CreateJobs(CreateJobs { jobs }));
+                }
                 Action::Submit { nodes, pytorch: torch, high } => {
                     names.push(e.submit(&format!("j{i}"), nodes, |job| {
                         if torch { pytorch(job) }
@@ -899,7 +1012,7 @@ proptest! {
                     e.register_as(&format!("nodes/n{node}"), &format!("boot-{i}"), size);
                 }
                 Action::Resize(target, option) => {
-                    e.ok(resize(target, Dealloc::try_from(option).unwrap()));
+                    let _ = e.try_apply(resize(target, Dealloc::try_from(option).unwrap()));
                 }
                 Action::Pass(ms) => {
                     e.heard.now += ms;
@@ -908,6 +1021,9 @@ proptest! {
                 }
             }
             e.settle();
+            if e.state.deleting.is_empty() {
+                e.make_what_holds_jobs(3);
+            }
         }
     }
 }

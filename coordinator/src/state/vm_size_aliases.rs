@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use batchai_common::names::Kind;
+use batchai_common::names::{Kind, last_id};
 use batchai_proto::internal::v1::Delete;
 use batchai_proto::v1::VmSizeAlias;
 
-use super::{Rejection, State, Step, check_etag, check_new, etag, not_found};
+use super::{Node, Rejection, State, Step, check_etag, check_new, etag, not_found};
 
 /// What a name stands for, where it is an alias.
 pub fn resolve<'a>(state: &'a State, vm_size: &str) -> Option<&'a str> {
@@ -19,6 +19,13 @@ pub(super) fn create(step: &mut Step<'_>, alias: &VmSizeAlias) -> Result<(), Rej
     let state = &mut *step.state;
     let name = &alias.name;
     check_new(state, Kind::VmSizeAlias, name)?;
+    let is_size = |node: &Arc<Node>| node.facts.vm_size == last_id(name);
+    if state.nodes.values().any(is_size) {
+        // Its clusters would get other nodes than those that have it.
+        let why = "registered nodes have it as their own VM size".to_owned();
+        let name = name.clone();
+        return Err(Rejection::WrongState { name, why });
+    }
     let stored = VmSizeAlias {
         etag: etag(state.revision),
         create_time: Some(state.time),

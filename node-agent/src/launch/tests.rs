@@ -208,6 +208,18 @@ fn every_rank_exists_once_and_knows_its_place() {
 }
 
 #[test]
+fn interpreter_and_backend_are_the_jobs_own() {
+    let mut job = pytorch(1);
+    let settings = job.py_torch_settings.as_mut().unwrap();
+    settings.python_interpreter_path = "$AZ_BATCHAI_MOUNT_ROOT/env/bin/python".into();
+    settings.communication_backend = "nccl".into();
+    let plan = plan_of(1, 0, job);
+    let process = &plan.processes[0];
+    assert_eq!(process.argv[0], "/r/mounts/env/bin/python");
+    assert_eq!(process.env["AZ_BATCHAI_PYTORCH_BACKEND"], "nccl");
+}
+
+#[test]
 fn arguments_are_split_as_a_shell_would_and_expanded() {
     let plan = plan_of(1, 0, pytorch(1));
     let url = "tcp://10.0.0.4:20000";

@@ -13,8 +13,8 @@ use std::path::PathBuf;
 use batchai_proto::internal::v1::ReplicaIdentity;
 use raft::eraftpb::{Entry, HardState};
 
-/// The only format there is.
-pub const FORMAT: i64 = 1;
+/// The only format that this version reads: the one before it, never released, used the numbers of commands otherwise.
+pub const FORMAT: i64 = 2;
 
 /// Why a store cannot be opened or written. After a failed write the replica stops: what is on disk is not known.
 #[derive(Debug, thiserror::Error)]
