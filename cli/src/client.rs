@@ -3,11 +3,15 @@
 use std::time::Duration;
 
 use batchai_common::limits::{CALL_TIMEOUT, MESSAGE_BYTES_MAX};
+use batchai_proto::v1::bundle_service_client::BundleServiceClient;
 use batchai_proto::v1::cluster_service_client::ClusterServiceClient;
 use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
+use batchai_proto::v1::file_server_service_client::FileServerServiceClient;
+use batchai_proto::v1::information_service_client::InformationServiceClient;
 use batchai_proto::v1::job_service_client::JobServiceClient;
 use batchai_proto::v1::node_service_client::NodeServiceClient;
 use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient;
+use batchai_proto::v1::vm_size_service_client::VmSizeServiceClient;
 use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -19,6 +23,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A stream that broke is opened again so often before the command gives up; each try waits a little.
 const RETRIES_MAX: u32 = 150;
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// What goes away in its own time is looked for this often.
+pub const LOOK_PAUSE: Duration = Duration::from_millis(100);
 
 /// A connection.
 #[derive(Clone)]
@@ -29,14 +35,7 @@ pub struct Client {
 impl Client {
     /// Connects.
     pub async fn connect(endpoint: &str) -> Result<Client, CliError> {
-        let bad = || CliError::Endpoint {
-            endpoint: endpoint.to_owned(),
-        };
-        let parsed = Endpoint::from_shared(endpoint.to_owned()).map_err(|_| bad())?;
-        if parsed.uri().scheme_str() != Some("http") || parsed.uri().authority().is_none() {
-            return Err(bad());
-        }
-        let connected = parsed
+        let connected = parse(endpoint)?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
             .connect()
@@ -46,6 +45,11 @@ impl Client {
             source,
         })?;
         Ok(Client { channel })
+    }
+
+    /// Whether a text could be where a coordinator listens.
+    pub fn check(endpoint: &str) -> Result<(), CliError> {
+        parse(endpoint).map(|_| ())
     }
 
     pub fn groups(&self) -> ResourceGroupServiceClient<Channel> {
@@ -60,6 +64,22 @@ impl Client {
         ClusterServiceClient::new(self.channel.clone())
     }
 
+    pub fn file_servers(&self) -> FileServerServiceClient<Channel> {
+        FileServerServiceClient::new(self.channel.clone())
+    }
+
+    pub fn vm_sizes(&self) -> VmSizeServiceClient<Channel> {
+        VmSizeServiceClient::new(self.channel.clone())
+    }
+
+    pub fn information(&self) -> InformationServiceClient<Channel> {
+        InformationServiceClient::new(self.channel.clone())
+    }
+
+    pub fn bundles(&self) -> BundleServiceClient<Channel> {
+        BundleServiceClient::new(self.channel.clone())
+    }
+
     pub fn experiments(&self) -> ExperimentServiceClient<Channel> {
         ExperimentServiceClient::new(self.channel.clone())
     }
@@ -70,6 +90,17 @@ impl Client {
 
     pub fn jobs(&self) -> JobServiceClient<Channel> {
         JobServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+}
+
+fn parse(endpoint: &str) -> Result<Endpoint, CliError> {
+    let bad = || CliError::Endpoint {
+        endpoint: endpoint.to_owned(),
+    };
+    let parsed = Endpoint::from_shared(endpoint.to_owned()).map_err(|_| bad())?;
+    match parsed.uri().scheme_str() == Some("http") && parsed.uri().authority().is_some() {
+        true => Ok(parsed),
+        false => Err(bad()),
     }
 }
 

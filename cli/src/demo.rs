@@ -1,9 +1,8 @@
 //! `batchai demo`: everything once, for real, in front of a newcomer's eyes.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use batchai_common::shutdown;
 use batchai_proto::v1;
@@ -14,7 +13,7 @@ use crate::client::{Client, request, request_id};
 use crate::dev::Ensemble;
 use crate::error::CliError;
 use crate::job::until_ended;
-use crate::logs;
+use crate::ranks::{self, To, Turn};
 
 const TRAIN: &[u8] = include_bytes!("../../examples/digits/train.py");
 const DIGITS: &[u8] = include_bytes!("../../examples/digits/digits.csv.gz");
@@ -117,15 +116,18 @@ async fn train(endpoint: &str, dir: &Path, epochs: u32) -> Result<ExitCode, CliE
     };
     client.jobs().create_job(request(create)).await?;
     let mut streams = Vec::new();
-    let out = Arc::new(Mutex::new(()));
-    for rank in 0..NODES {
-        let (client, out) = (client.clone(), out.clone());
-        streams.push(tokio::spawn(
-            async move { stream(&client, rank, out).await },
-        ));
+    let turn = Turn::default();
+    for rank in 0..usize::from(NODES) {
+        let (client, turn) = (client.clone(), turn.clone());
+        let prefixes = (
+            (format!("[rank {rank}] "), To::Stdout),
+            (format!("[rank {rank} stderr] "), To::Stdout),
+        );
+        let follow = async move { ranks::follow(&client, JOB, rank, prefixes, &turn).await };
+        streams.push(tokio::spawn(follow));
     }
     let mut known = State::Unspecified;
-    let ended = until_ended(&client, JOB, |job| {
+    let ended = until_ended(&client, JOB, None, |job| {
         if job.state() != known {
             known = job.state();
             say(&format!(
@@ -231,67 +233,6 @@ fn job(dir: &Path, epochs: u32) -> v1::Job {
             ..Default::default()
         }),
         ..Default::default()
-    }
-}
-
-async fn stream(client: &Client, rank: u16, out: Arc<Mutex<()>>) -> Result<(), CliError> {
-    let stream = |file: String| v1::StreamJobLogsRequest {
-        name: JOB.to_owned(),
-        file,
-        follow: true,
-        ..Default::default()
-    };
-    let mut stdout = Prefixed::new(format!("[rank {rank}] "), out.clone());
-    let mut stderr = Prefixed::new(format!("[rank {rank} stderr] "), out);
-    let (stdout, stderr) = tokio::join!(
-        logs::follow(client, stream(format!("stdout-{rank}.txt")), &mut stdout),
-        logs::follow(client, stream(format!("stderr-{rank}.txt")), &mut stderr),
-    );
-    // A job that failed before its processes began has no such files: its state says why.
-    for end in [stdout, stderr] {
-        match end {
-            Err(error) if error.exit_code() != 3 => return Err(error),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-/// Whole lines with a prefix; those of several writers do not mix.
-struct Prefixed {
-    prefix: String,
-    pending: Vec<u8>,
-    out: Arc<Mutex<()>>,
-}
-
-impl Prefixed {
-    fn new(prefix: String, out: Arc<Mutex<()>>) -> Prefixed {
-        Prefixed {
-            prefix,
-            pending: Vec::new(),
-            out,
-        }
-    }
-}
-
-impl Write for Prefixed {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.pending.extend_from_slice(data);
-        Ok(data.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        let Some(end) = self.pending.iter().rposition(|byte| *byte == b'\n') else {
-            return Ok(());
-        };
-        let _one_at_a_time = self.out.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut stdout = io::stdout().lock();
-        for line in self.pending[..=end].split_inclusive(|byte| *byte == b'\n') {
-            stdout.write_all(self.prefix.as_bytes())?;
-            stdout.write_all(line)?;
-        }
-        self.pending.drain(..=end);
-        stdout.flush()
     }
 }
 

@@ -5,11 +5,12 @@
 
 use std::path::Path;
 
-use batchai_common::names::{Kind, Name};
+use batchai_common::names::Kind;
 use prost::Message;
 use prost_reflect::{EnumDescriptor, FieldDescriptor, Kind as FieldKind, MessageDescriptor};
 use serde_json::{Map, Value};
 
+use crate::context::name_of;
 use crate::descriptors;
 use crate::error::CliError;
 
@@ -189,21 +190,9 @@ fn reference_of(reference: &Map<String, Value>) -> Option<String> {
         .get("id")
         .filter(|_| reference.len() == 1)?
         .as_str()?;
-    Some(cluster_name(id).unwrap_or_else(|| id.to_owned()))
-}
-
-/// `/subscriptions/{s}/resourceGroups/{g}/providers/Microsoft.BatchAI/workspaces/{w}/clusters/{c}` in our form.
-fn cluster_name(id: &str) -> Option<String> {
-    let parts: Vec<_> = id.split('/').filter(|part| !part.is_empty()).collect();
-    let after = |collection: Kind| {
-        let is = |part: &&&str| part.eq_ignore_ascii_case(collection.collection());
-        let at = parts.iter().position(|part| is(&part))?;
-        parts.get(at + 1).copied()
-    };
-    let group = Name::top(Kind::ResourceGroup, after(Kind::ResourceGroup)?).ok()?;
-    let workspace = group.child(Kind::Workspace, after(Kind::Workspace)?).ok()?;
-    let cluster = workspace.child(Kind::Cluster, after(Kind::Cluster)?).ok()?;
-    Some(cluster.into())
+    let known = [Kind::Cluster, Kind::FileServer];
+    let name = known.iter().find_map(|kind| name_of(id, *kind));
+    Some(name.unwrap_or_else(|| id.to_owned()))
 }
 
 /// ISO 8601 (`PT30M`, `P7D`), our own form (`90s`), or the `d.hh:mm:ss` that Azure's tools write.

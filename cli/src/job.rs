@@ -4,21 +4,23 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use batchai_common::names::last_id;
+use batchai_common::names::{Kind, last_id};
 use batchai_proto::v1;
 use batchai_proto::v1::job::State;
 use indicatif::ProgressBar;
 use tonic::Status;
 
-use crate::args::{self, Global, InExperiment};
+use crate::args;
+use crate::bundle;
 use crate::client::{Client, Retry, request, request_id, send_once};
+use crate::clusters::mounts_of;
+use crate::context::Context;
 use crate::error::CliError;
 use crate::file;
-use crate::logs::{self, Follow};
+use crate::job_files;
+use crate::login;
 use crate::output::{View, confirm};
-use crate::resources::{all_pages, part};
-
-type Done = Result<ExitCode, CliError>;
+use crate::resources::{Done, all_pages, delete_all, get_all, labels, part, update_all};
 
 /// The exit code of a job that has none.
 const UNKNOWN_EXIT_CODE: u8 = 255;
@@ -49,124 +51,129 @@ const JOB: View<v1::Job> = View {
     },
 };
 
-pub async fn run(command: args::Job, global: &Global) -> Done {
-    let client = Client::connect(&global.endpoint).await?;
-    let named = |parent: &InExperiment, name: &str| format!("{}/jobs/{name}", parent.name());
+pub async fn run(command: args::Job, context: &Context) -> Done {
+    let client = context.client().await?;
+    let named = |which: &args::Which, parent: &args::InExperiment| {
+        context.which(which, Kind::Job, || context.experiment(parent))
+    };
+    let mut jobs = client.jobs();
     match command {
-        args::Job::Create {
-            parent,
-            name,
-            file,
-            cluster,
-        } => {
-            let create = create_request(&parent, name, &file, cluster)?;
+        args::Job::Create(create) => {
+            let create = create_request(*create, &client, context).await?;
             let job = send_once(create, |r| {
                 let mut jobs = client.jobs();
                 async move { jobs.create_job(r).await }
             })
             .await?;
-            JOB.show(global.output, &job)?;
+            context.printer.show(&JOB, &job)?;
         }
-        args::Job::List { parent } => {
+        args::Job::List { parent, filter } => {
             let list = v1::ListJobsRequest {
-                parent: parent.name(),
+                parent: context.experiment(&parent)?,
+                filter,
                 ..Default::default()
             };
-            let mut jobs = client.jobs();
             let all = all_pages!(jobs.list_jobs, list, jobs);
-            JOB.list(global.output, &all)?;
+            context.printer.list(&JOB, &all)?;
         }
-        args::Job::Show { parent, name } => {
-            let get = v1::GetJobRequest {
-                name: named(&parent, &name),
-            };
-            let job = client.jobs().get_job(request(get)).await?.into_inner();
-            JOB.show(global.output, &job)?;
+        args::Job::Show { parent, which } => {
+            let found = get_all!(jobs.get_job, GetJobRequest, named(&which, &parent)?);
+            context.printer.named(&JOB, &found)?;
+        }
+        args::Job::Update {
+            parent,
+            which,
+            labels: given,
+        } => {
+            let changed = update_all!(
+                jobs.update_job,
+                UpdateJobRequest { job: Job.labels },
+                named(&which, &parent)?,
+                given
+            );
+            context.printer.named(&JOB, &changed)?;
         }
         args::Job::Terminate {
             parent,
-            name,
+            which,
             confirm: c,
         } => {
-            confirm(&format!("Terminate job {name}?"), c.yes)?;
-            let terminate = v1::TerminateJobRequest {
-                name: named(&parent, &name),
-            };
-            let job = client
-                .jobs()
-                .terminate_job(request(terminate))
-                .await?
-                .into_inner();
-            JOB.show(global.output, &job)?;
+            let names = named(&which, &parent)?;
+            confirm(&format!("Terminate {}?", names.join(", ")), c.yes)?;
+            let mut ended = terminate(&client, &names).await?;
+            for job in ended.iter_mut().filter(|_| !c.no_wait) {
+                *job = until_ended(&client, &job.name.clone(), None, |_| ()).await?;
+            }
+            context.printer.named(&JOB, &ended)?;
         }
         args::Job::Delete {
             parent,
-            name,
+            which,
             confirm: c,
         } => {
-            confirm(&format!("Delete job {name}?"), c.yes)?;
-            let delete = v1::DeleteJobRequest {
-                name: named(&parent, &name),
-                ..Default::default()
+            let delete = |name| v1::DeleteJobRequest {
+                name,
+                etag: String::new(),
             };
-            client.jobs().delete_job(request(delete)).await?;
+            let names = named(&which, &parent)?;
+            delete_all!(jobs.delete_job, get_job, (delete, GetJobRequest), names, &c);
         }
-        args::Job::Wait { parent, name } => return wait(&client, &named(&parent, &name)).await,
-        args::Job::File(command) => return stream(&client, command).await,
+        args::Job::Wait {
+            parent,
+            name,
+            interval,
+        } => {
+            let name = format!("{}/jobs/{name}", context.experiment(&parent)?);
+            return wait(&client, &name, interval.map(Duration::from_secs)).await;
+        }
+        args::Job::File(command) => return job_files::run(command, &client, context).await,
+        args::Job::Node(args::JobNode::List { parent, job }) => {
+            let name = format!("{}/jobs/{job}", context.experiment(&parent)?);
+            let nodes = login::of_job(&client, name).await?;
+            context.printer.list(&login::LOGIN, &nodes)?;
+        }
+        args::Job::Node(args::JobNode::Exec { parent, job, exec }) => {
+            let name = format!("{}/jobs/{job}", context.experiment(&parent)?);
+            return login::exec(login::of_job(&client, name).await?, exec);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-async fn stream(client: &Client, command: args::JobFile) -> Done {
-    let args::JobFile::Stream {
-        parent,
-        job,
-        file,
-        rank,
-        directory,
-        node,
-        offset,
-        no_follow,
-    } = command;
-    let file = file
-        .or(rank.map(|rank| format!("stdout-{rank}.txt")))
-        .unwrap_or_default();
-    let stream = v1::StreamJobLogsRequest {
-        name: format!("{}/jobs/{job}", parent.name()),
-        directory,
-        file,
-        node: node
-            .map(|node| format!("nodes/{}", last_id(&node)))
-            .unwrap_or_default(),
-        offset,
-        length: 0,
-        follow: !no_follow,
-    };
-    match logs::follow(client, stream, &mut std::io::stdout()).await? {
-        Follow::Complete => Ok(ExitCode::SUCCESS),
-        Follow::Truncated => Err(CliError::Failed(
-            "the node was lost: the file may have had more".to_owned(),
-        )),
+async fn terminate(client: &Client, names: &[String]) -> Result<Vec<v1::Job>, CliError> {
+    let mut ended = Vec::new();
+    for name in names {
+        let terminate = v1::TerminateJobRequest { name: name.clone() };
+        let job = client.jobs().terminate_job(request(terminate)).await?;
+        ended.push(job.into_inner());
     }
+    Ok(ended)
 }
 
-fn create_request(
-    parent: &InExperiment,
-    name: String,
-    path: &std::path::Path,
-    cluster: Option<String>,
+async fn create_request(
+    args: args::JobCreate,
+    client: &Client,
+    context: &Context,
 ) -> Result<v1::CreateJobRequest, CliError> {
-    let mut job: v1::Job = file::read(path, "Job")?;
-    if let Some(cluster) = cluster {
-        job.cluster = cluster;
+    let mut job: v1::Job = file::read(&args.file, "Job")?;
+    let workspace = &args.parent.workspace;
+    // What was typed goes before the file's cluster, and that before what is kept.
+    let typed = args.cluster.as_ref();
+    if typed.is_some() || job.cluster.is_empty() {
+        job.cluster = context.cluster(typed, workspace)?.unwrap_or_default();
+    } else if !job.cluster.contains('/') {
+        job.cluster = format!("{}/clusters/{}", context.workspace(workspace)?, job.cluster);
     }
-    // A bare name is one of the job's own workspace.
-    if !job.cluster.is_empty() && !job.cluster.contains('/') {
-        job.cluster = format!("{}/clusters/{}", parent.workspace.name(), job.cluster);
+    if let Some(mounts) = mounts_of(&args.mounts, workspace, context)? {
+        job.mount_volumes = Some(mounts);
+    }
+    job.labels.extend(labels(args.labels));
+    if let Some(path) = bundle::source(args.files.script, args.files.dir)? {
+        job.bundle = bundle::send(client, &path).await?;
     }
     Ok(v1::CreateJobRequest {
-        parent: parent.name(),
-        job_id: name,
+        parent: context.experiment(&args.parent)?,
+        job_id: args.name,
         job: Some(job),
         request_id: request_id(),
         validate_only: false,
@@ -174,7 +181,7 @@ fn create_request(
 }
 
 /// Prints every change of a job's state until it has ended.
-async fn wait(client: &Client, name: &str) -> Done {
+async fn wait(client: &Client, name: &str, interval: Option<Duration>) -> Done {
     let bar = match std::io::stderr().is_terminal() {
         true => ProgressBar::new_spinner(),
         false => ProgressBar::hidden(),
@@ -192,17 +199,21 @@ async fn wait(client: &Client, name: &str) -> Done {
             reason => reason.to_owned(),
         });
     };
-    let job = until_ended(client, name, &mut say).await?;
+    let job = until_ended(client, name, interval, &mut say).await?;
     bar.finish_and_clear();
     for error in &job.errors {
         eprintln!("{}: {}", error.code, error.message);
     }
-    let code = match (job.state(), job.exit_code) {
+    Ok(ExitCode::from(exit_code(&job)))
+}
+
+/// The exit code that says how a job ended.
+pub fn exit_code(job: &v1::Job) -> u8 {
+    match (job.state(), job.exit_code) {
         (State::Succeeded, _) => 0,
         (_, Some(code)) => u8::try_from(code).unwrap_or(UNKNOWN_EXIT_CODE),
         (_, None) => UNKNOWN_EXIT_CODE,
-    };
-    Ok(ExitCode::from(code))
+    }
 }
 
 fn line(job: &v1::Job) -> String {
@@ -217,13 +228,32 @@ fn line(job: &v1::Job) -> String {
     }
 }
 
-/// Watches a job, through restarts of the coordinator, and shows it after every change; returns it when it has ended.
+/// Watches a job, or looks at it now and then, through restarts of the coordinator, and shows it after every change;
+/// returns it when it has ended.
 pub async fn until_ended(
     client: &Client,
     name: &str,
+    interval: Option<Duration>,
     mut show: impl FnMut(&v1::Job),
 ) -> Result<v1::Job, CliError> {
     let mut retry = Retry::default();
+    while let Some(pause) = interval {
+        let get = v1::GetJobRequest {
+            name: name.to_owned(),
+        };
+        match client.jobs().get_job(request(get)).await {
+            Ok(job) => {
+                let job = job.into_inner();
+                retry.reset();
+                show(&job);
+                if matches!(job.state(), State::Succeeded | State::Failed) {
+                    return Ok(job);
+                }
+                tokio::time::sleep(pause).await;
+            }
+            Err(status) => retry.again(status).await?,
+        }
+    }
     loop {
         let watch = v1::WatchJobRequest {
             name: name.to_owned(),

@@ -4,22 +4,28 @@
 //! talk to a coordinator and print what it says; nothing is decided here.
 
 mod args;
+mod bundle;
 mod client;
+mod clusters;
+mod context;
 mod demo;
 pub mod descriptors;
 mod dev;
 pub mod error;
 pub mod file;
 mod job;
+mod job_files;
+mod login;
 mod logs;
 mod output;
+mod ranks;
 mod resources;
+mod run;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 use args::{Cli, Command};
+use context::Context;
 use error::CliError;
 
 /// The arguments that lead to the agent's own subcommands.
@@ -27,7 +33,10 @@ const NODE_AGENT: &[&str] = &["node-agent"];
 
 /// Parses the command line of this process and does what it says.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    if let Some(answered) = login::answer_password() {
+        return answered;
+    }
+    let cli = Cli::read();
     match cli.command {
         Command::Coordinator(config) => batchai_coordinator::main(config),
         Command::NodeAgent(agent) => batchai_node_agent::main(agent, NODE_AGENT),
@@ -47,15 +56,30 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(command: Command, global: &args::Global) -> Result<ExitCode, CliError> {
+    let context = &Context::new(global)?;
     match command {
         Command::Dev(dev) => dev::run(dev).await,
         Command::Demo(demo) => demo::run(demo).await,
-        Command::Group(command) => resources::group(command, global).await,
-        Command::Workspace(command) => resources::workspace(command, global).await,
-        Command::Cluster(command) => resources::cluster(command, global).await,
-        Command::Experiment(command) => resources::experiment(command, global).await,
-        Command::Node(command) => resources::node(command, global).await,
-        Command::Job(command) => job::run(command, global).await,
+        Command::Run(command) => run::run(command, context).await,
+        Command::Status => resources::status(context).await,
+        Command::Group(command) => resources::group(command, context).await,
+        Command::Workspace(command) => resources::workspace(command, context).await,
+        Command::Cluster(command) => clusters::cluster(command, context).await,
+        Command::FileServer(command) => clusters::file_server(command, context).await,
+        Command::Experiment(command) => resources::experiment(command, context).await,
+        Command::Node(command) => resources::node(command, context).await,
+        Command::VmSize(command) => resources::vm_size(command, context).await,
+        Command::ListUsages { location } => resources::list_usages(location, context).await,
+        Command::Job(command) => job::run(command, context).await,
+        Command::Config(command) => {
+            context::config(command, context)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Completion { shell } => {
+            let (mut command, name) = (Cli::with_examples(), "batchai");
+            clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Coordinator(_) | Command::NodeAgent(_) => unreachable!("daemons run elsewhere"),
     }
 }

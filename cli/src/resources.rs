@@ -1,19 +1,18 @@
-//! The commands for resource groups, workspaces, clusters, experiments and nodes.
+//! The verbs of resource groups, workspaces, experiments, nodes, VM sizes and usages.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
-use batchai_common::names::last_id;
+use batchai_common::names::{Kind, last_id};
 use batchai_proto::v1;
-use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
 
-use crate::args::{self, Global, InExperiment, InGroup, InWorkspace};
-use crate::client::{Client, request, request_id, send_once};
+use crate::args;
+use crate::client::{request, request_id, send_once};
+use crate::context::Context;
 use crate::error::CliError;
-use crate::file;
 use crate::output::{View, confirm};
 
-type Done = Result<ExitCode, CliError>;
+pub type Done = Result<ExitCode, CliError>;
 
 const GROUP: View<v1::ResourceGroup> = View {
     message: "ResourceGroup",
@@ -39,37 +38,6 @@ const EXPERIMENT: View<v1::Experiment> = View {
     row: |e| vec![last_id(&e.name).into(), part(&e.name, 0), part(&e.name, 1)],
 };
 
-const CLUSTER: View<v1::Cluster> = View {
-    message: "Cluster",
-    columns: &[
-        "Name",
-        "Resource Group",
-        "Workspace",
-        "VM Size",
-        "State",
-        "Idle",
-        "Running",
-        "Preparing",
-        "Leaving",
-        "Unusable",
-    ],
-    row: |c| {
-        let counts = c.node_state_counts.unwrap_or_default();
-        vec![
-            last_id(&c.name).into(),
-            part(&c.name, 0),
-            part(&c.name, 1),
-            c.vm_size.clone(),
-            c.allocation_state().as_str_name().to_lowercase(),
-            counts.idle_node_count.to_string(),
-            counts.running_node_count.to_string(),
-            counts.preparing_node_count.to_string(),
-            counts.leaving_node_count.to_string(),
-            counts.unusable_node_count.to_string(),
-        ]
-    },
-};
-
 const NODE: View<v1::Node> = View {
     message: "Node",
     columns: &[
@@ -91,6 +59,38 @@ const NODE: View<v1::Node> = View {
     },
 };
 
+const VM_SIZE: View<v1::VmSize> = View {
+    message: "VmSize",
+    columns: &["VM Size", "Image", "Nodes", "Free", "Aliases"],
+    row: |s| {
+        vec![
+            s.vm_size.clone(),
+            s.image.clone(),
+            s.node_count.to_string(),
+            s.free_node_count.to_string(),
+            s.aliases.join(", "),
+        ]
+    },
+};
+
+const ALIAS: View<v1::VmSizeAlias> = View {
+    message: "VmSizeAlias",
+    columns: &["Name", "VM Size"],
+    row: |a| vec![last_id(&a.name).into(), a.vm_size.clone()],
+};
+
+const USAGE: View<v1::Usage> = View {
+    message: "Usage",
+    columns: &["Value", "Usage", "Limit"],
+    row: |u| {
+        vec![
+            u.name.clone().unwrap_or_default().localized_value,
+            u.current_value.to_string(),
+            u.limit.to_string(),
+        ]
+    },
+};
+
 /// The i-th id of a full name.
 pub fn part(name: &str, i: usize) -> String {
     batchai_common::names::ids(name)
@@ -98,24 +98,6 @@ pub fn part(name: &str, i: usize) -> String {
         .copied()
         .unwrap_or_default()
         .to_owned()
-}
-
-impl InGroup {
-    pub fn name(&self) -> String {
-        format!("resourceGroups/{}", self.group)
-    }
-}
-
-impl InWorkspace {
-    pub fn name(&self) -> String {
-        format!("{}/workspaces/{}", self.group.name(), self.workspace)
-    }
-}
-
-impl InExperiment {
-    pub fn name(&self) -> String {
-        format!("{}/experiments/{}", self.workspace.name(), self.experiment)
-    }
 }
 
 /// Asks for page after page.
@@ -135,18 +117,82 @@ macro_rules! all_pages {
 }
 pub(crate) use all_pages;
 
-pub async fn group(command: args::Group, global: &Global) -> Done {
-    let mut client = Client::connect(&global.endpoint).await?.groups();
-    let named = |name: &str| {
-        InGroup {
-            group: name.to_owned(),
+/// Asks for each of some resources.
+macro_rules! get_all {
+    ($client:ident . $call:ident, $request:ident, $names:expr) => {{
+        let mut found = Vec::new();
+        for name in $names {
+            let get = v1::$request { name };
+            found.push($client.$call(request(get)).await?.into_inner());
         }
-        .name()
-    };
+        found
+    }};
+}
+pub(crate) use get_all;
+
+/// Asks, deletes each of some resources, and waits until they are gone, unless told not to.
+macro_rules! delete_all {
+    ($client:ident . $call:ident, $get:ident, ($delete:expr, $show:ident), $names:expr, $confirm:expr) => {{
+        let (names, asked): (Vec<String>, &args::Confirm) = ($names, $confirm);
+        confirm(&format!("Delete {}?", names.join(", ")), asked.yes)?;
+        for name in &names {
+            $client.$call(request($delete(name.clone()))).await?;
+        }
+        for name in names.into_iter().filter(|_| !asked.no_wait) {
+            loop {
+                let get = v1::$show { name: name.clone() };
+                match $client.$get(request(get)).await {
+                    Err(status) if status.code() == tonic::Code::NotFound => break,
+                    Err(status) => return Err(status.into()),
+                    Ok(_) => tokio::time::sleep(crate::client::LOOK_PAUSE).await,
+                }
+            }
+        }
+    }};
+}
+pub(crate) use delete_all;
+
+/// Labels or tags, as they were typed.
+pub fn labels(given: args::Labels) -> BTreeMap<String, String> {
+    given.labels.into_iter().collect()
+}
+
+/// Replaces the labels or tags of some resources.
+macro_rules! update_all {
+    ($client:ident . $call:ident, $request:ident { $field:ident: $message:ident . $labels:ident }, $names:expr, $given:expr) => {{
+        let (names, given): (Vec<String>, args::Labels) = ($names, $given);
+        let mut changed = Vec::new();
+        for name in names {
+            let update = v1::$request {
+                $field: Some(v1::$message {
+                    name,
+                    $labels: labels(given.clone()),
+                    ..Default::default()
+                }),
+                update_mask: Some(prost_types::FieldMask {
+                    paths: vec![stringify!($labels).to_owned()],
+                }),
+            };
+            changed.push($client.$call(request(update)).await?.into_inner());
+        }
+        changed
+    }};
+}
+pub(crate) use update_all;
+
+pub async fn group(command: args::Group, context: &Context) -> Done {
+    let mut client = context.client().await?.groups();
+    let named =
+        |which: &args::Which| context.which(which, Kind::ResourceGroup, || Ok(String::new()));
     match command {
-        args::Group::Create { name, location } => {
+        args::Group::Create {
+            name,
+            location,
+            labels: given,
+        } => {
             let resource_group = Some(v1::ResourceGroup {
                 location,
+                tags: labels(given),
                 ..Default::default()
             });
             let create = v1::CreateResourceGroupRequest {
@@ -160,44 +206,71 @@ pub async fn group(command: args::Group, global: &Global) -> Done {
                 async move { client.create_resource_group(r).await }
             })
             .await?;
-            GROUP.show(global.output, &group)?;
+            context.printer.show(&GROUP, &group)?;
         }
         args::Group::List => {
             let list = v1::ListResourceGroupsRequest::default();
             let all = all_pages!(client.list_resource_groups, list, resource_groups);
-            GROUP.list(global.output, &all)?;
+            context.printer.list(&GROUP, &all)?;
         }
-        args::Group::Show { name } => {
-            let get = v1::GetResourceGroupRequest { name: named(&name) };
-            let group = client.get_resource_group(request(get)).await?.into_inner();
-            GROUP.show(global.output, &group)?;
+        args::Group::Show { which } => {
+            let found = get_all!(
+                client.get_resource_group,
+                GetResourceGroupRequest,
+                named(&which)?
+            );
+            context.printer.named(&GROUP, &found)?;
         }
-        args::Group::Delete { name, confirm: c } => {
-            confirm(&format!("Delete resource group {name}?"), c.yes)?;
-            let delete = v1::DeleteResourceGroupRequest {
-                name: named(&name),
-                ..Default::default()
+        args::Group::Update {
+            which,
+            labels: given,
+        } => {
+            let changed = update_all!(
+                client.update_resource_group,
+                UpdateResourceGroupRequest {
+                    resource_group: ResourceGroup.tags
+                },
+                named(&which)?,
+                given
+            );
+            context.printer.named(&GROUP, &changed)?;
+        }
+        args::Group::Delete { which, confirm: c } => {
+            let delete = |name| v1::DeleteResourceGroupRequest {
+                name,
+                etag: String::new(),
+                force: true,
             };
-            client.delete_resource_group(request(delete)).await?;
+            delete_all!(
+                client.delete_resource_group,
+                get_resource_group,
+                (delete, GetResourceGroupRequest),
+                named(&which)?,
+                &c
+            );
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-pub async fn workspace(command: args::Workspace, global: &Global) -> Done {
-    let mut client = Client::connect(&global.endpoint).await?.workspaces();
-    let named = |parent: &InGroup, name: &str| format!("{}/workspaces/{name}", parent.name());
+pub async fn workspace(command: args::Workspace, context: &Context) -> Done {
+    let mut client = context.client().await?.workspaces();
+    let named = |which: &args::Which, parent: &args::InGroup| {
+        context.which(which, Kind::Workspace, || context.group(parent))
+    };
     match command {
         args::Workspace::Create {
             parent,
             name,
             location,
+            labels: given,
         } => {
             let create = v1::CreateWorkspaceRequest {
-                parent: parent.name(),
+                parent: context.group(&parent)?,
                 workspace_id: name,
                 workspace: Some(v1::Workspace {
                     location,
+                    tags: labels(given),
                     ..Default::default()
                 }),
                 request_id: request_id(),
@@ -208,49 +281,76 @@ pub async fn workspace(command: args::Workspace, global: &Global) -> Done {
                 async move { client.create_workspace(r).await }
             })
             .await?;
-            WORKSPACE.show(global.output, &workspace)?;
+            context.printer.show(&WORKSPACE, &workspace)?;
         }
         args::Workspace::List { parent } => {
             let list = v1::ListWorkspacesRequest {
-                parent: parent.name(),
+                parent: context.any_group(&parent),
                 ..Default::default()
             };
             let all = all_pages!(client.list_workspaces, list, workspaces);
-            WORKSPACE.list(global.output, &all)?;
+            context.printer.list(&WORKSPACE, &all)?;
         }
-        args::Workspace::Show { parent, name } => {
-            let get = v1::GetWorkspaceRequest {
-                name: named(&parent, &name),
-            };
-            let workspace = client.get_workspace(request(get)).await?.into_inner();
-            WORKSPACE.show(global.output, &workspace)?;
+        args::Workspace::Show { parent, which } => {
+            let names = named(&which, &parent)?;
+            let found = get_all!(client.get_workspace, GetWorkspaceRequest, names);
+            context.printer.named(&WORKSPACE, &found)?;
+        }
+        args::Workspace::Update {
+            parent,
+            which,
+            labels: given,
+        } => {
+            let changed = update_all!(
+                client.update_workspace,
+                UpdateWorkspaceRequest {
+                    workspace: Workspace.tags
+                },
+                named(&which, &parent)?,
+                given
+            );
+            context.printer.named(&WORKSPACE, &changed)?;
         }
         args::Workspace::Delete {
             parent,
-            name,
+            which,
             confirm: c,
         } => {
-            confirm(&format!("Delete workspace {name}?"), c.yes)?;
-            let name = named(&parent, &name);
-            let delete = v1::DeleteWorkspaceRequest {
+            let delete = |name| v1::DeleteWorkspaceRequest {
                 name,
-                ..Default::default()
+                etag: String::new(),
+                force: true,
             };
-            client.delete_workspace(request(delete)).await?;
+            delete_all!(
+                client.delete_workspace,
+                get_workspace,
+                (delete, GetWorkspaceRequest),
+                named(&which, &parent)?,
+                &c
+            );
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-pub async fn experiment(command: args::Experiment, global: &Global) -> Done {
-    let mut client = Client::connect(&global.endpoint).await?.experiments();
-    let named = |parent: &InWorkspace, name: &str| format!("{}/experiments/{name}", parent.name());
+pub async fn experiment(command: args::Experiment, context: &Context) -> Done {
+    let mut client = context.client().await?.experiments();
+    let named = |which: &args::Which, parent: &args::InWorkspace| {
+        context.which(which, Kind::Experiment, || context.workspace(parent))
+    };
     match command {
-        args::Experiment::Create { parent, name } => {
+        args::Experiment::Create {
+            parent,
+            name,
+            labels: given,
+        } => {
             let create = v1::CreateExperimentRequest {
-                parent: parent.name(),
+                parent: context.workspace(&parent)?,
                 experiment_id: name,
-                experiment: None,
+                experiment: Some(v1::Experiment {
+                    labels: labels(given),
+                    ..Default::default()
+                }),
                 request_id: request_id(),
                 validate_only: false,
             };
@@ -259,170 +359,199 @@ pub async fn experiment(command: args::Experiment, global: &Global) -> Done {
                 async move { client.create_experiment(r).await }
             })
             .await?;
-            EXPERIMENT.show(global.output, &experiment)?;
+            context.printer.show(&EXPERIMENT, &experiment)?;
         }
         args::Experiment::List { parent } => {
             let list = v1::ListExperimentsRequest {
-                parent: parent.name(),
+                parent: context.workspace(&parent)?,
                 ..Default::default()
             };
             let all = all_pages!(client.list_experiments, list, experiments);
-            EXPERIMENT.list(global.output, &all)?;
+            context.printer.list(&EXPERIMENT, &all)?;
         }
-        args::Experiment::Show { parent, name } => {
-            let get = v1::GetExperimentRequest {
-                name: named(&parent, &name),
-            };
-            let experiment = client.get_experiment(request(get)).await?.into_inner();
-            EXPERIMENT.show(global.output, &experiment)?;
+        args::Experiment::Show { parent, which } => {
+            let names = named(&which, &parent)?;
+            let found = get_all!(client.get_experiment, GetExperimentRequest, names);
+            context.printer.named(&EXPERIMENT, &found)?;
+        }
+        args::Experiment::Update {
+            parent,
+            which,
+            labels: given,
+        } => {
+            let changed = update_all!(
+                client.update_experiment,
+                UpdateExperimentRequest {
+                    experiment: Experiment.labels
+                },
+                named(&which, &parent)?,
+                given
+            );
+            context.printer.named(&EXPERIMENT, &changed)?;
         }
         args::Experiment::Delete {
             parent,
-            name,
+            which,
             confirm: c,
         } => {
-            confirm(&format!("Delete experiment {name}?"), c.yes)?;
-            let name = named(&parent, &name);
-            let delete = v1::DeleteExperimentRequest {
+            let delete = |name| v1::DeleteExperimentRequest {
                 name,
-                ..Default::default()
+                etag: String::new(),
+                force: true,
             };
-            client.delete_experiment(request(delete)).await?;
+            delete_all!(
+                client.delete_experiment,
+                get_experiment,
+                (delete, GetExperimentRequest),
+                named(&which, &parent)?,
+                &c
+            );
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-pub async fn cluster(command: args::Cluster, global: &Global) -> Done {
-    let mut client = Client::connect(&global.endpoint).await?.clusters();
-    let named = |parent: &InWorkspace, name: &str| format!("{}/clusters/{name}", parent.name());
+pub async fn node(command: args::Node, context: &Context) -> Done {
+    let mut client = context.client().await?.nodes();
     match command {
-        args::Cluster::Create {
-            parent,
-            name,
-            file,
-            vm_size,
-            image,
-            target,
-        } => {
-            let create = v1::CreateClusterRequest {
-                parent: parent.name(),
-                cluster_id: name,
-                cluster: Some(cluster_of(file, vm_size, image, target)?),
+        args::Node::List { filter } => {
+            let list = v1::ListNodesRequest {
+                filter,
+                ..Default::default()
+            };
+            let all = all_pages!(client.list_nodes, list, nodes);
+            context.printer.list(&NODE, &all)?;
+        }
+        args::Node::Show { which } => {
+            let names = context.which(&which, Kind::Node, || Ok(String::new()))?;
+            let found = get_all!(client.get_node, GetNodeRequest, names);
+            context.printer.named(&NODE, &found)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub async fn vm_size(command: args::VmSize, context: &Context) -> Done {
+    let mut client = context.client().await?.vm_sizes();
+    match command {
+        args::VmSize::List => {
+            let sizes = client
+                .list_vm_sizes(request(v1::ListVmSizesRequest {}))
+                .await?;
+            context
+                .printer
+                .list(&VM_SIZE, &sizes.into_inner().vm_sizes)?;
+        }
+        args::VmSize::Alias(args::VmSizeAlias::Create { name, vm_size }) => {
+            let create = v1::CreateVmSizeAliasRequest {
+                vm_size_alias_id: name,
+                vm_size_alias: Some(v1::VmSizeAlias {
+                    vm_size,
+                    ..Default::default()
+                }),
                 request_id: request_id(),
                 validate_only: false,
             };
-            let cluster = send_once(create, |r| {
+            let alias = send_once(create, |r| {
                 let mut client = client.clone();
-                async move { client.create_cluster(r).await }
+                async move { client.create_vm_size_alias(r).await }
             })
             .await?;
-            CLUSTER.show(global.output, &cluster)?;
+            context.printer.show(&ALIAS, &alias)?;
         }
-        args::Cluster::Resize {
-            parent,
-            name,
-            target,
-        } => {
-            let resize = v1::ResizeClusterRequest {
-                name: named(&parent, &name),
-                target_node_count: Some(target),
-                node_deallocation_option: NodeDeallocationOption::Requeue as i32,
+        args::VmSize::Alias(args::VmSizeAlias::List) => {
+            let list = v1::ListVmSizeAliasesRequest::default();
+            let all = all_pages!(client.list_vm_size_aliases, list, vm_size_aliases);
+            context.printer.list(&ALIAS, &all)?;
+        }
+        args::VmSize::Alias(args::VmSizeAlias::Delete { which, confirm: c }) => {
+            let delete = |name| v1::DeleteVmSizeAliasRequest {
+                name,
                 etag: String::new(),
             };
-            let cluster = client.resize_cluster(request(resize)).await?.into_inner();
-            CLUSTER.show(global.output, &cluster)?;
-        }
-        args::Cluster::List { parent } => {
-            let list = v1::ListClustersRequest {
-                parent: parent.name(),
-                ..Default::default()
-            };
-            let all = all_pages!(client.list_clusters, list, clusters);
-            CLUSTER.list(global.output, &all)?;
-        }
-        args::Cluster::Show { parent, name } => {
-            let get = v1::GetClusterRequest {
-                name: named(&parent, &name),
-            };
-            let cluster = client.get_cluster(request(get)).await?.into_inner();
-            CLUSTER.show(global.output, &cluster)?;
-        }
-        args::Cluster::Delete {
-            parent,
-            name,
-            confirm: c,
-        } => {
-            confirm(&format!("Delete cluster {name}?"), c.yes)?;
-            let name = named(&parent, &name);
-            let delete = v1::DeleteClusterRequest {
-                name,
-                ..Default::default()
-            };
-            client.delete_cluster(request(delete)).await?;
+            delete_all!(
+                client.delete_vm_size_alias,
+                get_vm_size_alias,
+                (delete, GetVmSizeAliasRequest),
+                context.which(&which, Kind::VmSizeAlias, || Ok(String::new()))?,
+                &c
+            );
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// The file's settings with the command line's over them.
-fn cluster_of(
-    file: Option<PathBuf>,
-    vm_size: Option<String>,
-    image: Option<String>,
-    target: Option<i32>,
-) -> Result<v1::Cluster, CliError> {
-    let mut cluster = match file {
-        Some(path) => file::read(&path, "Cluster")?,
-        None => v1::Cluster::default(),
-    };
-    if let Some(vm_size) = vm_size {
-        cluster.vm_size = vm_size;
-    }
-    if let Some(target_node_count) = target {
-        let manual = v1::ManualScaleSettings {
-            target_node_count,
-            ..Default::default()
-        };
-        cluster.scale_settings = Some(v1::ScaleSettings {
-            manual: Some(manual),
-            auto_scale: None,
-        });
-    }
-    if let Some(image) = image {
-        let parts: Vec<_> = image.split(':').map(str::to_owned).collect();
-        let [publisher, offer, sku, version] = <[String; 4]>::try_from(parts).map_err(|_| {
-            let why = "must be publisher:offer:sku:version, as `batchai node list` shows it";
-            CliError::Usage(format!("--image {why}"))
-        })?;
-        let image_reference = Some(v1::ImageReference {
-            publisher,
-            offer,
-            sku,
-            version,
-            ..Default::default()
-        });
-        cluster.virtual_machine_configuration =
-            Some(v1::VirtualMachineConfiguration { image_reference });
-    }
-    Ok(cluster)
+pub async fn list_usages(location: String, context: &Context) -> Done {
+    let mut client = context.client().await?.information();
+    let usages = client
+        .list_usages(request(v1::ListUsagesRequest { location }))
+        .await?;
+    context.printer.list(&USAGE, &usages.into_inner().usages)?;
+    Ok(ExitCode::SUCCESS)
 }
 
-pub async fn node(command: args::Node, global: &Global) -> Done {
-    let mut client = Client::connect(&global.endpoint).await?.nodes();
-    match command {
-        args::Node::List => {
-            let list = v1::ListNodesRequest::default();
-            let all = all_pages!(client.list_nodes, list, nodes);
-            NODE.list(global.output, &all)?;
+/// `batchai status`: the coordinator, the nodes, the clusters and the jobs in a few lines.
+pub async fn status(context: &Context) -> Done {
+    let client = context.client().await?;
+    let (mut nodes, mut clusters, mut jobs) = (client.nodes(), client.clusters(), client.jobs());
+    let nodes = all_pages!(nodes.list_nodes, v1::ListNodesRequest::default(), nodes);
+    let list = v1::ListClustersRequest {
+        parent: "resourceGroups/-/workspaces/-".to_owned(),
+        ..Default::default()
+    };
+    let clusters = all_pages!(clusters.list_clusters, list, clusters);
+    let live = v1::ListJobsRequest {
+        parent: "resourceGroups/-/workspaces/-/experiments/-".to_owned(),
+        page_size: 1000,
+        filter: "state != SUCCEEDED AND state != FAILED".to_owned(),
+        ..Default::default()
+    };
+    let jobs = all_pages!(jobs.list_jobs, live, jobs);
+    let mut rows: Vec<(String, String)> = vec![("endpoint".into(), context.endpoint())];
+    let mut count = |what: &str, all: Vec<String>| {
+        let mut states = BTreeMap::<String, usize>::new();
+        for state in &all {
+            *states.entry(state.to_lowercase()).or_default() += 1;
         }
-        args::Node::Show { name } => {
-            let get = v1::GetNodeRequest {
-                name: format!("nodes/{name}"),
-            };
-            let node = client.get_node(request(get)).await?.into_inner();
-            NODE.show(global.output, &node)?;
-        }
-    }
+        let states: Vec<_> = states
+            .iter()
+            .map(|(state, n)| format!("{n} {state}"))
+            .collect();
+        let states = match states.is_empty() {
+            true => "none".to_owned(),
+            false => states.join(", "),
+        };
+        rows.push((what.to_owned(), states));
+    };
+    count(
+        "nodes",
+        nodes
+            .iter()
+            .map(|n| n.state().as_str_name().into())
+            .collect(),
+    );
+    count(
+        "clusters",
+        clusters
+            .iter()
+            .map(|c| c.allocation_state().as_str_name().into())
+            .collect(),
+    );
+    count(
+        "jobs",
+        jobs.iter()
+            .map(|j| j.state().as_str_name().into())
+            .collect(),
+    );
+    let value = rows
+        .iter()
+        .map(|(what, how)| (what.clone(), how.clone().into()))
+        .collect();
+    let rows = rows
+        .into_iter()
+        .map(|(what, how)| vec![what, how])
+        .collect();
+    let value = serde_json::Value::Object(value);
+    context.printer.print(&value, &["What", "How"], rows)?;
     Ok(ExitCode::SUCCESS)
 }

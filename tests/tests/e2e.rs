@@ -296,7 +296,7 @@ fn terminating_ends_the_whole_tree_also_what_ignores_sigterm() {
             .count();
         (bashes >= 2).then_some(())
     });
-    let mut args = vec!["job", "terminate", "-y", "-n", "j"];
+    let mut args = vec!["job", "terminate", "-y", "--no-wait", "-n", "j"];
     args.extend(IN);
     let started = Instant::now();
     let job: Value = serde_json::from_str(&e.ok(&args)).unwrap();

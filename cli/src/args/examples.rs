@@ -1,0 +1,164 @@
+//! An example for the help of every verb. All of them parse: a test sees to it.
+
+/// The words that lead to a verb, and an example of it.
+const EXAMPLES: &[(&str, &str)] = &[
+    ("demo", "batchai demo --epochs 4"),
+    ("dev", "batchai dev --agents 2"),
+    (
+        "run",
+        "batchai run -c pair --nodes 2 -- python3 train.py --lr 0.1",
+    ),
+    ("status", "batchai status"),
+    (
+        "group create",
+        "batchai group create -n lab --tags owner=ada",
+    ),
+    ("group list", "batchai group list -o table"),
+    ("group show", "batchai group show -n lab"),
+    (
+        "group update",
+        "batchai group update -n lab --tags owner=grace",
+    ),
+    ("group delete", "batchai group delete -n lab -y"),
+    (
+        "workspace create",
+        "batchai workspace create -g lab -n vision",
+    ),
+    ("workspace list", "batchai workspace list -o table"),
+    (
+        "workspace show",
+        "batchai workspace show -g lab -n vision --query tags",
+    ),
+    (
+        "workspace update",
+        "batchai workspace update -g lab -n vision --tags team=vision",
+    ),
+    (
+        "workspace delete",
+        "batchai workspace delete -g lab -n vision -y",
+    ),
+    (
+        "cluster create",
+        "batchai cluster create -g lab -w vision -n pair -s Standard_NC6 -t 2",
+    ),
+    (
+        "cluster resize",
+        "batchai cluster resize -g lab -w vision -n pair -t 4",
+    ),
+    (
+        "cluster auto-scale",
+        "batchai cluster auto-scale -n pair --min 0 --max 8",
+    ),
+    (
+        "cluster list",
+        "batchai cluster list -g lab -w vision -o table",
+    ),
+    (
+        "cluster show",
+        "batchai cluster show -n pair --query nodeStateCounts",
+    ),
+    ("cluster delete", "batchai cluster delete -n pair -y"),
+    (
+        "cluster node list",
+        "batchai cluster node list -c pair -o table",
+    ),
+    (
+        "cluster node exec",
+        "batchai cluster node exec -c pair --exec nvidia-smi",
+    ),
+    ("cluster file list", "batchai cluster file list -c pair"),
+    (
+        "file-server create",
+        "batchai file-server create -n nfs -s big --disk-count 2 --disk-size 10 -u ada -p pass",
+    ),
+    ("file-server list", "batchai file-server list -o table"),
+    ("file-server show", "batchai file-server show -n nfs"),
+    ("file-server delete", "batchai file-server delete -n nfs -y"),
+    (
+        "experiment create",
+        "batchai experiment create -g lab -w vision -n first",
+    ),
+    ("experiment list", "batchai experiment list -o table"),
+    ("experiment show", "batchai experiment show -n first"),
+    (
+        "experiment update",
+        "batchai experiment update -n first --labels paper=icml",
+    ),
+    ("experiment delete", "batchai experiment delete -n first -y"),
+    (
+        "job create",
+        "batchai job create -n digits -c pair -f job.json --dir src",
+    ),
+    (
+        "job list",
+        "batchai job list --filter 'state = FAILED' -o table",
+    ),
+    (
+        "job show",
+        "batchai job show -n digits --query pendingReason -o tsv",
+    ),
+    ("job update", "batchai job update -n digits --labels fold=3"),
+    ("job terminate", "batchai job terminate -n digits -y"),
+    ("job delete", "batchai job delete -n digits -y"),
+    ("job wait", "batchai job wait -n digits"),
+    (
+        "job file list",
+        "batchai job file list -j digits -d MODEL -o table",
+    ),
+    (
+        "job file stream",
+        "batchai job file stream -j digits -f stdout.txt",
+    ),
+    (
+        "job file download",
+        "batchai job file download -j digits -d MODEL --to models",
+    ),
+    ("job node list", "batchai job node list -j digits -o table"),
+    (
+        "job node exec",
+        "batchai job node exec -j digits --exec 'tail -f /var/log/syslog'",
+    ),
+    (
+        "node list",
+        "batchai node list --filter 'state = IDLE' -o table",
+    ),
+    ("node show", "batchai node show -n node-1"),
+    ("vm-size list", "batchai vm-size list -o table"),
+    (
+        "vm-size alias create",
+        "batchai vm-size alias create -n Standard_NC6 -s cpu6-mem56g-gpu1",
+    ),
+    ("vm-size alias list", "batchai vm-size alias list -o table"),
+    (
+        "vm-size alias delete",
+        "batchai vm-size alias delete -n Standard_NC6 -y",
+    ),
+    ("list-usages", "batchai list-usages -o table"),
+    ("config set", "batchai config set workspace vision"),
+    ("config unset", "batchai config unset workspace"),
+    ("config show", "batchai config show"),
+    ("completion", "batchai completion bash"),
+    (
+        "coordinator",
+        "batchai coordinator --listen 127.0.0.1:7070 --data /var/lib/batchai/coordinator",
+    ),
+    (
+        "node-agent",
+        "batchai node-agent --coordinator http://127.0.0.1:7070 --vm-size Standard_NC6",
+    ),
+];
+
+/// Adds the examples to the help of a command and of all below it.
+pub fn add(command: clap::Command) -> clap::Command {
+    EXAMPLES.iter().fold(command, |command, (words, example)| {
+        let words: Vec<_> = words.split(' ').collect();
+        at(command, &words, example)
+    })
+}
+
+fn at(command: clap::Command, words: &[&str], example: &'static str) -> clap::Command {
+    match words {
+        [] => command.after_help(format!("Example:\n  {example}")),
+        [first, rest @ ..] => command.mut_subcommand(*first, |below| at(below, rest, example)),
+    }
+}

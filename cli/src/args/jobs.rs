@@ -1,0 +1,247 @@
+//! What the verbs of jobs take.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::resources::{Mounts, NodeExec};
+use super::{Confirm, InExperiment, Labels, Which};
+
+/// Files to send along with a job.
+#[derive(Debug, Default, Args)]
+pub struct Files {
+    /// Send a file along: it lies in the directory where the job begins.
+    #[arg(long, value_name = "FILE")]
+    pub script: Option<PathBuf>,
+    /// Send a directory along: what is in it lies where the job begins. `.git` stays here.
+    #[arg(long, value_name = "DIR", conflicts_with = "script")]
+    pub dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct JobCreate {
+    #[command(flatten)]
+    pub parent: InExperiment,
+    /// Its name.
+    #[arg(short, long)]
+    pub name: String,
+    /// Settings as JSON: {"properties": {"nodeCount": ..., ...}}.
+    #[arg(short = 'f', long = "config-file", value_name = "FILE")]
+    pub file: PathBuf,
+    /// The cluster to run on: a name in the same workspace, or a full one. It goes before the file's.
+    #[arg(
+        short = 'c',
+        long,
+        value_name = "CLUSTER",
+        env = "BATCHAI_CLUSTER",
+        hide_env = true
+    )]
+    pub cluster: Option<String>,
+    #[command(flatten)]
+    pub files: Files,
+    #[command(flatten)]
+    pub mounts: Mounts,
+    #[command(flatten)]
+    pub labels: Labels,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Job {
+    /// Create a job. It is queued at once; `job wait` waits for its end.
+    Create(Box<JobCreate>),
+    /// List the jobs of an experiment.
+    List {
+        #[command(flatten)]
+        parent: InExperiment,
+        /// Only those for which this holds, for example: state = FAILED AND labels.fold = 3
+        #[arg(
+            long,
+            default_value = "",
+            value_name = "FILTER",
+            hide_default_value = true
+        )]
+        filter: String,
+    },
+    /// Show jobs.
+    Show {
+        #[command(flatten)]
+        parent: InExperiment,
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Replace the labels of a job.
+    Update {
+        #[command(flatten)]
+        parent: InExperiment,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        labels: Labels,
+    },
+    /// End jobs.
+    Terminate {
+        #[command(flatten)]
+        parent: InExperiment,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
+    /// Delete jobs; running ones are terminated first.
+    Delete {
+        #[command(flatten)]
+        parent: InExperiment,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
+    /// Wait until a job has ended. Exits with the job's exit code, or 255 where it has none.
+    Wait {
+        #[command(flatten)]
+        parent: InExperiment,
+        /// Its name.
+        #[arg(short, long)]
+        name: String,
+        /// Look every so many seconds, instead of being told at once.
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+        interval: Option<u64>,
+    },
+    /// The files of a job.
+    #[command(subcommand)]
+    File(JobFile),
+    /// The nodes of a job.
+    #[command(subcommand)]
+    Node(JobNode),
+}
+
+/// A directory of a job.
+#[derive(Clone, Debug, Args)]
+pub struct OfJob {
+    #[command(flatten)]
+    pub parent: InExperiment,
+    /// The job.
+    #[arg(short = 'j', long)]
+    pub job: String,
+    /// The directory: stdouterr, or the id of an output directory.
+    #[arg(
+        short = 'd',
+        long = "output-directory-id",
+        default_value = "stdouterr",
+        value_name = "ID"
+    )]
+    pub directory: String,
+    /// The node, where several have such a file.
+    #[arg(long, value_name = "NODE")]
+    pub node: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum JobFile {
+    /// List a directory of a job.
+    List {
+        #[command(flatten)]
+        of: OfJob,
+        /// A directory below an output directory.
+        #[arg(short = 'p', long, default_value = "", hide_default_value = true)]
+        path: String,
+    },
+    /// Print a file of a job, and what is added to it, until the job has ended.
+    Stream {
+        #[command(flatten)]
+        of: OfJob,
+        /// The file: stdout.txt, stdout-0.txt, execution.log, ...
+        #[arg(
+            short = 'f',
+            long = "file-name",
+            alias = "file",
+            value_name = "FILE",
+            required_unless_present = "rank"
+        )]
+        file: Option<String>,
+        /// The directory of the file, below an output directory.
+        #[arg(short = 'p', long, default_value = "", hide_default_value = true)]
+        path: String,
+        /// Standard output of this rank, instead of a file's name.
+        #[arg(long, conflicts_with = "file")]
+        rank: Option<u32>,
+        /// Begin at this byte.
+        #[arg(long, default_value_t = 0)]
+        offset: i64,
+        /// Print so many bytes at most.
+        #[arg(long, default_value_t = 0, hide_default_value = true)]
+        length: i64,
+        /// Print what there is, and do not wait for more.
+        #[arg(long)]
+        no_follow: bool,
+    },
+    /// Copy files of a job to this machine: one, or a whole directory with all below it.
+    Download {
+        #[command(flatten)]
+        of: OfJob,
+        /// The file; everything where it is left out.
+        #[arg(short = 'f', long = "file-name", value_name = "FILE")]
+        file: Option<String>,
+        /// A directory below an output directory.
+        #[arg(short = 'p', long, default_value = "", hide_default_value = true)]
+        path: String,
+        /// Where to put them. A directory, made where it does not exist.
+        #[arg(long = "to", default_value = ".", value_name = "DIR")]
+        to: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum JobNode {
+    /// List where to log in to the nodes of a job.
+    List {
+        #[command(flatten)]
+        parent: InExperiment,
+        /// The job.
+        #[arg(short = 'j', long)]
+        job: String,
+    },
+    /// Log in to a node of a job by ssh.
+    Exec {
+        #[command(flatten)]
+        parent: InExperiment,
+        /// The job.
+        #[arg(short = 'j', long)]
+        job: String,
+        #[command(flatten)]
+        exec: NodeExec,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    #[command(flatten)]
+    pub parent: InExperiment,
+    /// The cluster: a name in the same workspace, or a full one.
+    #[arg(
+        short = 'c',
+        long,
+        value_name = "CLUSTER",
+        env = "BATCHAI_CLUSTER",
+        hide_env = true
+    )]
+    pub cluster: Option<String>,
+    /// How many nodes.
+    #[arg(long, default_value_t = 1, value_name = "COUNT")]
+    pub nodes: i32,
+    /// How many times on each.
+    #[arg(long, default_value_t = 1, value_name = "COUNT", value_parser = clap::value_parser!(i32).range(1..=1024))]
+    pub processes_per_node: i32,
+    /// The job's name; made of the time where it is left out.
+    #[arg(short, long)]
+    pub name: Option<String>,
+    /// The directory to send along. `.git` stays here.
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Send nothing along.
+    #[arg(long, conflicts_with = "dir")]
+    pub no_dir: bool,
+    /// What to run, behind `--`.
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}

@@ -1,0 +1,484 @@
+//! What the verbs of resource groups, workspaces, clusters, file servers, experiments and nodes take.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::{Confirm, InGroup, InWorkspace, Labels, Which};
+
+#[derive(Debug, Subcommand)]
+pub enum Group {
+    /// Create a resource group.
+    Create {
+        /// Its name.
+        #[arg(short, long)]
+        name: String,
+        /// Where it is, in words of your own.
+        #[arg(short, long, default_value = "")]
+        location: String,
+        #[command(flatten)]
+        labels: Labels,
+    },
+    /// List resource groups.
+    List,
+    /// Show resource groups.
+    Show {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Replace the tags of a resource group.
+    Update {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        labels: Labels,
+    },
+    /// Delete resource groups and everything in them; running jobs are terminated first.
+    Delete {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Workspace {
+    /// Create a workspace.
+    Create {
+        #[command(flatten)]
+        parent: InGroup,
+        /// Its name.
+        #[arg(short, long)]
+        name: String,
+        /// Where it is; the resource group's location where it is left out.
+        #[arg(short, long, default_value = "")]
+        location: String,
+        #[command(flatten)]
+        labels: Labels,
+    },
+    /// List the workspaces of a resource group, or of all.
+    List {
+        #[command(flatten)]
+        parent: InGroup,
+    },
+    /// Show workspaces.
+    Show {
+        #[command(flatten)]
+        parent: InGroup,
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Replace the tags of a workspace.
+    Update {
+        #[command(flatten)]
+        parent: InGroup,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        labels: Labels,
+    },
+    /// Delete workspaces and everything in them; running jobs are terminated first.
+    Delete {
+        #[command(flatten)]
+        parent: InGroup,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Experiment {
+    /// Create an experiment.
+    Create {
+        #[command(flatten)]
+        parent: InWorkspace,
+        /// Its name.
+        #[arg(short, long)]
+        name: String,
+        #[command(flatten)]
+        labels: Labels,
+    },
+    /// List the experiments of a workspace.
+    List {
+        #[command(flatten)]
+        parent: InWorkspace,
+    },
+    /// Show experiments.
+    Show {
+        #[command(flatten)]
+        parent: InWorkspace,
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Replace the labels of an experiment.
+    Update {
+        #[command(flatten)]
+        parent: InWorkspace,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        labels: Labels,
+    },
+    /// Delete experiments and their jobs; running ones are terminated first.
+    Delete {
+        #[command(flatten)]
+        parent: InWorkspace,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
+}
+
+/// The administrator's account. It is recorded only: the accounts on your machines are yours.
+#[derive(Debug, Default, Args)]
+pub struct Account {
+    /// Name of the administrator's account.
+    #[arg(short = 'u', long = "user-name", value_name = "NAME")]
+    pub user: Option<String>,
+    /// Its SSH public key, or a file with it.
+    #[arg(short = 'k', long, value_name = "KEY")]
+    pub ssh_key: Option<String>,
+    /// Its password.
+    #[arg(short = 'p', long, value_name = "PASSWORD")]
+    pub password: Option<String>,
+    /// Make a pair of keys in ~/.ssh where there is none.
+    #[arg(long)]
+    pub generate_ssh_keys: bool,
+}
+
+/// What to mount.
+#[derive(Debug, Default, Args)]
+pub struct Mounts {
+    /// Account of an Azure storage, for --afs-name and --bfs-name.
+    #[arg(
+        long,
+        env = "AZURE_BATCHAI_STORAGE_ACCOUNT",
+        value_name = "NAME",
+        hide_env = true
+    )]
+    pub storage_account_name: Option<String>,
+    /// Its key.
+    #[arg(
+        long,
+        env = "AZURE_BATCHAI_STORAGE_KEY",
+        value_name = "KEY",
+        hide_env = true,
+        hide_env_values = true
+    )]
+    pub storage_account_key: Option<String>,
+    /// Azure file share to mount.
+    #[arg(long, value_name = "NAME")]
+    pub afs_name: Option<String>,
+    /// Where to mount it, below the mount root.
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "afs",
+        requires = "afs_name"
+    )]
+    pub afs_mount_path: String,
+    /// Azure blob container to mount.
+    #[arg(long, value_name = "NAME")]
+    pub bfs_name: Option<String>,
+    /// Where to mount it, below the mount root.
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "bfs",
+        requires = "bfs_name"
+    )]
+    pub bfs_mount_path: String,
+    /// File server to mount: a name in the same workspace, or a full one.
+    #[arg(long, value_name = "NAME")]
+    pub nfs: Option<String>,
+    /// Where to mount it, below the mount root.
+    #[arg(long, value_name = "PATH", default_value = "nfs", requires = "nfs")]
+    pub nfs_mount_path: String,
+}
+
+#[derive(Debug, Args)]
+pub struct ClusterCreate {
+    #[command(flatten)]
+    pub parent: InWorkspace,
+    /// Its name.
+    #[arg(short, long)]
+    pub name: String,
+    /// Settings as JSON: {"properties": {"vmSize": ..., ...}}. Options go before it.
+    #[arg(short = 'f', long = "config-file", value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// The VM size of its nodes, or an alias of it.
+    #[arg(short = 's', long, value_name = "SIZE")]
+    pub vm_size: Option<String>,
+    /// The image of its nodes: publisher:offer:sku:version, UbuntuLTS or UbuntuDSVM.
+    #[arg(short = 'i', long, value_name = "IMAGE")]
+    pub image: Option<String>,
+    /// Id of a managed image; goes with --image.
+    #[arg(long, value_name = "ID", requires = "image")]
+    pub custom_image: Option<String>,
+    /// dedicated or lowpriority.
+    #[arg(long, value_name = "PRIORITY")]
+    pub vm_priority: Option<String>,
+    /// How many nodes it shall have.
+    #[arg(short = 't', long, value_name = "COUNT", allow_negative_numbers = true)]
+    pub target: Option<i32>,
+    /// The fewest nodes; goes with --max.
+    #[arg(long, value_name = "COUNT", requires = "max")]
+    pub min: Option<i32>,
+    /// The most nodes; goes with --min.
+    #[arg(long, value_name = "COUNT", requires = "min")]
+    pub max: Option<i32>,
+    /// Id of a virtual network's subnet.
+    #[arg(long, value_name = "ID")]
+    pub subnet: Option<String>,
+    /// Command to run on every node that joins.
+    #[arg(long, value_name = "COMMAND")]
+    pub setup_task: Option<String>,
+    /// Directory for its output.
+    #[arg(long, value_name = "DIR", requires = "setup_task")]
+    pub setup_task_output: Option<String>,
+    /// A storage account of the service's own. There is none here: refused.
+    #[arg(long)]
+    pub use_auto_storage: bool,
+    #[command(flatten)]
+    pub account: Account,
+    #[command(flatten)]
+    pub mounts: Mounts,
+    #[command(flatten)]
+    pub labels: Labels,
+    /// Do not wait. Nothing is waited for in any case: nodes join in their own time.
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Cluster {
+    /// Create a cluster.
+    Create(Box<ClusterCreate>),
+    /// Set how many nodes a cluster shall have.
+    Resize {
+        #[command(flatten)]
+        parent: InWorkspace,
+        #[command(flatten)]
+        which: Which,
+        /// How many nodes.
+        #[arg(short = 't', long, value_name = "COUNT", allow_negative_numbers = true)]
+        target: i32,
+    },
+    /// Let the number of nodes follow the load. Not served yet.
+    AutoScale {
+        #[command(flatten)]
+        parent: InWorkspace,
+        #[command(flatten)]
+        which: Which,
+        /// The fewest nodes.
+        #[arg(long, value_name = "COUNT")]
+        min: i32,
+        /// The most nodes.
+        #[arg(long, value_name = "COUNT")]
+        max: i32,
+    },
+    /// List the clusters of a workspace.
+    List {
+        #[command(flatten)]
+        parent: InWorkspace,
+    },
+    /// Show clusters.
+    Show {
+        #[command(flatten)]
+        parent: InWorkspace,
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Delete clusters; jobs that need them end as failed.
+    Delete {
+        #[command(flatten)]
+        parent: InWorkspace,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
+    /// The nodes of a cluster.
+    #[command(subcommand)]
+    Node(ClusterNode),
+    /// The files of a cluster's set-up task.
+    #[command(subcommand)]
+    File(ClusterFile),
+}
+
+/// How to reach a node, and what to do there.
+#[derive(Debug, Args)]
+pub struct NodeExec {
+    /// The node; the first where it is left out.
+    #[arg(short = 'n', long = "node-id", value_name = "NODE")]
+    pub node: Option<String>,
+    /// What to run there; a shell where it is left out.
+    #[arg(long = "exec", value_name = "COMMAND")]
+    pub command: Option<String>,
+    /// Forward a port as LOCAL:HOST:PORT, as long as the command runs. May be given several times.
+    #[arg(short = 'L', long = "address", value_name = "FORWARD")]
+    pub forward: Vec<String>,
+    /// The account to log in to; your own name where it is left out.
+    #[arg(short = 'u', long = "user-name", value_name = "NAME")]
+    pub user: Option<String>,
+    /// Its password.
+    #[arg(short = 'p', long, value_name = "PASSWORD")]
+    pub password: Option<String>,
+    /// The private key to log in with.
+    #[arg(short = 'k', long = "ssh-private-key", value_name = "FILE")]
+    pub key: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClusterNode {
+    /// List where to log in to the nodes of a cluster.
+    List {
+        #[command(flatten)]
+        parent: InWorkspace,
+        /// The cluster.
+        #[arg(short = 'c', long, env = "BATCHAI_CLUSTER", hide_env = true)]
+        cluster: Option<String>,
+    },
+    /// Log in to a node of a cluster by ssh.
+    Exec {
+        #[command(flatten)]
+        parent: InWorkspace,
+        /// The cluster.
+        #[arg(short = 'c', long, env = "BATCHAI_CLUSTER", hide_env = true)]
+        cluster: Option<String>,
+        #[command(flatten)]
+        exec: NodeExec,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClusterFile {
+    /// List the files that a cluster's set-up task has written.
+    List {
+        #[command(flatten)]
+        parent: InWorkspace,
+        /// The cluster.
+        #[arg(short = 'c', long, env = "BATCHAI_CLUSTER", hide_env = true)]
+        cluster: Option<String>,
+        /// A directory below.
+        #[arg(short = 'p', long, default_value = ".")]
+        path: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct FileServerCreate {
+    #[command(flatten)]
+    pub parent: InWorkspace,
+    /// Its name.
+    #[arg(short, long)]
+    pub name: String,
+    /// Settings as JSON: {"properties": {"vmSize": ..., ...}}. Options go before it.
+    #[arg(short = 'f', long = "config-file", value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// The VM size of its machine.
+    #[arg(short = 's', long, value_name = "SIZE")]
+    pub vm_size: Option<String>,
+    /// How many disks.
+    #[arg(long, value_name = "COUNT")]
+    pub disk_count: Option<i32>,
+    /// The size of each in GB.
+    #[arg(long, value_name = "GB")]
+    pub disk_size: Option<i32>,
+    /// Standard_LRS or Premium_LRS.
+    #[arg(long, value_name = "SKU")]
+    pub storage_sku: Option<String>,
+    /// none, readonly or readwrite.
+    #[arg(long, value_name = "CACHING")]
+    pub caching_type: Option<String>,
+    /// Id of a virtual network's subnet.
+    #[arg(long, value_name = "ID")]
+    pub subnet: Option<String>,
+    #[command(flatten)]
+    pub account: Account,
+    /// Do not wait until it is there.
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum FileServer {
+    /// Create a file server. Not served yet.
+    Create(Box<FileServerCreate>),
+    /// List the file servers of a workspace.
+    List {
+        #[command(flatten)]
+        parent: InWorkspace,
+    },
+    /// Show file servers.
+    Show {
+        #[command(flatten)]
+        parent: InWorkspace,
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Delete file servers.
+    Delete {
+        #[command(flatten)]
+        parent: InWorkspace,
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Node {
+    /// List nodes.
+    List {
+        /// Only those for which this holds, for example: state = IDLE AND facts.cpu_cores > 8
+        #[arg(
+            long,
+            default_value = "",
+            value_name = "FILTER",
+            hide_default_value = true
+        )]
+        filter: String,
+    },
+    /// Show nodes.
+    Show {
+        #[command(flatten)]
+        which: Which,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VmSize {
+    /// List the VM sizes and images that nodes have.
+    List,
+    /// Other names for VM sizes.
+    #[command(subcommand)]
+    Alias(VmSizeAlias),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VmSizeAlias {
+    /// Give a VM size another name, such as Standard_NC6.
+    Create {
+        /// The other name.
+        #[arg(short, long)]
+        name: String,
+        /// The VM size, as nodes register it.
+        #[arg(short = 's', long, value_name = "SIZE")]
+        vm_size: String,
+    },
+    /// List aliases.
+    List,
+    /// Delete aliases.
+    Delete {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
+}

@@ -1,0 +1,223 @@
+//! The files of jobs: listed, followed, copied to this machine.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Component, Path, PathBuf};
+use std::process::ExitCode;
+
+use batchai_common::names::last_id;
+use batchai_proto::v1;
+use batchai_proto::v1::job_file::FileType;
+
+use crate::args::{self, OfJob};
+use crate::client::{Client, request};
+use crate::context::Context;
+use crate::error::CliError;
+use crate::logs::{self, Follow};
+use crate::output::View;
+use crate::resources::{Done, all_pages};
+
+/// Directories below each other that are copied.
+const DEPTH_MAX: usize = 100;
+
+const FILE: View<v1::JobFile> = View {
+    message: "JobFile",
+    columns: &["Name", "Type", "Size", "Modified", "Node"],
+    row: |f| {
+        let modified = f.last_modified.map(|time| time.to_string());
+        vec![
+            f.name.clone(),
+            f.file_type().as_str_name().to_lowercase(),
+            f.content_length.to_string(),
+            modified.unwrap_or_default(),
+            last_id(&f.node).into(),
+        ]
+    },
+};
+
+pub async fn run(command: args::JobFile, client: &Client, context: &Context) -> Done {
+    match command {
+        args::JobFile::List { of, path } => {
+            let found = list(client, &Place::new(&of, context)?, &path).await?;
+            context.printer.list(&FILE, &found)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        args::JobFile::Stream {
+            of,
+            file,
+            path,
+            rank,
+            offset,
+            length,
+            no_follow,
+        } => {
+            let file = file.or(rank.map(|rank| format!("stdout-{rank}.txt")));
+            let stream = v1::StreamJobLogsRequest {
+                file: join(&path, &file.unwrap_or_default()),
+                offset,
+                length,
+                follow: !no_follow,
+                ..Place::new(&of, context)?.request()
+            };
+            complete(logs::follow(client, stream, &mut io::stdout()).await?)
+        }
+        args::JobFile::Download { of, file, path, to } => {
+            let place = Place::new(&of, context)?;
+            fs::create_dir_all(&to).map_err(at(&to))?;
+            match file {
+                Some(file) => {
+                    let target = to.join(safe(&file)?);
+                    download(client, &place, &join(&path, &file), &target).await?;
+                }
+                None => download_all(client, &place, &path, &to).await?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn complete(end: Follow) -> Done {
+    match end {
+        Follow::Complete => Ok(ExitCode::SUCCESS),
+        Follow::Truncated => Err(CliError::Failed(
+            "the node was lost: the file may have had more".to_owned(),
+        )),
+    }
+}
+
+/// A directory of a job on a node.
+struct Place {
+    job: String,
+    directory: String,
+    node: String,
+}
+
+impl Place {
+    fn new(of: &OfJob, context: &Context) -> Result<Place, CliError> {
+        let node = of
+            .node
+            .as_deref()
+            .map(|node| format!("nodes/{}", last_id(node)));
+        Ok(Place {
+            job: format!("{}/jobs/{}", context.experiment(&of.parent)?, of.job),
+            directory: of.directory.clone(),
+            node: node.unwrap_or_default(),
+        })
+    }
+
+    fn request(&self) -> v1::StreamJobLogsRequest {
+        v1::StreamJobLogsRequest {
+            name: self.job.clone(),
+            directory: self.directory.clone(),
+            node: self.node.clone(),
+            ..Default::default()
+        }
+    }
+}
+
+async fn list(client: &Client, place: &Place, path: &str) -> Result<Vec<v1::JobFile>, CliError> {
+    let mut jobs = client.jobs();
+    let list = v1::ListJobFilesRequest {
+        name: place.job.clone(),
+        directory: place.directory.clone(),
+        path: path.to_owned(),
+        node: place.node.clone(),
+        page_size: 1000,
+        ..Default::default()
+    };
+    Ok(all_pages!(jobs.list_job_files, list, files))
+}
+
+/// Copies a directory and all below it. Logs of several nodes lie in a directory for each.
+async fn download_all(
+    client: &Client,
+    place: &Place,
+    path: &str,
+    to: &Path,
+) -> Result<(), CliError> {
+    let mut open = vec![(path.to_owned(), to.to_owned(), 0)];
+    while let Some((path, to, depth)) = open.pop() {
+        if depth > DEPTH_MAX {
+            let why = format!("{path}: more than {DEPTH_MAX} directories below each other");
+            return Err(CliError::Failed(why));
+        }
+        let files = list(client, place, &path).await?;
+        let nodes: std::collections::BTreeSet<_> = files.iter().map(|file| &file.node).collect();
+        let several = nodes.len() > 1;
+        for file in &files {
+            let dir = match several {
+                true => to.join(last_id(&file.node)),
+                false => to.clone(),
+            };
+            let target = dir.join(safe(&file.name)?);
+            if file.file_type() == FileType::Directory {
+                open.push((join(&path, &file.name), target, depth + 1));
+                continue;
+            }
+            let place = Place {
+                node: file.node.clone(),
+                job: place.job.clone(),
+                directory: place.directory.clone(),
+            };
+            fs::create_dir_all(&dir).map_err(at(&dir))?;
+            download(client, &place, &join(&path, &file.name), &target).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn download(
+    client: &Client,
+    place: &Place,
+    file: &str,
+    target: &Path,
+) -> Result<(), CliError> {
+    let stream = v1::StreamJobLogsRequest {
+        file: file.to_owned(),
+        ..place.request()
+    };
+    // Whole or not there: what broke off is not taken for what was asked for.
+    let part = target.with_extension("part");
+    let mut out = io::BufWriter::new(File::create(&part).map_err(at(&part))?);
+    let end = logs::follow(client, stream, &mut out).await;
+    let done = end.and_then(|end| {
+        out.flush().map_err(at(&part))?;
+        complete(end)
+    });
+    match done {
+        Ok(_) => fs::rename(&part, target).map_err(at(target))?,
+        Err(error) => {
+            // What is left is named for what it is, if it cannot be removed.
+            let _ = fs::remove_file(&part);
+            return Err(error);
+        }
+    }
+    eprintln!("{}", target.display());
+    Ok(())
+}
+
+fn at(path: &Path) -> impl Fn(io::Error) -> CliError {
+    let path: PathBuf = path.to_owned();
+    move |source| CliError::File {
+        path: path.clone(),
+        source,
+    }
+}
+
+fn join(path: &str, name: &str) -> String {
+    match path.trim_end_matches('/') {
+        "" | "." => name.to_owned(),
+        path => format!("{path}/{name}"),
+    }
+}
+
+/// The last part of a name that a node gave: it must not lead out of where the file goes.
+fn safe(name: &str) -> Result<&str, CliError> {
+    let last = Path::new(name).components().next_back();
+    match last {
+        Some(Component::Normal(last)) if !name.ends_with('/') => last
+            .to_str()
+            .ok_or_else(|| CliError::Failed(format!("{name:?} is no file's name"))),
+        _ => Err(CliError::Failed(format!("{name:?} is no file's name"))),
+    }
+}
