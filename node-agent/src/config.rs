@@ -26,9 +26,20 @@ pub struct Config {
         value_name = "DIR"
     )]
     pub root: PathBuf,
-    /// The VM size to register. Made of cores, memory and GPUs where it is left out.
+    /// The VM size to register. Made of product name, cores, memory and GPUs where it is left out.
     #[arg(long, value_name = "SIZE")]
     pub vm_size: Option<String>,
+    /// Ask the cloud that this machine runs in for its VM size, where none is given: Azure, AWS and Google Cloud answer.
+    #[arg(long, conflicts_with = "vm_size")]
+    pub vm_size_from_cloud: bool,
+    /// Where the cloud answers.
+    #[arg(
+        long,
+        hide = true,
+        default_value = "http://169.254.169.254",
+        value_name = "URL"
+    )]
+    pub cloud_metadata: String,
     /// The image to register, as publisher:offer:sku:version. Made of the operating system where it is left out.
     #[arg(long, value_name = "IMAGE")]
     pub image: Option<String>,

@@ -318,7 +318,7 @@ fn terminating_ends_the_whole_tree_also_what_ignores_sigterm() {
     e.submit("queued", custom(1, "true"));
     e.until_job("next", "RUNNING");
     assert_eq!(e.job("queued")["state"], "QUEUED");
-    args[4] = "queued";
+    args[5] = "queued";
     e.ok(&args);
     assert_eq!(errors(&e.until_job("queued", "FAILED")), ["JobTerminated"]);
     let mut delete = vec!["job", "delete", "-y", "-n", "next"];

@@ -741,6 +741,8 @@ fn nodes_are_shown_whole() {
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     assert_eq!(facts.boot_id, boot_id.trim());
     assert_eq!(facts.agent_version, env!("CARGO_PKG_VERSION"));
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert_eq!(facts.kernel_version, kernel.trim());
     assert!(facts.root.ends_with("nodes/a1"));
     assert_eq!(
         (facts.first_port, facts.last_port, facts.ssh_port),
@@ -950,7 +952,7 @@ fn allocation_states_have_their_time() {
 }
 
 #[test]
-fn gpus_are_shown_as_their_agent_registers_them() {
+fn devices_are_shown_as_their_agent_registers_them() {
     use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
     use batchai_proto::agent::v1::{Hello, SessionRequest, session_request};
     let api = Api::start(Ensemble::start(0));
@@ -958,6 +960,24 @@ fn gpus_are_shown_as_their_agent_registers_them() {
         uuid: "GPU-1".into(),
         model: "Tesla K80".into(),
         memory_mib: 11_441,
+        vendor: "NVIDIA".into(),
+        nv_link_count: 4,
+    };
+    let disk = v1::Disk {
+        name: "nvme0n1".into(),
+        size_bytes: 3_840_755_982_336,
+        rotational: true,
+    };
+    let numa = v1::NumaNode {
+        id: 1,
+        cpus: "0-15".into(),
+        memory_mib: 128,
+    };
+    let rdma = v1::RdmaDevice {
+        name: "mlx5_0/1".into(),
+        link_layer: "InfiniBand".into(),
+        port_state: "ACTIVE".into(),
+        rate: "200 Gb/sec (4X HDR)".into(),
     };
     let facts = v1::NodeFacts {
         vm_size: "Standard_NC6".into(),
@@ -967,6 +987,9 @@ fn gpus_are_shown_as_their_agent_registers_them() {
         first_port: 20_000,
         last_port: 29_999,
         gpus: vec![gpu.clone()],
+        disks: vec![disk.clone()],
+        numa_nodes: vec![numa.clone()],
+        rdma_devices: vec![rdma.clone()],
         ..Default::default()
     };
     let hello = Hello {
@@ -987,7 +1010,12 @@ fn gpus_are_shown_as_their_agent_registers_them() {
     let node = api
         .call(api.nodes().get_node(v1::GetNodeRequest { name }))
         .unwrap();
-    assert_eq!(node.facts.unwrap().gpus, [gpu]);
+    let shown = node.facts.unwrap();
+    assert_eq!(shown.gpus, [gpu]);
+    assert_eq!(
+        (shown.disks, shown.numa_nodes, shown.rdma_devices),
+        (vec![disk], vec![numa], vec![rdma])
+    );
     drop(session);
 }
 

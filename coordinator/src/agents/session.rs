@@ -10,6 +10,7 @@ use batchai_proto::agent::v1::{
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
 use batchai_proto::v1::{NodeFacts, ResourceError};
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
@@ -25,6 +26,7 @@ pub const OUTBOX_MAX: usize = 16;
 /// Texts of an agent about itself are short.
 const TEXT_BYTES_MAX: usize = 1024;
 const LIST_MAX: usize = 64;
+const FACTS_BYTES_MAX: usize = 64 << 10;
 /// Attempts that one node can hold: one that runs, and some that are not forgotten yet.
 const ATTEMPTS_MAX: usize = 1000;
 /// As many as a job may have processes.
@@ -307,7 +309,17 @@ fn check(hello: &Hello, facts: &NodeFacts) -> Result<Name, Status> {
             format!("texts have at most {TEXT_BYTES_MAX} bytes"),
         ));
     }
-    if facts.gpus.len() > LIST_MAX || facts.addresses.len() > LIST_MAX {
+    let longest = [
+        facts.gpus.len(),
+        facts.addresses.len(),
+        facts.disks.len(),
+        facts.numa_nodes.len(),
+        facts.rdma_devices.len(),
+    ];
+    if facts.encoded_len() > FACTS_BYTES_MAX {
+        faults.push(Fault::new("hello.facts", "are larger than facts can be"));
+    }
+    if longest.into_iter().any(|length| length > LIST_MAX) {
         faults.push(Fault::new(
             "hello.facts",
             format!("lists have at most {LIST_MAX} elements"),

@@ -1,7 +1,9 @@
 //! What this machine is.
 
+mod cloud;
 mod gpu;
 mod os;
+mod sysfs;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,6 +14,8 @@ use batchai_proto::v1::NodeFacts;
 
 use crate::config::Config;
 use crate::launch::HostFacts;
+
+use sysfs::Sysfs;
 
 /// Why the machine cannot be described.
 #[derive(Debug, thiserror::Error)]
@@ -38,12 +42,18 @@ const INHERITED: [&str; 7] = ["PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL
 
 /// Describes the machine for its registration.
 pub fn facts(config: &Config) -> Result<NodeFacts, HardwareError> {
-    let gpus = gpu::gpus();
+    let sysfs = Sysfs::of_this_machine();
+    let mut gpus = gpu::gpus();
+    gpus.extend(sysfs.amd_gpus());
     let cpu_cores = std::thread::available_parallelism().map_or(1, usize::from) as i32;
     let memory_mib = os::memory_mib()?;
-    let made = || os::size_name(cpu_cores, memory_mib, gpus.len());
+    let vm_size = vm_size(
+        config,
+        &sysfs,
+        &os::size_name(cpu_cores, memory_mib, gpus.len()),
+    );
     Ok(NodeFacts {
-        vm_size: config.vm_size.clone().unwrap_or_else(made),
+        vm_size,
         image: config.image.clone().map_or_else(os::image, Ok)?,
         cpu_cores,
         memory_mib,
@@ -55,7 +65,29 @@ pub fn facts(config: &Config) -> Result<NodeFacts, HardwareError> {
         first_port: i32::from(config.ports.0),
         last_port: i32::from(config.ports.1),
         ssh_port: i32::from(config.ssh_port),
+        kernel_version: os::kernel_version()?,
+        disks: sysfs.disks(),
+        numa_nodes: sysfs.numa_nodes(),
+        rdma_devices: sysfs.rdma_devices(),
     })
+}
+
+/// What was typed, what the cloud says, what the maker says, or what the machine has.
+fn vm_size(config: &Config, sysfs: &Sysfs, made: &str) -> String {
+    if let Some(typed) = &config.vm_size {
+        return typed.clone();
+    }
+    let asked = config
+        .vm_size_from_cloud
+        .then(|| cloud::vm_size(&config.cloud_metadata));
+    match asked {
+        Some(Ok(vm_size)) => vm_size,
+        Some(Err(error)) => {
+            tracing::warn!(%error, "the cloud does not say the VM size");
+            sysfs.size_name(made)
+        }
+        None => sysfs.size_name(made),
+    }
 }
 
 /// The same machine, as launchers see it.

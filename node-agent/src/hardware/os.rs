@@ -7,6 +7,7 @@ use super::HardwareError;
 
 const MEMINFO: &str = "/proc/meminfo";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+const KERNEL: &str = "/proc/sys/kernel/osrelease";
 const OS_RELEASE: &str = "/etc/os-release";
 
 /// Kernels keep a little of the memory for themselves, not always the same: twin machines agree on this grid only.
@@ -33,6 +34,11 @@ fn parse_memory(meminfo: &str) -> Option<i64> {
 /// The kernel's boot id: another after every boot, the same for all containers of a machine.
 pub fn boot_id() -> Result<String, HardwareError> {
     Ok(read(BOOT_ID)?.trim().to_owned())
+}
+
+/// The kernel's release.
+pub fn kernel_version() -> Result<String, HardwareError> {
+    Ok(read(KERNEL)?.trim().to_owned())
 }
 
 /// `publisher:offer:sku:version` of the operating system: `debian:debian:12:latest`.
@@ -83,6 +89,12 @@ mod tests {
             Some("arch:arch:rolling:latest")
         );
         assert_eq!(parse_image(""), None);
+    }
+
+    #[test]
+    fn the_kernel_is_no_part_of_the_image() {
+        let kernel = kernel_version().unwrap();
+        assert!(!kernel.is_empty() && !image().unwrap().contains(&kernel));
     }
 
     #[test]
