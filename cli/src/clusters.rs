@@ -1,22 +1,21 @@
-//! The verbs of clusters and file servers.
+//! The verbs of clusters.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use batchai_common::names::{Kind, last_id};
 use batchai_proto::v1;
 use batchai_proto::v1::ProvisioningState;
 use batchai_proto::v1::cluster::AllocationState;
-use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
 
 use crate::args;
 use crate::client::{Client, request, request_id, send_once};
-use crate::context::{Context, full_name};
+use crate::context::Context;
 use crate::error::CliError;
 use crate::file;
 use crate::login;
 use crate::output::{View, confirm};
 use crate::resources::{Done, all_pages, delete_all, get_all, labels, part};
+use crate::settings::{account_of, enum_value, image_of, mounts_of, scale};
 
 const CLUSTER: View<v1::Cluster> = View {
     message: "Cluster",
@@ -53,32 +52,6 @@ const CLUSTER: View<v1::Cluster> = View {
     },
 };
 
-const FILE_SERVER: View<v1::FileServer> = View {
-    message: "FileServer",
-    columns: &[
-        "Name",
-        "RG",
-        "Size",
-        "Disks",
-        "Public IP",
-        "Internal IP",
-        "Mount Point",
-    ],
-    row: |f| {
-        let disks = f.data_disks.unwrap_or_default();
-        let mount = f.mount_settings.clone().unwrap_or_default();
-        vec![
-            last_id(&f.name).into(),
-            part(&f.name, 0),
-            f.vm_size.clone(),
-            format!("{} x {} Gb", disks.disk_count, disks.disk_size_in_gb),
-            mount.file_server_public_ip,
-            mount.file_server_internal_ip,
-            mount.mount_point,
-        ]
-    },
-};
-
 pub async fn cluster(command: args::Cluster, context: &Context) -> Done {
     let connection = context.client().await?;
     let mut client = connection.clusters();
@@ -92,16 +65,8 @@ pub async fn cluster(command: args::Cluster, context: &Context) -> Done {
             which,
             target,
         } => {
-            let mut changed = Vec::new();
-            for name in named(&which, &parent)? {
-                let resize = v1::ResizeClusterRequest {
-                    name,
-                    target_node_count: Some(target),
-                    node_deallocation_option: NodeDeallocationOption::Requeue as i32,
-                    etag: String::new(),
-                };
-                changed.push(client.resize_cluster(request(resize)).await?.into_inner());
-            }
+            let scale = scale(Some(target), None)?;
+            let changed = rescale(&connection, named(&which, &parent)?, scale).await?;
             context.printer.named(&CLUSTER, &changed)?;
         }
         args::Cluster::AutoScale {
@@ -110,18 +75,8 @@ pub async fn cluster(command: args::Cluster, context: &Context) -> Done {
             min,
             max,
         } => {
-            let mut changed = Vec::new();
-            for name in named(&which, &parent)? {
-                let update = v1::UpdateClusterRequest {
-                    cluster: Some(v1::Cluster {
-                        name,
-                        scale_settings: Some(scale(None, Some((min, max)))?),
-                        ..Default::default()
-                    }),
-                    update_mask: None,
-                };
-                changed.push(client.update_cluster(request(update)).await?.into_inner());
-            }
+            let scale = scale(None, Some((min, max)))?;
+            let changed = rescale(&connection, named(&which, &parent)?, scale).await?;
             context.printer.named(&CLUSTER, &changed)?;
         }
         args::Cluster::List { parent } => {
@@ -155,24 +110,9 @@ pub async fn cluster(command: args::Cluster, context: &Context) -> Done {
                 &c
             );
         }
-        args::Cluster::Node(args::ClusterNode::List { parent, cluster }) => {
-            let name = context.the_cluster(cluster.as_ref(), &parent)?;
-            let nodes = login::of_cluster(&connection, name).await?;
-            context.printer.list(&login::LOGIN, &nodes)?;
-        }
-        args::Cluster::Node(args::ClusterNode::Exec {
-            parent,
-            cluster,
-            exec,
-        }) => {
-            let name = context.the_cluster(cluster.as_ref(), &parent)?;
-            let nodes = login::of_cluster(&connection, name).await?;
-            return login::exec(nodes, exec);
-        }
+        args::Cluster::Node(command) => return node(command, &connection, context).await,
         args::Cluster::File(args::ClusterFile::List {
-            parent,
-            cluster,
-            path: _,
+            parent, cluster, ..
         }) => {
             let name = context.the_cluster(cluster.as_ref(), &parent)?;
             let get = v1::GetClusterRequest { name: name.clone() };
@@ -182,6 +122,47 @@ pub async fn cluster(command: args::Cluster, context: &Context) -> Done {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn node(command: args::ClusterNode, client: &Client, context: &Context) -> Done {
+    match command {
+        args::ClusterNode::List { parent, cluster } => {
+            let name = context.the_cluster(cluster.as_ref(), &parent)?;
+            let nodes = login::of_cluster(client, name).await?;
+            context.printer.list(&login::LOGIN, &nodes)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        args::ClusterNode::Exec {
+            parent,
+            cluster,
+            exec,
+        } => {
+            let name = context.the_cluster(cluster.as_ref(), &parent)?;
+            login::exec(login::of_cluster(client, name).await?, exec)
+        }
+    }
+}
+
+/// Changes how many nodes clusters shall have.
+async fn rescale(
+    client: &Client,
+    names: Vec<String>,
+    scale_settings: v1::ScaleSettings,
+) -> Result<Vec<v1::Cluster>, CliError> {
+    let mut changed = Vec::new();
+    for name in names {
+        let update = v1::UpdateClusterRequest {
+            cluster: Some(v1::Cluster {
+                name,
+                scale_settings: Some(scale_settings),
+                ..Default::default()
+            }),
+            update_mask: None,
+        };
+        let cluster = client.clusters().update_cluster(request(update)).await?;
+        changed.push(cluster.into_inner());
+    }
+    Ok(changed)
 }
 
 async fn create(args: args::ClusterCreate, client: &Client, context: &Context) -> Done {
@@ -293,234 +274,4 @@ fn cluster_of(args: args::ClusterCreate, context: &Context) -> Result<v1::Cluste
     }
     cluster.labels.extend(labels(args.labels));
     Ok(cluster)
-}
-
-/// A fixed number of nodes, or bounds.
-fn scale(target: Option<i32>, bounds: Option<(i32, i32)>) -> Result<v1::ScaleSettings, CliError> {
-    let manual = |target_node_count| v1::ScaleSettings {
-        manual: Some(v1::ManualScaleSettings {
-            target_node_count,
-            ..Default::default()
-        }),
-        auto_scale: None,
-    };
-    match (target, bounds) {
-        (None, Some((min, max))) if min > max => Err(CliError::Usage(
-            "--min must not be greater than --max".to_owned(),
-        )),
-        // As the original's command had it: no room to scale is a fixed number.
-        (target, Some((min, max))) if min == max => Ok(manual(target.unwrap_or(min))),
-        (target, Some((minimum_node_count, maximum_node_count))) => Ok(v1::ScaleSettings {
-            manual: None,
-            auto_scale: Some(v1::AutoScaleSettings {
-                minimum_node_count,
-                maximum_node_count,
-                initial_node_count: target.unwrap_or_default(),
-            }),
-        }),
-        (target, None) => Ok(manual(target.unwrap_or_default())),
-    }
-}
-
-fn image_of(text: &str) -> Result<v1::ImageReference, CliError> {
-    let text = match text {
-        "UbuntuLTS" => "Canonical:UbuntuServer:16.04-LTS:latest",
-        "UbuntuDSVM" => "microsoft-ads:linux-data-science-vm-ubuntu:linuxdsvmubuntu:latest",
-        text => text,
-    };
-    let parts: Vec<_> = text.split(':').map(str::to_owned).collect();
-    let [publisher, offer, sku, version] = <[String; 4]>::try_from(parts).map_err(|_| {
-        let why = "must be publisher:offer:sku:version, as `batchai vm-size list` shows it";
-        CliError::Usage(format!("--image {why}"))
-    })?;
-    Ok(v1::ImageReference {
-        publisher,
-        offer,
-        sku,
-        version,
-        ..Default::default()
-    })
-}
-
-/// A value of an enum, in whatever case and with or without its dashes.
-fn enum_value<E>(text: &str, option: &str, parse: fn(&str) -> Option<E>) -> Result<E, CliError> {
-    let upper = text.replace('-', "_").to_ascii_uppercase();
-    let spelled = match upper.as_str() {
-        "LOWPRIORITY" => "LOW_PRIORITY",
-        other => other,
-    };
-    parse(spelled)
-        .ok_or_else(|| CliError::Usage(format!("{option}: {text:?} is not one of its values")))
-}
-
-/// The account, where one is given.
-fn account_of(given: &args::Account) -> Result<Option<v1::UserAccountSettings>, CliError> {
-    let named = given.user.is_some() || given.ssh_key.is_some() || given.password.is_some();
-    if !named && !given.generate_ssh_keys {
-        return Ok(None);
-    }
-    let own = || std::env::var("USER").unwrap_or_default();
-    let key = match (&given.ssh_key, &given.password) {
-        (Some(key), _) => read_key(key)?,
-        (None, Some(_)) if !given.generate_ssh_keys => String::new(),
-        (None, _) => read_key(&login::default_key(given.generate_ssh_keys)?.to_string_lossy())?,
-    };
-    Ok(Some(v1::UserAccountSettings {
-        admin_user_name: given.user.clone().unwrap_or_else(own),
-        admin_user_ssh_public_key: key,
-        admin_user_password: given.password.clone().unwrap_or_default(),
-    }))
-}
-
-/// A public key, or what is in the file of that name.
-fn read_key(text: &str) -> Result<String, CliError> {
-    let path = PathBuf::from(text);
-    if text.starts_with("ssh-") || text.starts_with("ecdsa-") {
-        return Ok(text.to_owned());
-    }
-    let key = std::fs::read_to_string(&path).map_err(|source| CliError::File { path, source })?;
-    Ok(key.trim().to_owned())
-}
-
-/// What to mount, where anything is to be.
-pub fn mounts_of(
-    given: &args::Mounts,
-    workspace: &args::InWorkspace,
-    context: &Context,
-) -> Result<Option<v1::MountVolumes>, CliError> {
-    let mut mounts = v1::MountVolumes::default();
-    let account = || {
-        let missing = "give --storage-account-name and --storage-account-key as well";
-        let both = given
-            .storage_account_name
-            .clone()
-            .zip(given.storage_account_key.clone());
-        both.ok_or_else(|| CliError::Usage(missing.to_owned()))
-    };
-    let credentials = |account_key| {
-        Some(v1::StorageCredentials {
-            account_key,
-            ..Default::default()
-        })
-    };
-    if let Some(share) = &given.afs_name {
-        let (account_name, key) = account()?;
-        mounts.azure_file_shares.push(v1::AzureFileShare {
-            azure_file_url: format!("https://{account_name}.file.core.windows.net/{share}"),
-            account_name,
-            credentials: credentials(key),
-            relative_mount_path: given.afs_mount_path.clone(),
-            ..Default::default()
-        });
-    }
-    if let Some(container) = &given.bfs_name {
-        let (account_name, key) = account()?;
-        mounts
-            .azure_blob_file_systems
-            .push(v1::AzureBlobFileSystem {
-                account_name,
-                container_name: container.clone(),
-                credentials: credentials(key),
-                relative_mount_path: given.bfs_mount_path.clone(),
-                ..Default::default()
-            });
-    }
-    if let Some(server) = &given.nfs {
-        let file_server = match server.contains('/') {
-            true => full_name(Kind::FileServer, server)?,
-            false => format!("{}/fileServers/{server}", context.workspace(workspace)?),
-        };
-        mounts.file_servers.push(v1::FileServerMount {
-            file_server,
-            relative_mount_path: given.nfs_mount_path.clone(),
-            ..Default::default()
-        });
-    }
-    let any = mounts != v1::MountVolumes::default();
-    Ok(any.then_some(mounts))
-}
-
-pub async fn file_server(command: args::FileServer, context: &Context) -> Done {
-    let mut client = context.client().await?.file_servers();
-    let named = |which: &args::Which, parent: &args::InWorkspace| {
-        context.which(which, Kind::FileServer, || context.workspace(parent))
-    };
-    match command {
-        args::FileServer::Create(create) => {
-            let create = v1::CreateFileServerRequest {
-                parent: context.workspace(&create.parent)?,
-                file_server_id: create.name.clone(),
-                file_server: Some(file_server_of(*create)?),
-                request_id: request_id(),
-                validate_only: false,
-            };
-            let server = send_once(create, |r| {
-                let mut client = client.clone();
-                async move { client.create_file_server(r).await }
-            })
-            .await?;
-            context.printer.show(&FILE_SERVER, &server)?;
-        }
-        args::FileServer::List { parent } => {
-            let list = v1::ListFileServersRequest {
-                parent: context.workspace(&parent)?,
-                ..Default::default()
-            };
-            let all = all_pages!(client.list_file_servers, list, file_servers);
-            context.printer.list(&FILE_SERVER, &all)?;
-        }
-        args::FileServer::Show { parent, which } => {
-            let names = named(&which, &parent)?;
-            let found = get_all!(client.get_file_server, GetFileServerRequest, names);
-            context.printer.named(&FILE_SERVER, &found)?;
-        }
-        args::FileServer::Delete {
-            parent,
-            which,
-            confirm: c,
-        } => {
-            let delete = |name| v1::DeleteFileServerRequest {
-                name,
-                etag: String::new(),
-            };
-            delete_all!(
-                client.delete_file_server,
-                get_file_server,
-                (delete, GetFileServerRequest),
-                named(&which, &parent)?,
-                &c
-            );
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn file_server_of(args: args::FileServerCreate) -> Result<v1::FileServer, CliError> {
-    use v1::data_disks::{CachingType, StorageAccountType};
-    let mut server: v1::FileServer = match &args.file {
-        Some(path) => file::read(path, "FileServer")?,
-        None => v1::FileServer::default(),
-    };
-    if let Some(vm_size) = args.vm_size {
-        server.vm_size = vm_size;
-    }
-    if let Some(subnet) = args.subnet {
-        server.subnet = subnet;
-    }
-    let disks = server.data_disks.get_or_insert_default();
-    disks.disk_count = args.disk_count.unwrap_or(disks.disk_count);
-    disks.disk_size_in_gb = args.disk_size.unwrap_or(disks.disk_size_in_gb);
-    if let Some(sku) = &args.storage_sku {
-        let sku = enum_value(sku, "--storage-sku", StorageAccountType::from_str_name)?;
-        disks.storage_account_type = sku as i32;
-    }
-    if let Some(caching) = &args.caching_type {
-        let caching = enum_value(caching, "--caching-type", CachingType::from_str_name)?;
-        disks.caching_type = caching as i32;
-    }
-    if let Some(account) = account_of(&args.account)? {
-        let ssh = server.ssh_configuration.get_or_insert_default();
-        ssh.user_account_settings = Some(account);
-    }
-    Ok(server)
 }

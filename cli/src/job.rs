@@ -13,7 +13,6 @@ use tonic::Status;
 use crate::args;
 use crate::bundle;
 use crate::client::{Client, Retry, request, request_id, send_once};
-use crate::clusters::mounts_of;
 use crate::context::Context;
 use crate::error::CliError;
 use crate::file;
@@ -21,6 +20,7 @@ use crate::job_files;
 use crate::login;
 use crate::output::{View, confirm};
 use crate::resources::{Done, all_pages, delete_all, get_all, labels, part, update_all};
+use crate::settings::mounts_of;
 
 /// The exit code of a job that has none.
 const UNKNOWN_EXIT_CODE: u8 = 255;
@@ -59,13 +59,9 @@ pub async fn run(command: args::Job, context: &Context) -> Done {
     let mut jobs = client.jobs();
     match command {
         args::Job::Create(create) => {
-            let create = create_request(*create, &client, context).await?;
-            let job = send_once(create, |r| {
-                let mut jobs = client.jobs();
-                async move { jobs.create_job(r).await }
-            })
-            .await?;
-            context.printer.show(&JOB, &job)?;
+            context
+                .printer
+                .show(&JOB, &self::create(*create, &client, context).await?)?;
         }
         args::Job::List { parent, filter } => {
             let list = v1::ListJobsRequest {
@@ -98,12 +94,7 @@ pub async fn run(command: args::Job, context: &Context) -> Done {
             which,
             confirm: c,
         } => {
-            let names = named(&which, &parent)?;
-            confirm(&format!("Terminate {}?", names.join(", ")), c.yes)?;
-            let mut ended = terminate(&client, &names).await?;
-            for job in ended.iter_mut().filter(|_| !c.no_wait) {
-                *job = until_ended(&client, &job.name.clone(), None, |_| ()).await?;
-            }
+            let ended = terminate(&client, named(&which, &parent)?, &c).await?;
             context.printer.named(&JOB, &ended)?;
         }
         args::Job::Delete {
@@ -127,25 +118,55 @@ pub async fn run(command: args::Job, context: &Context) -> Done {
             return wait(&client, &name, interval.map(Duration::from_secs)).await;
         }
         args::Job::File(command) => return job_files::run(command, &client, context).await,
-        args::Job::Node(args::JobNode::List { parent, job }) => {
-            let name = format!("{}/jobs/{job}", context.experiment(&parent)?);
-            let nodes = login::of_job(&client, name).await?;
-            context.printer.list(&login::LOGIN, &nodes)?;
-        }
-        args::Job::Node(args::JobNode::Exec { parent, job, exec }) => {
-            let name = format!("{}/jobs/{job}", context.experiment(&parent)?);
-            return login::exec(login::of_job(&client, name).await?, exec);
-        }
+        args::Job::Node(command) => return node(command, &client, context).await,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-async fn terminate(client: &Client, names: &[String]) -> Result<Vec<v1::Job>, CliError> {
+async fn node(command: args::JobNode, client: &Client, context: &Context) -> Done {
+    let of = async |parent: &args::InExperiment, job: &str| {
+        let name = format!("{}/jobs/{job}", context.experiment(parent)?);
+        login::of_job(client, name).await
+    };
+    match command {
+        args::JobNode::List { parent, job } => {
+            context
+                .printer
+                .list(&login::LOGIN, &of(&parent, &job).await?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        args::JobNode::Exec { parent, job, exec } => login::exec(of(&parent, &job).await?, exec),
+    }
+}
+
+async fn create(
+    args: args::JobCreate,
+    client: &Client,
+    context: &Context,
+) -> Result<v1::Job, CliError> {
+    let create = create_request(args, client, context).await?;
+    send_once(create, |r| {
+        let mut jobs = client.jobs();
+        async move { jobs.create_job(r).await }
+    })
+    .await
+}
+
+/// Asks, ends some jobs, and waits until they have ended, unless told not to.
+async fn terminate(
+    client: &Client,
+    names: Vec<String>,
+    asked: &args::Confirm,
+) -> Result<Vec<v1::Job>, CliError> {
+    confirm(&format!("Terminate {}?", names.join(", ")), asked.yes)?;
     let mut ended = Vec::new();
     for name in names {
-        let terminate = v1::TerminateJobRequest { name: name.clone() };
+        let terminate = v1::TerminateJobRequest { name };
         let job = client.jobs().terminate_job(request(terminate)).await?;
         ended.push(job.into_inner());
+    }
+    for job in ended.iter_mut().filter(|_| !asked.no_wait) {
+        *job = until_ended(client, &job.name.clone(), None, |_| ()).await?;
     }
     Ok(ended)
 }

@@ -24,7 +24,8 @@ const FILE: View<v1::JobFile> = View {
     message: "JobFile",
     columns: &["Name", "Type", "Size", "Modified", "Node"],
     row: |f| {
-        let modified = f.last_modified.map(|time| time.to_string());
+        let whole = |time: prost_types::Timestamp| prost_types::Timestamp { nanos: 0, ..time };
+        let modified = f.last_modified.map(|time| whole(time).to_string());
         vec![
             f.name.clone(),
             f.file_type().as_str_name().to_lowercase(),

@@ -13,14 +13,17 @@ pub mod descriptors;
 mod dev;
 pub mod error;
 pub mod file;
+mod file_servers;
 mod job;
 mod job_files;
 mod login;
 mod logs;
+mod machines;
 mod output;
 mod ranks;
 mod resources;
 mod run;
+mod settings;
 
 use std::process::ExitCode;
 
@@ -61,15 +64,15 @@ async fn run(command: Command, global: &args::Global) -> Result<ExitCode, CliErr
         Command::Dev(dev) => dev::run(dev).await,
         Command::Demo(demo) => demo::run(demo).await,
         Command::Run(command) => run::run(command, context).await,
-        Command::Status => resources::status(context).await,
+        Command::Status => machines::status(context).await,
         Command::Group(command) => resources::group(command, context).await,
         Command::Workspace(command) => resources::workspace(command, context).await,
         Command::Cluster(command) => clusters::cluster(command, context).await,
-        Command::FileServer(command) => clusters::file_server(command, context).await,
+        Command::FileServer(command) => file_servers::file_server(command, context).await,
         Command::Experiment(command) => resources::experiment(command, context).await,
-        Command::Node(command) => resources::node(command, context).await,
-        Command::VmSize(command) => resources::vm_size(command, context).await,
-        Command::ListUsages { location } => resources::list_usages(location, context).await,
+        Command::Node(command) => machines::node(command, context).await,
+        Command::VmSize(command) => machines::vm_size(command, context).await,
+        Command::ListUsages { location } => machines::list_usages(location, context).await,
         Command::Job(command) => job::run(command, context).await,
         Command::Config(command) => {
             context::config(command, context)?;

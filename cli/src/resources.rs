@@ -1,10 +1,14 @@
-//! The verbs of resource groups, workspaces, experiments, nodes, VM sizes and usages.
+//! The verbs of resource groups, workspaces and experiments, and what the verbs of all resources share.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use batchai_common::names::{Kind, last_id};
 use batchai_proto::v1;
+use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
+use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient;
+use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
+use tonic::transport::Channel;
 
 use crate::args;
 use crate::client::{request, request_id, send_once};
@@ -36,59 +40,6 @@ const EXPERIMENT: View<v1::Experiment> = View {
     message: "Experiment",
     columns: &["Name", "Resource Group", "Workspace"],
     row: |e| vec![last_id(&e.name).into(), part(&e.name, 0), part(&e.name, 1)],
-};
-
-const NODE: View<v1::Node> = View {
-    message: "Node",
-    columns: &[
-        "Name", "State", "Cluster", "Job", "VM Size", "Cores", "Memory", "GPUs", "Address",
-    ],
-    row: |n| {
-        let facts = n.facts.clone().unwrap_or_default();
-        vec![
-            last_id(&n.name).into(),
-            n.state().as_str_name().to_lowercase(),
-            last_id(&n.cluster).into(),
-            last_id(&n.job).into(),
-            facts.vm_size,
-            facts.cpu_cores.to_string(),
-            format!("{} MiB", facts.memory_mib),
-            facts.gpus.len().to_string(),
-            facts.addresses.first().cloned().unwrap_or_default(),
-        ]
-    },
-};
-
-const VM_SIZE: View<v1::VmSize> = View {
-    message: "VmSize",
-    columns: &["VM Size", "Image", "Nodes", "Free", "Aliases"],
-    row: |s| {
-        vec![
-            s.vm_size.clone(),
-            s.image.clone(),
-            s.node_count.to_string(),
-            s.free_node_count.to_string(),
-            s.aliases.join(", "),
-        ]
-    },
-};
-
-const ALIAS: View<v1::VmSizeAlias> = View {
-    message: "VmSizeAlias",
-    columns: &["Name", "VM Size"],
-    row: |a| vec![last_id(&a.name).into(), a.vm_size.clone()],
-};
-
-const USAGE: View<v1::Usage> = View {
-    message: "Usage",
-    columns: &["Value", "Usage", "Limit"],
-    row: |u| {
-        vec![
-            u.name.clone().unwrap_or_default().localized_value,
-            u.current_value.to_string(),
-            u.limit.to_string(),
-        ]
-    },
 };
 
 /// The i-th id of a full name.
@@ -180,6 +131,31 @@ macro_rules! update_all {
 }
 pub(crate) use update_all;
 
+async fn create_group(
+    client: ResourceGroupServiceClient<Channel>,
+    (name, location, given): (String, String, args::Labels),
+    context: &Context,
+) -> Result<(), CliError> {
+    let resource_group = Some(v1::ResourceGroup {
+        location,
+        tags: labels(given),
+        ..Default::default()
+    });
+    let create = v1::CreateResourceGroupRequest {
+        resource_group_id: name,
+        resource_group,
+        request_id: request_id(),
+        validate_only: false,
+    };
+    let group = send_once(create, |r| {
+        let mut client = client.clone();
+        async move { client.create_resource_group(r).await }
+    })
+    .await?;
+    context.printer.show(&GROUP, &group)?;
+    Ok(())
+}
+
 pub async fn group(command: args::Group, context: &Context) -> Done {
     let mut client = context.client().await?.groups();
     let named =
@@ -190,23 +166,7 @@ pub async fn group(command: args::Group, context: &Context) -> Done {
             location,
             labels: given,
         } => {
-            let resource_group = Some(v1::ResourceGroup {
-                location,
-                tags: labels(given),
-                ..Default::default()
-            });
-            let create = v1::CreateResourceGroupRequest {
-                resource_group_id: name,
-                resource_group,
-                request_id: request_id(),
-                validate_only: false,
-            };
-            let group = send_once(create, |r| {
-                let mut client = client.clone();
-                async move { client.create_resource_group(r).await }
-            })
-            .await?;
-            context.printer.show(&GROUP, &group)?;
+            create_group(client, (name, location, given), context).await?;
         }
         args::Group::List => {
             let list = v1::ListResourceGroupsRequest::default();
@@ -253,6 +213,32 @@ pub async fn group(command: args::Group, context: &Context) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
+async fn create_workspace(
+    client: WorkspaceServiceClient<Channel>,
+    parent: &args::InGroup,
+    (name, location, given): (String, String, args::Labels),
+    context: &Context,
+) -> Result<(), CliError> {
+    let create = v1::CreateWorkspaceRequest {
+        parent: context.group(parent)?,
+        workspace_id: name,
+        workspace: Some(v1::Workspace {
+            location,
+            tags: labels(given),
+            ..Default::default()
+        }),
+        request_id: request_id(),
+        validate_only: false,
+    };
+    let workspace = send_once(create, |r| {
+        let mut client = client.clone();
+        async move { client.create_workspace(r).await }
+    })
+    .await?;
+    context.printer.show(&WORKSPACE, &workspace)?;
+    Ok(())
+}
+
 pub async fn workspace(command: args::Workspace, context: &Context) -> Done {
     let mut client = context.client().await?.workspaces();
     let named = |which: &args::Which, parent: &args::InGroup| {
@@ -265,23 +251,7 @@ pub async fn workspace(command: args::Workspace, context: &Context) -> Done {
             location,
             labels: given,
         } => {
-            let create = v1::CreateWorkspaceRequest {
-                parent: context.group(&parent)?,
-                workspace_id: name,
-                workspace: Some(v1::Workspace {
-                    location,
-                    tags: labels(given),
-                    ..Default::default()
-                }),
-                request_id: request_id(),
-                validate_only: false,
-            };
-            let workspace = send_once(create, |r| {
-                let mut client = client.clone();
-                async move { client.create_workspace(r).await }
-            })
-            .await?;
-            context.printer.show(&WORKSPACE, &workspace)?;
+            create_workspace(client, &parent, (name, location, given), context).await?;
         }
         args::Workspace::List { parent } => {
             let list = v1::ListWorkspacesRequest {
@@ -333,6 +303,31 @@ pub async fn workspace(command: args::Workspace, context: &Context) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
+async fn create_experiment(
+    client: ExperimentServiceClient<Channel>,
+    parent: &args::InWorkspace,
+    (name, given): (String, args::Labels),
+    context: &Context,
+) -> Result<(), CliError> {
+    let create = v1::CreateExperimentRequest {
+        parent: context.workspace(parent)?,
+        experiment_id: name,
+        experiment: Some(v1::Experiment {
+            labels: labels(given),
+            ..Default::default()
+        }),
+        request_id: request_id(),
+        validate_only: false,
+    };
+    let experiment = send_once(create, |r| {
+        let mut client = client.clone();
+        async move { client.create_experiment(r).await }
+    })
+    .await?;
+    context.printer.show(&EXPERIMENT, &experiment)?;
+    Ok(())
+}
+
 pub async fn experiment(command: args::Experiment, context: &Context) -> Done {
     let mut client = context.client().await?.experiments();
     let named = |which: &args::Which, parent: &args::InWorkspace| {
@@ -344,22 +339,7 @@ pub async fn experiment(command: args::Experiment, context: &Context) -> Done {
             name,
             labels: given,
         } => {
-            let create = v1::CreateExperimentRequest {
-                parent: context.workspace(&parent)?,
-                experiment_id: name,
-                experiment: Some(v1::Experiment {
-                    labels: labels(given),
-                    ..Default::default()
-                }),
-                request_id: request_id(),
-                validate_only: false,
-            };
-            let experiment = send_once(create, |r| {
-                let mut client = client.clone();
-                async move { client.create_experiment(r).await }
-            })
-            .await?;
-            context.printer.show(&EXPERIMENT, &experiment)?;
+            create_experiment(client, &parent, (name, given), context).await?;
         }
         args::Experiment::List { parent } => {
             let list = v1::ListExperimentsRequest {
@@ -408,150 +388,5 @@ pub async fn experiment(command: args::Experiment, context: &Context) -> Done {
             );
         }
     }
-    Ok(ExitCode::SUCCESS)
-}
-
-pub async fn node(command: args::Node, context: &Context) -> Done {
-    let mut client = context.client().await?.nodes();
-    match command {
-        args::Node::List { filter } => {
-            let list = v1::ListNodesRequest {
-                filter,
-                ..Default::default()
-            };
-            let all = all_pages!(client.list_nodes, list, nodes);
-            context.printer.list(&NODE, &all)?;
-        }
-        args::Node::Show { which } => {
-            let names = context.which(&which, Kind::Node, || Ok(String::new()))?;
-            let found = get_all!(client.get_node, GetNodeRequest, names);
-            context.printer.named(&NODE, &found)?;
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-pub async fn vm_size(command: args::VmSize, context: &Context) -> Done {
-    let mut client = context.client().await?.vm_sizes();
-    match command {
-        args::VmSize::List => {
-            let sizes = client
-                .list_vm_sizes(request(v1::ListVmSizesRequest {}))
-                .await?;
-            context
-                .printer
-                .list(&VM_SIZE, &sizes.into_inner().vm_sizes)?;
-        }
-        args::VmSize::Alias(args::VmSizeAlias::Create { name, vm_size }) => {
-            let create = v1::CreateVmSizeAliasRequest {
-                vm_size_alias_id: name,
-                vm_size_alias: Some(v1::VmSizeAlias {
-                    vm_size,
-                    ..Default::default()
-                }),
-                request_id: request_id(),
-                validate_only: false,
-            };
-            let alias = send_once(create, |r| {
-                let mut client = client.clone();
-                async move { client.create_vm_size_alias(r).await }
-            })
-            .await?;
-            context.printer.show(&ALIAS, &alias)?;
-        }
-        args::VmSize::Alias(args::VmSizeAlias::List) => {
-            let list = v1::ListVmSizeAliasesRequest::default();
-            let all = all_pages!(client.list_vm_size_aliases, list, vm_size_aliases);
-            context.printer.list(&ALIAS, &all)?;
-        }
-        args::VmSize::Alias(args::VmSizeAlias::Delete { which, confirm: c }) => {
-            let delete = |name| v1::DeleteVmSizeAliasRequest {
-                name,
-                etag: String::new(),
-            };
-            delete_all!(
-                client.delete_vm_size_alias,
-                get_vm_size_alias,
-                (delete, GetVmSizeAliasRequest),
-                context.which(&which, Kind::VmSizeAlias, || Ok(String::new()))?,
-                &c
-            );
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-pub async fn list_usages(location: String, context: &Context) -> Done {
-    let mut client = context.client().await?.information();
-    let usages = client
-        .list_usages(request(v1::ListUsagesRequest { location }))
-        .await?;
-    context.printer.list(&USAGE, &usages.into_inner().usages)?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// `batchai status`: the coordinator, the nodes, the clusters and the jobs in a few lines.
-pub async fn status(context: &Context) -> Done {
-    let client = context.client().await?;
-    let (mut nodes, mut clusters, mut jobs) = (client.nodes(), client.clusters(), client.jobs());
-    let nodes = all_pages!(nodes.list_nodes, v1::ListNodesRequest::default(), nodes);
-    let list = v1::ListClustersRequest {
-        parent: "resourceGroups/-/workspaces/-".to_owned(),
-        ..Default::default()
-    };
-    let clusters = all_pages!(clusters.list_clusters, list, clusters);
-    let live = v1::ListJobsRequest {
-        parent: "resourceGroups/-/workspaces/-/experiments/-".to_owned(),
-        page_size: 1000,
-        filter: "state != SUCCEEDED AND state != FAILED".to_owned(),
-        ..Default::default()
-    };
-    let jobs = all_pages!(jobs.list_jobs, live, jobs);
-    let mut rows: Vec<(String, String)> = vec![("endpoint".into(), context.endpoint())];
-    let mut count = |what: &str, all: Vec<String>| {
-        let mut states = BTreeMap::<String, usize>::new();
-        for state in &all {
-            *states.entry(state.to_lowercase()).or_default() += 1;
-        }
-        let states: Vec<_> = states
-            .iter()
-            .map(|(state, n)| format!("{n} {state}"))
-            .collect();
-        let states = match states.is_empty() {
-            true => "none".to_owned(),
-            false => states.join(", "),
-        };
-        rows.push((what.to_owned(), states));
-    };
-    count(
-        "nodes",
-        nodes
-            .iter()
-            .map(|n| n.state().as_str_name().into())
-            .collect(),
-    );
-    count(
-        "clusters",
-        clusters
-            .iter()
-            .map(|c| c.allocation_state().as_str_name().into())
-            .collect(),
-    );
-    count(
-        "jobs",
-        jobs.iter()
-            .map(|j| j.state().as_str_name().into())
-            .collect(),
-    );
-    let value = rows
-        .iter()
-        .map(|(what, how)| (what.clone(), how.clone().into()))
-        .collect();
-    let rows = rows
-        .into_iter()
-        .map(|(what, how)| vec![what, how])
-        .collect();
-    let value = serde_json::Value::Object(value);
-    context.printer.print(&value, &["What", "How"], rows)?;
     Ok(ExitCode::SUCCESS)
 }
