@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use batchai_common::limits::{CALL_TIMEOUT, MESSAGE_BYTES_MAX};
+use batchai_common::limits::{
+    CALL_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX,
+};
 use batchai_proto::v1::bundle_service_client::BundleServiceClient;
 use batchai_proto::v1::cluster_service_client::ClusterServiceClient;
 use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
@@ -38,6 +40,8 @@ impl Client {
         let connected = parse(endpoint)?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .connect()
             .await;
         let channel = connected.map_err(|source| CliError::Connect {

@@ -105,7 +105,11 @@ impl Context {
         typed: Option<&String>,
         workspace: &InWorkspace,
     ) -> Result<Option<String>, CliError> {
-        match self.value(typed, Setting::Cluster) {
+        // A file may name one as well: what the environment says must not look as if it was typed.
+        let environment = std::env::var("BATCHAI_CLUSTER")
+            .ok()
+            .filter(|c| !c.is_empty());
+        match self.value(typed.or(environment.as_ref()), Setting::Cluster) {
             None => Ok(None),
             Some(name) if name.contains('/') => Ok(Some(full_name(Kind::Cluster, &name)?)),
             Some(id) => Ok(Some(format!(

@@ -1,6 +1,6 @@
 //! The files of jobs: listed, followed, copied to this machine.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
@@ -178,21 +178,22 @@ async fn download(
         ..place.request()
     };
     // Whole or not there: what broke off is not taken for what was asked for.
-    let part = target.with_extension("part");
-    let mut out = io::BufWriter::new(File::create(&part).map_err(at(&part))?);
+    let dir = target.parent().filter(|dir| !dir.as_os_str().is_empty());
+    let part =
+        tempfile::NamedTempFile::new_in(dir.unwrap_or(Path::new("."))).map_err(at(target))?;
+    let mut out = io::BufWriter::new(part.as_file());
     let end = logs::follow(client, stream, &mut out).await;
     let done = end.and_then(|end| {
-        out.flush().map_err(at(&part))?;
+        out.flush().map_err(at(target))?;
         complete(end)
     });
-    match done {
-        Ok(_) => fs::rename(&part, target).map_err(at(target))?,
-        Err(error) => {
-            // What is left is named for what it is, if it cannot be removed.
-            let _ = fs::remove_file(&part);
-            return Err(error);
-        }
-    }
+    done?;
+    drop(out);
+    // As any other file that this user makes, and not for him alone.
+    let readable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    fs::set_permissions(part.path(), readable).map_err(at(target))?;
+    part.persist(target)
+        .map_err(|error| at(target)(error.error))?;
     eprintln!("{}", target.display());
     Ok(())
 }

@@ -59,6 +59,12 @@ pub async fn of_job(client: &Client, name: String) -> Result<Nodes, CliError> {
 /// Answers ssh where it asks this program for a password; `None` where it was started for something else.
 pub fn answer_password() -> Option<ExitCode> {
     let password = std::env::var(PASSWORD).ok()?;
+    let prompt = std::env::args().nth(1).unwrap_or_default().to_lowercase();
+    // Whether an unknown host is to be trusted is not answered by a password.
+    if !prompt.contains("password") {
+        eprintln!("batchai: ssh asks: {prompt}\nLog in once without --password to answer that.");
+        return Some(ExitCode::FAILURE);
+    }
     println!("{password}");
     Some(ExitCode::SUCCESS)
 }

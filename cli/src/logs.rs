@@ -114,8 +114,12 @@ impl Follower {
                 }
             };
             while let Ok(Some(change)) = changes.message().await {
-                let Some(job) = change.jobs.into_iter().next() else {
+                if !change.deleted.is_empty() {
                     return Ok(false);
+                }
+                // A message without a job only says how far the stream has come.
+                let Some(job) = change.jobs.into_iter().next() else {
+                    continue;
                 };
                 self.retry.reset();
                 let ended = matches!(job.state(), job::State::Succeeded | job::State::Failed);

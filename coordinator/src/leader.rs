@@ -76,7 +76,9 @@ async fn sweep(logs: &LogStore, bundles: &BundleStore, replica: &Handle) {
     let bundles = bundles.clone();
     let sweep = move |logs: LogStore| {
         let used = state.jobs.values().map(|job| last_id(&job.spec.bundle));
-        bundles.sweep(&used.collect())?;
+        if let Err(error) = bundles.sweep(&used.collect()) {
+            tracing::warn!(%error, "cannot sweep the bundles");
+        }
         let phase = |id: &str| state.attempts.get(id).map(|attempt| attempt.phase);
         logs.close(|id| phase(id).is_none_or(|phase| phase == Phase::Ended));
         for attempt in kept.iter().filter(|id| phase(id).is_none()) {

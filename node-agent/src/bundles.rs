@@ -38,7 +38,8 @@ pub enum Have {
 pub struct Bundles {
     root: PathBuf,
     /// Those that are being fetched, or that cannot be had.
-    known: Arc<Mutex<BTreeMap<String, Have>>>,
+    /// Which attempt asked is noted.
+    known: Arc<Mutex<BTreeMap<String, (String, Have)>>>,
     wanted: mpsc::Sender<String>,
 }
 
@@ -73,37 +74,35 @@ impl Bundles {
     }
 
     /// Looks for a bundle, and has it fetched where it is not there.
-    pub fn look_for(&self, name: &str) -> Have {
+    pub fn look_for(&self, name: &str, attempt: &str) -> Have {
         if Name::parse(Kind::Bundle, name).is_err() {
             return Have::Never(format!("{name:?} is not the name of a bundle"));
         }
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if Bundles::path(&self.root, name).exists() {
             return Have::Yes;
         }
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = known.get(name) {
-            return known.clone();
+        match known.get(name) {
+            // That an earlier attempt could not have it, for it was gone itself, says nothing for this one.
+            Some((other, Have::Never(_))) if other != attempt => {}
+            Some((_, known)) => return known.clone(),
+            None => {}
         }
         // Where there is no room it is asked for again with the next look.
         if self.wanted.try_send(name.to_owned()).is_ok() {
-            known.insert(name.to_owned(), Have::NotYet);
+            known.insert(name.to_owned(), (attempt.to_owned(), Have::NotYet));
         }
         Have::NotYet
-    }
-
-    /// Forgets what could not be had: another attempt asks again.
-    pub fn forget(&self, name: &str) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(known.get(name), Some(Have::Never(_))) {
-            known.remove(name);
-        }
     }
 
     fn set(&self, name: &str, have: Have) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         match have {
             Have::Yes => known.remove(name),
-            have => known.insert(name.to_owned(), have),
+            have => {
+                let attempt = known.remove(name).map(|(attempt, _)| attempt);
+                known.insert(name.to_owned(), (attempt.unwrap_or_default(), have))
+            }
         };
     }
 }
@@ -166,6 +165,9 @@ impl Fetcher {
 
     async fn fetch(&self, name: &str) -> Result<(), FetchError> {
         let path = Bundles::path(&self.bundles.root, name);
+        if path.exists() {
+            return Ok(());
+        }
         let part = path.with_extension("part");
         let at = |path: &Path| {
             let path = path.to_owned();

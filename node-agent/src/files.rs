@@ -18,7 +18,7 @@ use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::answer_file_request::Part;
 use batchai_proto::agent::v1::file_request::Kind;
 use batchai_proto::agent::v1::{
-    AnswerFileRequest, AnswerHello, Assignment, FileEntries, FileFault, FileRequest,
+    AnswerFileRequest, AnswerHello, Assignment, FileDone, FileEntries, FileFault, FileRequest,
 };
 use batchai_proto::v1::JobFile;
 use batchai_proto::v1::job_file::FileType;
@@ -94,7 +94,10 @@ async fn answer(
         };
         match tell(&question, &facts, own, &send) {
             // Nobody is there any more to hear why.
-            Ok(()) | Err(Stop::Unwanted) => {}
+            Err(Stop::Unwanted) => {}
+            Ok(()) => {
+                let _ = send(Part::Done(FileDone {}));
+            }
             Err(Stop::Fault(fault)) => {
                 let _ = send(Part::Fault(fault));
             }
@@ -133,9 +136,10 @@ fn tell(
     own: &[&str],
     send: &dyn Fn(Part) -> Result<(), Stop>,
 ) -> Result<(), Stop> {
-    let base = base(question.attempt.as_ref(), facts, &question.directory)?;
+    let (prefix, base) = base(question.attempt.as_ref(), facts, &question.directory)?;
     let number = |value: i64| u64::try_from(value).unwrap_or_default();
     let wanted = look::Wanted {
+        prefix,
         base,
         path: question.path.clone(),
         list: question.kind() == Kind::List,
@@ -151,7 +155,11 @@ fn tell(
     told.and_then(|()| looking.finish())
 }
 
-fn base(attempt: Option<&Assignment>, facts: &HostFacts, id: &str) -> Result<String, Stop> {
+fn base(
+    attempt: Option<&Assignment>,
+    facts: &HostFacts,
+    id: &str,
+) -> Result<(String, String), Stop> {
     let attempt = attempt.ok_or_else(|| fault("the question names no attempt"))?;
     output_directory(attempt, facts, id).map_err(|error| fault(error.to_string()))
 }

@@ -193,7 +193,7 @@ impl Supervisor {
         let bundle = assignment.job.as_ref().map_or("", |job| &job.bundle);
         let have = match bundle {
             "" => Have::Yes,
-            bundle => self.bundles.look_for(bundle),
+            bundle => self.bundles.look_for(bundle, &dir.id()),
         };
         if have == Have::NotYet {
             return Ok(());
@@ -203,7 +203,6 @@ impl Supervisor {
             tracing::warn!(%error, "changes of an attempt are noticed late");
         }
         if let Have::Never(why) = have {
-            self.bundles.forget(bundle);
             return refuse(
                 dir,
                 FailureRecord {

@@ -29,13 +29,7 @@ pub struct JobCreate {
     #[arg(short = 'f', long = "config-file", value_name = "FILE")]
     pub file: PathBuf,
     /// The cluster to run on: a name in the same workspace, or a full one. It goes before the file's.
-    #[arg(
-        short = 'c',
-        long,
-        value_name = "CLUSTER",
-        env = "BATCHAI_CLUSTER",
-        hide_env = true
-    )]
+    #[arg(short = 'c', long, value_name = "CLUSTER")]
     pub cluster: Option<String>,
     #[command(flatten)]
     pub files: Files,

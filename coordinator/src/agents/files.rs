@@ -28,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub enum Part {
     Entries(Vec<JobFile>),
     Data(Bytes),
+    /// That was all of it.
+    Done,
 }
 
 type Parts = mpsc::Sender<Result<Part, FileFault>>;
@@ -98,6 +100,7 @@ impl FileDesk {
                     Ok(Part::Data(data))
                 }
                 Some(Message::Fault(fault)) => Err(fault),
+                Some(Message::Done(_)) => Ok(Part::Done),
                 Some(Message::Data(_) | Message::Hello(_)) | None => {
                     return Err(invalid("part", "is not a part of an answer"));
                 }
@@ -128,7 +131,11 @@ impl Answer {
     /// The next part; none where that was all.
     pub async fn next(&mut self) -> Result<Option<Result<Part, FileFault>>, ApiError> {
         let part = tokio::time::timeout(PATIENCE, self.parts.recv()).await;
-        part.map_err(|_| unavailable(&self.node, "does not answer"))
+        match part.map_err(|_| unavailable(&self.node, "does not answer"))? {
+            Some(Ok(Part::Done)) => Ok(None),
+            Some(part) => Ok(Some(part)),
+            None => Err(unavailable(&self.node, "broke off its answer")),
+        }
     }
 }
 

@@ -182,7 +182,10 @@ impl Session {
                     changed.map_err(|_| unavailable("the replica has stopped"))?;
                 }
                 Some(question) = questions.recv() => {
-                    send(outbox, session_response::Message::FileRequest(question))?;
+                    // Assignments go before: who asked is told that there is no answer.
+                    if outbox.capacity() > OUTBOX_MAX / 2 {
+                        send(outbox, session_response::Message::FileRequest(question))?;
+                    }
                 }
             }
         }

@@ -121,7 +121,12 @@ async fn pass_on(
     incoming: &mut Streaming<UploadBundleRequest>,
     pieces: mpsc::Sender<Bytes>,
 ) -> Result<(), Status> {
-    while let Some(request) = incoming.message().await? {
+    loop {
+        let next = tokio::time::timeout(CALL_TIMEOUT, incoming.message()).await;
+        let next = next.map_err(|_| invalid("data", "did not come in time"))??;
+        let Some(request) = next else {
+            return Ok(());
+        };
         match request.part {
             Some(Part::Data(data)) if data.len() <= LOG_CHUNK_BYTES_MAX => {
                 // Whoever writes has given up; it says why.
@@ -135,7 +140,6 @@ async fn pass_on(
             }
         }
     }
-    Ok(())
 }
 
 async fn find(store: &BundleStore, name: &Name) -> Result<Bundle, ApiError> {

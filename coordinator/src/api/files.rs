@@ -93,7 +93,8 @@ impl Api {
         let (mut files, key): (_, fn(&JobFile) -> String) = match &place.directory {
             None if request.path.is_empty() => {
                 let found = self.list_logs(&state, &place).await?;
-                let key = |file: &JobFile| format!("{}/{}", file.name, file.node);
+                // In the order of the list: nothing sorts before the character between them.
+                let key = |file: &JobFile| format!("{}\0{}", file.name, file.node);
                 let behind = found.into_iter().filter(|file| key(file) > after);
                 (behind.take(size + 1).collect::<Vec<_>>(), key)
             }
@@ -160,7 +161,7 @@ impl Api {
         while let Some(part) = answer.next().await? {
             match part {
                 Ok(Part::Entries(entries)) => files.extend(entries),
-                Ok(Part::Data(_)) => return Err(internal("bytes came for a list")),
+                Ok(Part::Data(_) | Part::Done) => return Err(internal("bytes came for a list")),
                 Err(fault) => return Err(refused(place, &path, fault)),
             }
         }
@@ -253,7 +254,9 @@ impl Api {
                         return Ok(());
                     }
                 }
-                Ok(Part::Entries(_)) => return Err(internal("entries came for a file")),
+                Ok(Part::Entries(_) | Part::Done) => {
+                    return Err(internal("entries came for a file"));
+                }
                 Err(fault) => return Err(refused(&stream.place, &stream.path, fault)),
             }
         }

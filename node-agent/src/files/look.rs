@@ -22,7 +22,9 @@ const NAMES_MAX: usize = 1_000_000;
 /// What is wanted.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Wanted {
-    /// The directory that is not left.
+    /// What a user chose: links in it are his.
+    pub prefix: String,
+    /// Below it, the directory that is not left, and that the job must not have put a link in place of.
     pub base: String,
     /// A path in it; the directory itself where it is empty.
     pub path: String,
@@ -66,11 +68,16 @@ pub fn main() -> ExitCode {
 }
 
 fn look(wanted: &Wanted, out: &mut impl Write) -> io::Result<()> {
-    let base = nix::fcntl::open(
-        Path::new(&wanted.base),
-        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-        nix::sys::stat::Mode::empty(),
-    )?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let none = nix::sys::stat::Mode::empty();
+    let prefix = nix::fcntl::open(Path::new(&wanted.prefix), flags, none)?;
+    let how = OpenHow::new()
+        .flags(flags)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let base = openat2(prefix, wanted.base.as_str(), how).map_err(|error| match error {
+        Errno::ELOOP => io::Error::other("a link lies where the directory should be"),
+        error => error.into(),
+    })?;
     match wanted.list {
         true => {
             let entries = entries(base.as_fd(), wanted)?;
@@ -111,8 +118,15 @@ fn entries(base: BorrowedFd<'_>, wanted: &Wanted) -> io::Result<Vec<Entry>> {
         path => format!("{path}/"),
     };
     let shown = names.into_iter().filter_map(|name| {
-        let opened = beneath(base, &format!("{prefix}{name}"), OFlag::O_PATH).ok()?;
+        let path = format!("{prefix}{name}");
+        let own = beneath(base, &path, OFlag::O_PATH | OFlag::O_NOFOLLOW).ok()?;
+        let is_link = File::from(own).metadata().ok()?.is_symlink();
+        let opened = beneath(base, &path, OFlag::O_PATH).ok()?;
         let metadata = File::from(opened).metadata().ok()?;
+        // A link to a directory would be that directory again, and again below itself.
+        if is_link && metadata.is_dir() {
+            return None;
+        }
         // What leads out, dangles or is neither file nor directory is not shown.
         (metadata.is_file() || metadata.is_dir()).then(|| Entry {
             name,
@@ -152,7 +166,8 @@ mod tests {
 
     fn answer(base: &Path, change: impl FnOnce(&mut Wanted)) -> io::Result<String> {
         let mut wanted = Wanted {
-            base: base.to_string_lossy().into_owned(),
+            prefix: base.parent().unwrap().to_string_lossy().into_owned(),
+            base: base.file_name().unwrap().to_string_lossy().into_owned(),
             ..Wanted::default()
         };
         change(&mut wanted);
@@ -182,6 +197,10 @@ mod tests {
         symlink(&outside, base.join("absolute")).unwrap();
         symlink("/proc/self/environ", base.join("magic")).unwrap();
         symlink(dir.path(), base.join("up")).unwrap();
+        symlink(".", base.join("again")).unwrap();
+        symlink("/", dir.path().join("linked")).unwrap();
+        let linked = answer(&dir.path().join("linked"), |w| w.path = "etc/passwd".into());
+        assert!(linked.unwrap_err().to_string().contains("a link lies"));
         nix::unistd::mkfifo(&base.join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert_eq!(names(&base, |_| ()), ["result.txt", "sub"]);
         assert_eq!(names(&base, |w| w.path = "sub/".into()), ["inside"]);

@@ -217,20 +217,24 @@ fn bundle(context: &Context<'_>) -> Option<(String, String)> {
     (!name.is_empty()).then(|| (path, context.paths.job_temp.clone()))
 }
 
-/// Where an output directory of an attempt is on this host.
+/// Where an output directory of an attempt is on this host: the prefix that the user gave, and the path below it, which is
+/// the job's own.
 pub fn output_directory(
     assignment: &Assignment,
     facts: &HostFacts,
     id: &str,
-) -> Result<String, LaunchError> {
+) -> Result<(String, String), LaunchError> {
     let job = assignment.job.as_ref();
     let job = job.ok_or(LaunchError::Incomplete { what: "job" })?;
     let paths = Paths::of(job, assignment, &facts.root)?;
     let found = paths.outputs.into_iter().find(|(known, _)| known == id);
-    let (_, path) = found.ok_or(LaunchError::Incomplete {
+    let missing = LaunchError::Incomplete {
         what: "output directory",
-    })?;
-    Ok(path)
+    };
+    let (_, path) = found.ok_or(missing.clone())?;
+    let segment = format!("/{}/", job.job_output_directory_path_segment);
+    let at = path.find(&segment).ok_or(missing)?;
+    Ok((path[..at].to_owned(), path[at + 1..].to_owned()))
 }
 
 /// One line per host, in the form that Open MPI reads.

@@ -1,26 +1,30 @@
 //! Unpacks a bundle into a job's directory: files, directories and links, nothing else, nothing outside, and within bounds.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Component, Path};
 
 use batchai_common::limits::{BUNDLE_ENTRIES_MAX, BUNDLE_UNPACKED_BYTES_MAX};
 use flate2::read::GzDecoder;
 use tar::{Archive, EntryType};
 
+/// What an entry takes in an archive beside its content: a header and a block that is not full.
+const ENTRY_BYTES: u64 = 1024;
 /// What the service itself puts into the directory.
 const RESERVED: [&str; 3] = ["mounts", "shared", "hostfile"];
 
 /// Unpacks a bundle.
 pub fn unpack(bundle: &Path, into: &Path) -> io::Result<()> {
-    let mut archive = Archive::new(GzDecoder::new(File::open(bundle)?));
+    // Whatever its headers say: no more than this ever comes out of it.
+    let most = BUNDLE_UNPACKED_BYTES_MAX + BUNDLE_ENTRIES_MAX as u64 * ENTRY_BYTES;
+    let mut archive = Archive::new(GzDecoder::new(File::open(bundle)?).take(most));
     archive.set_preserve_mtime(false);
     let (mut count, mut size) = (0, 0_u64);
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
         count += 1;
-        size = size.saturating_add(entry.header().size()?);
+        size = size.saturating_add(entry.size());
         if count > BUNDLE_ENTRIES_MAX || size > BUNDLE_UNPACKED_BYTES_MAX {
             return Err(io::Error::other(format!(
                 "it is larger than {BUNDLE_ENTRIES_MAX} files or {BUNDLE_UNPACKED_BYTES_MAX} bytes"
