@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use batchai_common::limits::{
     BUNDLE_BYTES_MAX, BUNDLE_ENTRIES_MAX, BUNDLE_UNPACKED_BYTES_MAX, LOG_CHUNK_BYTES_MAX,
 };
+use batchai_common::names::hex;
 use batchai_proto::v1;
 use batchai_proto::v1::upload_bundle_request::Part;
 use flate2::Compression;
@@ -112,7 +113,7 @@ fn pack(path: &Path) -> Result<Packed, CliError> {
     let counted = finish().map_err(at(path))?;
     let digest = counted.hash.finalize();
     Ok(Packed {
-        digest: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        digest: hex(&digest),
         size: counted.size,
         file: counted.file,
     })

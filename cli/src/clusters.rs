@@ -111,17 +111,22 @@ pub async fn cluster(command: args::Cluster, context: &Context) -> Done {
             );
         }
         args::Cluster::Node(command) => return node(command, &connection, context).await,
-        args::Cluster::File(args::ClusterFile::List {
-            parent, cluster, ..
-        }) => {
-            let name = context.the_cluster(cluster.as_ref(), &parent)?;
-            let get = v1::GetClusterRequest { name: name.clone() };
-            client.get_cluster(request(get)).await?;
-            let why = format!("{name} has no set-up task, and so no files of one");
-            return Err(CliError::Failed(why));
-        }
+        args::Cluster::File(command) => return files(command, &connection, context).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn files(command: args::ClusterFile, client: &Client, context: &Context) -> Done {
+    let args::ClusterFile::List {
+        parent,
+        cluster,
+        path,
+    } = command;
+    let name = context.the_cluster(cluster.as_ref(), &parent)?;
+    let get = v1::GetClusterRequest { name: name.clone() };
+    client.clusters().get_cluster(request(get)).await?;
+    let why = format!("{name} has no set-up task, and so no files of one at {path}");
+    Err(CliError::Failed(why))
 }
 
 async fn node(command: args::ClusterNode, client: &Client, context: &Context) -> Done {

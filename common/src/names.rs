@@ -251,6 +251,11 @@ pub fn parent(name: &str) -> Option<&str> {
     Some(parent)
 }
 
+/// A digest as it stands in the name of a bundle.
+pub fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// The ids of a full name, outermost first.
 pub fn ids(name: &str) -> Vec<&str> {
     name.split('/').skip(1).step_by(2).collect()

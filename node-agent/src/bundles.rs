@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use batchai_common::limits::BUNDLE_BYTES_MAX;
-use batchai_common::names::{Kind, Name};
+use batchai_common::names::{Kind, Name, hex};
 use batchai_proto::agent::v1::FetchBundleRequest;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use sha2::{Digest as _, Sha256};
@@ -192,8 +192,7 @@ impl Fetcher {
             hash.update(&piece.data);
             tokio::task::block_in_place(|| file.write_all(&piece.data)).map_err(at(&part))?;
         }
-        let digest = hash.finalize();
-        let found: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let found = hex(&hash.finalize());
         if found != batchai_common::names::last_id(name) {
             return Err(FetchError::Digest { found });
         }

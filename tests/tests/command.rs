@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use batchai_tests::ensemble::{Ensemble, IN, SIZE};
-use batchai_tests::process::{Background, processes_of, under_test, until};
+use batchai_tests::process::{Background, processes_of, until};
 use serde_json::{Value, json};
 
 /// The verbs' options are kept in a configuration file of the ensemble's own.
@@ -672,5 +672,9 @@ fn waiting_says_what_happens_and_survives_the_coordinator() {
         "{}",
         text(&output.stderr)
     );
-    assert!(under_test().exists());
+    let said = text(&output.stderr);
+    assert!(
+        said.lines().any(|line| line.ends_with("Z failed")),
+        "{said}"
+    );
 }

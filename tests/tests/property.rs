@@ -149,6 +149,7 @@ fn any_request_is_answered_or_refused() {
         };
         assert_is_an_answer(&method, send(&api, &method, request.encode_to_vec()))
     });
+    assert_nothing_panicked(&api);
 }
 
 #[test]
@@ -164,6 +165,13 @@ fn any_bytes_are_answered_or_refused_and_nobody_falls() {
     }
     let alive = v1::ListNodesRequest::default();
     api.call(api.nodes().list_nodes(alive)).unwrap();
+    assert_nothing_panicked(&api);
+}
+
+/// A handler that panics ends its own call only: the coordinator's log tells.
+fn assert_nothing_panicked(api: &Api) {
+    let log = api.e.coordinator.as_ref().unwrap().log_text();
+    assert!(!log.contains("panicked"), "{log}");
 }
 
 /// What is a file's: all but what only the service sets, and references, which are texts here and there.
