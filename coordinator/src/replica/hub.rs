@@ -20,9 +20,10 @@ const HISTORY_BYTES_MAX: usize = 32 << 20;
 const CHANGE_BYTES: usize = 4 << 10;
 /// What one node of an attempt costs.
 const ATTEMPT_NODE_BYTES: usize = 256;
-/// Revisions that a follower of one resource, or of all of a kind, may be behind.
-const RESOURCE_BACKLOG_MAX: usize = 16;
-const KIND_BACKLOG_MAX: usize = 256;
+/// Revisions that a follower of one resource, or of all of a kind, may be behind: as many as one batch brings at once.
+const REVISIONS_BACKLOG_MAX: usize = 256;
+/// Who follows assignments looks at the latest only: there may be one for every node.
+const ASSIGNMENTS_BACKLOG_MAX: usize = 16;
 /// Topics that nobody follows any more are looked for when there are so many, or twice as many as there were then.
 const TOPICS_SWEEP_MIN: usize = 64;
 
@@ -107,8 +108,8 @@ impl Hub {
             inner.sweep_at = TOPICS_SWEEP_MIN.max(inner.topics.len() * 2);
         }
         let backlog = match topic {
-            Topic::Kind(_) => KIND_BACKLOG_MAX,
-            Topic::Resource(_) | Topic::Assignments(_) => RESOURCE_BACKLOG_MAX,
+            Topic::Kind(_) | Topic::Resource(_) => REVISIONS_BACKLOG_MAX,
+            Topic::Assignments(_) => ASSIGNMENTS_BACKLOG_MAX,
         };
         let sender = inner.topics.entry(topic);
         let sender = sender.or_insert_with(|| broadcast::Sender::new(backlog));
@@ -244,13 +245,13 @@ mod tests {
         assert_eq!(number(one.next().await.unwrap()), 1);
         assert_eq!(number(all.next().await.unwrap()), 1);
         assert_eq!(number(all.next().await.unwrap()), 2);
-        let burst = 3..=2 + RESOURCE_BACKLOG_MAX as i64 + 1;
+        let burst = 3..=2 + REVISIONS_BACKLOG_MAX as i64 + 1;
         hub.notify(burst.map(|number| revision(number, "nodes/a")).collect());
         assert_eq!(hub.caught_up(&one), None);
         assert!(one.next().await.unwrap().is_none(), "it missed one");
         one.changed().await.unwrap();
         assert!(one.revisions.is_empty(), "one wake for all of them");
-        let latest = 2 + RESOURCE_BACKLOG_MAX as i64 + 1;
+        let latest = 2 + REVISIONS_BACKLOG_MAX as i64 + 1;
         assert_eq!(hub.caught_up(&one), Some(latest));
         assert_eq!(hub.at(latest).unwrap().state.revision, latest);
         assert!(hub.at(latest + 1).is_none());
