@@ -7,13 +7,15 @@ use std::io::{self, Read as _, Seek as _, Write};
 use std::path::{Path, PathBuf};
 
 use batchai_common::limits::{
-    BUNDLE_BYTES_MAX, BUNDLE_ENTRIES_MAX, BUNDLE_UNPACKED_BYTES_MAX, LOG_CHUNK_BYTES_MAX,
+    BUNDLE_BYTES_MAX, BUNDLE_ENTRIES_MAX, BUNDLE_RESERVED, BUNDLE_UNPACKED_BYTES_MAX,
+    LOG_CHUNK_BYTES_MAX,
 };
 use batchai_common::names::hex;
 use batchai_proto::v1;
 use batchai_proto::v1::upload_bundle_request::Part;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use ignore::gitignore::{Gitignore, GitignoreBuilder};
 use sha2::{Digest as _, Sha256};
 use std::os::unix::fs::MetadataExt as _;
 use tokio::sync::mpsc;
@@ -25,6 +27,8 @@ use crate::error::CliError;
 
 /// What is never sent: the history of the sources is not the sources.
 const LEFT_OUT: &str = ".git";
+/// Names what else is not sent, in the manner of `.gitignore`.
+const IGNORE_FILE: &str = ".batchaiignore";
 const PIECES_MAX: usize = 8;
 
 /// A packed bundle.
@@ -82,7 +86,11 @@ async fn upload(client: &Client, name: &str, packed: &mut Packed) -> Result<(), 
         .bundles()
         .upload_bundle(ReceiverStream::new(parts))
         .await;
-    let answer = answer?.into_inner().message().await;
+    let answer = match answer {
+        Ok(replies) => replies.into_inner().message().await,
+        Err(status) => Err(status),
+    };
+    // It shares its place in the file with who tries again.
     reader.await.map_err(io::Error::other)??;
     answer?;
     Ok(())
@@ -100,13 +108,19 @@ fn pack(path: &Path) -> Result<Packed, CliError> {
         )),
         entries: 0,
         unpacked: 0,
+        ignored: Gitignore::empty(),
     };
     let metadata = fs::metadata(path).map_err(at(path))?;
     match metadata.is_dir() {
-        true => packer.directory(path, Path::new(""))?,
+        true => {
+            packer.ignored = ignored(path)?;
+            packer.directory(path, Path::new(""))?;
+        }
         false => {
             let name = path.file_name().unwrap_or(path.as_os_str());
-            packer.entry(path, Path::new(name))?;
+            // What a link leads to is sent, under the link's name.
+            let own = fs::canonicalize(path).map_err(at(path))?;
+            packer.entry(&own, Path::new(name))?;
         }
     }
     let finish = || packer.archive.into_inner()?.finish();
@@ -142,7 +156,8 @@ impl Write for Counted {
         if self.size > BUNDLE_BYTES_MAX {
             let most = BUNDLE_BYTES_MAX >> 20;
             let why = format!(
-                "it is larger than {most} MiB, packed: send sources along, and have data on the nodes"
+                "it is larger than {most} MiB, packed: have data on the nodes, and name in {IGNORE_FILE} what \
+                 is not to be sent"
             );
             return Err(io::Error::other(why));
         }
@@ -160,6 +175,25 @@ struct Packer {
     archive: tar::Builder<GzEncoder<Counted>>,
     entries: usize,
     unpacked: u64,
+    ignored: Gitignore,
+}
+
+/// What a directory's own list says is not to be sent.
+fn ignored(root: &Path) -> Result<Gitignore, CliError> {
+    let path = root.join(IGNORE_FILE);
+    let mut builder = GitignoreBuilder::new(root);
+    let wrong = match path.exists() {
+        true => builder.add(&path),
+        false => None,
+    };
+    let built = builder.build();
+    match (wrong, built) {
+        (None, Ok(ignored)) => Ok(ignored),
+        (Some(error), _) | (_, Err(error)) => Err(CliError::Content {
+            path,
+            faults: error.to_string(),
+        }),
+    }
 }
 
 impl Packer {
@@ -185,6 +219,14 @@ impl Packer {
             source,
         };
         let metadata = fs::symlink_metadata(path).map_err(failed)?;
+        if self.ignored.matched(path, metadata.is_dir()).is_ignore() {
+            return Ok(());
+        }
+        if BUNDLE_RESERVED.iter().any(|name| inside == Path::new(name)) {
+            let why = "the service itself puts something of this name where the files will lie; rename it, or name it in";
+            let why = format!("{}: {why} {IGNORE_FILE}", path.display());
+            return Err(CliError::Failed(why));
+        }
         let mut header = tar::Header::new_gnu();
         header.set_mode(metadata.mode() & 0o777);
         header.set_size(0);
@@ -199,11 +241,16 @@ impl Packer {
         } else if kind.is_file() {
             header.set_size(metadata.len());
             self.unpacked += metadata.len();
-            // A file that is being written must not grow beyond what its header says.
-            let file = File::open(path).map_err(failed)?.take(metadata.len());
-            self.archive.append_data(&mut header, inside, file)
+            // A file that is being written must not be longer than its header says, nor shorter.
+            let mut file = File::open(path).map_err(failed)?.take(metadata.len());
+            let appended = self.archive.append_data(&mut header, inside, &mut file);
+            if appended.is_ok() && file.limit() > 0 {
+                let why = "it became shorter while it was read; try again";
+                return Err(failed(io::Error::other(why)));
+            }
+            appended
         } else {
-            eprintln!("batchai: {}: not sent: it is no file", path.display());
+            say!("batchai: {}: not sent: it is no file", path.display());
             return Ok(());
         };
         appended.map_err(failed)?;
@@ -251,6 +298,38 @@ mod tests {
         let first = digest(["a.py", "b.py", "lib/c.py"]);
         assert_eq!(first, digest(["lib/c.py", "b.py", "a.py"]));
         assert_ne!(first, digest(["a.py", "b.py", "lib/d.py"]));
+    }
+
+    #[test]
+    fn what_is_to_be_left_out_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::create_dir_all(at("data/deep")).unwrap();
+        fs::create_dir_all(at("lib")).unwrap();
+        for name in ["data/deep/x", "lib/a.pyc", "lib/a.py", "keep.pyc"] {
+            fs::write(at(name), name).unwrap();
+        }
+        fs::write(at(IGNORE_FILE), "data/\n*.pyc\n!keep.pyc\n").unwrap();
+        let packed = pack(dir.path()).unwrap();
+        let mut file = packed.file;
+        file.rewind().unwrap();
+        let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(file));
+        let names = archive.entries().unwrap().map(|entry| {
+            let entry = entry.unwrap();
+            entry.path().unwrap().to_string_lossy().into_owned()
+        });
+        assert_eq!(
+            names.collect::<Vec<_>>(),
+            [IGNORE_FILE, "keep.pyc", "lib", "lib/a.py"]
+        );
+        fs::write(at("hostfile"), "x").unwrap();
+        let refused = pack(dir.path()).err().unwrap().to_string();
+        assert!(refused.contains("hostfile"), "{refused}");
+        // A script that is a link is what it leads to.
+        std::os::unix::fs::symlink(at("lib/a.py"), at("main.py")).unwrap();
+        fs::copy(at("lib/a.py"), at("lib/main.py")).unwrap();
+        let (link, file) = (at("main.py"), at("lib/main.py"));
+        assert_eq!(pack(&link).unwrap().digest, pack(&file).unwrap().digest);
     }
 
     #[test]

@@ -134,10 +134,10 @@ impl Retry {
             status.code(),
             Code::Unavailable | Code::Unknown | Code::Cancelled | Code::OutOfRange
         );
-        let unknown = status
+        let again = status
             .get_details_error_info()
-            .is_some_and(|i| i.reason == "OUTCOME_UNKNOWN");
-        if !(broken || unknown) || self.failures >= RETRIES_MAX {
+            .is_some_and(|info| ["OUTCOME_UNKNOWN", "BUSY"].contains(&info.reason.as_str()));
+        if !(broken || again) || self.failures >= RETRIES_MAX {
             return Err(status.into());
         }
         self.failures += 1;

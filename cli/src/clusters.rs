@@ -15,7 +15,7 @@ use crate::file;
 use crate::login;
 use crate::output::{View, confirm};
 use crate::resources::{Done, all_pages, delete_all, get_all, labels, part};
-use crate::settings::{account_of, enum_value, image_of, mounts_of, scale};
+use crate::settings::{add_mounts, enum_value, image_of, scale, set_account};
 
 const CLUSTER: View<v1::Cluster> = View {
     message: "Cluster",
@@ -121,7 +121,9 @@ async fn files(command: args::ClusterFile, client: &Client, context: &Context) -
         parent,
         cluster,
         path,
+        expiry,
     } = command;
+    expiry.note();
     let name = context.the_cluster(cluster.as_ref(), &parent)?;
     let get = v1::GetClusterRequest { name: name.clone() };
     client.clusters().get_cluster(request(get)).await?;
@@ -187,9 +189,10 @@ async fn create(args: args::ClusterCreate, client: &Client, context: &Context) -
     .await?;
     context.printer.show(&CLUSTER, &cluster)?;
     for warning in &cluster.warnings {
-        eprintln!(
+        say!(
             "batchai: {} has no effect: {}",
-            warning.field, warning.message
+            warning.field,
+            warning.message
         );
     }
     if cluster.allocation_state() == AllocationState::Resizing {
@@ -215,15 +218,17 @@ async fn say_what_there_is(client: &Client, cluster: &v1::Cluster) -> Result<(),
     if sizes.iter().any(fits) {
         return Ok(());
     }
-    eprintln!("batchai: no node has this VM size and image, so none will join. Nodes have:");
+    say!("batchai: no node has this VM size and image, so none will join. Nodes have:");
     for size in &sizes {
-        eprintln!(
+        say!(
             "  -s {} -i {}  ({} free)",
-            size.vm_size, size.image, size.free_node_count
+            size.vm_size,
+            size.image,
+            size.free_node_count
         );
     }
     if sizes.is_empty() {
-        eprintln!("  nothing: no node is registered; start `batchai node-agent` on one");
+        say!("  nothing: no node is registered; start `batchai node-agent` on one");
     }
     Ok(())
 }
@@ -244,6 +249,10 @@ fn cluster_of(args: args::ClusterCreate, context: &Context) -> Result<v1::Cluste
     }
     if args.target.is_some() || args.min.is_some() {
         cluster.scale_settings = Some(scale(args.target, args.min.zip(args.max))?);
+    }
+    if cluster.scale_settings.is_none() {
+        let why = "how many nodes? Give -t/--target, or --min and --max";
+        return Err(CliError::Usage(why.to_owned()));
     }
     if let Some(image) = &args.image {
         let image_reference = Some(v1::ImageReference {
@@ -271,11 +280,14 @@ fn cluster_of(args: args::ClusterCreate, context: &Context) -> Result<v1::Cluste
             ..Default::default()
         });
     }
-    if let Some(mounts) = mounts_of(&args.mounts, &args.parent, context)? {
-        cluster.node_setup.get_or_insert_default().mount_volumes = Some(mounts);
+    if args.mounts.any() {
+        let setup = cluster.node_setup.get_or_insert_default();
+        let mounts = setup.mount_volumes.get_or_insert_default();
+        add_mounts(mounts, &args.mounts, &args.parent, context)?;
     }
-    if let Some(account) = account_of(&args.account)? {
-        cluster.user_account_settings = Some(account);
+    if args.account.any() {
+        let account = cluster.user_account_settings.get_or_insert_default();
+        set_account(account, &args.account)?;
     }
     cluster.labels.extend(labels(args.labels));
     Ok(cluster)

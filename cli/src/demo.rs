@@ -47,7 +47,7 @@ pub async fn run(args: Demo) -> Result<ExitCode, CliError> {
 }
 
 fn say(text: &str) {
-    eprintln!("==> {text}");
+    say!("==> {text}");
 }
 
 fn check_python() -> Result<(), CliError> {

@@ -216,7 +216,7 @@ impl Ensemble {
                 continue;
             }
             if let Err(error) = batchai_node_agent::end_jobs(&data) {
-                eprintln!("batchai: jobs of node-{number} may be left: {error}");
+                say!("batchai: jobs of node-{number} may be left: {error}");
             }
         }
     }
@@ -270,7 +270,7 @@ async fn reap(child: &mut Child, until: Instant) {
         match child.try_wait() {
             Ok(None) if Instant::now() < until => tokio::time::sleep(STEP).await,
             Ok(None) => {
-                eprintln!("batchai: process {} does not end; killing it", child.id());
+                say!("batchai: process {} does not end; killing it", child.id());
                 let _ = child.kill();
                 let _ = child.wait();
                 return;

@@ -3,6 +3,7 @@
 //! They are our own JSON form but for a few spellings: references are `{"id": ...}`, values of enums are in lower case,
 //! durations are ISO 8601. Every key that fits nowhere is named, all of them at once.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use batchai_common::names::Kind;
@@ -16,6 +17,8 @@ use crate::error::CliError;
 
 /// Names less like another than this are not offered in its place.
 const LIKENESS_MIN: f64 = 0.75;
+/// Variables whose names in angle brackets stand for their values.
+const PLACEHOLDERS: [&str; 2] = ["AZURE_BATCHAI_STORAGE_ACCOUNT", "AZURE_BATCHAI_STORAGE_KEY"];
 
 /// Reads the properties of a file as a message of the API.
 pub fn read<M: Message + Default>(path: &Path, message: &str) -> Result<M, CliError> {
@@ -30,7 +33,14 @@ pub fn read<M: Message + Default>(path: &Path, message: &str) -> Result<M, CliEr
 }
 
 fn parse<M: Message + Default>(text: &str, message: &str) -> Result<M, Vec<String>> {
-    let value: Value = serde_json::from_str(text).map_err(|e| vec![format!("not JSON: {e}")])?;
+    let mut value: Value =
+        serde_json::from_str(text).map_err(|e| vec![format!("not JSON: {e}")])?;
+    let mut missing = BTreeSet::new();
+    fill_in(&mut value, &|name| std::env::var(name).ok(), &mut missing);
+    if !missing.is_empty() {
+        let fault = |name: &str| format!("<{name}> is to be filled in: set {name}");
+        return Err(missing.into_iter().map(fault).collect());
+    }
     let Value::Object(mut top) = value else {
         return Err(vec!["a JSON object is expected".to_owned()]);
     };
@@ -54,6 +64,35 @@ fn parse<M: Message + Default>(text: &str, message: &str) -> Result<M, Vec<Strin
         return Err(faults);
     }
     descriptors::from_json(message, properties).map_err(|fault| vec![fault])
+}
+
+/// Puts the values of variables in the places of their names, as the original's command did.
+fn fill_in(
+    value: &mut Value,
+    variable: &impl Fn(&str) -> Option<String>,
+    missing: &mut BTreeSet<&str>,
+) {
+    match value {
+        Value::Object(map) => map
+            .values_mut()
+            .for_each(|value| fill_in(value, variable, missing)),
+        Value::Array(values) => values
+            .iter_mut()
+            .for_each(|value| fill_in(value, variable, missing)),
+        Value::String(text) => {
+            for name in PLACEHOLDERS {
+                let place = format!("<{name}>");
+                if !text.contains(&place) {
+                    continue;
+                }
+                match variable(name) {
+                    Some(value) => *text = text.replace(&place, &value),
+                    None => drop(missing.insert(name)),
+                }
+            }
+        }
+        _ => {}
+    }
 }
 
 /// Turns the original's spellings into ours, and notes what fits nowhere.
@@ -291,6 +330,18 @@ mod tests {
         }
         assert!(parse::<Job>("{}", "Job").unwrap_err()[0].contains("properties"));
         assert!(parse::<Job>("[", "Job").unwrap_err()[0].contains("not JSON"));
+    }
+
+    #[test]
+    fn placeholders_are_filled_in_or_named() {
+        let mut value = serde_json::json!({"a": ["x<AZURE_BATCHAI_STORAGE_ACCOUNT>y"], "b": "<z>"});
+        let mut missing = BTreeSet::new();
+        fill_in(&mut value, &|_| Some("acct".into()), &mut missing);
+        assert_eq!(value, serde_json::json!({"a": ["xaccty"], "b": "<z>"}));
+        assert!(missing.is_empty());
+        let mut value = serde_json::json!({"k": "<AZURE_BATCHAI_STORAGE_KEY>"});
+        fill_in(&mut value, &|_| None, &mut missing);
+        assert_eq!(missing, BTreeSet::from(["AZURE_BATCHAI_STORAGE_KEY"]));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::error::CliError;
 use crate::file;
 use crate::output::{View, confirm};
 use crate::resources::{Done, all_pages, delete_all, get_all, part};
-use crate::settings::{account_of, enum_value};
+use crate::settings::{enum_value, set_account};
 
 const FILE_SERVER: View<v1::FileServer> = View {
     message: "FileServer",
@@ -118,9 +118,10 @@ fn file_server_of(args: args::FileServerCreate) -> Result<v1::FileServer, CliErr
         let caching = enum_value(caching, "--caching-type", CachingType::from_str_name)?;
         disks.caching_type = caching as i32;
     }
-    if let Some(account) = account_of(&args.account)? {
+    if args.account.any() {
         let ssh = server.ssh_configuration.get_or_insert_default();
-        ssh.user_account_settings = Some(account);
+        let account = ssh.user_account_settings.get_or_insert_default();
+        set_account(account, &args.account)?;
     }
     Ok(server)
 }

@@ -20,7 +20,7 @@ use crate::job_files;
 use crate::login;
 use crate::output::{View, confirm};
 use crate::resources::{Done, all_pages, delete_all, get_all, labels, part, update_all};
-use crate::settings::mounts_of;
+use crate::settings::add_mounts;
 
 /// The exit code of a job that has none.
 const UNKNOWN_EXIT_CODE: u8 = 255;
@@ -185,15 +185,18 @@ async fn create_request(
     } else if !job.cluster.contains('/') {
         job.cluster = format!("{}/clusters/{}", context.workspace(workspace)?, job.cluster);
     }
-    if let Some(mounts) = mounts_of(&args.mounts, workspace, context)? {
-        job.mount_volumes = Some(mounts);
+    if args.mounts.any() {
+        let mounts = job.mount_volumes.get_or_insert_default();
+        add_mounts(mounts, &args.mounts, workspace, context)?;
     }
     job.labels.extend(labels(args.labels));
+    let parent = context.experiment(&args.parent)?;
+    // Last: what was typed wrong is said before anything is sent.
     if let Some(path) = bundle::source(args.files.script, args.files.dir)? {
         job.bundle = bundle::send(client, &path).await?;
     }
     Ok(v1::CreateJobRequest {
-        parent: context.experiment(&args.parent)?,
+        parent,
         job_id: args.name,
         job: Some(job),
         request_id: request_id(),
@@ -212,7 +215,7 @@ async fn wait(client: &Client, name: &str, interval: Option<Duration>) -> Done {
     let mut say = |job: &v1::Job| {
         let text = line(job);
         if said != text {
-            bar.suspend(|| eprintln!("{text}"));
+            bar.suspend(|| say!("{text}"));
             said = text;
         }
         bar.set_message(match job.pending_reason.as_str() {
@@ -223,7 +226,7 @@ async fn wait(client: &Client, name: &str, interval: Option<Duration>) -> Done {
     let job = until_ended(client, name, interval, &mut say).await?;
     bar.finish_and_clear();
     for error in &job.errors {
-        eprintln!("{}: {}", error.code, error.message);
+        say!("{}: {}", error.code, error.message);
     }
     Ok(ExitCode::from(exit_code(&job)))
 }

@@ -1,11 +1,14 @@
 //! The files of jobs: listed, followed, copied to this machine.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{self, Write as _};
 use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use batchai_common::names::last_id;
+use batchai_common::shutdown::Interrupts;
 use batchai_proto::v1;
 use batchai_proto::v1::job_file::FileType;
 
@@ -19,6 +22,8 @@ use crate::resources::{Done, all_pages};
 
 /// Directories below each other that are copied.
 const DEPTH_MAX: usize = 100;
+/// Who waits so long for a file's first byte is told that it waits.
+const WAIT_NOTE_AFTER: Duration = Duration::from_secs(2);
 
 const FILE: View<v1::JobFile> = View {
     message: "JobFile",
@@ -38,7 +43,8 @@ const FILE: View<v1::JobFile> = View {
 
 pub async fn run(command: args::JobFile, client: &Client, context: &Context) -> Done {
     match command {
-        args::JobFile::List { of, path } => {
+        args::JobFile::List { of, path, expiry } => {
+            expiry.note();
             let found = list(client, &Place::new(&of, context)?, &path).await?;
             context.printer.list(&FILE, &found)?;
             Ok(ExitCode::SUCCESS)
@@ -60,7 +66,7 @@ pub async fn run(command: args::JobFile, client: &Client, context: &Context) -> 
                 follow: !no_follow,
                 ..Place::new(&of, context)?.request()
             };
-            complete(logs::follow(client, stream, &mut io::stdout()).await?)
+            print(client, stream).await
         }
         args::JobFile::Download { of, file, path, to } => {
             let place = Place::new(&of, context)?;
@@ -77,11 +83,48 @@ pub async fn run(command: args::JobFile, client: &Client, context: &Context) -> 
     }
 }
 
+/// Prints a file. Ctrl-C is a good end of it.
+async fn print(client: &Client, stream: v1::StreamJobLogsRequest) -> Done {
+    let mut interrupts = Interrupts::new()?;
+    let (file, follows) = (stream.file.clone(), stream.follow);
+    let begun = Cell::new(false);
+    let mut out = Begun { begun: &begun };
+    let follow = logs::follow(client, stream, &mut out);
+    let waits = async {
+        tokio::time::sleep(WAIT_NOTE_AFTER).await;
+        if follows && !begun.get() {
+            say!("batchai: waiting for {file}");
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        end = follow => complete(end?),
+        () = interrupts.next() => Ok(ExitCode::SUCCESS),
+        never = waits => never,
+    }
+}
+
+/// Standard output, and whether anything was written to it.
+struct Begun<'a> {
+    begun: &'a Cell<bool>,
+}
+
+impl io::Write for Begun<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.begun.set(self.begun.get() || !data.is_empty());
+        io::stdout().write(data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stdout().flush()
+    }
+}
+
 fn complete(end: Follow) -> Done {
     match end {
         Follow::Complete => Ok(ExitCode::SUCCESS),
         Follow::Truncated => Err(CliError::Failed(
-            "the node was lost: the file may have had more".to_owned(),
+            "the node was lost, or the job began anew: the file may have had more".to_owned(),
         )),
     }
 }
@@ -194,7 +237,7 @@ async fn download(
     fs::set_permissions(part.path(), readable).map_err(at(target))?;
     part.persist(target)
         .map_err(|error| at(target)(error.error))?;
-    eprintln!("{}", target.display());
+    say!("{}", target.to_string_lossy().escape_debug());
     Ok(())
 }
 

@@ -3,6 +3,14 @@
 //! It carries both daemons and starts itself again for them (`dev`, `demo`): one file is a whole ensemble. Commands
 //! talk to a coordinator and print what it says; nothing is decided here.
 
+/// Tells a person something, beside what is printed. Where nobody listens there is nobody to tell.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+
 mod args;
 mod bundle;
 mod client;
@@ -47,11 +55,14 @@ pub fn main() -> ExitCode {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build();
-            let done = runtime
-                .map_err(CliError::System)
-                .and_then(|runtime| runtime.block_on(run(command, &cli.global)));
+            let done = runtime.map_err(CliError::System).and_then(|runtime| {
+                let done = runtime.block_on(run(command, &cli.global));
+                // What is left of a file that nobody needs is not waited for.
+                runtime.shutdown_background();
+                done
+            });
             done.unwrap_or_else(|error| {
-                eprintln!("batchai: {error}");
+                say!("batchai: {error}");
                 ExitCode::from(error.exit_code())
             })
         }
@@ -59,10 +70,19 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(command: Command, global: &args::Global) -> Result<ExitCode, CliError> {
+    // What works without a configuration works with a broken one.
+    let command = match command {
+        Command::Dev(dev) => return dev::run(dev).await,
+        Command::Demo(demo) => return demo::run(demo).await,
+        Command::Completion { shell } => {
+            let (mut command, name) = (Cli::with_examples(), "batchai");
+            clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
+            return Ok(ExitCode::SUCCESS);
+        }
+        command => command,
+    };
     let context = &Context::new(global)?;
     match command {
-        Command::Dev(dev) => dev::run(dev).await,
-        Command::Demo(demo) => demo::run(demo).await,
         Command::Run(command) => run::run(command, context).await,
         Command::Status => machines::status(context).await,
         Command::Group(command) => resources::group(command, context).await,
@@ -78,11 +98,10 @@ async fn run(command: Command, global: &args::Global) -> Result<ExitCode, CliErr
             context::config(command, context)?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Completion { shell } => {
-            let (mut command, name) = (Cli::with_examples(), "batchai");
-            clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
-        }
-        Command::Coordinator(_) | Command::NodeAgent(_) => unreachable!("daemons run elsewhere"),
+        Command::Coordinator(_)
+        | Command::NodeAgent(_)
+        | Command::Dev(_)
+        | Command::Demo(_)
+        | Command::Completion { .. } => unreachable!("they run elsewhere"),
     }
 }

@@ -62,7 +62,7 @@ pub fn answer_password() -> Option<ExitCode> {
     let prompt = std::env::args().nth(1).unwrap_or_default().to_lowercase();
     // Whether an unknown host is to be trusted is not answered by a password.
     if !prompt.contains("password") {
-        eprintln!("batchai: ssh asks: {prompt}\nLog in once without --password to answer that.");
+        say!("batchai: ssh asks: {prompt}\nLog in once without --password to answer that.");
         return Some(ExitCode::FAILURE);
     }
     println!("{password}");

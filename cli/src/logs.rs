@@ -62,6 +62,10 @@ impl Follower {
         loop {
             match pieces.message().await {
                 Ok(Some(piece)) if self.is_another(&piece.attempt) => {
+                    // What is copied as it is must be of one attempt.
+                    if !self.stream.follow {
+                        return Ok(Some(Follow::Truncated));
+                    }
                     self.begin(piece.attempt);
                     return Ok(None);
                 }
@@ -71,6 +75,12 @@ impl Follower {
                     out.flush()?;
                     self.stream.offset = piece.offset + piece.data.len() as i64;
                     self.attempt.clone_from(&piece.attempt);
+                    if self.stream.length > 0 {
+                        self.stream.length -= piece.data.len() as i64;
+                        if self.stream.length <= 0 {
+                            return Ok(Some(Follow::Complete));
+                        }
+                    }
                     match piece.end() {
                         End::Unspecified => {}
                         End::Complete | End::NotFollowed => return Ok(Some(Follow::Complete)),
@@ -89,7 +99,7 @@ impl Follower {
 
     /// From here on another attempt is followed, from its beginning.
     fn begin(&mut self, attempt: String) {
-        eprintln!("the job was put back into the queue; its next attempt begins");
+        say!("the job was put back into the queue; its next attempt begins");
         self.attempt = attempt;
         self.stream.offset = 0;
     }

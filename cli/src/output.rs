@@ -79,20 +79,33 @@ impl Printer {
         columns: &[String],
         rows: &[Vec<String>],
     ) -> std::io::Result<()> {
+        let rows: Vec<Vec<_>> = rows
+            .iter()
+            .map(|row| row.iter().map(|cell| shown(cell)).collect())
+            .collect();
         let mut out = std::io::stdout().lock();
         match self.format {
             Format::Json => writeln!(out, "{value:#}"),
             Format::Jsonc => writeln!(out, "{}", coloured(value, 0)),
-            Format::Table => writeln!(out, "{}", table(columns, rows).trim_fmt()),
-            Format::Tsv => rows.iter().try_for_each(|row| {
-                let cells: Vec<_> = row
-                    .iter()
-                    .map(|cell| cell.replace(['\t', '\n'], " "))
-                    .collect();
-                writeln!(out, "{}", cells.join("\t"))
-            }),
+            Format::Table => writeln!(out, "{}", table(columns, &rows).trim_fmt()),
+            Format::Tsv => rows
+                .iter()
+                .try_for_each(|row| writeln!(out, "{}", row.join("\t"))),
         }
     }
+}
+
+/// Text without what moves a terminal's cursor: names of files are whatever a job made of them.
+fn shown(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '\t' | '\n' => shown.push(' '),
+            other if other.is_control() => shown.extend(other.escape_default()),
+            other => shown.push(other),
+        }
+    }
+    shown
 }
 
 fn table(columns: &[String], rows: &[Vec<String>]) -> Table {
@@ -197,6 +210,11 @@ mod tests {
         assert_eq!(table_of(&json!([[1, 2]])).1, [["1", "2"]]);
         assert_eq!(table_of(&json!("x")).1, [["x"]]);
         assert!(table_of(&json!(null)).1.is_empty());
+    }
+
+    #[test]
+    fn nothing_that_is_shown_moves_the_cursor() {
+        assert_eq!(shown("a\tb\nc\x1b[2J\u{9b}é"), "a b c\\u{1b}[2J\\u{9b}é");
     }
 
     #[test]

@@ -16,6 +16,9 @@ pub enum To {
     Stderr,
 }
 
+/// So much of a line is kept until its end comes.
+const LINE_BYTES_MAX: usize = 64 << 10;
+
 /// One line at a time.
 pub type Turn = Arc<Mutex<()>>;
 
@@ -36,17 +39,18 @@ pub async fn follow(
     };
     let mut stdout = Lines::new(out, turn.clone());
     let mut stderr = Lines::new(err, turn.clone());
-    let (stdout, stderr) = tokio::join!(
-        logs::follow(client, stream(format!("stdout-{rank}.txt")), &mut stdout),
-        logs::follow(client, stream(format!("stderr-{rank}.txt")), &mut stderr),
-    );
-    // A job that failed before its processes began has no such files: its state says why.
-    for end in [stdout, stderr] {
-        match end {
-            Err(error) if error.exit_code() != 3 => return Err(error),
-            _ => {}
+    let present = async |file: String, out: &mut Lines| {
+        match logs::follow(client, stream(file), out).await {
+            // A job that failed before its processes began has no such files: its state says why.
+            Err(error) if error.exit_code() == 3 => Ok(()),
+            end => end.map(drop),
         }
-    }
+    };
+    // Where one fails, the other is not waited for.
+    tokio::try_join!(
+        present(format!("stdout-{rank}.txt"), &mut stdout),
+        present(format!("stderr-{rank}.txt"), &mut stderr),
+    )?;
     Ok(())
 }
 
@@ -71,9 +75,13 @@ impl Lines {
     fn print(&mut self, length: usize) -> io::Result<()> {
         let _one_at_a_time = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let mut text = Vec::new();
-        for line in self.pending[..length].split_inclusive(|byte| *byte == b'\n') {
+        let mut rest = &self.pending[..length];
+        while !rest.is_empty() {
+            let end = (0..rest.len()).find(|at| ends_line(rest, *at));
+            let (line, behind) = rest.split_at(end.map_or(rest.len(), |end| end + 1));
             text.extend_from_slice(self.prefix.as_bytes());
             text.extend_from_slice(line);
+            rest = behind;
         }
         self.pending.drain(..length);
         match self.to {
@@ -82,6 +90,15 @@ impl Lines {
                 .and_then(|()| io::stdout().flush()),
             To::Stderr => io::stderr().write_all(&text),
         }
+    }
+}
+
+/// A progress bar goes back to its line's beginning: what it wrote so far is a line, too.
+fn ends_line(text: &[u8], at: usize) -> bool {
+    match text[at] {
+        b'\n' => true,
+        b'\r' => text.get(at + 1).is_some_and(|next| *next != b'\n'),
+        _ => false,
     }
 }
 
@@ -95,10 +112,9 @@ impl Write for Lines {
         // Without a prefix there is nothing to keep apart: a progress bar shows at once.
         let end = match self.prefix.is_empty() {
             true => Some(self.pending.len()),
-            false => self
-                .pending
-                .iter()
-                .rposition(|byte| *byte == b'\n')
+            false if self.pending.len() > LINE_BYTES_MAX => Some(self.pending.len()),
+            false => (0..self.pending.len())
+                .rfind(|at| ends_line(&self.pending, *at))
                 .map(|end| end + 1),
         };
         match end {

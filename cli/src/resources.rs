@@ -90,11 +90,12 @@ macro_rules! delete_all {
             $client.$call(request($delete(name.clone()))).await?;
         }
         for name in names.into_iter().filter(|_| !asked.no_wait) {
+            let mut retry = $crate::client::Retry::default();
             loop {
                 let get = v1::$show { name: name.clone() };
                 match $client.$get(request(get)).await {
                     Err(status) if status.code() == tonic::Code::NotFound => break,
-                    Err(status) => return Err(status.into()),
+                    Err(status) => retry.again(status).await?,
                     Ok(_) => tokio::time::sleep(crate::client::LOOK_PAUSE).await,
                 }
             }

@@ -75,23 +75,28 @@ pub fn enum_value<E>(
         .ok_or_else(|| CliError::Usage(format!("{option}: {text:?} is not one of its values")))
 }
 
-/// The account, where one is given.
-pub fn account_of(given: &args::Account) -> Result<Option<v1::UserAccountSettings>, CliError> {
-    let named = given.user.is_some() || given.ssh_key.is_some() || given.password.is_some();
-    if !named && !given.generate_ssh_keys {
-        return Ok(None);
+/// Puts what is given of an account over what a file says of it.
+pub fn set_account(
+    account: &mut v1::UserAccountSettings,
+    given: &args::Account,
+) -> Result<(), CliError> {
+    if let Some(user) = &given.user {
+        account.admin_user_name.clone_from(user);
+    } else if account.admin_user_name.is_empty() {
+        account.admin_user_name = std::env::var("USER").unwrap_or_default();
     }
-    let own = || std::env::var("USER").unwrap_or_default();
-    let key = match (&given.ssh_key, &given.password) {
-        (Some(key), _) => read_key(key)?,
-        (None, Some(_)) if !given.generate_ssh_keys => String::new(),
-        (None, _) => read_key(&login::default_key(given.generate_ssh_keys)?.to_string_lossy())?,
-    };
-    Ok(Some(v1::UserAccountSettings {
-        admin_user_name: given.user.clone().unwrap_or_else(own),
-        admin_user_ssh_public_key: key,
-        admin_user_password: given.password.clone().unwrap_or_default(),
-    }))
+    if let Some(password) = &given.password {
+        account.admin_user_password.clone_from(password);
+    }
+    let has_other =
+        !account.admin_user_password.is_empty() || !account.admin_user_ssh_public_key.is_empty();
+    if let Some(key) = &given.ssh_key {
+        account.admin_user_ssh_public_key = read_key(key)?;
+    } else if given.generate_ssh_keys || !has_other {
+        let default = login::default_key(given.generate_ssh_keys)?;
+        account.admin_user_ssh_public_key = read_key(&default.to_string_lossy())?;
+    }
+    Ok(())
 }
 
 /// A public key, or what is in the file of that name.
@@ -104,13 +109,13 @@ fn read_key(text: &str) -> Result<String, CliError> {
     Ok(key.trim().to_owned())
 }
 
-/// What to mount, where anything is to be.
-pub fn mounts_of(
+/// Adds what is given to what a file mounts.
+pub fn add_mounts(
+    mounts: &mut v1::MountVolumes,
     given: &args::Mounts,
     workspace: &args::InWorkspace,
     context: &Context,
-) -> Result<Option<v1::MountVolumes>, CliError> {
-    let mut mounts = v1::MountVolumes::default();
+) -> Result<(), CliError> {
     let account = || {
         let missing = "give --storage-account-name and --storage-account-key as well";
         let both = given
@@ -158,6 +163,5 @@ pub fn mounts_of(
             ..Default::default()
         });
     }
-    let any = mounts != v1::MountVolumes::default();
-    Ok(any.then_some(mounts))
+    Ok(())
 }

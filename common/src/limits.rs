@@ -16,6 +16,9 @@ pub const BUNDLE_BYTES_MAX: u64 = 256 << 20;
 pub const BUNDLE_UNPACKED_BYTES_MAX: u64 = 4 << 30;
 pub const BUNDLE_ENTRIES_MAX: usize = 100_000;
 
+/// What the service itself puts into the directory where a bundle is unpacked: none has such a name at its top.
+pub const BUNDLE_RESERVED: [&str; 3] = ["mounts", "shared", "hostfile"];
+
 /// How long a unary call may take before the server gives up on it.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 

@@ -1,6 +1,6 @@
 //! One token per process that says: time to end.
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// A token that SIGTERM or SIGINT cancels.
@@ -17,6 +17,30 @@ pub fn on_signal() -> std::io::Result<CancellationToken> {
         cancel.cancel();
     });
     Ok(token)
+}
+
+/// SIGTERM and SIGINT, one after the other, for who does not end at the first.
+pub struct Interrupts {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Interrupts {
+    /// From now on they do not end this process.
+    pub fn new() -> std::io::Result<Interrupts> {
+        Ok(Interrupts {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// The next one.
+    pub async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 /// Has the kernel send this process SIGTERM when the one that started it, with the given pid, ends, however it ends.

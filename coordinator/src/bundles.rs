@@ -6,18 +6,22 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes};
 use std::io::{self, Write as _};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use batchai_common::error::ApiError;
 use batchai_common::names::hex;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::logs::check_space;
 
 const SUFFIX: &str = ".tar.gz";
 /// What the names of unfinished ones end with.
 const PART: &str = ".part";
+/// Bundles that are sent or received at once: each holds a thread.
+const TRANSFERS_MAX: usize = 64;
 /// One that no job names is kept for so long.
 const UNUSED_MAX: Duration = Duration::from_secs(3600);
 
@@ -36,6 +40,7 @@ pub enum BundleError {
 #[derive(Clone, Debug)]
 pub struct BundleStore {
     root: PathBuf,
+    transfers: Arc<Semaphore>,
 }
 
 impl BundleStore {
@@ -48,7 +53,15 @@ impl BundleStore {
                 fs::remove_file(path)?;
             }
         }
-        Ok(BundleStore { root })
+        let transfers = Arc::new(Semaphore::new(TRANSFERS_MAX));
+        Ok(BundleStore { root, transfers })
+    }
+
+    /// The right to receive or send one.
+    pub fn transfer(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        let what = "the list of bundles that are sent or received";
+        let permit = self.transfers.clone().try_acquire_owned();
+        permit.map_err(|_| ApiError::Busy { what })
     }
 
     fn path(&self, digest: &str) -> PathBuf {
@@ -83,6 +96,11 @@ impl BundleStore {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Removes a bundle that is damaged.
+    pub fn remove(&self, digest: &str) -> io::Result<()> {
+        fs::remove_file(self.path(digest))
     }
 
     /// Takes the pieces of a bundle until there are no more, and keeps it if it is what was announced. It waits for the

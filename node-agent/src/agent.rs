@@ -171,6 +171,7 @@ impl Parts {
             facts,
             own,
             questions,
+            stuck: Default::default(),
         }
     }
 

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use batchai_common::limits::BUNDLE_BYTES_MAX;
 use batchai_common::names::{Kind, Name, hex};
@@ -22,6 +23,10 @@ use crate::watch::Watch;
 
 /// Bundles that are asked for and not begun.
 const WANTED_MAX: usize = 64;
+/// How long the next piece may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// What came damaged, or could not be written, is asked for so often.
+const TRIES_MAX: u32 = 5;
 
 /// Whether a bundle is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +55,8 @@ enum FetchError {
     Refused(#[from] tonic::Status),
     #[error("{}", batchai_common::error::causes(.0))]
     Connect(#[from] tonic::transport::Error),
+    #[error("nothing came for {} s", PATIENCE.as_secs())]
+    Silent,
     #[error("what came is not the bundle: its SHA-256 is {found}")]
     Digest { found: String },
     #[error("{path}: {source}", path = .path.display())]
@@ -60,9 +67,13 @@ enum FetchError {
 }
 
 impl FetchError {
-    /// Asking again makes no sense.
-    fn is_final(&self) -> bool {
-        matches!(self, FetchError::Refused(status) if status.code() == Code::NotFound)
+    /// Asking again makes no sense, after so many times. A coordinator that is not there comes back.
+    fn is_final(&self, failures: u32) -> bool {
+        match self {
+            FetchError::Refused(status) if status.code() == Code::NotFound => true,
+            FetchError::Refused(_) | FetchError::Connect(_) | FetchError::Silent => false,
+            FetchError::Digest { .. } | FetchError::Io { .. } => failures + 1 >= TRIES_MAX,
+        }
     }
 }
 
@@ -150,7 +161,7 @@ impl Fetcher {
             let have = loop {
                 match self.fetch(&name).await {
                     Ok(()) => break Have::Yes,
-                    Err(error) if error.is_final() => break Have::Never(error.to_string()),
+                    Err(error) if error.is_final(failures) => break Have::Never(error.to_string()),
                     Err(error) => {
                         tracing::warn!(%error, name, "cannot be fetched; trying again");
                         tokio::time::sleep(backoff(failures)).await;
@@ -184,7 +195,11 @@ impl Fetcher {
         let mut pieces = client.fetch_bundle(request).await?.into_inner();
         let mut file = File::create(&part).map_err(at(&part))?;
         let (mut hash, mut size) = (Sha256::new(), 0);
-        while let Some(piece) = pieces.message().await? {
+        loop {
+            let next = tokio::time::timeout(PATIENCE, pieces.message()).await;
+            let Some(piece) = next.map_err(|_| FetchError::Silent)?? else {
+                break;
+            };
             size += piece.data.len() as u64;
             if size > BUNDLE_BYTES_MAX {
                 break;

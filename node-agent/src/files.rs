@@ -6,11 +6,12 @@
 
 mod look;
 
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::io::{self, Write as _};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use batchai_common::error::causes;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
@@ -41,6 +42,9 @@ const ENTRIES_MAX: usize = 500;
 /// How long the process that looks may be silent: less than the coordinator waits.
 const SILENCE_MAX_MS: u16 = 20_000;
 
+/// Processes that look and are stuck in the kernel: with so many, no other is started.
+const STUCK_MAX: usize = 8;
+
 /// Answers the coordinator's questions.
 pub struct Answerer {
     pub endpoint: Endpoint,
@@ -49,7 +53,12 @@ pub struct Answerer {
     /// The arguments that lead to this program's own subcommands.
     pub own: &'static [&'static str],
     pub questions: mpsc::Receiver<FileRequest>,
+    /// How many of those that look hang, and were given up.
+    pub stuck: Stuck,
 }
+
+/// A count of processes.
+pub type Stuck = Arc<AtomicUsize>;
 
 impl Answerer {
     /// Answers for ever.
@@ -65,9 +74,13 @@ impl Answerer {
                 id: question.id.clone(),
                 ..self.hello.clone()
             };
-            let (channel, facts, own) = (channel.clone(), self.facts.clone(), self.own);
+            let (channel, facts) = (channel.clone(), self.facts.clone());
+            let starter = Starter {
+                own: self.own,
+                stuck: self.stuck.clone(),
+            };
             tokio::spawn(async move {
-                answer(channel, hello, question, facts, own).await;
+                answer(channel, hello, question, facts, starter).await;
                 drop(permit);
             });
         }
@@ -79,7 +92,7 @@ async fn answer(
     hello: AnswerHello,
     question: FileRequest,
     facts: HostFacts,
-    own: &'static [&'static str],
+    starter: Starter,
 ) {
     let (sender, parts) = mpsc::channel(PARTS_MAX);
     let hello = AnswerFileRequest {
@@ -92,7 +105,7 @@ async fn answer(
             let part = AnswerFileRequest { part: Some(part) };
             sender.blocking_send(part).map_err(|_| Stop::Unwanted)
         };
-        match tell(&question, &facts, own, &send) {
+        match tell(&question, &facts, &starter, &send) {
             // Nobody is there any more to hear why.
             Err(Stop::Unwanted) => {}
             Ok(()) => {
@@ -133,7 +146,7 @@ fn fault(message: impl Into<String>) -> Stop {
 fn tell(
     question: &FileRequest,
     facts: &HostFacts,
-    own: &[&str],
+    starter: &Starter,
     send: &dyn Fn(Part) -> Result<(), Stop>,
 ) -> Result<(), Stop> {
     let (prefix, base) = base(question.attempt.as_ref(), facts, &question.directory)?;
@@ -147,7 +160,7 @@ fn tell(
         limit: number(question.limit),
         offset: number(question.offset),
     };
-    let mut looking = Looking::start(&wanted, own).map_err(|error| fault(error.to_string()))?;
+    let mut looking = starter.start(&wanted)?;
     let told = match wanted.list {
         true => looking.entries(send),
         false => looking.bytes(send),
@@ -164,42 +177,66 @@ fn base(
     output_directory(attempt, facts, id).map_err(|error| fault(error.to_string()))
 }
 
-/// A process that looks.
-struct Looking {
-    child: Child,
+/// Starts processes that look.
+struct Starter {
+    own: &'static [&'static str],
+    stuck: Stuck,
 }
 
-impl Looking {
-    fn start(wanted: &look::Wanted, own: &[&str]) -> io::Result<Looking> {
+impl Starter {
+    fn start(&self, wanted: &look::Wanted) -> Result<Looking, Stop> {
+        let stuck = self.stuck.load(Ordering::Relaxed);
+        if stuck >= STUCK_MAX {
+            let why = format!("{stuck} earlier looks still hang on this node: is a mount dead?");
+            return Err(fault(why));
+        }
+        let started = self.spawn(wanted);
+        started.map_err(|error| fault(error.to_string()))
+    }
+
+    fn spawn(&self, wanted: &look::Wanted) -> io::Result<Looking> {
+        let question = serde_json::to_vec(wanted).map_err(io::Error::other)?;
         // The very file that this agent runs, even if it was replaced meanwhile.
-        let mut child = Command::new("/proc/self/exe")
+        let child = Command::new("/proc/self/exe")
             .arg0("batchai-look")
-            .args(own)
+            .args(self.own)
             .arg("look")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
-        let question = serde_json::to_vec(wanted).map_err(io::Error::other)?;
-        if let Some(mut stdin) = child.stdin.take() {
+        let mut looking = Looking {
+            child,
+            stuck: self.stuck.clone(),
+        };
+        if let Some(mut stdin) = looking.child.stdin.take() {
             stdin.write_all(&question)?;
         }
-        Ok(Looking { child })
+        Ok(looking)
     }
+}
 
-    /// The next bytes that it prints; none at the end.
+/// The next bytes that a process prints; none at the end.
+fn next(pipe: Option<&mut (impl io::Read + AsFd)>, buffer: &mut [u8]) -> Result<usize, Stop> {
+    let pipe = pipe.ok_or_else(|| fault("its output is not piped"))?;
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut fds, PollTimeout::from(SILENCE_MAX_MS)) {
+        Ok(0) => return Err(fault("the directory does not answer: is its mount dead?")),
+        Ok(_) => {}
+        Err(error) => return Err(fault(error.to_string())),
+    }
+    pipe.read(buffer).map_err(|error| fault(error.to_string()))
+}
+
+/// A process that looks.
+struct Looking {
+    child: Child,
+    stuck: Stuck,
+}
+
+impl Looking {
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Stop> {
-        let stdout = self.child.stdout.as_mut();
-        let stdout = stdout.ok_or_else(|| fault("its output is not piped"))?;
-        let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::from(SILENCE_MAX_MS)) {
-            Ok(0) => return Err(fault("the directory does not answer: is its mount dead?")),
-            Ok(_) => {}
-            Err(error) => return Err(fault(error.to_string())),
-        }
-        stdout
-            .read(buffer)
-            .map_err(|error| fault(error.to_string()))
+        next(self.child.stdout.as_mut(), buffer)
     }
 
     fn bytes(&mut self, send: &dyn Fn(Part) -> Result<(), Stop>) -> Result<(), Stop> {
@@ -233,10 +270,12 @@ impl Looking {
     }
 
     fn finish(&mut self) -> Result<(), Stop> {
-        let mut said = String::new();
-        if let Some(stderr) = &mut self.child.stderr {
-            let read = stderr.read_to_string(&mut said);
-            read.map_err(|error| fault(error.to_string()))?;
+        let (mut said, mut buffer) = (Vec::new(), [0; 1024]);
+        loop {
+            match next(self.child.stderr.as_mut(), &mut buffer)? {
+                0 => break,
+                read => said.extend_from_slice(&buffer[..read]),
+            }
         }
         let status = self
             .child
@@ -246,7 +285,7 @@ impl Looking {
             Some(0) => Ok(()),
             code => Err(Stop::Fault(FileFault {
                 absent: code == Some(look::ABSENT),
-                message: said.trim().to_owned(),
+                message: String::from_utf8_lossy(&said).trim().to_owned(),
             })),
         }
     }
@@ -258,7 +297,12 @@ impl Drop for Looking {
             // One that is stuck in the kernel is left to the kernel; who waits for it is a thread of its own.
             let _ = self.child.kill();
             let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
-            std::thread::spawn(move || nix::sys::wait::waitpid(pid, None));
+            let stuck = self.stuck.clone();
+            stuck.fetch_add(1, Ordering::Relaxed);
+            std::thread::spawn(move || {
+                let _ = nix::sys::wait::waitpid(pid, None);
+                stuck.fetch_sub(1, Ordering::Relaxed);
+            });
         }
     }
 }

@@ -30,19 +30,29 @@ pub struct Api {
     pub channel: Channel,
 }
 
+fn connect(runtime: &tokio::runtime::Runtime, e: &Ensemble) -> Channel {
+    let endpoint = Channel::from_shared(e.endpoint.clone()).expect("an endpoint");
+    let channel = runtime.block_on(endpoint.connect());
+    channel.expect("the coordinator listens")
+}
+
 impl Api {
     pub fn start(e: Ensemble) -> Api {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .expect("a runtime");
-        let endpoint = Channel::from_shared(e.endpoint.clone()).expect("an endpoint");
-        let channel = runtime.block_on(endpoint.connect());
+        let channel = connect(&runtime, &e);
         Api {
             e,
             runtime,
-            channel: channel.expect("the coordinator listens"),
+            channel,
         }
+    }
+
+    /// Another connection.
+    pub fn connect(&self) -> Channel {
+        connect(&self.runtime, &self.e)
     }
 
     /// Makes a call and waits for its answer.

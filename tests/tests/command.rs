@@ -239,7 +239,10 @@ fn labels_usages_sizes_and_the_state_of_everything_are_shown() {
     );
     // Names are free when the command that deletes them is done.
     ok(&e, &["cluster", "delete", "-n", "some", "-y"]);
-    ok(&e, &["cluster", "create", "-n", "some", "-s", SIZE]);
+    ok(
+        &e,
+        &["cluster", "create", "-n", "some", "-s", SIZE, "-t", "0"],
+    );
 }
 
 #[test]
@@ -254,16 +257,26 @@ fn what_is_not_served_is_refused_by_every_way_to_ask_for_it() {
             "cluster.scale_settings.auto_scale",
         ),
         (
-            vec!["--setup-task", "true", "--setup-task-output", "/out"],
+            vec![
+                "-t",
+                "1",
+                "--setup-task",
+                "true",
+                "--setup-task-output",
+                "/out",
+            ],
             "cluster.node_setup.setup_task",
         ),
-        (vec!["--nfs", "f"], "cluster.node_setup.mount_volumes"),
         (
-            [&["--afs-name", "s"], &key[..]].concat(),
+            vec!["-t", "1", "--nfs", "f"],
             "cluster.node_setup.mount_volumes",
         ),
         (
-            [&["--bfs-name", "s"], &key[..]].concat(),
+            [&["-t", "1", "--afs-name", "s"], &key[..]].concat(),
+            "cluster.node_setup.mount_volumes",
+        ),
+        (
+            [&["-t", "1", "--bfs-name", "s"], &key[..]].concat(),
             "cluster.node_setup.mount_volumes",
         ),
     ] {
@@ -320,6 +333,8 @@ fn what_is_not_served_is_refused_by_every_way_to_ask_for_it() {
         "ssh-ed25519 AAAA",
         "--vm-priority",
         "lowpriority",
+        "-t",
+        "1",
         "--subnet",
         "s",
     ];
@@ -371,8 +386,13 @@ fn sources(dir: &Path) {
     fs::create_dir_all(dir.join(".git")).unwrap();
     fs::write(dir.join(".git/HEAD"), "x").unwrap();
     fs::write(dir.join("lib/name.txt"), "bundle").unwrap();
-    let script = "test ! -e .git || exit 9\necho $RANK of $WORLD_SIZE from the $(cat lib/name.txt): \"$@\"\n\
-                  echo to stderr >&2\nexit $((RANK * 7))\n";
+    // The rank that fails ends the job: the other must have printed before.
+    let printed = dir.with_file_name("printed");
+    let script = format!(
+        "test ! -e .git || exit 9\necho $RANK of $WORLD_SIZE from the $(cat lib/name.txt): \"$@\"\n\
+         echo to stderr >&2\n[ $RANK = 1 ] || touch {0}\nuntil [ -e {0} ]; do sleep 0.1; done\nexit $((RANK * 7))\n",
+        printed.display()
+    );
     fs::write(dir.join("train.sh"), script).unwrap();
 }
 
@@ -441,37 +461,69 @@ fn a_command_runs_on_the_nodes_as_if_it_ran_here() {
 fn ctrl_c_ends_a_command_on_its_nodes() {
     let e = Ensemble::with_cluster(1);
     keep(&e);
-    let args = [
-        "run",
-        "-n",
-        "long",
-        "--no-dir",
-        "--",
-        "bash",
-        "-c",
-        "echo begun; sleep 600",
-    ];
-    let mut command = kept(&e, &args);
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
-    e.until_job("long", "RUNNING");
-    until("the command to begin", || {
-        let list = ["job", "file", "list", "-j", "long", "-o", "tsv"];
-        ok(&e, &list)
-            .contains("stdout-0.txt\tfile\t6")
-            .then_some(())
-    });
-    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let child = long_run(&e, "long", "sleep 600");
+    interrupt(&child);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(255), "{}", text(&output.stderr));
-    assert_eq!(text(&output.stdout), "begun\n");
     assert_eq!(e.job("long")["state"], "FAILED");
     let left = processes_of(e.path());
     assert!(
         !left.iter().any(|(_, line)| line.contains("sleep 600")),
         "{left:?}"
     );
+}
+
+/// Starts `batchai run` of something that takes long, and returns when it has printed.
+fn long_run(e: &Ensemble, name: &str, command: &str) -> std::process::Child {
+    let command = format!("echo begun; {command}");
+    let args = ["run", "-n", name, "--no-dir", "--", "bash", "-c", &command];
+    let mut command = kept(e, &args);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut begun = [0; 6];
+    let out = child.stdout.as_mut().unwrap();
+    std::io::Read::read_exact(out, &mut begun).unwrap();
+    assert_eq!(&begun, b"begun\n");
+    child
+}
+
+fn interrupt(child: &std::process::Child) {
+    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+}
+
+#[test]
+fn a_command_that_nobody_follows_any_more_is_left_and_named() {
+    let mut e = Ensemble::with_cluster(1);
+    keep(&e);
+    // Nobody reads what it prints.
+    let mut child = long_run(&e, "unread", "while sleep 0.1; do echo more; done");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output.stderr);
+    assert!(said.contains("jobs/unread goes on"), "{said}");
+    assert_eq!(e.job("unread")["state"], "RUNNING");
+    ok(&e, &["job", "terminate", "-n", "unread", "-y"]);
+    // The coordinator is gone: the job cannot be ended, and the second Ctrl-C does not wait for that.
+    let child = long_run(&e, "left", "sleep 600");
+    e.coordinator.take().unwrap().kill();
+    interrupt(&child);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    let said = text(&output.stderr);
+    assert!(said.contains("jobs/left may still run"), "{said}");
+    // Nobody listens at all: a command that waits for its coordinator can be interrupted.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let mut command = kept(&e, &["run", "--endpoint", &endpoint, "--", "true"]);
+    command.current_dir(e.path());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    silent.accept().unwrap();
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use batchai_proto::v1;
 use batchai_proto::v1::job_file::FileType;
+use batchai_proto::v1::job_service_client::JobServiceClient;
 use batchai_proto::v1::stream_job_logs_response::End;
 use batchai_proto::v1::upload_bundle_request::Part;
 use batchai_tests::api::{Api, CLUSTER, job, refusal};
@@ -11,6 +12,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 const JOB: &str = "resourceGroups/g/workspaces/w/experiments/e/jobs/j";
@@ -156,15 +158,116 @@ fn files_of_every_directory_are_listed_and_read() {
 #[test]
 fn a_file_in_an_output_directory_is_followed_to_the_end_of_the_job() {
     let api = Api::start(Ensemble::with_cluster(1));
-    let command = "cd $AZ_BATCHAI_OUTPUT_MODEL; sleep 1; for i in 1 2 3; do echo $i >> log.txt; sleep 1; done";
+    let go = api.e.path().join("go");
+    let command = format!(
+        "cd $AZ_BATCHAI_OUTPUT_MODEL; echo 1 > log.txt; until [ -e {} ]; do sleep 0.1; done; \
+         for i in 2 3; do echo $i >> log.txt; sleep 1; done",
+        go.display()
+    );
+    api.e.submit("j", with_outputs(&api.e, &command));
+    let mut stream = open(&api, api.channel.clone(), "log.txt", true);
+    let first = api.runtime.block_on(stream.message()).unwrap().unwrap();
+    assert_eq!(&first.data[..], b"1\n");
+    let job = api.e.job("j");
+    assert_eq!(job["state"], "RUNNING", "it comes as it is written");
+    std::fs::write(go, "").unwrap();
+    let (mut text, mut end) = (Vec::new(), End::Unspecified);
+    while let Some(piece) = api.runtime.block_on(stream.message()).unwrap() {
+        text.extend_from_slice(&piece.data);
+        end = piece.end();
+    }
+    assert_eq!((&text[..], end), (&b"2\n3\n"[..], End::Complete));
+}
+
+/// Begins to read a file of an output directory.
+fn open(
+    api: &Api,
+    channel: Channel,
+    file: &str,
+    follow: bool,
+) -> tonic::Streaming<v1::StreamJobLogsResponse> {
+    let request = v1::StreamJobLogsRequest {
+        name: JOB.into(),
+        directory: "MODEL".into(),
+        file: file.into(),
+        follow,
+        ..Default::default()
+    };
+    let mut jobs = JobServiceClient::new(channel);
+    api.call(jobs.stream_job_logs(request)).unwrap()
+}
+
+#[test]
+fn readers_that_pause_hold_up_nobody_and_a_broken_answer_is_said() {
+    let mut api = Api::start(Ensemble::with_cluster(1));
+    let command = "cd $AZ_BATCHAI_OUTPUT_MODEL; truncate -s 64M big; echo small > small; sleep 600";
     api.e.submit("j", with_outputs(&api.e, command));
-    let (text, end) = read(&api, |request| {
-        request.directory = "MODEL".into();
-        request.file = "log.txt".into();
-        request.follow = true;
-    })
-    .unwrap();
-    assert_eq!((text.as_str(), end), ("1\n2\n3\n", End::Complete));
+    until("the files", || {
+        list(&api, "MODEL", "")
+            .ok()
+            .filter(|found| found.len() == 2)
+    });
+    // Each has its connection, so that only what is theirs can fill up.
+    let mut paused = Vec::new();
+    for _ in 0..12 {
+        let mut stream = open(&api, api.connect(), "big", false);
+        let first = api.runtime.block_on(stream.message());
+        assert!(first.unwrap().is_some());
+        paused.push(stream);
+    }
+    let read = |api: &Api, file: &str| {
+        read(api, |request| {
+            request.directory = "MODEL".into();
+            request.file = file.into();
+        })
+    };
+    assert_eq!(read(&api, "small").unwrap().0, "small\n");
+    // What is missing of a file is not taken for its end.
+    api.e.agents.remove("a1").unwrap().kill();
+    let mut stream = paused.remove(0);
+    let mut size = 0;
+    let end = loop {
+        match api.runtime.block_on(stream.message()) {
+            Ok(piece) => size += piece.expect("an end is said").data.len(),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(end.code(), Code::Unavailable, "{}", end.message());
+    assert!((1..64 << 20).contains(&size), "{size}");
+    // The way back to the others: the agent adopts what runs, and shows it again.
+    api.e.start_agent("a1");
+    until("the agent to answer again", || read(&api, "small").ok());
+}
+
+#[test]
+fn a_bundle_that_was_damaged_is_replaced() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    let (name, bytes) = pack("hello.sh", "echo hello");
+    let send = || upload(&api, &name, bytes.len() as i64, &bytes).unwrap();
+    send();
+    let kept = format!("{}.tar.gz", name.strip_prefix("bundles/").unwrap());
+    let kept = api.e.path().join("coordinator/bundles").join(kept);
+    let mut damaged = std::fs::read(&kept).unwrap();
+    damaged[30] ^= 1;
+    std::fs::write(&kept, damaged).unwrap();
+    let job = || v1::Job {
+        bundle: name.clone(),
+        node_count: 1,
+        cluster: CLUSTER.into(),
+        std_out_err_path_prefix: api.e.path().join("out").to_string_lossy().into_owned(),
+        custom_toolkit_settings: Some(v1::CustomToolkitSettings {
+            command_line: "bash hello.sh".into(),
+            processes_per_node: 1,
+        }),
+        ..job()
+    };
+    api.create_job("first", job()).unwrap();
+    assert_eq!(api.e.wait("first"), 255, "{}", api.e.job("first"));
+    assert_eq!(api.e.job("first")["errors"][0]["code"], "JobBundleFailed");
+    assert!(!kept.exists(), "it is offered to nobody else");
+    send();
+    api.create_job("second", job()).unwrap();
+    assert_eq!(api.e.wait("second"), 0, "{}", api.e.job("second"));
 }
 
 /// A bundle of one file.

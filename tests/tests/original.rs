@@ -271,6 +271,7 @@ fn the_cluster_and_file_server_files_of_the_original_are_taken_or_refused_by_nam
         all.extend(more.as_object().unwrap().clone());
         properties
     };
+    let manual = json!({ "manual": { "targetNodeCount": 1 } });
     let create = |id: &str, properties: Value| {
         let path = api.e.job_file(id, properties);
         // `job_file` writes any file of the original; this field is a job's.
@@ -312,7 +313,7 @@ fn the_cluster_and_file_server_files_of_the_original_are_taken_or_refused_by_nam
         ),
         (
             "setup",
-            json!({ "nodeSetup": { "setupTask": {
+            json!({ "scaleSettings": manual, "nodeSetup": { "setupTask": {
                 "commandLine": "echo set up",
                 "environmentVariables": [{ "name": "A", "value": "b" }],
                 "secrets": [{ "name": "S", "value": "hidden" }],
@@ -322,7 +323,7 @@ fn the_cluster_and_file_server_files_of_the_original_are_taken_or_refused_by_nam
         ),
         (
             "mounts",
-            json!({ "nodeSetup": { "mountVolumes": { "fileServers": [{
+            json!({ "scaleSettings": manual, "nodeSetup": { "mountVolumes": { "fileServers": [{
                 "fileServer": { "id": "/subscriptions/s/resourceGroups/g/providers/Microsoft.BatchAI/workspaces/w/fileServers/f" },
                 "relativeMountPath": "nfs",
                 "mountOptions": "rw",

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::resources::{Mounts, NodeExec};
-use super::{Confirm, InExperiment, Labels, Which};
+use super::resources::NodeExec;
+use super::{Confirm, InExperiment, Labels, Mounts, Which};
 
 /// Files to send along with a job.
 #[derive(Debug, Default, Args)]
@@ -13,7 +13,8 @@ pub struct Files {
     /// Send a file along: it lies in the directory where the job begins.
     #[arg(long, value_name = "FILE")]
     pub script: Option<PathBuf>,
-    /// Send a directory along: what is in it lies where the job begins. `.git` stays here.
+    /// Send a directory along: what is in it lies where the job begins. `.git` and what
+    /// `.batchaiignore` names stay here.
     #[arg(long, value_name = "DIR", conflicts_with = "script")]
     pub dir: Option<PathBuf>,
 }
@@ -125,7 +126,7 @@ pub struct OfJob {
         value_name = "ID"
     )]
     pub directory: String,
-    /// The node, where several have such a file.
+    /// The node, where several have such a file. Of an output directory it is the first that is shown otherwise.
     #[arg(long, value_name = "NODE")]
     pub node: Option<String>,
 }
@@ -139,6 +140,8 @@ pub enum JobFile {
         /// A directory below an output directory.
         #[arg(short = 'p', long, default_value = "", hide_default_value = true)]
         path: String,
+        #[command(flatten)]
+        expiry: super::Expiry,
     },
     /// Print a file of a job, and what is added to it, until the job has ended.
     Stream {
@@ -229,7 +232,7 @@ pub struct Run {
     /// The job's name; made of the time where it is left out.
     #[arg(short, long)]
     pub name: Option<String>,
-    /// The directory to send along. `.git` stays here.
+    /// The directory to send along. `.git` and what `.batchaiignore` names stay here.
     #[arg(long, default_value = ".", value_name = "DIR")]
     pub dir: PathBuf,
     /// Send nothing along.

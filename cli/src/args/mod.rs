@@ -3,6 +3,7 @@
 mod examples;
 mod jobs;
 mod resources;
+mod settings;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,9 +12,10 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 pub use jobs::{Job, JobCreate, JobFile, JobNode, OfJob, Run};
 pub use resources::{
-    Account, Cluster, ClusterCreate, ClusterFile, ClusterNode, Experiment, FileServer,
-    FileServerCreate, Group, Mounts, Node, NodeExec, VmSize, VmSizeAlias, Workspace,
+    Cluster, ClusterCreate, ClusterFile, ClusterNode, Experiment, FileServer, FileServerCreate,
+    Group, Node, NodeExec, VmSize, VmSizeAlias, Workspace,
 };
+pub use settings::{Account, Mounts};
 
 /// Batch training jobs on your own machines.
 #[derive(Debug, Parser)]
@@ -214,6 +216,24 @@ pub struct Which {
     /// Full names instead, also the original's ids.
     #[arg(long, num_args = 1.., conflicts_with = "name", value_name = "ID")]
     pub ids: Vec<String>,
+}
+
+/// An option of the original's that has nothing to say here.
+#[derive(Clone, Debug, Args)]
+pub struct Expiry {
+    /// Minutes until links to the files expire. There are no links here: noted, and nothing else.
+    #[arg(long, value_name = "MINUTES")]
+    pub expiry: Option<u32>,
+}
+
+impl Expiry {
+    pub fn note(&self) {
+        if self.expiry.is_some() {
+            say!(
+                "batchai: --expiry has no effect: files are read by `job file download`, not by links"
+            );
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{Confirm, InGroup, InWorkspace, Labels, Which};
+use super::{Account, Confirm, InGroup, InWorkspace, Labels, Mounts, Which};
 
 #[derive(Debug, Subcommand)]
 pub enum Group {
@@ -133,73 +133,6 @@ pub enum Experiment {
     },
 }
 
-/// The administrator's account. It is recorded only: the accounts on your machines are yours.
-#[derive(Debug, Default, Args)]
-pub struct Account {
-    /// Name of the administrator's account.
-    #[arg(short = 'u', long = "user-name", value_name = "NAME")]
-    pub user: Option<String>,
-    /// Its SSH public key, or a file with it.
-    #[arg(short = 'k', long, value_name = "KEY")]
-    pub ssh_key: Option<String>,
-    /// Its password.
-    #[arg(short = 'p', long, value_name = "PASSWORD")]
-    pub password: Option<String>,
-    /// Make a pair of keys in ~/.ssh where there is none.
-    #[arg(long)]
-    pub generate_ssh_keys: bool,
-}
-
-/// What to mount.
-#[derive(Debug, Default, Args)]
-pub struct Mounts {
-    /// Account of an Azure storage, for --afs-name and --bfs-name.
-    #[arg(
-        long,
-        env = "AZURE_BATCHAI_STORAGE_ACCOUNT",
-        value_name = "NAME",
-        hide_env = true
-    )]
-    pub storage_account_name: Option<String>,
-    /// Its key.
-    #[arg(
-        long,
-        env = "AZURE_BATCHAI_STORAGE_KEY",
-        value_name = "KEY",
-        hide_env = true,
-        hide_env_values = true
-    )]
-    pub storage_account_key: Option<String>,
-    /// Azure file share to mount.
-    #[arg(long, value_name = "NAME")]
-    pub afs_name: Option<String>,
-    /// Where to mount it, below the mount root.
-    #[arg(
-        long,
-        value_name = "PATH",
-        default_value = "afs",
-        requires = "afs_name"
-    )]
-    pub afs_mount_path: String,
-    /// Azure blob container to mount.
-    #[arg(long, value_name = "NAME")]
-    pub bfs_name: Option<String>,
-    /// Where to mount it, below the mount root.
-    #[arg(
-        long,
-        value_name = "PATH",
-        default_value = "bfs",
-        requires = "bfs_name"
-    )]
-    pub bfs_mount_path: String,
-    /// File server to mount: a name in the same workspace, or a full one.
-    #[arg(long, value_name = "NAME")]
-    pub nfs: Option<String>,
-    /// Where to mount it, below the mount root.
-    #[arg(long, value_name = "PATH", default_value = "nfs", requires = "nfs")]
-    pub nfs_mount_path: String,
-}
-
 #[derive(Debug, Args)]
 pub struct ClusterCreate {
     #[command(flatten)]
@@ -325,8 +258,14 @@ pub struct NodeExec {
     /// The account to log in to; your own name where it is left out.
     #[arg(short = 'u', long = "user-name", value_name = "NAME")]
     pub user: Option<String>,
-    /// Its password.
-    #[arg(short = 'p', long, value_name = "PASSWORD")]
+    /// Its password. In the variable it is not seen by others on this machine.
+    #[arg(
+        short = 'p',
+        long,
+        value_name = "PASSWORD",
+        env = "BATCHAI_SSH_PASSWORD",
+        hide_env_values = true
+    )]
     pub password: Option<String>,
     /// The private key to log in with.
     #[arg(short = 'k', long = "ssh-private-key", value_name = "FILE")]
@@ -367,6 +306,8 @@ pub enum ClusterFile {
         /// A directory below.
         #[arg(short = 'p', long, default_value = ".")]
         path: String,
+        #[command(flatten)]
+        expiry: super::Expiry,
     },
 }
 

@@ -5,9 +5,10 @@ use std::io::Read as _;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
-use batchai_common::names::{Kind, Name};
+use batchai_common::names::{Kind, Name, hex};
 use batchai_proto::agent::v1::{FetchBundleRequest, FetchBundleResponse};
 use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tonic::Status;
 
@@ -32,10 +33,7 @@ pub async fn open(
     let state = replica
         .read()
         .await
-        .map_err(|error| ApiError::Unavailable {
-            why: error.to_string(),
-            leader: None,
-        })?;
+        .map_err(|error| unavailable(&error.to_string()))?;
     let registered = state
         .nodes
         .get(node.as_str())
@@ -59,29 +57,45 @@ pub async fn open(
         Ok(None) => Err(absent()),
         Err(error) => {
             tracing::error!(%error, bundle = bundle.as_str(), "a bundle cannot be read");
-            Err(ApiError::Unavailable {
-                why: "its disk does not give the bundle".into(),
-                leader: None,
-            })
+            Err(unavailable("its disk does not give the bundle"))
         }
     }
 }
 
-/// Sends a bundle as fast as the agent takes it. It waits for the disk.
-pub fn send(mut file: File, outbox: &mpsc::Sender<Result<FetchBundleResponse, Status>>) {
+fn unavailable(why: &str) -> ApiError {
+    ApiError::Unavailable {
+        why: why.to_owned(),
+        leader: None,
+    }
+}
+
+/// Sends a bundle as fast as the agent takes it. It waits for the disk. One that turns out to be damaged is removed: who
+/// sends it again then replaces it.
+pub fn send(
+    mut file: File,
+    (store, digest): (&BundleStore, &str),
+    outbox: &mpsc::Sender<Result<FetchBundleResponse, Status>>,
+) {
+    let mut hash = Sha256::new();
     loop {
         let mut piece = vec![0; LOG_CHUNK_BYTES_MAX];
         let piece = match file.read(&mut piece) {
-            Ok(0) => return,
+            Ok(0) if hex(&hash.clone().finalize()) == digest => return,
+            Ok(0) => {
+                let removed = store.remove(digest);
+                tracing::error!(digest, ?removed, "a bundle is damaged; it was removed");
+                Err(unavailable("the bundle was damaged, and is removed").into())
+            }
             Ok(read) => {
                 piece.truncate(read);
+                hash.update(&piece);
                 Ok(FetchBundleResponse {
                     data: Bytes::from(piece),
                 })
             }
             Err(error) => {
                 tracing::error!(%error, "a bundle cannot be read");
-                Err(Status::unavailable("the bundle cannot be read"))
+                Err(unavailable("its disk does not give the bundle").into())
             }
         };
         let failed = piece.is_err();

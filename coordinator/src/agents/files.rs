@@ -93,7 +93,12 @@ impl FileDesk {
         let Some(parts) = parts else {
             return Err(invalid("hello.id", "nobody waits for this answer"));
         };
-        while let Some(request) = incoming.message().await? {
+        loop {
+            let next = tokio::time::timeout(PATIENCE, incoming.message()).await;
+            let next = next.map_err(|_| invalid("part", "did not come in time"))?;
+            let Some(request) = next? else {
+                break;
+            };
             let part = match request.part {
                 Some(Message::Entries(entries)) => Ok(Part::Entries(entries.entries)),
                 Some(Message::Data(data)) if data.len() <= LOG_CHUNK_BYTES_MAX => {

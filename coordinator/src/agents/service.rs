@@ -107,8 +107,14 @@ impl AgentService for Agents {
     ) -> Result<Response<Self::FetchBundleStream>, Status> {
         let request = request.into_inner();
         let (outbox, replies) = mpsc::channel(bundle::PIECES_MAX);
+        let permit = self.bundles.transfer()?;
         let file = bundle::open(&self.replica, &self.bundles, &request).await?;
-        tokio::task::spawn_blocking(move || bundle::send(file, &outbox));
+        let store = self.bundles.clone();
+        tokio::task::spawn_blocking(move || {
+            let digest = batchai_common::names::last_id(&request.bundle);
+            bundle::send(file, (&store, digest), &outbox);
+            drop(permit);
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
     }
 }

@@ -31,6 +31,7 @@ impl BundleService for Api {
         request: Request<Streaming<UploadBundleRequest>>,
     ) -> Result<Response<Self::UploadBundleStream>, Status> {
         let incoming = request.into_inner();
+        let permit = self.bundles.transfer()?;
         let (outbox, replies) = mpsc::channel(1);
         let (store, shutdown) = (self.bundles.clone(), self.shutdown.clone());
         tokio::spawn(async move {
@@ -41,6 +42,7 @@ impl BundleService for Api {
             let reply = end.map(|bundle| UploadBundleResponse {
                 bundle: Some(bundle),
             });
+            drop(permit);
             // Who sent it may be gone; it asks again.
             let _ = outbox.send(reply).await;
         });
@@ -52,6 +54,9 @@ impl BundleService for Api {
         request: Request<GetBundleRequest>,
     ) -> Result<Response<Bundle>, Status> {
         let name = parse(Noun::Bundle, &request.get_ref().name)?;
+        // Who asks is about to name it in a job: it must not be swept before.
+        let (store, digest) = (self.bundles.clone(), name.id().to_owned());
+        on_a_thread(move || store.use_now(&digest).map_err(internal)).await?;
         Ok(Response::new(find(&self.bundles, &name).await?))
     }
 }
@@ -100,6 +105,10 @@ async fn receive(
     let kept = kept.await.map_err(internal)?;
     sent?;
     kept.map_err(|error| match error {
+        BundleError::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+            let what = "the disk of this replica";
+            ApiError::Busy { what }
+        }
         BundleError::Io(error) => internal(error),
         error => invalid("header", &error.to_string()),
     })?;

@@ -30,6 +30,11 @@ const STDOUTERR: &str = "stdouterr";
 const PATH_BYTES_MAX: usize = 4096;
 /// A file in an output directory that is followed is looked at this often.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// So much of such a file is asked for at a time, and is here before it is passed on: a slow reader holds up nobody who
+/// asks the same node.
+const RANGE_BYTES: u64 = 1 << 20;
+/// A reader that takes nothing for so long is sent no more.
+const SLOW_MAX: Duration = Duration::from_secs(600);
 
 type Outbox = mpsc::Sender<Result<StreamJobLogsResponse, Status>>;
 
@@ -200,59 +205,59 @@ impl Api {
             let job = state.jobs.get(&stream.place.job);
             let ended = job.is_none_or(|job| job.ended());
             let sent = match attempt_of(&state, &stream.place.job)? {
+                Some(attempt) if stream.is_another(&attempt.id) => {
+                    // The file of the next attempt is another file.
+                    return end(&stream, End::Truncated, outbox).await;
+                }
                 Some(attempt) => {
                     stream.attempt.clone_from(&attempt.id);
-                    self.send_output(&state, &mut stream, outbox).await
+                    self.send_range(&state, &mut stream, outbox).await
                 }
                 None => Err(absent(&stream.place, &stream.path, "the job has not begun")),
             };
             let wait = stream.follow && !ended && !stream.is_full();
             match sent {
-                Ok(()) if wait => {}
+                Ok(Sent::Range) if !stream.is_full() => continue,
+                Ok(_) if wait => {}
                 Err(ApiError::NoSuchFile { .. }) if wait => {}
-                Ok(()) => {
-                    let end = match ended && !stream.is_full() {
-                        true => End::Complete,
-                        false => End::NotFollowed,
-                    };
-                    // The reader may have gone away: it has all there is.
-                    let _ = outbox.send(Ok(stream.message(Bytes::new(), end))).await;
-                    return Ok(());
+                Ok(_) if ended && !stream.is_full() => {
+                    return end(&stream, End::Complete, outbox).await;
                 }
+                Ok(_) => return end(&stream, End::NotFollowed, outbox).await,
                 Err(error) => return Err(error),
             }
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
     }
 
-    /// Sends what there is behind the stream's offset.
-    async fn send_output(
+    /// Sends what there is behind the stream's offset, a range at most.
+    async fn send_range(
         &self,
         state: &State,
         stream: &mut Stream,
         outbox: &Outbox,
-    ) -> Result<(), ApiError> {
+    ) -> Result<Sent, ApiError> {
+        let wanted = stream.left.unwrap_or(u64::MAX).min(RANGE_BYTES);
         let question = FileRequest {
             directory: stream.place.directory.clone().unwrap_or_default(),
             path: stream.path.clone(),
             kind: Kind::Read as i32,
             offset: stream.offset as i64,
-            limit: stream.left.map_or(0, |left| left as i64),
+            limit: wanted as i64,
             ..Default::default()
         };
         let (node, question) = address(state, &stream.place, question)?;
         stream.node.clone_from(&node);
         let mut answer = self.desk.ask(&node, question)?;
+        let (mut pieces, mut size) = (Vec::new(), 0);
         while let Some(part) = answer.next().await? {
             match part {
                 Ok(Part::Data(data)) => {
-                    let size = data.len() as u64;
-                    let piece = stream.message(data, End::Unspecified);
-                    stream.offset += size;
-                    stream.left = stream.left.map(|left| left.saturating_sub(size));
-                    if outbox.send(Ok(piece)).await.is_err() {
-                        return Ok(());
+                    size += data.len() as u64;
+                    if size > wanted {
+                        return Err(internal("more came than was asked for"));
                     }
+                    pieces.push(data);
                 }
                 Ok(Part::Entries(_) | Part::Done) => {
                     return Err(internal("entries came for a file"));
@@ -260,8 +265,40 @@ impl Api {
                 Err(fault) => return Err(refused(&stream.place, &stream.path, fault)),
             }
         }
-        Ok(())
+        for data in pieces {
+            let length = data.len() as u64;
+            send(stream.message(data, End::Unspecified), outbox).await?;
+            stream.offset += length;
+            stream.left = stream.left.map(|left| left.saturating_sub(length));
+        }
+        match size == wanted {
+            true => Ok(Sent::Range),
+            false => Ok(Sent::Rest),
+        }
     }
+}
+
+/// How much was sent.
+enum Sent {
+    /// As much as is asked for at a time: there may be more.
+    Range,
+    /// All that there is now.
+    Rest,
+}
+
+async fn send(piece: StreamJobLogsResponse, outbox: &Outbox) -> Result<(), ApiError> {
+    match tokio::time::timeout(SLOW_MAX, outbox.send(Ok(piece))).await {
+        // A reader that has gone away is noticed by who sends.
+        Ok(_) => Ok(()),
+        Err(_) => Err(ApiError::Unavailable {
+            why: "the reader took nothing for too long".to_owned(),
+            leader: None,
+        }),
+    }
+}
+
+async fn end(stream: &Stream, end: End, outbox: &Outbox) -> Result<(), ApiError> {
+    send(stream.message(Bytes::new(), end), outbox).await
 }
 
 /// A file that is being sent.
@@ -326,6 +363,11 @@ impl Stream {
             length: self.left,
             follow: self.follow,
         }
+    }
+
+    /// Whether bytes of a file of another attempt were sent already.
+    fn is_another(&self, attempt: &str) -> bool {
+        !self.attempt.is_empty() && self.attempt != attempt
     }
 
     fn is_full(&self) -> bool {

@@ -229,21 +229,17 @@ impl LogStore {
     }
 }
 
+/// What lies below an attempt's directory. It may be swept meanwhile: what is gone is not listed.
 fn list(root: &Path) -> io::Result<Vec<Listed>> {
     let mut found = Vec::new();
-    let nodes = match fs::read_dir(root) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
-        nodes => nodes?,
-    };
-    let name = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
-    for node in nodes {
-        let node = node?;
-        for file in fs::read_dir(node.path())? {
-            let file = file?;
-            let metadata = file.metadata()?;
+    for (node_id, node) in entries(root)? {
+        for (file, entry) in entries(&node.path())? {
+            let Some(metadata) = present(entry.metadata())? else {
+                continue;
+            };
             found.push(Listed {
-                file: name(&file),
-                node_id: name(&node),
+                file,
+                node_id: node_id.clone(),
                 length: metadata.len(),
                 modified: metadata.modified()?,
             });
@@ -251,6 +247,23 @@ fn list(root: &Path) -> io::Result<Vec<Listed>> {
     }
     found.sort();
     Ok(found)
+}
+
+fn entries(dir: &Path) -> io::Result<Vec<(String, fs::DirEntry)>> {
+    let Some(entries) = present(fs::read_dir(dir))? else {
+        return Ok(Vec::new());
+    };
+    let named = entries
+        .map(|entry| entry.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry)));
+    named.collect()
+}
+
+fn present<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]

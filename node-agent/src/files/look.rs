@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 
 /// Its exit code where nothing of the name is there.
 pub const ABSENT: i32 = 3;
-/// A directory with more is not listed.
-const NAMES_MAX: usize = 1_000_000;
+/// A directory with more is not listed: all its names are held at once.
+const NAMES_MAX: usize = 100_000;
 
 /// What is wanted.
 #[derive(Debug, Default, Serialize, Deserialize)]

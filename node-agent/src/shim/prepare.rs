@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::root::MARKER;
-use super::unpack::unpack;
+use super::unpack::{bound_memory, unpack};
 use crate::journal::{AttemptDir, SETUP_FAILED};
 use crate::launch::Preparation;
 use crate::status::FailureRecord;
@@ -37,11 +37,16 @@ fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
         fs::write(path, content).map_err(|e| failure("write", path, &e, true))?;
     }
     if let Some((bundle, into)) = &plan.bundle {
-        let unpacked = unpack(Path::new(bundle), Path::new(into));
-        unpacked.map_err(|error| FailureRecord {
+        let failed = |error: io::Error, infrastructure| FailureRecord {
             code: "JobBundleFailed".into(),
-            infrastructure: error.kind() == io::ErrorKind::StorageFull,
-            ..failure("unpack the bundle into", into, &error, false)
+            ..failure("unpack the bundle into", into, &error, infrastructure)
+        };
+        // That the node has lost its copy is no fault of the job.
+        let file = fs::File::open(bundle).map_err(|error| failed(error, true))?;
+        bound_memory().map_err(|error| failed(error, true))?;
+        unpack(file, Path::new(into)).map_err(|error| {
+            let full = error.kind() == io::ErrorKind::StorageFull;
+            failed(error, full)
         })?;
     }
     Ok(())

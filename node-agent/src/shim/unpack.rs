@@ -4,22 +4,23 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Component, Path};
 
-use batchai_common::limits::{BUNDLE_ENTRIES_MAX, BUNDLE_UNPACKED_BYTES_MAX};
+use batchai_common::limits::{BUNDLE_ENTRIES_MAX, BUNDLE_RESERVED, BUNDLE_UNPACKED_BYTES_MAX};
 use flate2::read::GzDecoder;
 use tar::{Archive, EntryType};
 
 /// What an entry takes in an archive beside its content: a header and a block that is not full.
 const ENTRY_BYTES: u64 = 1024;
-/// What the service itself puts into the directory.
-const RESERVED: [&str; 3] = ["mounts", "shared", "hostfile"];
+/// What unpacking may take of memory, beyond the process's own: a name of gigabytes is read whole before it is refused.
+const MEMORY_BYTES_MAX: u64 = 512 << 20;
 
 /// Unpacks a bundle.
-pub fn unpack(bundle: &Path, into: &Path) -> io::Result<()> {
+pub fn unpack(bundle: File, into: &Path) -> io::Result<()> {
     // Whatever its headers say: no more than this ever comes out of it.
     let most = BUNDLE_UNPACKED_BYTES_MAX + BUNDLE_ENTRIES_MAX as u64 * ENTRY_BYTES;
-    let mut archive = Archive::new(GzDecoder::new(File::open(bundle)?).take(most));
+    let mut archive = Archive::new(GzDecoder::new(bundle).take(most));
     archive.set_preserve_mtime(false);
     let (mut count, mut size) = (0, 0_u64);
+    let mut directories = Vec::new();
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
@@ -48,22 +49,50 @@ pub fn unpack(bundle: &Path, into: &Path) -> io::Result<()> {
             Component::Normal(name) => name.to_str(),
             _ => None,
         });
-        if first.is_some_and(|first| RESERVED.contains(&first)) {
+        if first.is_some_and(|first| BUNDLE_RESERVED.contains(&first)) {
             return Err(refused(
                 "has a name that the service uses itself in a job's directory",
             ));
+        }
+        // Last, and the innermost first: one that is read-only must take what lies in it before.
+        if kind == EntryType::Directory {
+            directories.push((path, entry));
+            continue;
         }
         // It follows no link that an earlier entry made to elsewhere.
         if !entry.unpack_in(into)? {
             return Err(refused("leads out of the job's directory"));
         }
     }
+    directories.sort_by(|a, b| b.0.cmp(&a.0));
+    for (path, mut directory) in directories {
+        if !directory.unpack_in(into)? {
+            let why = format!("{}: leads out of the job's directory", path.display());
+            return Err(io::Error::other(why));
+        }
+    }
+    Ok(())
+}
+
+/// Bounds the memory of this process, which unpacks.
+pub fn bound_memory() -> io::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let statm = std::fs::read_to_string("/proc/self/statm")?;
+    let pages: u64 = statm
+        .split(' ')
+        .next()
+        .and_then(|pages| pages.parse().ok())
+        .unwrap_or_default();
+    let most = pages * 4096 + MEMORY_BYTES_MAX;
+    let (_, hard) = getrlimit(Resource::RLIMIT_AS)?;
+    setrlimit(Resource::RLIMIT_AS, most.min(hard), hard)?;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
 
     use flate2::Compression;
     use flate2::write::GzEncoder;
@@ -80,10 +109,15 @@ mod tests {
         for (name, kind, content) in entries {
             let mut header = Header::new_gnu();
             header.set_entry_type(*kind);
-            header.set_mode(0o755);
+            // Of a directory, the content is its mode.
+            let mode = u32::from_str_radix(content, 8).ok();
+            header.set_mode(
+                mode.filter(|_| *kind == EntryType::Directory)
+                    .unwrap_or(0o755),
+            );
             header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
             let is_link = !matches!(kind, EntryType::Regular);
-            if is_link && !content.is_empty() {
+            if *kind == EntryType::Symlink || *kind == EntryType::Link {
                 header.set_link_name(content).unwrap();
             }
             let data = if is_link { "" } else { content };
@@ -106,14 +140,23 @@ mod tests {
                 ("lib/", EntryType::Directory, ""),
                 ("lib/a.py", EntryType::Regular, "a"),
                 ("link", EntryType::Symlink, "lib/a.py"),
+                ("closed/", EntryType::Directory, "0555"),
+                ("closed/in/", EntryType::Directory, "0555"),
+                ("closed/in/b.py", EntryType::Regular, "b"),
             ],
         );
-        unpack(&bundle, &into).unwrap();
+        unpack(File::open(&bundle).unwrap(), &into).unwrap();
         assert_eq!(
             fs::read_to_string(into.join("train.py")).unwrap(),
             "print()"
         );
         assert_eq!(fs::read_to_string(into.join("link")).unwrap(), "a");
+        assert_eq!(
+            fs::read_to_string(into.join("closed/in/b.py")).unwrap(),
+            "b"
+        );
+        let mode = fs::metadata(into.join("closed")).unwrap().permissions();
+        assert_eq!(mode.mode() & 0o777, 0o555);
     }
 
     #[test]
@@ -138,10 +181,13 @@ mod tests {
         ] {
             let bundle = dir.path().join("b");
             pack(&bundle, entries);
-            assert!(unpack(&bundle, &into).is_err(), "{entries:?}");
+            assert!(
+                unpack(File::open(&bundle).unwrap(), &into).is_err(),
+                "{entries:?}"
+            );
             assert_eq!(fs::read_dir(&outside).unwrap().count(), 0, "{entries:?}");
         }
         fs::write(dir.path().join("b"), "no archive").unwrap();
-        assert!(unpack(&dir.path().join("b"), &into).is_err());
+        assert!(unpack(File::open(dir.path().join("b")).unwrap(), &into).is_err());
     }
 }
