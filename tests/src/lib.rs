@@ -5,4 +5,5 @@ pub mod api;
 pub mod arbitrary;
 pub mod ensemble;
 pub mod process;
+pub mod raw;
 pub mod requirement;

@@ -486,3 +486,112 @@ fn the_other_verbs_answer_as_documented() {
         Code::NotFound
     );
 }
+
+#[test]
+fn the_rest_of_the_examples_are_answered() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    let command = json!({ "commandLine": "echo hello; sleep 600" });
+    api.e.submit(
+        "j",
+        json!({ "nodeCount": 1, "customToolkitSettings": command }),
+    );
+    api.e.until_job("j", "RUNNING");
+    let job = format!("{EXPERIMENT}/jobs/j");
+    let job = job.as_str();
+    // What is sent, and a part of what is answered: where it lies, and what it is.
+    for (method, request, at, answered) in [
+        (
+            "WorkspaceService/UpdateWorkspace",
+            json!({ "workspace": { "name": WORKSPACE, "tags": { "a": "b" } }, "updateMask": "tags" }),
+            "/tags/a",
+            json!("b"),
+        ),
+        (
+            "ClusterService/GetCluster",
+            json!({ "name": CLUSTER }),
+            "/vmSize",
+            json!(SIZE),
+        ),
+        (
+            "ClusterService/UpdateCluster",
+            json!({ "cluster": { "name": CLUSTER, "scaleSettings": { "manual": { "targetNodeCount": 2 } } } }),
+            "/scaleSettings/manual/targetNodeCount",
+            json!(2),
+        ),
+        (
+            "ExperimentService/GetExperiment",
+            json!({ "name": EXPERIMENT }),
+            "/name",
+            json!(EXPERIMENT),
+        ),
+        (
+            "JobService/GetJob",
+            json!({ "name": job }),
+            "/state",
+            json!("RUNNING"),
+        ),
+        (
+            "JobService/ListJobs",
+            json!({ "parent": EXPERIMENT }),
+            "/jobs/0/name",
+            json!(job),
+        ),
+        (
+            "JobService/ListJobFiles",
+            json!({ "name": job }),
+            "/files/0/name",
+            json!("execution.log"),
+        ),
+        (
+            "JobService/ListJobRemoteLoginInformation",
+            json!({ "name": job }),
+            "/remoteLoginInformation/0/node",
+            json!("nodes/a1"),
+        ),
+        (
+            "InformationService/ListUsages",
+            json!({}),
+            "/usages/0/unit",
+            json!("COUNT"),
+        ),
+        (
+            "InformationService/ListOperations",
+            json!({}),
+            "/operations/0/name",
+            json!("batchai/bundles/read"),
+        ),
+        (
+            "FileServerService/ListFileServers",
+            json!({ "parent": WORKSPACE }),
+            "/fileServers",
+            json!(null),
+        ),
+    ] {
+        let method = format!("batchai.v1.{method}");
+        let call = batchai_tests::raw::json(api.channel.clone(), &method, request);
+        let answer = api.runtime.block_on(call).unwrap();
+        let found = answer.pointer(at).cloned().unwrap_or_default();
+        assert_eq!(found, answered, "{method}: {answer}");
+    }
+    // Deletes, the way they are asked for one after the other; the last takes all that is left with it.
+    for (method, name) in [
+        ("ExperimentService/DeleteExperiment", EXPERIMENT),
+        ("ClusterService/DeleteCluster", CLUSTER),
+        ("WorkspaceService/DeleteWorkspace", WORKSPACE),
+    ] {
+        let delete = format!("batchai.v1.{method}");
+        let get = delete.replace("/Delete", "/Get");
+        let call = |method: &str| {
+            let request = match method.contains("/Delete") {
+                true => json!({ "name": name, "force": true }),
+                false => json!({ "name": name }),
+            };
+            let call = batchai_tests::raw::json(api.channel.clone(), method, request);
+            api.runtime.block_on(call)
+        };
+        assert_eq!(call(&delete).unwrap(), json!({}));
+        until("it to be gone", || {
+            (code(call(&get)) == Code::NotFound).then_some(())
+        });
+    }
+}
