@@ -1,10 +1,11 @@
 //! The connection to a coordinator.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use batchai_common::limits::{
-    CALL_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX,
-};
+use batchai_common::limits::{CALL_TIMEOUT, MESSAGE_BYTES_MAX};
+use batchai_common::tls::{Connector, Credentials};
+use batchai_proto::v1::access_service_client::AccessServiceClient;
 use batchai_proto::v1::bundle_service_client::BundleServiceClient;
 use batchai_proto::v1::cluster_service_client::ClusterServiceClient;
 use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
@@ -15,97 +16,137 @@ use batchai_proto::v1::node_service_client::NodeServiceClient;
 use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient;
 use batchai_proto::v1::vm_size_service_client::VmSizeServiceClient;
 use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
-use tonic::transport::{Channel, Endpoint};
+use tokio::sync::watch;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::error::CliError;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A stream that broke is opened again so often before the command gives up; each try waits a little.
 const RETRIES_MAX: u32 = 150;
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// What goes away in its own time is looked for this often.
 pub const LOOK_PAUSE: Duration = Duration::from_millis(100);
 
+/// What calls are made over.
+pub type Secured = InterceptedService<Channel, Bearer>;
+
 /// A connection.
 #[derive(Clone)]
 pub struct Client {
-    channel: Channel,
+    secured: Secured,
+}
+
+/// Shows a token with every call, where there is one.
+#[derive(Clone)]
+pub struct Bearer {
+    header: Option<MetadataValue<Ascii>>,
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(header) = &self.header {
+            request
+                .metadata_mut()
+                .insert("authorization", header.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// Where the coordinator is, and what to show there.
+#[derive(Clone, Debug, Default)]
+pub struct Target {
+    pub endpoint: String,
+    pub credentials: Option<PathBuf>,
+    pub token: Option<String>,
 }
 
 impl Client {
     /// Connects.
-    pub async fn connect(endpoint: &str) -> Result<Client, CliError> {
-        let connected = parse(endpoint)?
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .connect()
-            .await;
+    pub async fn connect(target: &Target) -> Result<Client, CliError> {
+        let header = match &target.token {
+            None => None,
+            Some(token) => {
+                let header = format!("Bearer {token}").parse();
+                let bad = |_| CliError::Usage("BATCHAI_TOKEN is no token".to_owned());
+                Some(header.map_err(bad)?)
+            }
+        };
+        let connected = connector(target)?.connect().await;
         let channel = connected.map_err(|source| CliError::Connect {
-            endpoint: endpoint.to_owned(),
+            endpoint: target.endpoint.clone(),
             source,
         })?;
-        Ok(Client { channel })
+        let secured = InterceptedService::new(channel, Bearer { header });
+        Ok(Client { secured })
     }
 
-    /// Whether a text could be where a coordinator listens.
-    pub fn check(endpoint: &str) -> Result<(), CliError> {
-        parse(endpoint).map(|_| ())
+    pub fn groups(&self) -> ResourceGroupServiceClient<Secured> {
+        ResourceGroupServiceClient::new(self.secured.clone())
     }
 
-    pub fn groups(&self) -> ResourceGroupServiceClient<Channel> {
-        ResourceGroupServiceClient::new(self.channel.clone())
+    pub fn workspaces(&self) -> WorkspaceServiceClient<Secured> {
+        WorkspaceServiceClient::new(self.secured.clone())
     }
 
-    pub fn workspaces(&self) -> WorkspaceServiceClient<Channel> {
-        WorkspaceServiceClient::new(self.channel.clone())
+    pub fn clusters(&self) -> ClusterServiceClient<Secured> {
+        ClusterServiceClient::new(self.secured.clone())
     }
 
-    pub fn clusters(&self) -> ClusterServiceClient<Channel> {
-        ClusterServiceClient::new(self.channel.clone())
+    pub fn file_servers(&self) -> FileServerServiceClient<Secured> {
+        FileServerServiceClient::new(self.secured.clone())
     }
 
-    pub fn file_servers(&self) -> FileServerServiceClient<Channel> {
-        FileServerServiceClient::new(self.channel.clone())
+    pub fn vm_sizes(&self) -> VmSizeServiceClient<Secured> {
+        VmSizeServiceClient::new(self.secured.clone())
     }
 
-    pub fn vm_sizes(&self) -> VmSizeServiceClient<Channel> {
-        VmSizeServiceClient::new(self.channel.clone())
+    pub fn information(&self) -> InformationServiceClient<Secured> {
+        InformationServiceClient::new(self.secured.clone())
     }
 
-    pub fn information(&self) -> InformationServiceClient<Channel> {
-        InformationServiceClient::new(self.channel.clone())
+    pub fn bundles(&self) -> BundleServiceClient<Secured> {
+        BundleServiceClient::new(self.secured.clone())
     }
 
-    pub fn bundles(&self) -> BundleServiceClient<Channel> {
-        BundleServiceClient::new(self.channel.clone())
+    pub fn experiments(&self) -> ExperimentServiceClient<Secured> {
+        ExperimentServiceClient::new(self.secured.clone())
     }
 
-    pub fn experiments(&self) -> ExperimentServiceClient<Channel> {
-        ExperimentServiceClient::new(self.channel.clone())
+    pub fn nodes(&self) -> NodeServiceClient<Secured> {
+        NodeServiceClient::new(self.secured.clone())
     }
 
-    pub fn nodes(&self) -> NodeServiceClient<Channel> {
-        NodeServiceClient::new(self.channel.clone())
+    pub fn jobs(&self) -> JobServiceClient<Secured> {
+        JobServiceClient::new(self.secured.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
-    pub fn jobs(&self) -> JobServiceClient<Channel> {
-        JobServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    pub fn access(&self) -> AccessServiceClient<Secured> {
+        AccessServiceClient::new(self.secured.clone())
     }
 }
 
-fn parse(endpoint: &str) -> Result<Endpoint, CliError> {
-    let bad = || CliError::Endpoint {
-        endpoint: endpoint.to_owned(),
+/// How to come to a coordinator.
+fn connector(target: &Target) -> Result<Connector, CliError> {
+    // A lab without TLS asks nobody who he is.
+    let plain = target.endpoint.starts_with("http:");
+    let client = match target.credentials.as_ref().filter(|_| !plain) {
+        None => None,
+        Some(path) => {
+            let read = Credentials::read(path).and_then(|read| read.client());
+            let read = read.map_err(|source| CliError::Credentials {
+                path: path.clone(),
+                source,
+            })?;
+            Some(watch::Sender::new(read).subscribe())
+        }
     };
-    let parsed = Endpoint::from_shared(endpoint.to_owned()).map_err(|_| bad())?;
-    match parsed.uri().scheme_str() == Some("http") && parsed.uri().authority().is_some() {
-        true => Ok(parsed),
-        false => Err(bad()),
-    }
+    Ok(Connector::new(&target.endpoint, client)?)
 }
 
 /// A request that has an answer in time or none.

@@ -5,14 +5,18 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use batchai_common::names::{Kind, Name};
+use batchai_common::tls::connector::TargetError;
+use batchai_common::tls::{Connector, Credentials};
 use clap::ValueEnum as _;
 
 use crate::args::{ConfigCommand, Global, InExperiment, InGroup, InWorkspace, Setting, Which};
-use crate::client::Client;
+use crate::client::{Client, Target};
 use crate::error::CliError;
 use crate::output::Printer;
 
-const ENDPOINT_DEFAULT: &str = "http://127.0.0.1:7070";
+const ENDPOINT_DEFAULT: &str = "https://127.0.0.1:7070";
+/// A token to show, without which others on this machine see it: it is no option.
+const TOKEN: &str = "BATCHAI_TOKEN";
 
 /// What is kept, by setting.
 type Kept = BTreeMap<String, String>;
@@ -21,6 +25,7 @@ type Kept = BTreeMap<String, String>;
 pub struct Context {
     pub printer: Printer,
     endpoint: Option<String>,
+    credentials: Option<PathBuf>,
     kept: Kept,
 }
 
@@ -29,13 +34,24 @@ impl Context {
         Ok(Context {
             printer: Printer::new(global.output, global.query.as_deref())?,
             endpoint: global.endpoint.clone(),
+            credentials: global.credentials.clone(),
             kept: read()?,
         })
     }
 
     /// Connects to the coordinator.
     pub async fn client(&self) -> Result<Client, CliError> {
-        Client::connect(&self.endpoint()).await
+        Client::connect(&self.target()).await
+    }
+
+    /// Where the coordinator is, and what to show there.
+    pub fn target(&self) -> Target {
+        let kept = || self.kept.get(key(Setting::Credentials)).map(PathBuf::from);
+        Target {
+            endpoint: self.endpoint(),
+            credentials: self.credentials.clone().or_else(kept),
+            token: std::env::var(TOKEN).ok().filter(|token| !token.is_empty()),
+        }
     }
 
     /// Where the coordinator is.
@@ -179,6 +195,7 @@ pub fn name_of(id: &str, kind: Kind) -> Option<String> {
 fn key(setting: Setting) -> &'static str {
     match setting {
         Setting::Endpoint => "endpoint",
+        Setting::Credentials => "credentials",
         Setting::Group => "group",
         Setting::Workspace => "workspace",
         Setting::Experiment => "experiment",
@@ -237,6 +254,11 @@ pub fn config(command: ConfigCommand, context: &Context) -> Result<(), CliError>
     match command {
         ConfigCommand::Set { setting, value } => {
             check(setting, &value)?;
+            let value = match setting {
+                // It is used wherever this command is.
+                Setting::Credentials => absolute(&value)?,
+                _ => value,
+            };
             kept.insert(key(setting).to_owned(), value);
             write(&kept)
         }
@@ -260,7 +282,8 @@ pub fn config(command: ConfigCommand, context: &Context) -> Result<(), CliError>
 
 fn check(setting: Setting, value: &str) -> Result<(), CliError> {
     let kind = match setting {
-        Setting::Endpoint => return Client::check(value),
+        Setting::Endpoint => return check_endpoint(value),
+        Setting::Credentials => return Ok(()),
         Setting::Cluster if value.contains('/') => {
             return full_name(Kind::Cluster, value).map(|_| ());
         }
@@ -271,4 +294,22 @@ fn check(setting: Setting, value: &str) -> Result<(), CliError> {
     };
     let checked = batchai_common::names::check_id(kind, value);
     checked.map_err(|error| CliError::Usage(error.to_string()))
+}
+
+/// Whether a text could be where a coordinator listens. What to show there is another matter.
+fn check_endpoint(text: &str) -> Result<(), CliError> {
+    match Connector::new(text, None) {
+        Ok(_) | Err(TargetError::NoCredentials { .. }) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The whole path of a file of credentials that can be used.
+fn absolute(path: &str) -> Result<String, CliError> {
+    let path = std::path::absolute(path)?;
+    Credentials::read(&path).map_err(|source| CliError::Credentials {
+        path: path.clone(),
+        source,
+    })?;
+    Ok(path.to_string_lossy().into_owned())
 }

@@ -9,7 +9,7 @@ use batchai_proto::v1;
 use batchai_proto::v1::job::State;
 
 use crate::args::Demo;
-use crate::client::{Client, request, request_id};
+use crate::client::{Client, Target, request, request_id};
 use crate::dev::Ensemble;
 use crate::error::CliError;
 use crate::job::until_ended;
@@ -33,9 +33,9 @@ pub async fn run(args: Demo) -> Result<ExitCode, CliError> {
         started = Ensemble::start(&dir, ([127, 0, 0, 1], 0).into(), NODES) => started?,
         () = token.cancelled() => return Ok(ExitCode::from(130)),
     };
-    let endpoint = ensemble.endpoint.clone();
+    let target = ensemble.target.clone();
     let done = tokio::select! {
-        done = train(&endpoint, &dir, args.epochs) => done,
+        done = train(&target, &dir, args.epochs) => done,
         () = token.cancelled() => {
             say("interrupted: ending the job and all processes");
             Ok(ExitCode::from(130))
@@ -102,8 +102,8 @@ fn directory(args: &Demo) -> Result<PathBuf, CliError> {
     Ok(dir.canonicalize()?)
 }
 
-async fn train(endpoint: &str, dir: &Path, epochs: u32) -> Result<ExitCode, CliError> {
-    let client = Client::connect(endpoint).await?;
+async fn train(target: &Target, dir: &Path, epochs: u32) -> Result<ExitCode, CliError> {
+    let client = Client::connect(target).await?;
     say("creating a resource group, a workspace, a cluster of two nodes and an experiment");
     create_resources(&client).await?;
     say("submitting a PyTorch job on two nodes: digits, data-parallel");

@@ -14,16 +14,18 @@ use std::time::{Duration, Instant};
 
 use batchai_common::limits::TERMINATION_GRACE;
 use batchai_common::shutdown;
-use batchai_proto::v1::{ListNodesRequest, node};
+use batchai_proto::v1::{self, ListNodesRequest, node};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::access::NewToken;
 use crate::args::Dev;
-use crate::client::{Client, request};
+use crate::client::{Client, Target, request};
 use crate::error::CliError;
 
 /// The same on every machine, so that what a newcomer reads can be typed as it stands.
 const VM_SIZE: &str = "dev";
+const ADMIN: &str = "admin";
 const START_MAX: Duration = Duration::from_secs(20);
 /// Beyond the grace that jobs get.
 const STOP_MARGIN: Duration = Duration::from_secs(15);
@@ -31,7 +33,7 @@ const STEP: Duration = Duration::from_millis(5);
 
 /// A running ensemble. Dropping it kills what still runs of it.
 pub struct Ensemble {
-    pub endpoint: String,
+    pub target: Target,
     dir: PathBuf,
     coordinator: Option<Child>,
     agents: Vec<Child>,
@@ -61,11 +63,14 @@ pub async fn run(args: Dev) -> Result<ExitCode, CliError> {
 }
 
 fn welcome(ensemble: &Ensemble, agents: u16, took: Duration) -> String {
-    let Ensemble { endpoint, dir, .. } = ensemble;
+    let Ensemble { target, dir, .. } = ensemble;
+    let (endpoint, credentials) = (&target.endpoint, target.credentials.as_deref());
+    let credentials = credentials.unwrap_or(dir).display();
     format!(
         "batchai is ready at {endpoint} after {} ms: a coordinator and {agents} nodes.\n\
          In another terminal:\n\n    \
          export BATCHAI_ENDPOINT={endpoint}\n    \
+         export BATCHAI_CREDENTIALS={credentials}\n    \
          batchai node list -o table\n\n\
          Data and logs lie in {}. Ctrl-C ends it, with its jobs.\n",
         took.as_millis(),
@@ -82,25 +87,34 @@ impl Ensemble {
         })?;
         let dir = dir.canonicalize()?;
         let mut ensemble = Ensemble {
-            endpoint: String::new(),
+            target: Target::default(),
             dir,
             coordinator: None,
             agents: Vec::new(),
         };
         let address = ensemble.start_coordinator(listen).await?;
-        ensemble.endpoint = format!("http://{address}");
+        ensemble.target.endpoint = format!("https://{address}");
+        let token = ensemble.join_token(agents).await?;
         for number in 1..=agents {
-            ensemble.start_agent(number)?;
+            ensemble.start_agent(number, &token)?;
         }
         ensemble.until_registered(usize::from(agents)).await?;
         Ok(ensemble)
     }
 
     async fn start_coordinator(&mut self, listen: SocketAddr) -> Result<String, CliError> {
-        let log = self.dir.join("coordinator.log");
+        let (log, data) = (
+            self.dir.join("coordinator.log"),
+            self.dir.join("coordinator"),
+        );
+        let credentials = data.join(batchai_coordinator::ADMIN_FILE);
+        if !credentials.exists() {
+            batchai_coordinator::init(&data, &[], ADMIN)?;
+        }
+        self.target.credentials = Some(credentials);
         let mut child = daemon("coordinator", &log)?
             .arg("--data")
-            .arg(self.dir.join("coordinator"))
+            .arg(data)
             .args(["--listen", &listen.to_string()])
             .stdout(Stdio::piped())
             .spawn()?;
@@ -121,10 +135,25 @@ impl Ensemble {
         }
     }
 
-    fn start_agent(&mut self, number: u16) -> Result<(), CliError> {
+    /// A token by which all the agents join.
+    async fn join_token(&self, agents: u16) -> Result<String, CliError> {
+        let client = Client::connect(&self.target).await?;
+        let new = NewToken {
+            id: format!("dev-{}", uuid::Uuid::new_v4().simple()),
+            settings: v1::Token {
+                kind: v1::token::Kind::Node as i32,
+                use_count_max: agents.into(),
+                ..Default::default()
+            },
+        };
+        new.create(&client, &self.target).await
+    }
+
+    fn start_agent(&mut self, number: u16, token: &str) -> Result<(), CliError> {
         let log = self.dir.join(format!("node-{number}.log"));
         let child = daemon("node-agent", &log)?
-            .args(["--coordinator", &self.endpoint])
+            .args(["--coordinator", &self.target.endpoint])
+            .env("BATCHAI_JOIN_TOKEN", token)
             .args(["--name", &format!("node-{number}")])
             .arg("--data")
             .arg(agent_data(&self.dir, usize::from(number)))
@@ -139,7 +168,7 @@ impl Ensemble {
     }
 
     async fn until_registered(&mut self, count: usize) -> Result<(), CliError> {
-        let client = Client::connect(&self.endpoint).await?;
+        let client = Client::connect(&self.target).await?;
         let until = Instant::now() + START_MAX;
         loop {
             let list = client

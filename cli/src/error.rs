@@ -17,8 +17,15 @@ pub enum CliError {
         endpoint: String,
         source: tonic::transport::Error,
     },
-    #[error("{endpoint:?} is not an endpoint: use http://ADDRESS:PORT")]
-    Endpoint { endpoint: String },
+    #[error(transparent)]
+    Target(#[from] batchai_common::tls::connector::TargetError),
+    #[error("{path}: {source}", path = .path.display())]
+    Credentials {
+        path: PathBuf,
+        source: batchai_common::tls::CredentialsError,
+    },
+    #[error("{0}")]
+    Pki(#[from] batchai_coordinator::PkiError),
     #[error("{}", .0.message())]
     Refused(#[from] Box<Status>),
     #[error("{path}: {source}", path = .path.display())]
@@ -44,7 +51,7 @@ impl CliError {
     pub fn exit_code(&self) -> u8 {
         match self {
             CliError::Refused(status) if status.code() == Code::NotFound => 3,
-            CliError::Usage(_) | CliError::Endpoint { .. } => 2,
+            CliError::Usage(_) | CliError::Target(_) | CliError::Credentials { .. } => 2,
             _ => 1,
         }
     }

@@ -11,6 +11,7 @@ macro_rules! say {
     }};
 }
 
+mod access;
 mod args;
 mod bundle;
 mod client;
@@ -91,6 +92,9 @@ async fn run(command: Command, global: &args::Global) -> Result<ExitCode, CliErr
         Command::FileServer(command) => file_servers::file_server(command, context).await,
         Command::Experiment(command) => resources::experiment(command, context).await,
         Command::Node(command) => machines::node(command, context).await,
+        Command::Role(command) => access::roles(command, context).await,
+        Command::User(command) => access::user(command, context).await,
+        Command::Audit(command) => access::audit(command, context).await,
         Command::VmSize(command) => machines::vm_size(command, context).await,
         Command::ListUsages { location } => machines::list_usages(location, context).await,
         Command::Job(command) => job::run(command, context).await,

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use batchai_common::names::{Kind, last_id};
 use batchai_proto::v1;
 
+use crate::access;
 use crate::args;
 use crate::client::{request, request_id, send_once};
 use crate::context::Context;
@@ -81,6 +82,17 @@ pub async fn node(command: args::Node, context: &Context) -> Done {
             let found = get_all!(client.get_node, GetNodeRequest, names);
             context.printer.named(&NODE, &found)?;
         }
+        args::Node::Expel { which, confirm: c } => {
+            let names = context.which(&which, Kind::Node, || Ok(String::new()))?;
+            confirm(&format!("Expel {}?", names.join(", ")), c.yes)?;
+            let mut expelled = Vec::new();
+            for name in names {
+                let expel = v1::ExpelNodeRequest { name };
+                expelled.push(client.expel_node(request(expel)).await?.into_inner());
+            }
+            context.printer.named(&NODE, &expelled)?;
+        }
+        args::Node::Token(command) => return access::node_token(command, context).await,
     }
     Ok(ExitCode::SUCCESS)
 }

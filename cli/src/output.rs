@@ -48,6 +48,23 @@ impl Printer {
         self.print(&Value::Array(values.collect()), view.columns, rows)
     }
 
+    /// Prints one of many that come one after the other: a line each.
+    pub fn line<M: Message>(
+        &self,
+        message: &str,
+        one: &M,
+        row: fn(&M) -> Vec<String>,
+    ) -> std::io::Result<()> {
+        let mut out = std::io::stdout().lock();
+        match self.format {
+            Format::Json | Format::Jsonc => writeln!(out, "{}", to_json(message, one)),
+            Format::Table | Format::Tsv => {
+                let cells: Vec<_> = row(one).iter().map(|cell| shown(cell)).collect();
+                writeln!(out, "{}", cells.join("\t"))
+            }
+        }
+    }
+
     /// Prints those that were asked for by name: one is printed as itself.
     pub fn named<M: Message>(&self, view: &View<M>, resources: &[M]) -> std::io::Result<()> {
         match resources {

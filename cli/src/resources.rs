@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
+use crate::client::Secured;
 use batchai_common::names::{Kind, last_id};
 use batchai_proto::v1;
 use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
 use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient;
 use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
-use tonic::transport::Channel;
 
 use crate::args;
 use crate::client::{request, request_id, send_once};
@@ -133,7 +133,7 @@ macro_rules! update_all {
 pub(crate) use update_all;
 
 async fn create_group(
-    client: ResourceGroupServiceClient<Channel>,
+    client: ResourceGroupServiceClient<Secured>,
     (name, location, given): (String, String, args::Labels),
     context: &Context,
 ) -> Result<(), CliError> {
@@ -215,7 +215,7 @@ pub async fn group(command: args::Group, context: &Context) -> Done {
 }
 
 async fn create_workspace(
-    client: WorkspaceServiceClient<Channel>,
+    client: WorkspaceServiceClient<Secured>,
     parent: &args::InGroup,
     (name, location, given): (String, String, args::Labels),
     context: &Context,
@@ -305,7 +305,7 @@ pub async fn workspace(command: args::Workspace, context: &Context) -> Done {
 }
 
 async fn create_experiment(
-    client: ExperimentServiceClient<Channel>,
+    client: ExperimentServiceClient<Secured>,
     parent: &args::InWorkspace,
     (name, given): (String, args::Labels),
     context: &Context,

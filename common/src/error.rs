@@ -14,6 +14,9 @@ use crate::names::Kind;
 /// The domain of every ErrorInfo.
 pub const DOMAIN: &str = "batchai";
 
+/// The reason by which an agent knows that its node was expelled.
+pub const NODE_EXPELLED: &str = "NODE_EXPELLED";
+
 /// Clients that are told to come again wait this long.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
@@ -76,6 +79,16 @@ pub enum ApiError {
     },
     #[error("the watcher took nothing for too long; watch again from revision {revision}")]
     TooSlow { revision: i64 },
+    #[error("{caller} may not do this: it takes the permission {permission} on {}", place(.name))]
+    Forbidden {
+        caller: String,
+        permission: String,
+        name: String,
+    },
+    #[error("{name} was expelled")]
+    Expelled { name: String },
+    #[error("who are you? {why}")]
+    Unauthenticated { why: &'static str },
     #[error("{what} is full; try again soon")]
     Busy { what: &'static str },
     #[error("this replica cannot serve: {why}")]
@@ -84,6 +97,13 @@ pub enum ApiError {
     Unknown { why: String },
     #[error("internal error; the log of the replica names it by {id}")]
     Internal { id: String },
+}
+
+fn place(name: &str) -> &str {
+    match name {
+        "" => "the ensemble",
+        name => name,
+    }
 }
 
 /// An error with what caused it, outermost first: transport errors say nothing by themselves.
@@ -161,7 +181,12 @@ impl From<ApiError> for Status {
             ApiError::Internal { id } => {
                 details.set_request_info(id, "");
             }
-            ApiError::StaleEtag { .. } | ApiError::Forgotten { .. } | ApiError::TooSlow { .. } => {}
+            ApiError::StaleEtag { .. }
+            | ApiError::Forgotten { .. }
+            | ApiError::TooSlow { .. }
+            | ApiError::Forbidden { .. }
+            | ApiError::Expelled { .. }
+            | ApiError::Unauthenticated { .. } => {}
         }
         Status::with_error_details(code, error.to_string(), details)
     }
@@ -180,6 +205,9 @@ fn class(error: &ApiError) -> (Code, &'static str) {
         ApiError::LimitReached { .. } => (Code::ResourceExhausted, "LIMIT_REACHED"),
         ApiError::Forgotten { .. } => (Code::OutOfRange, "REVISION_FORGOTTEN"),
         ApiError::TooSlow { .. } => (Code::OutOfRange, "WATCHER_TOO_SLOW"),
+        ApiError::Forbidden { .. } => (Code::PermissionDenied, "FORBIDDEN"),
+        ApiError::Expelled { .. } => (Code::PermissionDenied, NODE_EXPELLED),
+        ApiError::Unauthenticated { .. } => (Code::Unauthenticated, "UNAUTHENTICATED"),
         ApiError::Busy { .. } => (Code::ResourceExhausted, "BUSY"),
         ApiError::Unavailable { .. } => (Code::Unavailable, "UNAVAILABLE"),
         ApiError::Unknown { .. } => (Code::Aborted, "OUTCOME_UNKNOWN"),
@@ -226,6 +254,17 @@ fn metadata(error: &ApiError) -> HashMap<String, String> {
             ("latest", latest.to_string()),
         ],
         ApiError::TooSlow { revision } => vec![("revision", revision.to_string())],
+        ApiError::Forbidden {
+            caller,
+            permission,
+            name,
+        } => vec![
+            ("caller", caller.clone()),
+            ("permission", permission.clone()),
+            ("name", name.clone()),
+        ],
+        ApiError::Expelled { name } => vec![("name", name.clone())],
+        ApiError::Unauthenticated { why } => vec![("why", (*why).into())],
         ApiError::Busy { what } => vec![("what", (*what).into())],
         ApiError::Unavailable { why, leader } => {
             let mut pairs = vec![("why", why.clone())];

@@ -4,11 +4,11 @@
 
 pub mod error;
 pub mod limits;
-pub mod listen;
 pub mod names;
 pub mod shutdown;
 pub mod telemetry;
 pub mod time;
+pub mod tls;
 
 /// The version that agents and coordinators tell each other.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -18,6 +18,8 @@ pub enum Kind {
     FileServer,
     Node,
     VmSizeAlias,
+    RoleBinding,
+    Token,
     Bundle,
 }
 
@@ -25,7 +27,7 @@ pub enum Kind {
 pub const WILDCARD: &str = "-";
 
 impl Kind {
-    const ALL: [Kind; 9] = [
+    const ALL: [Kind; 11] = [
         Kind::ResourceGroup,
         Kind::Workspace,
         Kind::Cluster,
@@ -34,6 +36,8 @@ impl Kind {
         Kind::FileServer,
         Kind::Node,
         Kind::VmSizeAlias,
+        Kind::RoleBinding,
+        Kind::Token,
         Kind::Bundle,
     ];
 
@@ -57,6 +61,8 @@ impl Kind {
             Kind::FileServer => "fileServers",
             Kind::Node => "nodes",
             Kind::VmSizeAlias => "vmSizeAliases",
+            Kind::RoleBinding => "roleBindings",
+            Kind::Token => "tokens",
             Kind::Bundle => "bundles",
         }
     }
@@ -72,6 +78,8 @@ impl Kind {
             Kind::FileServer => "file server",
             Kind::Node => "node",
             Kind::VmSizeAlias => "VM size alias",
+            Kind::RoleBinding => "role binding",
+            Kind::Token => "token",
             Kind::Bundle => "bundle",
         }
     }
@@ -79,7 +87,12 @@ impl Kind {
     /// The kind that holds this one.
     pub fn parent(self) -> Option<Kind> {
         match self {
-            Kind::ResourceGroup | Kind::Node | Kind::VmSizeAlias | Kind::Bundle => None,
+            Kind::ResourceGroup
+            | Kind::Node
+            | Kind::VmSizeAlias
+            | Kind::RoleBinding
+            | Kind::Token
+            | Kind::Bundle => None,
             Kind::Workspace => Some(Kind::ResourceGroup),
             Kind::Cluster | Kind::Experiment | Kind::FileServer => Some(Kind::Workspace),
             Kind::Job => Some(Kind::Experiment),
@@ -249,6 +262,12 @@ pub fn parent(name: &str) -> Option<&str> {
     let (rest, _id) = name.rsplit_once('/')?;
     let (parent, _collection) = rest.rsplit_once('/')?;
     Some(parent)
+}
+
+/// Whether a full name is of something that another one holds, at whatever depth.
+pub fn is_below(above: &str, name: &str) -> bool {
+    name.strip_prefix(above)
+        .is_some_and(|rest| rest.starts_with('/'))
 }
 
 /// A digest as it stands in the name of a bundle.

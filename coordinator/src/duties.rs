@@ -127,7 +127,7 @@ fn drive_clusters(state: &State, heard: &Heard, commands: &mut Vec<Kind>) {
     let mut free: Vec<_> = state
         .nodes
         .iter()
-        .filter(|(name, node)| node.cluster.is_none() && heard.is_alive(name))
+        .filter(|(name, node)| node.is_free() && heard.is_alive(name))
         .collect();
     let stay = state.clusters.iter().filter(|(_, c)| c.deleting.is_none());
     for (name, cluster) in stay {

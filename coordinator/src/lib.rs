@@ -1,18 +1,23 @@
 //! The coordinator: keeps the resource model, schedules, and tells agents what to do.
 //!
 //! Arrows only point down:
-//! `state <- scheduler <- duties <- replica <- logs <- bundles <- agents <- api <- leader <- server`.
+//! `state <- {access, scheduler} <- {call, duties} <- replica <- logs <- {audit, bundles} <- agents <- api <- {leader, gate, pki} <- server`.
 //!
-//! `state`, `scheduler` and `duties` are pure. `replica` makes the State survive and agree. `api` serves users,
+//! `state`, `access`, `scheduler` and `duties` are pure. `replica` makes the State survive and agree. `api` serves users,
 //! `agents` serves node agents, `logs` keeps job output, `bundles` what is sent along with jobs. `leader` performs the duties while this replica leads.
 
+pub mod access;
 pub mod agents;
 pub mod api;
+mod audit;
 mod bundles;
+mod call;
 mod config;
 pub mod duties;
+mod gate;
 pub mod leader;
 pub mod logs;
+mod pki;
 pub mod replica;
 pub mod scheduler;
 pub mod server;
@@ -22,10 +27,15 @@ use std::process::ExitCode;
 
 use batchai_common::{shutdown, telemetry};
 
-pub use config::Config;
+pub use config::{Cli, Config};
+pub use pki::{ADMIN_FILE, PkiError, init};
 
 /// A coordinator as a process: runs until a signal, says on standard error why it could not.
-pub fn main(config: Config) -> ExitCode {
+pub fn main(cli: Cli) -> ExitCode {
+    let config = match cli.part {
+        None => cli.config,
+        Some(config::Part::Init { data, names, admin }) => return init_main(&data, &names, &admin),
+    };
     telemetry::init();
     if let Some(parent) = config.die_with_parent {
         shutdown::die_with_parent(parent);
@@ -40,6 +50,22 @@ pub fn main(config: Config) -> ExitCode {
         });
     match ended {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("batchai-coordinator: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn init_main(data: &std::path::Path, names: &[String], admin: &str) -> ExitCode {
+    match init(data, names, admin) {
+        Ok(file) => {
+            let file = file.display();
+            println!(
+                "the administrator's credentials: {file}\nkeep them: batchai config set credentials {file}"
+            );
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             eprintln!("batchai-coordinator: {error}");
             ExitCode::FAILURE

@@ -7,9 +7,9 @@ use clap::Parser;
 #[command(name = "batchai-coordinator", version)]
 struct Cli {
     #[command(flatten)]
-    config: batchai_coordinator::Config,
+    coordinator: batchai_coordinator::Cli,
 }
 
 fn main() -> std::process::ExitCode {
-    batchai_coordinator::main(Cli::parse().config)
+    batchai_coordinator::main(Cli::parse().coordinator)
 }

@@ -6,12 +6,15 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use batchai_common::limits;
 use batchai_common::limits::{
     CALL_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX,
 };
-use batchai_common::{limits, listen};
+use batchai_common::tls::acceptor::incoming;
 use batchai_proto::agent::v1::agent_service_server::AgentServiceServer;
+use batchai_proto::agent::v1::join_service_server::JoinServiceServer;
 use batchai_proto::internal::v1::ReplicaIdentity;
+use batchai_proto::v1::access_service_server::AccessServiceServer;
 use batchai_proto::v1::bundle_service_server::BundleServiceServer;
 use batchai_proto::v1::cluster_service_server::ClusterServiceServer;
 use batchai_proto::v1::experiment_service_server::ExperimentServiceServer;
@@ -28,25 +31,26 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::server::HealthReporter;
 
 use crate::agents::contacts::Contacts;
 use crate::agents::files::FileDesk;
+use crate::agents::join::Join;
 use crate::agents::service::Agents;
 use crate::api::Api;
+use crate::audit::Audit;
 use crate::bundles::BundleStore;
 use crate::config::Config;
 use crate::duties::Leader;
+use crate::gate::Gate;
 use crate::leader;
 use crate::logs::LogStore;
+use crate::pki::{FIRST_REPLICA, Pki, PkiError};
 use crate::replica::core::{Core, CoreError};
 use crate::replica::store::disk::DiskStore;
 use crate::replica::store::{FORMAT, StoreError};
 use crate::replica::{self, Handle, Running};
 
-/// The raft id of the first replica of an ensemble.
-const FIRST_REPLICA: u64 = 1;
 /// How long open calls may take to end when the coordinator does.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// Calls that one connection may have open at once.
@@ -61,7 +65,9 @@ const HEADER_BYTES_MAX: u32 = 16 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     #[error(transparent)]
-    Listen(#[from] listen::NotLoopback),
+    Pki(#[from] PkiError),
+    #[error("--admin: {0}")]
+    Admin(#[from] batchai_common::tls::IdentityError),
     #[error("cannot listen on {address}: {source}")]
     Bind {
         address: SocketAddr,
@@ -87,7 +93,7 @@ pub enum ServerError {
 
 /// Runs until the token is cancelled.
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ServerError> {
-    listen::check(config.listen, config.insecure_lab)?;
+    let pki = open_pki(&config)?;
     match limits::raise_open_files() {
         Ok((_, limit)) => tracing::info!(limit, "open files"),
         Err(error) => tracing::warn!(%error, "the limit of open files cannot be raised"),
@@ -99,6 +105,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
     let bundles = config.data.join("bundles");
     let bundles = BundleStore::new(bundles.clone()).map_err(|source| ServerError::Data {
         path: bundles,
+        source,
+    })?;
+    let audit = config.data.join("audit");
+    let audit = Audit::new(audit.clone()).map_err(|source| ServerError::Data {
+        path: audit,
         source,
     })?;
     let (replica, running, leader) = start_replica(&config)?;
@@ -120,34 +131,27 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
         shutdown.clone(),
     ));
     let watch = tokio::spawn(report_health(health, replica.clone(), shutdown.clone()));
-    let api = Api {
-        replica: replica.clone(),
-        contacts: contacts.clone(),
-        logs: logs.clone(),
-        bundles: bundles.clone(),
-        desk: desk.clone(),
-        shutdown: shutdown.clone(),
-    };
-    let agents = Agents {
+    let shared = Shared {
         replica: replica.clone(),
         contacts,
         logs,
         bundles,
         desk,
+        audit,
         shutdown: shutdown.clone(),
     };
-    let serve = routes(api, agents)?
+    let connections = incoming(listener, pki.as_ref().map(Pki::server));
+    let serve = shared
+        .routes(pki.as_ref(), &config.admin)?
         .add_service(health_service)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            shutdown.clone().cancelled_owned(),
-        );
+        .serve_with_incoming_shutdown(connections, shutdown.clone().cancelled_owned());
+    let fresh = tokio::spawn(keep_fresh(pki, shutdown.clone()));
     until_named(&replica, &mut failed, &shutdown).await?;
     announce(address)?;
     let end = until_drained(serve, failed, shutdown.clone()).await;
     shutdown.cancel();
     replica.stop();
-    for task in [duties, watch] {
+    for task in [duties, watch, fresh] {
         if let Err(error) = task.await {
             tracing::error!(%error, "a task of the coordinator failed");
         }
@@ -204,7 +208,75 @@ fn start_replica(config: &Config) -> Result<Started, ServerError> {
     Ok((handle, running, leader))
 }
 
-fn routes(api: Api, agents: Agents) -> Result<tonic::transport::server::Router, ServerError> {
+async fn keep_fresh(pki: Option<Pki>, shutdown: CancellationToken) {
+    if let Some(pki) = pki {
+        pki.keep_fresh(shutdown).await;
+    }
+}
+
+type Routes =
+    tonic::transport::server::Router<tower::layer::util::Stack<Gate, tower::layer::util::Identity>>;
+
+/// What services are made of.
+struct Shared {
+    replica: Handle,
+    contacts: Contacts,
+    logs: LogStore,
+    bundles: BundleStore,
+    desk: FileDesk,
+    audit: Audit,
+    shutdown: CancellationToken,
+}
+
+impl Shared {
+    fn routes(self, pki: Option<&Pki>, admin: &str) -> Result<Routes, ServerError> {
+        let authority = pki.and_then(|pki| pki.authority.clone());
+        let gate = Gate {
+            replica: self.replica.clone(),
+            admin: admin.into(),
+            lab: pki.is_none(),
+            audit: self.audit.clone(),
+        };
+        let join = Join {
+            replica: self.replica.clone(),
+            authority: authority.clone(),
+        };
+        let api = Api {
+            replica: self.replica.clone(),
+            contacts: self.contacts.clone(),
+            logs: self.logs.clone(),
+            bundles: self.bundles.clone(),
+            desk: self.desk.clone(),
+            authority,
+            audit: self.audit,
+            shutdown: self.shutdown.clone(),
+        };
+        let agents = Agents {
+            replica: self.replica,
+            contacts: self.contacts,
+            logs: self.logs,
+            bundles: self.bundles,
+            desk: self.desk,
+            shutdown: self.shutdown,
+        };
+        routes(gate, api, agents, join)
+    }
+}
+
+/// Certificates, or a loud word that there are none.
+fn open_pki(config: &Config) -> Result<Option<Pki>, ServerError> {
+    batchai_common::tls::Identity::user(&config.admin)?;
+    let pki = Pki::open(config)?;
+    if pki.is_none() {
+        tracing::warn!(
+            "--insecure-lab: plain text, and everybody is an administrator; anyone who reaches {} runs commands on all nodes",
+            config.listen
+        );
+    }
+    Ok(pki)
+}
+
+fn routes(gate: Gate, api: Api, agents: Agents, join: Join) -> Result<Routes, ServerError> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(batchai_proto::DESCRIPTORS)
@@ -223,6 +295,7 @@ fn routes(api: Api, agents: Agents) -> Result<tonic::transport::server::Router, 
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .concurrency_limit_per_connection(CALLS_PER_CONNECTION_MAX)
         .max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX))
+        .layer(gate)
         .add_service(limited!(ResourceGroupServiceServer, api.clone()))
         .add_service(limited!(WorkspaceServiceServer, api.clone()))
         .add_service(limited!(ClusterServiceServer, api.clone()))
@@ -232,8 +305,10 @@ fn routes(api: Api, agents: Agents) -> Result<tonic::transport::server::Router, 
         .add_service(limited!(VmSizeServiceServer, api.clone()))
         .add_service(limited!(InformationServiceServer, api.clone()))
         .add_service(limited!(NodeServiceServer, api.clone()))
+        .add_service(limited!(AccessServiceServer, api.clone()))
         .add_service(limited!(JobServiceServer, api))
         .add_service(limited!(AgentServiceServer, agents))
+        .add_service(limited!(JoinServiceServer, join))
         // Current clients ask by v1, older ones only by v1alpha.
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?))

@@ -3,9 +3,11 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use batchai_common::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, TERMINATION_GRACE};
+use batchai_common::limits::TERMINATION_GRACE;
+use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::{AnswerHello, FileRequest, Hello, LogHello};
 use batchai_proto::v1::NodeFacts;
 use nix::sys::signal::{Signal, kill};
@@ -13,12 +15,12 @@ use nix::unistd::Pid;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Endpoint;
 
 use crate::bundles::Fetcher;
 use crate::config::Config;
 use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
+use crate::join::{self, JoinError, Shows};
 use crate::journal::{Identity, Journal, JournalError, STOP};
 use crate::launch::HostFacts;
 use crate::logs::{Shipped, Shipper};
@@ -27,7 +29,6 @@ use crate::shim::{self, Root, RootError};
 use crate::supervisor::Supervisor;
 use crate::watch::Watch;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Questions about files that are not looked at yet.
 const QUESTIONS_MAX: usize = 32;
 /// Beyond the grace that processes get: for shims to write their records.
@@ -43,8 +44,13 @@ pub enum AgentError {
     Root(#[from] RootError),
     #[error(transparent)]
     Hardware(#[from] HardwareError),
-    #[error("{url:?} is not the URL of a coordinator: use http://ADDRESS:PORT")]
-    Url { url: String },
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    #[error(
+        "this node was expelled, and all that ran here was ended; to join again, give the agent another --data directory and a \
+         new token"
+    )]
+    Expelled,
     #[error("--name: {0}")]
     Name(#[from] batchai_common::names::NameError),
     #[error("{0}")]
@@ -57,7 +63,6 @@ pub async fn run(
     own: &'static [&'static str],
     shutdown: CancellationToken,
 ) -> Result<(), AgentError> {
-    let endpoint = endpoint(&config.coordinator)?;
     let node_id = node_id(&config)?;
     let root = std::path::absolute(&config.root)?;
     let config = Config {
@@ -65,15 +70,27 @@ pub async fn run(
         data: std::path::absolute(&config.data)?,
         ..config
     };
-    let (journal, identity) = Journal::open(&config.data)?;
+    let (journal, mut identity) = Journal::open(&config.data)?;
     let _root = Root::claim(&config.root, &identity.uid)?;
+    let shows = tokio::select! {
+        shows = join::shows(&config, &journal, &node_id, &mut identity) => shows?,
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    let connector = Connector::new(&config.coordinator, shows.as_ref().map(Shows::latest))
+        .map_err(JoinError::from)?;
+    let config = Config {
+        vm_size: config.vm_size.or(identity.vm_size.clone()),
+        ..config
+    };
     let facts = hardware::facts(&config)?;
     let (uid, vm_size, image) = (&identity.uid, &facts.vm_size, &facts.image);
     tracing::info!(node = node_id, uid, vm_size, image, "node");
     let watch = Watch::new()?;
     sweep_strays(&journal, &identity.uid, &watch)?;
+    let fresh = shows.map(|shows| tokio::spawn(shows.keep_fresh(connector.clone())));
     let parts = Parts {
-        endpoint,
+        connector,
+        expelled: Arc::default(),
         node_id,
         identity,
         facts,
@@ -81,17 +98,25 @@ pub async fn run(
         watch,
     };
     let ended = parts.run(own, shutdown).await;
-    if config.end_jobs_on_stop {
+    if let Some(fresh) = fresh {
+        fresh.abort();
+    }
+    let expelled = parts.expelled.load(Ordering::Relaxed);
+    if config.end_jobs_on_stop || expelled {
         tokio::task::spawn_blocking(move || end_jobs_of(&parts.journal, &parts.identity.uid))
             .await
             .map_err(std::io::Error::other)??;
     }
-    ended
+    match expelled {
+        true => Err(AgentError::Expelled),
+        false => ended,
+    }
 }
 
 /// What the agent's tasks are made of.
 struct Parts {
-    endpoint: Endpoint,
+    connector: Connector,
+    expelled: Arc<AtomicBool>,
     node_id: String,
     identity: Identity,
     facts: NodeFacts,
@@ -113,7 +138,7 @@ impl Parts {
         let facts = hardware::host_facts(&self.facts, &self.identity.uid, &kept);
         let own_name = (self.node_id.clone(), self.identity.uid.clone());
         let (fetcher, bundles) =
-            Fetcher::new(kept, self.endpoint.clone(), own_name, self.watch.clone())?;
+            Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;
         let answerer = self.answerer(own, facts.clone(), questions);
         let supervisor = Supervisor {
             journal: self.journal.clone(),
@@ -132,20 +157,21 @@ impl Parts {
             journal: self.journal.clone(),
             watch: self.watch.clone(),
             shipped,
-            endpoint: self.endpoint.clone(),
+            connector: self.connector.clone(),
             hello: LogHello {
                 node_id: self.node_id.clone(),
                 uid: self.identity.uid.clone(),
             },
         };
         let session = Session {
-            endpoint: self.endpoint.clone(),
+            connector: self.connector.clone(),
             hello: self.hello(),
             identity: self.identity.clone(),
             journal: self.journal.clone(),
             observed,
             assignments: assign,
             questions: ask,
+            expelled: self.expelled.clone(),
         };
         let mut connections = JoinSet::new();
         connections.spawn(session.run());
@@ -162,7 +188,7 @@ impl Parts {
         questions: mpsc::Receiver<FileRequest>,
     ) -> Answerer {
         Answerer {
-            endpoint: self.endpoint.clone(),
+            connector: self.connector.clone(),
             hello: AnswerHello {
                 node_id: self.node_id.clone(),
                 uid: self.identity.uid.clone(),
@@ -240,22 +266,6 @@ fn end_jobs_of(journal: &Journal, uid: &str) -> Result<(), AgentError> {
         }
         std::thread::sleep(END_JOBS_STEP);
     }
-}
-
-fn endpoint(url: &str) -> Result<Endpoint, AgentError> {
-    let bad = || AgentError::Url {
-        url: url.to_owned(),
-    };
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|_| bad())?;
-    if endpoint.uri().authority().is_none() || endpoint.uri().scheme_str() != Some("http") {
-        return Err(bad());
-    }
-    Ok(endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        .keep_alive_while_idle(true))
 }
 
 fn node_id(config: &Config) -> Result<String, AgentError> {

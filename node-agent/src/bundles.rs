@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use batchai_common::limits::BUNDLE_BYTES_MAX;
 use batchai_common::names::{Kind, Name, hex};
+use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::FetchBundleRequest;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tonic::Code;
-use tonic::transport::Endpoint;
 
 use crate::session::backoff;
 use crate::watch::Watch;
@@ -120,7 +120,7 @@ impl Bundles {
 
 /// Fetches what is wanted.
 pub struct Fetcher {
-    endpoint: Endpoint,
+    connector: Connector,
     node_id: String,
     uid: String,
     bundles: Bundles,
@@ -132,7 +132,7 @@ impl Fetcher {
     /// Keeps bundles in a directory, which is made where it does not exist.
     pub fn new(
         root: PathBuf,
-        endpoint: Endpoint,
+        connector: Connector,
         (node_id, uid): (String, String),
         watch: Arc<Watch>,
     ) -> std::io::Result<(Fetcher, Bundles)> {
@@ -144,7 +144,7 @@ impl Fetcher {
             wanted: sender,
         };
         let fetcher = Fetcher {
-            endpoint,
+            connector,
             node_id,
             uid,
             bundles: bundles.clone(),
@@ -186,7 +186,7 @@ impl Fetcher {
         };
         // Nothing of this node's needs an earlier one any more: it has one attempt at a time, which has unpacked it.
         self.remove_others().map_err(at(&self.bundles.root))?;
-        let mut client = AgentServiceClient::new(self.endpoint.connect().await?);
+        let mut client = AgentServiceClient::new(self.connector.connect().await?);
         let request = FetchBundleRequest {
             node_id: self.node_id.clone(),
             uid: self.uid.clone(),

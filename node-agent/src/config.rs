@@ -7,8 +7,23 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, clap::Args)]
 pub struct Config {
     /// Where the coordinator listens.
-    #[arg(long, default_value = "http://127.0.0.1:7070", value_name = "URL")]
+    #[arg(long, default_value = "https://127.0.0.1:7070", value_name = "URL")]
     pub coordinator: String,
+    /// A token that `batchai node token create` printed, with which this machine becomes a node. It is needed once. On a
+    /// command line others on this machine see it.
+    #[arg(
+        long,
+        env = "BATCHAI_JOIN_TOKEN",
+        hide_env_values = true,
+        value_name = "TOKEN"
+    )]
+    pub join_token: Option<String>,
+    /// A file with that token.
+    #[arg(long, value_name = "FILE", conflicts_with = "join_token")]
+    pub join_token_file: Option<PathBuf>,
+    /// A certificate from elsewhere: a PEM file with the node's certificate, its key and the authority's certificate.
+    #[arg(long, value_name = "FILE")]
+    pub credentials: Option<PathBuf>,
     /// The node's name in the ensemble. The host name where it is left out.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
@@ -26,7 +41,7 @@ pub struct Config {
         value_name = "DIR"
     )]
     pub root: PathBuf,
-    /// The VM size to register. Made of product name, cores, memory and GPUs where it is left out.
+    /// The VM size to register, whatever the token says. Made of product name, cores, memory and GPUs where it is left out.
     #[arg(long, value_name = "SIZE")]
     pub vm_size: Option<String>,
     /// Ask the cloud that this machine runs in for its VM size, where none is given: Azure, AWS and Google Cloud answer.

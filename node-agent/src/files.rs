@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use batchai_common::error::causes;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::answer_file_request::Part;
 use batchai_proto::agent::v1::file_request::Kind;
@@ -27,7 +28,7 @@ use bytes::Bytes;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::launch::{HostFacts, output_directory};
 
@@ -47,7 +48,7 @@ const STUCK_MAX: usize = 8;
 
 /// Answers the coordinator's questions.
 pub struct Answerer {
-    pub endpoint: Endpoint,
+    pub connector: Connector,
     pub hello: AnswerHello,
     pub facts: HostFacts,
     /// The arguments that lead to this program's own subcommands.
@@ -65,7 +66,7 @@ impl Answerer {
     pub async fn run(mut self) {
         let room = Arc::new(Semaphore::new(ANSWERS_MAX));
         // Made when it is needed, and again when it broke.
-        let channel = self.endpoint.connect_lazy();
+        let channel = self.connector.connect_lazy();
         while let Some(question) = self.questions.recv().await {
             let Ok(permit) = room.clone().acquire_owned().await else {
                 return;

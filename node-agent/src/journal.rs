@@ -58,6 +58,9 @@ pub struct Identity {
     pub journal_id: String,
     /// The ensemble that the node belongs to, once it has met one.
     pub ensemble: Option<String>,
+    /// The VM size to register, where who let it in wants one.
+    #[serde(default)]
+    pub vm_size: Option<String>,
 }
 
 /// The data directory of an agent.
@@ -95,6 +98,7 @@ impl Journal {
             Some(identity) => identity,
             None => {
                 let identity = Identity {
+                    vm_size: None,
                     uid: uuid::Uuid::new_v4().to_string(),
                     journal_id: uuid::Uuid::new_v4().to_string(),
                     ensemble: None,

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 
 use batchai_common::error::causes;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
     LogChunk, LogHello, ShipLogsRequest, ShipLogsResponse, ship_logs_request,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::journal::{AttemptDir, Journal, JournalError, LOGS};
 use crate::session::backoff;
@@ -83,7 +84,7 @@ pub struct Shipper {
     pub journal: Arc<Journal>,
     pub watch: Arc<Watch>,
     pub shipped: Shipped,
-    pub endpoint: Endpoint,
+    pub connector: Connector,
     pub hello: LogHello,
 }
 
@@ -108,7 +109,7 @@ impl Shipper {
     pub async fn run(self) {
         let mut failures = 0;
         loop {
-            let error = match self.endpoint.connect().await {
+            let error = match self.connector.connect().await {
                 Ok(channel) => self.ship(channel, &mut failures).await,
                 Err(error) => causes(&error),
             };

@@ -3,9 +3,11 @@
 //! It decides nothing. When it ends, for whatever reason, it is opened again with everything the journal holds.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use batchai_common::limits::HEARTBEAT_INTERVAL;
+use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
     AssignmentList, AttemptObservation, FileRequest, Heartbeat, Hello, Report, SessionRequest,
@@ -15,9 +17,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
-use tonic::transport::Endpoint;
 
-use batchai_common::error::causes;
+use batchai_common::error::{NODE_EXPELLED, causes};
+use tonic_types::StatusExt as _;
 
 use crate::journal::{Identity, Journal};
 
@@ -54,23 +56,29 @@ enum SessionError {
 
 /// The session and what it connects.
 pub struct Session {
-    pub endpoint: Endpoint,
+    pub connector: Connector,
     pub hello: Hello,
     pub identity: Identity,
     pub journal: Arc<Journal>,
     pub observed: watch::Receiver<Vec<AttemptObservation>>,
     pub assignments: watch::Sender<Option<AssignmentList>>,
     pub questions: mpsc::Sender<FileRequest>,
+    /// The node was expelled: it must end what it does.
+    pub expelled: Arc<AtomicBool>,
 }
 
 impl Session {
-    /// Opens sessions for ever; dropping it ends the one that is open.
+    /// Opens sessions until the node is expelled; dropping it ends the one that is open.
     pub async fn run(mut self) {
         let mut failures = 0;
         let mut said = String::new();
         loop {
             let error = match self.once(&mut failures).await {
                 Ok(()) => SessionError::Ended,
+                Err(SessionError::Refused(status)) if is_expelled(&status) => {
+                    self.expelled.store(true, Ordering::Relaxed);
+                    return;
+                }
                 Err(error) => error,
             };
             // The same reason again and again is said once.
@@ -88,7 +96,7 @@ impl Session {
     }
 
     async fn once(&mut self, failures: &mut u32) -> Result<(), SessionError> {
-        let channel = self.endpoint.connect().await?;
+        let channel = self.connector.connect().await?;
         let (outbox, requests) = mpsc::channel(OUTBOX_MAX);
         let attempts = self.observed.borrow_and_update().clone();
         let hello = Hello {
@@ -184,6 +192,12 @@ impl Session {
             newer
         });
     }
+}
+
+fn is_expelled(status: &tonic::Status) -> bool {
+    status
+        .get_details_error_info()
+        .is_some_and(|info| info.reason == NODE_EXPELLED)
 }
 
 fn every(interval: Duration) -> Interval {

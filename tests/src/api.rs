@@ -2,7 +2,11 @@
 
 use std::future::Future;
 
+use std::path::Path;
+
+use batchai_common::tls::{Connector, Credentials};
 use batchai_proto::v1;
+use batchai_proto::v1::access_service_client::AccessServiceClient;
 use batchai_proto::v1::cluster_service_client::ClusterServiceClient;
 use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
 use batchai_proto::v1::file_server_service_client::FileServerServiceClient;
@@ -30,10 +34,18 @@ pub struct Api {
     pub channel: Channel,
 }
 
-fn connect(runtime: &tokio::runtime::Runtime, e: &Ensemble) -> Channel {
-    let endpoint = Channel::from_shared(e.endpoint.clone()).expect("an endpoint");
-    let channel = runtime.block_on(endpoint.connect());
+/// A connection to an ensemble's coordinator, as its administrator.
+pub fn connect(runtime: &tokio::runtime::Runtime, e: &Ensemble) -> Channel {
+    let channel = runtime.block_on(connector(&e.endpoint, &e.credentials()).connect());
     channel.expect("the coordinator listens")
+}
+
+/// How to come to a coordinator, with a file of credentials.
+pub fn connector(endpoint: &str, credentials: &Path) -> Connector {
+    let credentials = Credentials::read(credentials).expect("credentials");
+    let client = credentials.client().expect("they can be used");
+    let latest = tokio::sync::watch::Sender::new(client);
+    Connector::new(endpoint, Some(latest.subscribe())).expect("an endpoint")
 }
 
 impl Api {
@@ -93,6 +105,10 @@ impl Api {
 
     pub fn vm_sizes(&self) -> VmSizeServiceClient<Channel> {
         VmSizeServiceClient::new(self.channel.clone())
+    }
+
+    pub fn access(&self) -> AccessServiceClient<Channel> {
+        AccessServiceClient::new(self.channel.clone())
     }
 
     pub fn information(&self) -> InformationServiceClient<Channel> {

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
+use batchai_common::tls::credentials::write_private;
+use batchai_common::tls::{Authority, Identity};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -20,6 +23,8 @@ pub const SIZE: &str = "test-size";
 pub struct Ensemble {
     dir: TempDir,
     pub endpoint: String,
+    /// By it new agents join.
+    token: String,
     pub coordinator: Option<Process>,
     pub agents: BTreeMap<String, Process>,
 }
@@ -46,6 +51,7 @@ impl Ensemble {
         let mut ensemble = Ensemble {
             dir,
             endpoint: String::new(),
+            token: String::new(),
             coordinator: None,
             agents: BTreeMap::new(),
         };
@@ -53,7 +59,7 @@ impl Ensemble {
         let probe = TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
         let address = probe.local_addr().expect("it is bound");
         drop(probe);
-        ensemble.endpoint = format!("http://{address}");
+        ensemble.endpoint = format!("https://{address}");
         ensemble
     }
 
@@ -80,10 +86,18 @@ impl Ensemble {
         self.dir.path()
     }
 
+    /// The administrator's credentials.
+    pub fn credentials(&self) -> PathBuf {
+        self.path().join("coordinator/admin.pem")
+    }
+
     pub fn start_coordinator(&mut self) {
         let log = self.path().join("coordinator.log");
         let data = self.path().join("coordinator");
-        let listen = self.endpoint.trim_start_matches("http://").to_owned();
+        if !self.credentials().exists() {
+            self.ok(&["coordinator", "init", "--data", &data.to_string_lossy()]);
+        }
+        let listen = self.endpoint.trim_start_matches("https://").to_owned();
         let args = [
             "coordinator",
             "--listen",
@@ -94,6 +108,10 @@ impl Ensemble {
         let mut process = Process::start(args, &log);
         process.line("ready ");
         self.coordinator = Some(process);
+        if self.token.is_empty() {
+            let token = ["node", "token", "create", "-n", "test", "--uses", "1000"];
+            self.token = self.ok(&token).trim().to_owned();
+        }
     }
 
     pub fn start_agent(&mut self, name: &str) {
@@ -119,8 +137,27 @@ impl Ensemble {
             "--vm-size",
             SIZE,
         ];
-        let process = Process::start(args, &log);
+        let process = Process::start_with(args, &self.join_token(), &log);
         self.agents.insert(name.to_owned(), process);
+    }
+
+    /// The variable by which new agents join.
+    pub fn join_token(&self) -> [(&str, &str); 1] {
+        [("BATCHAI_JOIN_TOKEN", &self.token)]
+    }
+
+    /// Credentials of anybody: what an administrator with the authority's key could make.
+    pub fn credentials_of(&self, identity: &Identity) -> PathBuf {
+        let authority = Authority::read(&self.path().join("coordinator/pki"));
+        let authority = authority.expect("the ensemble has an authority");
+        let lifetime = Duration::from_secs(3600);
+        let credentials = authority.credentials(identity, &[], lifetime);
+        let path = self
+            .path()
+            .join(format!("{}.pem", identity.to_string().replace('/', "-")));
+        write_private(&path, &credentials.expect("it can sign"))
+            .expect("the directory is writable");
+        path
     }
 
     /// Waits until so many nodes are in contact.
@@ -147,6 +184,7 @@ impl Ensemble {
         command
             .args(args)
             .env("BATCHAI_ENDPOINT", &self.endpoint)
+            .env("BATCHAI_CREDENTIALS", self.credentials())
             .stdin(Stdio::null());
         command
     }

@@ -52,9 +52,19 @@ pub struct Process {
 impl Process {
     /// Starts the command under test with its standard error in a file.
     pub fn start<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>, log: &Path) -> Process {
+        Process::start_with(args, &[], log)
+    }
+
+    /// The same with some variables set.
+    pub fn start_with<S: AsRef<OsStr>>(
+        args: impl IntoIterator<Item = S>,
+        variables: &[(&str, &str)],
+        log: &Path,
+    ) -> Process {
         let file = File::create(log).expect("the log can be written");
         let child = Command::new(under_test())
             .args(args)
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(file)

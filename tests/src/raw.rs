@@ -78,12 +78,23 @@ pub async fn first(
 
 /// The same in JSON.
 pub async fn json(channel: Channel, method: &str, request: Value) -> Result<Value, Status> {
+    json_with(channel, method, request, |_| ()).await
+}
+
+/// The same with something said beside the request.
+pub async fn json_with(
+    channel: Channel,
+    method: &str,
+    request: Value,
+    change: impl FnOnce(&mut Request<Bytes>),
+) -> Result<Value, Status> {
     let (service, name) = method.split_once('/').expect("service and method");
     let service = pool().get_service_by_name(service).expect("a service");
     let method = service.methods().find(|method| method.name() == name);
     let method = method.expect("a method");
     let request = DynamicMessage::deserialize(method.input(), request).expect("a request");
-    let request = Request::new(Bytes::from(request.encode_to_vec()));
+    let mut request = Request::new(Bytes::from(request.encode_to_vec()));
+    change(&mut request);
     let answer = first(channel, &method, request).await?;
     let answer = DynamicMessage::decode(method.output(), answer).expect("an answer");
     Ok(serde_json::to_value(&answer).expect("messages have JSON"))

@@ -15,6 +15,7 @@ fn kept(e: &Ensemble, args: &[&str]) -> Command {
     command
         .env("BATCHAI_CONFIG", e.path().join("config.json"))
         .env_remove("BATCHAI_ENDPOINT")
+        .env_remove("BATCHAI_CREDENTIALS")
         .current_dir(e.path());
     command
 }
@@ -51,6 +52,7 @@ fn fails(e: &Ensemble, args: &[&str]) -> (i32, String) {
 fn keep(e: &Ensemble) {
     for (setting, value) in [
         ("endpoint", e.endpoint.as_str()),
+        ("credentials", &e.credentials().to_string_lossy()),
         ("group", "g"),
         ("workspace", "w"),
         ("experiment", "e"),
@@ -63,7 +65,9 @@ fn keep(e: &Ensemble) {
 #[test]
 fn what_is_kept_need_not_be_typed() {
     let e = Ensemble::with_cluster(0);
-    let (code, said) = fails(&e, &["cluster", "list", "--endpoint", &e.endpoint]);
+    let credentials = e.credentials().to_string_lossy().into_owned();
+    let known = ["--endpoint", &e.endpoint, "--credentials", &credentials];
+    let (code, said) = fails(&e, &[&["cluster", "list"][..], &known].concat());
     assert_eq!(code, 2);
     assert!(said.contains("batchai config set workspace NAME"), "{said}");
     for (setting, value) in [
@@ -79,7 +83,7 @@ fn what_is_kept_need_not_be_typed() {
     }
     keep(&e);
     let table = ok(&e, &["config", "show", "-o", "table"]);
-    assert!(table.contains("workspace   w"), "{table}");
+    assert!(table.contains("workspace    w"), "{table}");
     let clusters: Value = serde_json::from_str(&ok(&e, &["cluster", "list"])).unwrap();
     assert_eq!(clusters[0]["vmSize"], SIZE);
     // The environment goes before what is kept, an option before both.
@@ -387,7 +391,7 @@ fn sources(dir: &Path) {
     fs::write(dir.join(".git/HEAD"), "x").unwrap();
     fs::write(dir.join("lib/name.txt"), "bundle").unwrap();
     // The rank that fails ends the job: the other must have printed before.
-    let printed = dir.with_file_name("printed");
+    let printed = dir.with_file_name("printed-by-$WORLD_SIZE");
     let script = format!(
         "test ! -e .git || exit 9\necho $RANK of $WORLD_SIZE from the $(cat lib/name.txt): \"$@\"\n\
          echo to stderr >&2\n[ $RANK = 1 ] || touch {0}\nuntil [ -e {0} ]; do sleep 0.1; done\nexit $((RANK * 7))\n",

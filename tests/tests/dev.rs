@@ -46,10 +46,14 @@ fn signal(child: &Child, signal: Signal) {
     kill(Pid::from_raw(child.id() as i32), signal).unwrap();
 }
 
-fn run(endpoint: &str, args: &[&str]) -> String {
+fn run(dir: &Dir, endpoint: &str, args: &[&str]) -> String {
     let output = Command::new(under_test())
         .args(args)
         .env("BATCHAI_ENDPOINT", endpoint)
+        .env(
+            "BATCHAI_CREDENTIALS",
+            dir.path().join("coordinator/admin.pem"),
+        )
         .output()
         .unwrap();
     assert!(
@@ -71,16 +75,22 @@ fn dev_ends_its_jobs_and_leaves_no_process_however_it_is_ended() {
             .find(|line| line.contains("ready at"))
             .unwrap();
         let endpoint = ready.split_whitespace().nth(4).unwrap().to_owned();
-        run(&endpoint, &["group", "create", "-n", "g"]);
-        run(&endpoint, &["workspace", "create", "-g", "g", "-n", "w"]);
+        run(&dir, &endpoint, &["group", "create", "-n", "g"]);
         run(
+            &dir,
+            &endpoint,
+            &["workspace", "create", "-g", "g", "-n", "w"],
+        );
+        run(
+            &dir,
             &endpoint,
             &["experiment", "create", "-g", "g", "-w", "w", "-n", "e"],
         );
         let nodes: serde_json::Value =
-            serde_json::from_str(&run(&endpoint, &["node", "list"])).unwrap();
+            serde_json::from_str(&run(&dir, &endpoint, &["node", "list"])).unwrap();
         let size = nodes[0]["facts"]["vmSize"].as_str().unwrap().to_owned();
         run(
+            &dir,
             &endpoint,
             &[
                 "cluster", "create", "-g", "g", "-w", "w", "-n", "c", "-s", &size, "-t", "2",
@@ -96,6 +106,7 @@ fn dev_ends_its_jobs_and_leaves_no_process_however_it_is_ended() {
         let path = file.to_string_lossy();
         let parent = ["-g", "g", "-w", "w", "-e", "e"];
         run(
+            &dir,
             &endpoint,
             &[
                 &["job", "create", "-n", "j", "-c", "c", "-f", &path],

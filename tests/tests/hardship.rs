@@ -50,7 +50,9 @@ fn gangs_on_one_machine_do_not_get_into_each_others_way() {
 
 #[test]
 fn agents_that_wait_for_their_coordinator_join_it_when_it_comes() {
-    let mut e = Ensemble::without_daemons();
+    // Somebody has made a token, and has the coordinator down again.
+    let mut e = Ensemble::start(0);
+    e.coordinator.take().unwrap().kill();
     for name in ["a1", "a2"] {
         e.start_agent(name);
     }
@@ -229,10 +231,12 @@ fn dev_ends_the_jobs_of_an_agent_that_was_cut_down() {
         .next()
         .unwrap()
         .to_owned();
+    let credentials = dir.path().join("data/coordinator/admin.pem");
     let run = |args: &[&str]| {
         let output = Command::new(under_test())
             .args(args)
             .env("BATCHAI_ENDPOINT", &endpoint)
+            .env("BATCHAI_CREDENTIALS", &credentials)
             .output()
             .unwrap();
         assert!(

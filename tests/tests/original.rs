@@ -558,7 +558,7 @@ fn the_rest_of_the_examples_are_answered() {
             "InformationService/ListOperations",
             json!({}),
             "/operations/0/name",
-            json!("batchai/bundles/read"),
+            json!("batchai/roleBindings/write"),
         ),
         (
             "FileServerService/ListFileServers",

@@ -70,7 +70,7 @@ impl Dev {
             .split_whitespace()
             .nth(4)
             .unwrap()
-            .trim_start_matches("http://");
+            .trim_start_matches("https://");
         Dev {
             address: address.to_owned(),
             dir,
@@ -84,7 +84,11 @@ impl Dev {
             .args(["-e", "-o", "pipefail", "-s"])
             .current_dir(root())
             .env("PATH", path)
-            .env("BATCHAI_ENDPOINT", format!("http://{}", self.address))
+            .env("BATCHAI_ENDPOINT", format!("https://{}", self.address))
+            .env(
+                "BATCHAI_CREDENTIALS",
+                self.dir.path().join("data/coordinator/admin.pem"),
+            )
             .env("TMPDIR", self.dir.path())
             .env("HOME", self.dir.path())
             .stdin(Stdio::piped())
@@ -120,6 +124,10 @@ impl Drop for Dev {
     }
 }
 
+/// What the reader has typed before.
+const TLS: &str =
+    r#"TLS="-cacert $BATCHAI_CREDENTIALS -cert $BATCHAI_CREDENTIALS -key $BATCHAI_CREDENTIALS""#;
+
 #[test]
 fn the_tour_works_as_it_stands() {
     const MARK: &str = "=====";
@@ -127,10 +135,15 @@ fn the_tour_works_as_it_stands() {
     let bin = dev.dir.path().join("bin");
     let digits = dev.dir.path().join("digits.json");
     let commands = commands("tour");
-    let mut script = String::new();
+    // What the reader has not typed is not there.
+    let mut script = "unset BATCHAI_CREDENTIALS\n".to_owned();
     for (command, _) in &commands {
         let command = command
             .replace("$PWD/target/release", &bin.to_string_lossy())
+            .replace(
+                "$PWD/batchai-dev",
+                &dev.dir.path().join("data").to_string_lossy(),
+            )
             .replace("/tmp/digits.json", &digits.to_string_lossy());
         script += &format!("{command}\necho {MARK}\n");
     }
@@ -154,9 +167,12 @@ fn the_tour_works_as_it_stands() {
 /// One of the README's grpcurl commands in buf's words.
 fn in_bufs_words(command: &str, address: &str) -> String {
     let command = command.replace(DOCUMENTED, address);
-    let rest = command.strip_prefix("grpcurl -plaintext ").unwrap();
-    let buf = "buf curl --protocol grpc --http2-prior-knowledge --reflect-protocol grpc-v1";
-    let url = format!("http://{address}");
+    let rest = command.strip_prefix("grpcurl $TLS ").unwrap();
+    let file = "$BATCHAI_CREDENTIALS";
+    let buf = format!(
+        "buf curl --protocol grpc --reflect-protocol grpc-v1 --cacert {file} --cert {file} --key {file}"
+    );
+    let url = format!("https://{address}");
     if let Some((_, method)) = rest.rsplit_once(&format!("{address} ")) {
         let data = rest
             .split_once(&format!(" {address} "))
@@ -218,7 +234,10 @@ fn the_grpcurl_commands_work_as_they_stand() {
     let path = std::env::var("PATH").unwrap();
     let mut all = String::new();
     for (command, _) in commands("grpcurl") {
-        all += &dev.bash(&command.replace(DOCUMENTED, &dev.address), &path);
+        all += &dev.bash(
+            &format!("{TLS}\n{}", command.replace(DOCUMENTED, &dev.address)),
+            &path,
+        );
     }
     for expected in [
         "batchai.v1.JobService",

@@ -2,11 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use batchai_common::tls::Identity;
 use batchai_proto::v1;
 use batchai_proto::v1::ProvisioningState;
 use batchai_proto::v1::cluster::{AllocationState, VmPriority};
 use batchai_proto::v1::job::{SchedulingPriority, State, ToolType};
-use batchai_tests::api::{Api, CLUSTER, EXPERIMENT, GROUP, WORKSPACE, job, refusal};
+use batchai_tests::api::{Api, CLUSTER, EXPERIMENT, GROUP, WORKSPACE, connector, job, refusal};
 use batchai_tests::ensemble::{Ensemble, SIZE};
 use batchai_tests::process::until;
 use prost_types::FieldMask;
@@ -536,8 +537,7 @@ fn a_watch_of_what_is_forgotten_or_never_was_is_refused() {
     api.create_job("j", job()).unwrap();
     api.e.coordinator.take().unwrap().kill();
     api.e.start_coordinator();
-    let endpoint = tonic::transport::Channel::from_shared(api.e.endpoint.clone()).unwrap();
-    api.channel = api.runtime.block_on(endpoint.connect()).unwrap();
+    api.channel = api.connect();
     let mut watch = Jobs::watch(&api, &all, now).unwrap();
     assert_eq!(watch.next(&api).unwrap().1, ["j"]);
 }
@@ -1015,7 +1015,12 @@ fn devices_are_shown_as_their_agent_registers_them() {
     let hello = SessionRequest {
         message: Some(session_request::Message::Hello(hello)),
     };
-    let mut agent = AgentServiceClient::new(api.channel.clone());
+    let uid = "00000000-0000-0000-0000-000000000001";
+    let identity = Identity::node("gpu-node", uid).unwrap();
+    let credentials = api.e.credentials_of(&identity);
+    let connector = connector(&api.e.endpoint, &credentials);
+    let channel = api.runtime.block_on(connector.connect()).unwrap();
+    let mut agent = AgentServiceClient::new(channel);
     let session = api
         .call(agent.session(tokio_stream::iter([hello])))
         .unwrap();

@@ -119,6 +119,37 @@ const EXAMPLES: &[(&str, &str)] = &[
         "batchai job node exec -j digits --exec 'tail -f /var/log/syslog'",
     ),
     (
+        "node token create",
+        "batchai node token create --vm-size gpu --ttl 1h --uses 10",
+    ),
+    ("node token list", "batchai node token list -o table"),
+    ("node token revoke", "batchai node token revoke -n rack1 -y"),
+    ("node expel", "batchai node expel -n gpu3 -y"),
+    (
+        "role create",
+        "batchai role create -u ada --role contributor -g lab -w vision",
+    ),
+    ("audit tail", "batchai audit tail -n 100 --follow"),
+    ("role list", "batchai role list -o table"),
+    ("role delete", "batchai role delete -n ada-0a1b2c3d -y"),
+    (
+        "user token create",
+        "batchai user token create -u ci --ttl 30d --role reader -g lab",
+    ),
+    ("user token list", "batchai user token list -o table"),
+    (
+        "user token revoke",
+        "batchai user token revoke -n nightly -y",
+    ),
+    (
+        "user certificate create",
+        "batchai user certificate create -u ada --to ada.pem",
+    ),
+    (
+        "user certificate revoke",
+        "batchai user certificate revoke -u ada -y",
+    ),
+    (
         "node list",
         "batchai node list --filter 'state = IDLE' -o table",
     ),
@@ -139,12 +170,16 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("config show", "batchai config show"),
     ("completion", "batchai completion bash"),
     (
+        "coordinator init",
+        "batchai coordinator init --name lab.example",
+    ),
+    (
         "coordinator",
         "batchai coordinator --listen 127.0.0.1:7070 --data /var/lib/batchai/coordinator",
     ),
     (
         "node-agent",
-        "batchai node-agent --coordinator http://127.0.0.1:7070 --vm-size Standard_NC6",
+        "batchai node-agent --coordinator https://127.0.0.1:7070 --join-token-file token",
     ),
 ];
 

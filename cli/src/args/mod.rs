@@ -1,5 +1,6 @@
 //! The command line. What each verb takes is in `resources` and `jobs`; an example of each is in `examples`.
 
+mod access;
 mod examples;
 mod jobs;
 mod resources;
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+pub use access::{Audit, Certificate, NodeToken, Role, RoleCommand, Scope, User, UserToken};
 pub use jobs::{Job, JobCreate, JobFile, JobNode, OfJob, Run};
 pub use resources::{
     Cluster, ClusterCreate, ClusterFile, ClusterNode, Experiment, FileServer, FileServerCreate,
@@ -53,6 +55,15 @@ pub struct Global {
         hide_env = true
     )]
     pub endpoint: Option<String>,
+    /// PEM file with your certificate, its key, and whom you trust.
+    #[arg(
+        long,
+        global = true,
+        env = "BATCHAI_CREDENTIALS",
+        value_name = "FILE",
+        hide_env = true
+    )]
+    pub credentials: Option<PathBuf>,
     /// How to print; jsonc is in colours, tsv has tabs between values.
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Json)]
     pub output: Format,
@@ -101,6 +112,15 @@ pub enum Command {
     /// Nodes: the machines, as their agents register them.
     #[command(subcommand)]
     Node(Node),
+    /// Who may do what.
+    #[command(subcommand)]
+    Role(RoleCommand),
+    /// Tokens and certificates of users.
+    #[command(subcommand)]
+    User(User),
+    /// Who did what, or was not let.
+    #[command(subcommand)]
+    Audit(Audit),
     /// VM sizes: what kinds of machines there are, and other names for them.
     #[command(subcommand)]
     VmSize(VmSize),
@@ -116,7 +136,7 @@ pub enum Command {
     /// Print a script that completes commands in a shell.
     Completion { shell: clap_complete::Shell },
     /// Run the coordinator.
-    Coordinator(batchai_coordinator::Config),
+    Coordinator(batchai_coordinator::Cli),
     /// Run the node agent.
     NodeAgent(batchai_node_agent::Cli),
 }
@@ -148,6 +168,7 @@ pub struct Dev {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Setting {
     Endpoint,
+    Credentials,
     Group,
     Workspace,
     Experiment,

@@ -258,12 +258,13 @@ pub struct NodeExec {
     /// The account to log in to; your own name where it is left out.
     #[arg(short = 'u', long = "user-name", value_name = "NAME")]
     pub user: Option<String>,
-    /// Its password. In the variable it is not seen by others on this machine.
+    /// Its password; better in BATCHAI_SSH_PASSWORD.
     #[arg(
         short = 'p',
         long,
         value_name = "PASSWORD",
         env = "BATCHAI_SSH_PASSWORD",
+        hide_env = true,
         hide_env_values = true
     )]
     pub password: Option<String>,
@@ -391,6 +392,16 @@ pub enum Node {
         #[command(flatten)]
         which: Which,
     },
+    /// Have nodes refused from now on; what runs on them is ended.
+    Expel {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
+    /// Tokens by which machines become nodes.
+    #[command(subcommand)]
+    Token(super::NodeToken),
 }
 
 #[derive(Debug, Subcommand)]

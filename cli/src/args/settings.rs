@@ -11,12 +11,13 @@ pub struct Account {
     /// Its SSH public key, or a file with it.
     #[arg(short = 'k', long, value_name = "KEY")]
     pub ssh_key: Option<String>,
-    /// Its password. In the variable it is not seen by others on this machine.
+    /// Its password; better in BATCHAI_ADMIN_PASSWORD.
     #[arg(
         short = 'p',
         long,
         value_name = "PASSWORD",
         env = "BATCHAI_ADMIN_PASSWORD",
+        hide_env = true,
         hide_env_values = true
     )]
     pub password: Option<String>,

@@ -8,6 +8,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
+use super::service::check_owner;
+use crate::access::Caller;
 use crate::logs::{FileKey, LogStore};
 use crate::replica::Handle;
 
@@ -18,12 +20,17 @@ pub const OUTBOX_MAX: usize = 64;
 pub struct Intake {
     replica: Handle,
     logs: LogStore,
+    caller: Caller,
 }
 
 impl Intake {
     /// A shipment that has not said who it is yet.
-    pub fn new(replica: Handle, logs: LogStore) -> Intake {
-        Intake { replica, logs }
+    pub fn new(replica: Handle, logs: LogStore, caller: Caller) -> Intake {
+        Intake {
+            replica,
+            logs,
+            caller,
+        }
     }
 
     /// Takes in chunks until either side ends.
@@ -59,6 +66,7 @@ impl Intake {
         };
         let node = Name::top(Kind::Node, &hello.node_id)
             .map_err(|e| invalid("hello.node_id", &e.to_string()))?;
+        check_owner(&self.caller, node.id(), &hello.uid)?;
         while let Some(request) = incoming.message().await? {
             let Some(ship_logs_request::Message::Chunk(chunk)) = request.message else {
                 return Err(invalid("message", "only the first message is a hello"));
@@ -125,7 +133,10 @@ impl Intake {
     fn wanted(&self, node: &str, uid: &str, attempt: &str) -> bool {
         let published = self.replica.published();
         let state = &published.borrow().state;
-        let registered = state.nodes.get(node).is_some_and(|known| known.uid == uid);
+        let registered = state
+            .nodes
+            .get(node)
+            .is_some_and(|known| known.uid == uid && !known.expelled);
         let attempt = state.attempts.get(attempt);
         registered && attempt.is_some_and(|a| a.nodes.iter().any(|n| n.node == node))
     }

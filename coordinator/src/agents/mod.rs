@@ -6,6 +6,7 @@
 mod bundle;
 pub mod contacts;
 pub mod files;
+pub mod join;
 mod log_intake;
 pub mod service;
 mod session;

@@ -3,6 +3,7 @@
 use std::pin::Pin;
 
 use batchai_common::error::{ApiError, Fault};
+use batchai_common::names::last_id;
 use batchai_proto::agent::v1::agent_service_server::AgentService;
 use batchai_proto::agent::v1::{
     AnswerFileRequest, AnswerFileResponse, FetchBundleRequest, FetchBundleResponse, SessionRequest,
@@ -19,7 +20,9 @@ use super::contacts::Contacts;
 use super::files::FileDesk;
 use super::log_intake;
 use super::session::{OUTBOX_MAX, Session};
+use crate::access::Caller;
 use crate::bundles::BundleStore;
+use crate::call::caller;
 use crate::logs::LogStore;
 use crate::replica::Handle;
 
@@ -32,6 +35,9 @@ pub struct Agents {
     pub desk: FileDesk,
     pub shutdown: CancellationToken,
 }
+
+/// So much of an id is repeated.
+const NODE_ID_CHARS_MAX: usize = 64;
 
 type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -52,6 +58,7 @@ impl AgentService for Agents {
             let fault = Fault::new("message", "the first message must be a hello");
             return Err(ApiError::Invalid(vec![fault]).into());
         };
+        check_own(&hello.node_id, &hello.uid)?;
         let session =
             Session::open(self.replica.clone(), &self.contacts, &self.desk, hello).await?;
         let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
@@ -66,7 +73,7 @@ impl AgentService for Agents {
         request: Request<Streaming<ShipLogsRequest>>,
     ) -> Result<Response<Self::ShipLogsStream>, Status> {
         let (outbox, replies) = mpsc::channel(log_intake::OUTBOX_MAX);
-        let intake = log_intake::Intake::new(self.replica.clone(), self.logs.clone());
+        let intake = log_intake::Intake::new(self.replica.clone(), self.logs.clone(), caller());
         let incoming = request.into_inner();
         tokio::spawn(intake.run(incoming, outbox, self.shutdown.clone()));
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
@@ -80,13 +87,16 @@ impl AgentService for Agents {
     ) -> Result<Response<Self::AnswerFileStream>, Status> {
         let incoming = request.into_inner();
         let (outbox, replies) = mpsc::channel(1);
+        let caller = caller();
         let (desk, replica, shutdown) = (
             self.desk.clone(),
             self.replica.clone(),
             self.shutdown.clone(),
         );
         tokio::spawn(async move {
-            let registered = |node: &str, uid: &str| is_registered(&replica, node, uid);
+            let registered = |node: &str, uid: &str| {
+                caller.is_node(last_id(node), uid) && is_registered(&replica, node, uid)
+            };
             let end = tokio::select! {
                 end = desk.take_in(registered, incoming) => end,
                 () = shutdown.cancelled() => Ok(()),
@@ -107,6 +117,7 @@ impl AgentService for Agents {
     ) -> Result<Response<Self::FetchBundleStream>, Status> {
         let request = request.into_inner();
         let (outbox, replies) = mpsc::channel(bundle::PIECES_MAX);
+        check_own(&request.node_id, &request.uid)?;
         let permit = self.bundles.transfer()?;
         let file = bundle::open(&self.replica, &self.bundles, &request).await?;
         let store = self.bundles.clone();
@@ -119,9 +130,35 @@ impl AgentService for Agents {
     }
 }
 
+/// A node's agent speaks for its own node only.
+pub(super) fn check_own(node_id: &str, uid: &str) -> Result<(), Status> {
+    check_owner(&caller(), node_id, uid)
+}
+
+/// The same where another task asks.
+pub(super) fn check_owner(caller: &Caller, node_id: &str, uid: &str) -> Result<(), Status> {
+    if caller.is_node(node_id, uid) {
+        return Ok(());
+    }
+    let id: String = node_id.chars().take(NODE_ID_CHARS_MAX).collect();
+    tracing::warn!(
+        caller = caller.label(),
+        node = id,
+        "speaks for another node; refused"
+    );
+    Err(ApiError::Forbidden {
+        caller: caller.label(),
+        permission: "batchai/nodes/work/action".to_owned(),
+        name: format!("nodes/{id}"),
+    }
+    .into())
+}
+
 /// Whether a node is the one that the State knows under its name.
 pub(super) fn is_registered(replica: &Handle, node: &str, uid: &str) -> bool {
     let published = replica.published();
     let nodes = &published.borrow().state.nodes;
-    nodes.get(node).is_some_and(|known| known.uid == uid)
+    nodes
+        .get(node)
+        .is_some_and(|known| known.uid == uid && !known.expelled)
 }

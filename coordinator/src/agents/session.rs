@@ -1,5 +1,7 @@
 //! One session of one node, from its Hello to its end.
 
+use std::time::Duration;
+
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::names::{Kind as Noun, Name};
@@ -17,6 +19,8 @@ use tonic::{Status, Streaming};
 
 use super::contacts::{Contacts, Live};
 use super::files::FileDesk;
+use crate::access::Caller;
+use crate::call::caller;
 use crate::replica::hub::Topic;
 use crate::replica::{Handle, ReplicaError};
 use crate::state::{Rejection, assignments::assignments};
@@ -25,6 +29,8 @@ use crate::state::{Rejection, assignments::assignments};
 pub const OUTBOX_MAX: usize = 16;
 /// Texts of an agent about itself are short.
 const TEXT_BYTES_MAX: usize = 1024;
+/// Certificates are looked at this often while a session lasts.
+const EXPIRY_LOOK_INTERVAL: Duration = Duration::from_secs(60);
 const LIST_MAX: usize = 64;
 const FACTS_BYTES_MAX: usize = 64 << 10;
 /// Attempts that one node can hold: one that runs, and some that are not forgotten yet.
@@ -41,6 +47,7 @@ pub struct Session {
     uid: String,
     incarnation: String,
     live: Live,
+    caller: Caller,
     /// Taken by whoever sends.
     questions: Option<mpsc::Receiver<FileRequest>>,
 }
@@ -89,6 +96,7 @@ impl Session {
             uid: hello.uid,
             incarnation,
             live,
+            caller: caller(),
         };
         session.report(hello.report.unwrap_or_default()).await?;
         session.live.heard();
@@ -172,12 +180,19 @@ impl Session {
         loop {
             // Cloned, so that the list is not made while the replica waits to publish.
             let state = published.borrow().state.clone();
+            if let Some(refusal) = self.caller.refusal(&state) {
+                return Err(refusal.into());
+            }
             let list = assignments(&state, &self.name);
             if list.revision > sent {
                 sent = list.revision;
                 send(outbox, session_response::Message::Assignments(list))?;
             }
             tokio::select! {
+                () = expiry(&self.caller) => {
+                    let why = "the certificate has expired";
+                    return Err(ApiError::Unauthenticated { why }.into());
+                }
                 changed = changes.changed() => {
                     changed.map_err(|_| unavailable("the replica has stopped"))?;
                 }
@@ -189,6 +204,16 @@ impl Session {
                 }
             }
         }
+    }
+}
+
+/// When what somebody has shown is good no more.
+async fn expiry(caller: &Caller) {
+    let Some(shown) = &caller.certificate else {
+        return std::future::pending().await;
+    };
+    while !shown.expired() {
+        tokio::time::sleep(EXPIRY_LOOK_INTERVAL).await;
     }
 }
 

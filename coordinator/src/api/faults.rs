@@ -69,7 +69,7 @@ impl Faults {
             self.invalid("request_id", "must be a UUID");
         }
         let key = named.then(|| RequestKey {
-            // There are no identities yet: all callers are one.
+            // Whose it is, is noted where it is carried out.
             caller: String::new(),
             id: id.to_owned(),
             digest: Sha256::digest(request.encode_to_vec()).to_vec(),

@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status};
 
 use super::Api;
 use super::faults::Faults;
-use super::permissions::PERMISSIONS;
+use crate::access::rules::RULES;
 use crate::state::{State, limit};
 
 #[tonic::async_trait]
@@ -34,7 +34,7 @@ impl InformationService for Api {
         &self,
         _: Request<ListOperationsRequest>,
     ) -> Result<Response<ListOperationsResponse>, Status> {
-        let operations = PERMISSIONS.iter().map(|(method, name)| Operation {
+        let operations = RULES.iter().map(|(method, name, _)| Operation {
             name: (*name).to_owned(),
             method: (*method).to_owned(),
         });

@@ -1,5 +1,6 @@
 //! Jobs, their changes and their logs.
 
+use batchai_common::error::ApiError;
 use batchai_common::names::Kind as Noun;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{CreateJobs, Labels, TerminateJob, Update};
@@ -17,9 +18,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
+use super::access::demand;
 use super::faults::Faults;
 use super::views::Resource as _;
 use super::{Api, Replies, draining, fields, job_spec, not_found, parse, remote_login};
+use crate::call::caller;
 
 /// What a watcher or reader has not taken yet; one that is slow waits for itself only.
 const OUTBOX_MAX: usize = 4;
@@ -44,7 +47,7 @@ impl JobService for Api {
             uid: Uuid::new_v4().to_string(),
             ..job
         };
-        self.use_bundles(std::slice::from_ref(&job)).await?;
+        self.use_references(std::slice::from_ref(&job)).await?;
         let state = self.write_once(Kind::CreateJob(job), once).await?;
         self.show(&state, name.as_str())
     }
@@ -72,7 +75,7 @@ impl JobService for Api {
             })
             .collect();
         faults.finish(parent)?;
-        self.use_bundles(&jobs).await?;
+        self.use_references(&jobs).await?;
         let names: Vec<_> = jobs.iter().map(|job| job.name.clone()).collect();
         let state = self
             .write_once(Kind::CreateJobs(CreateJobs { jobs }), once)
@@ -207,6 +210,21 @@ impl JobService for Api {
             remote_login_information,
             next_page_token,
         }))
+    }
+}
+
+impl Api {
+    /// What new jobs name elsewhere must be the caller's to use, and be there.
+    async fn use_references(&self, jobs: &[Job]) -> Result<(), ApiError> {
+        let caller = caller();
+        for job in jobs {
+            demand(
+                &caller,
+                "batchai/workspaces/experiments/jobs/write",
+                &job.cluster,
+            )?;
+        }
+        self.use_bundles(jobs).await
     }
 }
 

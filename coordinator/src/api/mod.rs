@@ -1,6 +1,7 @@
 //! The gRPC services that users see. Thin: a request is parsed and checked whole, becomes a command or a read, and
 //! what the State says becomes the reply. Nothing is decided here.
 
+mod access;
 mod bundles;
 mod cluster_spec;
 mod clusters;
@@ -15,7 +16,6 @@ mod job_spec;
 mod jobs;
 mod nodes;
 mod page;
-mod permissions;
 mod remote_login;
 mod resource_groups;
 mod toolkits;
@@ -26,19 +26,23 @@ mod watch;
 mod workspaces;
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_common::time;
+use batchai_common::tls::Authority;
 use batchai_proto::internal::v1::command::Kind;
-use batchai_proto::internal::v1::{Command, Delete, Update};
+use batchai_proto::internal::v1::{Command, Delete, RequestKey, Update};
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
 
 use crate::agents::contacts::Contacts;
 use crate::agents::files::FileDesk;
+use crate::audit::Audit;
 use crate::bundles::BundleStore;
+use crate::call::{caller, led_to};
 use crate::logs::LogStore;
 use crate::replica::{Handle, ReplicaError};
 use crate::state::{Rejection, State, apply};
@@ -58,6 +62,9 @@ pub struct Api {
     pub logs: LogStore,
     pub bundles: BundleStore,
     pub desk: FileDesk,
+    /// Signs certificates, where the ensemble has some of its own making.
+    pub authority: Option<Arc<Authority>>,
+    pub audit: Audit,
     pub shutdown: CancellationToken,
 }
 
@@ -74,7 +81,9 @@ impl Api {
     /// Has a command applied; returns the State that it led to.
     async fn write(&self, kind: Kind) -> Result<State, ApiError> {
         let revision = self.replica.propose(kind).await;
-        Ok(self.at(revision.map_err(|error| self.error(error))?))
+        let revision = revision.map_err(|error| self.error(error))?;
+        led_to(revision);
+        Ok(self.at(revision))
     }
 
     /// The State of a revision, or the latest where that changed nothing or is forgotten.
@@ -99,11 +108,15 @@ impl Api {
             apply(&mut state, index, &command).map_err(rejected)?;
             return Ok(state);
         }
-        let Some(key) = once.key else {
+        // Under the same id, others ask for something else.
+        let caller = caller().label();
+        let Some(key) = once.key.map(|key| RequestKey { caller, ..key }) else {
             return self.write(kind).await;
         };
         let revision = self.replica.propose_once(kind, key).await;
-        Ok(self.at(revision.map_err(|error| self.error(error))?))
+        let revision = revision.map_err(|error| self.error(error))?;
+        led_to(revision);
+        Ok(self.at(revision))
     }
 
     /// One resource, as it is in a State.

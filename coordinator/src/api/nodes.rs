@@ -1,12 +1,16 @@
 //! Nodes.
 
+use batchai_common::names::Kind as Noun;
+use batchai_proto::internal::v1::ExpelNode;
+use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::v1::node_service_server::NodeService;
 use batchai_proto::v1::{
-    GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, WatchNodeRequest, WatchNodeResponse,
+    ExpelNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, WatchNodeRequest,
+    WatchNodeResponse,
 };
 use tonic::{Request, Response, Status};
 
-use super::{Api, Replies};
+use super::{Api, Replies, parse};
 
 #[tonic::async_trait]
 impl NodeService for Api {
@@ -40,5 +44,15 @@ impl NodeService for Api {
             deleted,
         };
         self.watch(&name, revision, reply).await
+    }
+
+    async fn expel_node(
+        &self,
+        request: Request<ExpelNodeRequest>,
+    ) -> Result<Response<Node>, Status> {
+        let name: String = parse(Noun::Node, &request.get_ref().name)?.into();
+        let expel = ExpelNode { name: name.clone() };
+        let state = self.write(Kind::ExpelNode(expel)).await?;
+        self.show(&state, &name)
     }
 }

@@ -58,6 +58,17 @@ resource!(VmSizeAlias, |state, _heard, name| state
     .vm_size_aliases
     .get(name)
     .map(|alias| Self::clone(alias)));
+resource!(RoleBinding, |state, _heard, name| state
+    .role_bindings
+    .get(name)
+    .map(|binding| Self::clone(binding)));
+resource!(Token, |state, _heard, name| state.tokens.get(name).map(
+    |token| Self {
+        // What goes in never comes out.
+        secret_sha256: String::new(),
+        ..Self::clone(token)
+    }
+));
 resource!(Cluster, |state, heard, name| Some(cluster(
     state,
     heard,
@@ -175,7 +186,7 @@ fn cluster(state: &State, heard: &Heard, cluster: &Cluster) -> v1::Cluster {
 /// Says what nodes there are where a cluster finds too few that match.
 fn too_few(state: &State, cluster: &Cluster) -> Option<v1::ResourceError> {
     let missing = cluster.target().saturating_sub(cluster.members.len());
-    let free = || state.nodes.values().filter(|node| node.cluster.is_none());
+    let free = || state.nodes.values().filter(|node| node.is_free());
     let alias = vm_size_aliases::resolve(state, &cluster.spec.vm_size);
     if missing == 0 || free().any(|node| cluster.matches(alias, &node.facts)) {
         return None;

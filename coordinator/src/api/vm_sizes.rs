@@ -107,7 +107,7 @@ fn vm_sizes(state: &State) -> Vec<VmSize> {
             ..Default::default()
         });
         size.node_count += 1;
-        size.free_node_count += i32::from(node.cluster.is_none());
+        size.free_node_count += i32::from(node.is_free());
     }
     for (name, alias) in &state.vm_size_aliases {
         let from = (alias.vm_size.as_str(), "");

@@ -6,6 +6,7 @@
 //!
 //! A job's life is decided in `attempts`: from what its nodes observed follows when it runs, when it is over, and how.
 
+pub mod access;
 pub mod assignments;
 pub mod attempts;
 pub mod clusters;
@@ -54,6 +55,10 @@ pub struct State {
     /// The latest attempt of every job that has one, by attempt id.
     pub attempts: OrdMap<String, Arc<Attempt>>,
     pub vm_size_aliases: OrdMap<String, Arc<v1::VmSizeAlias>>,
+    pub role_bindings: OrdMap<String, Arc<v1::RoleBinding>>,
+    pub tokens: OrdMap<String, Arc<v1::Token>>,
+    /// Until when, in seconds, the certificates were made that are good no more, by whose they are.
+    pub revoked: OrdMap<String, i64>,
     /// What is being deleted with all that it holds or that needs it; jobs excepted, which know it themselves.
     pub deleting: OrdSet<String>,
     /// What was carried out lately, by the id it came with.
@@ -64,7 +69,7 @@ pub struct State {
 pub fn limit(kind: Kind) -> usize {
     match kind {
         Kind::ResourceGroup | Kind::Cluster | Kind::FileServer | Kind::VmSizeAlias => 1_000,
-        Kind::Workspace | Kind::Node => 10_000,
+        Kind::Workspace | Kind::Node | Kind::RoleBinding | Kind::Token => 10_000,
         Kind::Experiment => 100_000,
         Kind::Job => 1_000_000,
         // Files beside the State; their disk is their bound.
@@ -187,6 +192,11 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         CommandKind::CreateJob(c) => jobs::create(step, c),
         CommandKind::CreateJobs(c) => c.jobs.iter().try_for_each(|job| jobs::create(step, job)),
         CommandKind::CreateVmSizeAlias(c) => vm_size_aliases::create(step, c),
+        CommandKind::CreateRoleBinding(c) => access::create_role_binding(step, c),
+        CommandKind::CreateToken(c) => access::create_token(step, c),
+        CommandKind::UseToken(c) => access::use_token(step, c),
+        CommandKind::RevokeCertificates(c) => access::revoke_certificates(step, c),
+        CommandKind::ExpelNode(c) => access::expel_node(step, c),
         CommandKind::Update(c) => update(step, c),
         CommandKind::Delete(c) => delete(step, c),
         CommandKind::TerminateJob(c) => jobs::terminate(step, &c.name, c.cause()),
@@ -206,9 +216,12 @@ fn update(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
         Kind::Experiment => holders::update::<v1::Experiment>(step, command),
         Kind::Cluster => clusters::update(step, command),
         Kind::Job => jobs::update(step, command),
-        Kind::FileServer | Kind::Node | Kind::VmSizeAlias | Kind::Bundle => {
-            Err(not_for(&command.name))
-        }
+        Kind::FileServer
+        | Kind::Node
+        | Kind::VmSizeAlias
+        | Kind::RoleBinding
+        | Kind::Token
+        | Kind::Bundle => Err(not_for(&command.name)),
     }
 }
 
@@ -220,6 +233,8 @@ fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
         Kind::Cluster => clusters::delete(step, command),
         Kind::Job => jobs::delete(step, command),
         Kind::VmSizeAlias => vm_size_aliases::delete(step, command),
+        Kind::RoleBinding => access::delete_role_binding(step, command),
+        Kind::Token => access::delete_token(step, command),
         Kind::FileServer | Kind::Node | Kind::Bundle => Err(not_for(&command.name)),
     }
 }
@@ -275,6 +290,8 @@ impl State {
             Kind::Job => self.jobs.contains_key(name),
             Kind::Node => self.nodes.contains_key(name),
             Kind::VmSizeAlias => self.vm_size_aliases.contains_key(name),
+            Kind::RoleBinding => self.role_bindings.contains_key(name),
+            Kind::Token => self.tokens.contains_key(name),
             Kind::FileServer | Kind::Bundle => false,
         }
     }
@@ -301,6 +318,8 @@ impl State {
             Kind::Job => of(&self.jobs, prefix, after),
             Kind::Node => of(&self.nodes, prefix, after),
             Kind::VmSizeAlias => of(&self.vm_size_aliases, prefix, after),
+            Kind::RoleBinding => of(&self.role_bindings, prefix, after),
+            Kind::Token => of(&self.tokens, prefix, after),
             Kind::FileServer | Kind::Bundle => Box::new(std::iter::empty()),
         }
     }
@@ -315,6 +334,8 @@ impl State {
             Kind::Job => self.jobs.len(),
             Kind::Node => self.nodes.len(),
             Kind::VmSizeAlias => self.vm_size_aliases.len(),
+            Kind::RoleBinding => self.role_bindings.len(),
+            Kind::Token => self.tokens.len(),
             Kind::FileServer | Kind::Bundle => 0,
         }
     }

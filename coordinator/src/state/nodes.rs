@@ -28,6 +28,8 @@ pub struct Node {
     pub cluster: Option<String>,
     /// It leaves its cluster as soon as it has no attempt.
     pub leaving: bool,
+    /// It is refused, and gets nothing any more.
+    pub expelled: bool,
     /// The attempt it works for.
     pub attempt: Option<String>,
     /// The revision that last changed its assignments.
@@ -35,9 +37,15 @@ pub struct Node {
 }
 
 impl Node {
+    /// Whether a cluster may have it.
+    pub fn is_free(&self) -> bool {
+        self.cluster.is_none() && !self.expelled
+    }
+
     /// What it is doing, as far as the State knows.
     pub fn state(&self) -> v1::node::State {
         match self {
+            Node { expelled: true, .. } => v1::node::State::Expelled,
             Node { cluster: None, .. } => v1::node::State::Available,
             Node { leaving: true, .. } => v1::node::State::Leaving,
             Node {
@@ -82,6 +90,7 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
             create_time: step.state.time,
             cluster: None,
             leaving: false,
+            expelled: false,
             attempt: None,
             assigned: step.state.revision,
         };
@@ -89,6 +98,12 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
         step.changed(name);
         return Ok(());
     };
+    if known.uid == command.uid && known.expelled {
+        let why =
+            "it was expelled; give its agent a new --data directory and a new token".to_owned();
+        let name = name.clone();
+        return Err(Rejection::WrongState { name, why });
+    }
     if known.uid != command.uid && known.attempt.is_some() {
         let why = "it is registered under another uid and still has work; start the agent with \
                    its old data directory, or give it another --name"
@@ -114,6 +129,7 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
         });
     change(step, name, |node| {
         node.uid = command.uid.clone();
+        node.expelled = false;
         node.incarnation = command.incarnation.clone();
         node.facts = facts;
         node.leaving |= misfit && node.cluster.is_some();
@@ -130,7 +146,7 @@ pub(super) fn allocate(step: &mut Step<'_>, command: &AllocateNode) -> Result<()
     let cluster = cluster.ok_or_else(|| not_found(Kind::Cluster, &command.cluster))?;
     let alias = vm_size_aliases::resolve(step.state, &cluster.spec.vm_size);
     let stays = cluster.deleting.is_none();
-    if node.cluster.is_some() || !stays || !cluster.matches(alias, &node.facts) {
+    if node.cluster.is_some() || node.expelled || !stays || !cluster.matches(alias, &node.facts) {
         let why = "it is not free for that cluster any more".to_owned();
         return Err(Rejection::Overtaken {
             name: command.node.clone(),

@@ -12,6 +12,7 @@ use batchai_proto::v1::job_service_client::JobServiceClient;
 use batchai_proto::v1::node_service_client::NodeServiceClient;
 use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient;
 use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
+use batchai_tests::api::connector;
 use batchai_tests::process::{processes_of, sweep, under_test, until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -105,12 +106,9 @@ fn start_once() -> f64 {
 }
 
 async fn jobs(dev: &Dev, dir: &Path) {
-    let channel = Channel::from_shared(dev.endpoint.clone()).expect("an endpoint");
-    let channel = channel
-        .tcp_nodelay(true)
-        .connect()
-        .await
-        .expect("dev is ready");
+    let credentials = dir.join("coordinator/admin.pem");
+    let channel = connector(&dev.endpoint, &credentials).connect().await;
+    let channel = channel.expect("dev is ready");
     create(&channel).await.expect("the resources are new");
     // Idle: nothing has happened for a while.
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;

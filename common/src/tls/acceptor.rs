@@ -1,0 +1,207 @@
+//! Takes connections in: each is greeted on its own, so that who is slow to greet holds up nobody.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::either::Either;
+use tonic::transport::server::Connected;
+use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
+
+use super::Identity;
+
+/// Greetings at once.
+const GREETINGS_MAX: usize = 256;
+/// How long a greeting may take.
+const GREETING_MAX: Duration = Duration::from_secs(10);
+/// Greeted connections that the server has not taken.
+const WAITING_MAX: usize = 64;
+/// After a failure to accept, such as too many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What is known of the other end of a connection.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    pub address: Option<SocketAddr>,
+    /// What its certificate says; none where it showed none.
+    pub certificate: Option<Arc<Shown>>,
+}
+
+/// What a certificate says, once it is known to be trusted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    pub identity: Identity,
+    /// Seconds of Unix time.
+    pub not_before: i64,
+    pub not_after: i64,
+}
+
+impl Shown {
+    /// Whether it is too old by now.
+    pub fn expired(&self) -> bool {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        now.is_ok_and(|now| now.as_secs() as i64 > self.not_after)
+    }
+}
+
+/// Reads who a trusted certificate names: one of ours by its URI, one from elsewhere by its common name, which names a
+/// user only.
+pub fn shown(der: &CertificateDer<'_>) -> Option<Shown> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    let names = certificate.subject_alternative_name().ok().flatten();
+    let uris = names.iter().flat_map(|names| &names.value.general_names);
+    let mut ours = uris.filter_map(|name| match name {
+        GeneralName::URI(uri) if Identity::is_ours(uri) => Some(*uri),
+        _ => None,
+    });
+    let identity = match (ours.next(), ours.next()) {
+        (Some(uri), None) => Identity::parse(uri).ok()?,
+        (Some(_), Some(_)) => return None,
+        (None, _) => {
+            let common = certificate.subject().iter_common_name().next()?;
+            Identity::user(common.as_str().ok()?).ok()?
+        }
+    };
+    Some(Shown {
+        identity,
+        not_before: certificate.validity().not_before.timestamp(),
+        not_after: certificate.validity().not_after.timestamp(),
+    })
+}
+
+/// A connection that was greeted.
+pub struct Connection {
+    io: Either<TcpStream, Box<TlsStream<TcpStream>>>,
+    peer: Peer,
+}
+
+/// Takes connections in until who reads them has gone. Without a configuration they are plain.
+pub fn incoming(
+    listener: TcpListener,
+    tls: Option<watch::Receiver<Arc<ServerConfig>>>,
+) -> ReceiverStream<io::Result<Connection>> {
+    let (greeted, connections) = mpsc::channel(WAITING_MAX);
+    tokio::spawn(async move {
+        let room = Arc::new(Semaphore::new(GREETINGS_MAX));
+        while let Ok(permit) = room.clone().acquire_owned().await {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = greeted.closed() => return,
+            };
+            let (stream, address) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "a connection cannot be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let config = tls.as_ref().map(|tls| tls.borrow().clone());
+            let greeted = greeted.clone();
+            tokio::spawn(async move {
+                match tokio::time::timeout(GREETING_MAX, greet(stream, address, config)).await {
+                    // The server may be ending.
+                    Ok(Ok(connection)) => drop(greeted.send(Ok(connection)).await),
+                    Ok(Err(error)) => tracing::debug!(%address, %error, "no greeting"),
+                    Err(_) => tracing::debug!(%address, "no greeting in time"),
+                }
+                drop(permit);
+            });
+        }
+    });
+    ReceiverStream::new(connections)
+}
+
+async fn greet(
+    stream: TcpStream,
+    address: SocketAddr,
+    config: Option<Arc<ServerConfig>>,
+) -> io::Result<Connection> {
+    stream.set_nodelay(true)?;
+    let Some(config) = config else {
+        let peer = Peer {
+            address: Some(address),
+            certificate: None,
+        };
+        return Ok(Connection {
+            io: Either::Left(stream),
+            peer,
+        });
+    };
+    let stream = TlsAcceptor::from(config).accept(stream).await?;
+    let certificates = stream.get_ref().1.peer_certificates();
+    let certificate = match certificates.and_then(|shown| shown.first()) {
+        None => None,
+        Some(der) => {
+            let nobody = || io::Error::other("its certificate names nobody");
+            Some(Arc::new(shown(der).ok_or_else(nobody)?))
+        }
+    };
+    let peer = Peer {
+        address: Some(address),
+        certificate,
+    };
+    Ok(Connection {
+        io: Either::Right(Box::new(stream)),
+        peer,
+    })
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(context, buffer)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(context, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}

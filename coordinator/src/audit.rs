@@ -1,0 +1,181 @@
+//! Who did what: every call that changes something, and every refusal, in files of this replica.
+//!
+//! One JSON object a line, in the order of the answers; the latest file is `audit.jsonl`, and older ones are numbered. What a
+//! request says beside its name is never written. What is read is not recorded, unless it was refused.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use batchai_proto::v1::AuditRecord;
+use prost_reflect::{DynamicMessage, ReflectMessage as _};
+use tokio::sync::{broadcast, mpsc};
+
+/// Records that are not written yet: calls wait when there are more.
+const QUEUE_MAX: usize = 4096;
+/// Records that who follows has not taken: he is cut off when there are more.
+const FOLLOWED_MAX: usize = 1024;
+/// A file that is larger is put aside.
+const FILE_BYTES_MAX: u64 = 32 << 20;
+/// So many are kept beside the latest.
+const FILES_MAX: usize = 8;
+
+/// Where calls are recorded.
+#[derive(Clone)]
+pub struct Audit {
+    root: PathBuf,
+    queue: mpsc::Sender<AuditRecord>,
+    written: broadcast::Sender<AuditRecord>,
+}
+
+impl Audit {
+    /// Records into a directory, which is made where it does not exist, on a thread of its own.
+    pub fn new(root: PathBuf) -> io::Result<Audit> {
+        fs::create_dir_all(&root)?;
+        let (queue, records) = mpsc::channel(QUEUE_MAX);
+        let (written, _) = broadcast::channel(FOLLOWED_MAX);
+        let writer = Writer {
+            file: open(&root)?,
+            root: root.clone(),
+            written: written.clone(),
+        };
+        std::thread::Builder::new()
+            .name("audit".to_owned())
+            .spawn(move || writer.run(records))?;
+        Ok(Audit {
+            root,
+            queue,
+            written,
+        })
+    }
+
+    /// Records a call. It waits for room.
+    pub async fn record(&self, record: AuditRecord) {
+        if self.queue.send(record).await.is_err() {
+            tracing::error!("the audit log is not written any more");
+        }
+    }
+
+    /// From now on: what is recorded.
+    pub fn follow(&self) -> broadcast::Receiver<AuditRecord> {
+        self.written.subscribe()
+    }
+
+    /// The latest records, oldest first. It waits for the disk.
+    pub fn latest(&self, count: usize) -> io::Result<Vec<AuditRecord>> {
+        let mut found = Vec::new();
+        for number in 0..=FILES_MAX {
+            let mut of_file = read(&path(&self.root, number))?;
+            of_file.append(&mut found);
+            found = of_file;
+            if found.len() >= count {
+                break;
+            }
+        }
+        found.drain(..found.len().saturating_sub(count));
+        Ok(found)
+    }
+}
+
+struct Writer {
+    root: PathBuf,
+    file: File,
+    written: broadcast::Sender<AuditRecord>,
+}
+
+impl Writer {
+    fn run(mut self, mut records: mpsc::Receiver<AuditRecord>) {
+        while let Some(record) = records.blocking_recv() {
+            if let Err(error) = self.write(&record) {
+                tracing::error!(%error, ?record, "cannot be written to the audit log");
+            }
+            // Nobody may be following.
+            let _ = self.written.send(record);
+        }
+    }
+
+    fn write(&mut self, record: &AuditRecord) -> io::Result<()> {
+        if self.file.metadata()?.len() > FILE_BYTES_MAX {
+            for number in (0..FILES_MAX).rev() {
+                let from = path(&self.root, number);
+                if from.exists() {
+                    fs::rename(from, path(&self.root, number + 1))?;
+                }
+            }
+            self.file = open(&self.root)?;
+        }
+        let message = DynamicMessage::decode(
+            batchai_proto::reflect::descriptor("AuditRecord"),
+            &prost::Message::encode_to_vec(record)[..],
+        );
+        let message = message.map_err(io::Error::other)?;
+        debug_assert_eq!(message.descriptor().name(), "AuditRecord");
+        let mut line = serde_json::to_vec(&message)?;
+        line.push(b'\n');
+        self.file.write_all(&line)
+    }
+}
+
+fn path(root: &Path, number: usize) -> PathBuf {
+    match number {
+        0 => root.join("audit.jsonl"),
+        number => root.join(format!("audit.{number}.jsonl")),
+    }
+}
+
+fn open(root: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.create(true).append(true).mode(0o600);
+    options.open(path(root, 0))
+}
+
+fn read(path: &Path) -> io::Result<Vec<AuditRecord>> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        file => file?,
+    };
+    let mut found = Vec::new();
+    for line in BufReader::new(file).lines() {
+        let line = line?;
+        let mut from = serde_json::Deserializer::from_str(&line);
+        let of = batchai_proto::reflect::descriptor("AuditRecord");
+        // A line that was cut off by a power cut is no record.
+        if let Ok(message) = DynamicMessage::deserialize(of, &mut from) {
+            found.push(message.transcode_to().map_err(io::Error::other)?);
+        }
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_recorded_comes_back_in_order_and_in_bounds() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::new(dir.path().to_owned()).unwrap();
+        let mut follow = audit.follow();
+        for revision in 0..20 {
+            let record = AuditRecord {
+                revision,
+                name: "x".repeat(5 << 20),
+                ..Default::default()
+            };
+            audit.record(record).await;
+            assert_eq!(follow.recv().await.unwrap().revision, revision);
+        }
+        let revisions = |count| {
+            let latest = audit.latest(count).unwrap();
+            latest.into_iter().map(|r| r.revision).collect::<Vec<_>>()
+        };
+        assert_eq!(revisions(3), [17, 18, 19]);
+        assert_eq!(revisions(100), (0..20).collect::<Vec<_>>());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
+        // Cut off in the middle of a line.
+        let file = OpenOptions::new().append(true).open(path(dir.path(), 0));
+        file.unwrap().write_all(b"{\"revi").unwrap();
+        assert_eq!(revisions(1), [19]);
+    }
+}

@@ -1,0 +1,194 @@
+//! PURE. Role bindings, tokens, and whose certificates are good no more.
+//!
+//! What a role allows is not decided here; see `access`.
+
+use std::sync::Arc;
+
+use batchai_common::names::Kind;
+use batchai_common::time::{from_millis, millis};
+use batchai_proto::internal::v1::{Delete, ExpelNode, RevokeCertificates, UseToken};
+use batchai_proto::v1::token::Kind as TokenKind;
+use batchai_proto::v1::{RoleBinding, Token};
+
+use super::{
+    Rejection, State, Step, attempts, check_etag, check_new, etag, names, nodes, not_found,
+};
+
+/// How long a token is good where nobody says.
+const TTL_DEFAULT_MS: i64 = 3600 * 1000;
+
+pub(super) fn create_role_binding(
+    step: &mut Step<'_>,
+    binding: &RoleBinding,
+) -> Result<(), Rejection> {
+    let state = &mut *step.state;
+    let name = &binding.name;
+    check_new(state, Kind::RoleBinding, name)?;
+    let stored = RoleBinding {
+        etag: etag(state.revision),
+        create_time: Some(state.time),
+        ..binding.clone()
+    };
+    state.role_bindings.insert(name.clone(), Arc::new(stored));
+    step.changed(name);
+    Ok(())
+}
+
+pub(super) fn create_token(step: &mut Step<'_>, token: &Token) -> Result<(), Rejection> {
+    forget_expired(step);
+    let state = &mut *step.state;
+    let name = &token.name;
+    check_new(state, Kind::Token, name)?;
+    let ttl = token.ttl.map(|ttl| ttl.seconds * 1000);
+    let expires = millis(&state.time) + ttl.unwrap_or(TTL_DEFAULT_MS);
+    let stored = Token {
+        etag: etag(state.revision),
+        create_time: Some(state.time),
+        expire_time: Some(from_millis(expires)),
+        ttl: None,
+        ..token.clone()
+    };
+    state.tokens.insert(name.clone(), Arc::new(stored));
+    step.changed(name);
+    Ok(())
+}
+
+/// What is not good any more takes no room.
+fn forget_expired(step: &mut Step<'_>) {
+    let now = millis(&step.state.time);
+    let expired = step
+        .state
+        .tokens
+        .iter()
+        .filter(|(_, token)| is_expired(token, now));
+    for name in expired.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+        step.state.tokens.remove(&name);
+        step.deleted(&name);
+    }
+}
+
+/// Whether a token is too old at a time in milliseconds.
+pub fn is_expired(token: &Token, now: i64) -> bool {
+    token.expire_time.is_none_or(|end| millis(&end) <= now)
+}
+
+pub(super) fn delete_role_binding(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
+    let name = &command.name;
+    let found = step.state.role_bindings.get(name);
+    let found = found.ok_or_else(|| not_found(Kind::RoleBinding, name))?;
+    check_etag(name, &command.etag, &found.etag)?;
+    step.state.role_bindings.remove(name);
+    step.deleted(name);
+    Ok(())
+}
+
+pub(super) fn delete_token(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
+    let name = &command.name;
+    let found = step.state.tokens.get(name);
+    let found = found.ok_or_else(|| not_found(Kind::Token, name))?;
+    check_etag(name, &command.etag, &found.etag)?;
+    step.state.tokens.remove(name);
+    step.deleted(name);
+    Ok(())
+}
+
+/// A machine joins. Doing it again with the same token is another use of it.
+pub(super) fn use_token(step: &mut Step<'_>, command: &UseToken) -> Result<(), Rejection> {
+    let wrong = |name: &str, why: &str| Rejection::WrongState {
+        name: name.to_owned(),
+        why: why.to_owned(),
+    };
+    let now = millis(&step.state.time);
+    let found = step.state.tokens.get(&command.name);
+    let token = found.ok_or_else(|| not_found(Kind::Token, &command.name))?;
+    if token.kind() != TokenKind::Node || is_expired(token, now) {
+        return Err(wrong(&command.name, "it has expired, or is not for nodes"));
+    }
+    if token.use_count >= token.use_count_max {
+        return Err(wrong(&command.name, "it was used as often as it may be"));
+    }
+    let known = step.state.nodes.get(&command.node);
+    if known.is_some_and(|known| known.uid == command.uid && known.expelled) {
+        return Err(wrong(
+            &command.node,
+            "it was expelled; give its agent a new --data directory",
+        ));
+    }
+    if known.is_some_and(|known| known.uid != command.uid && !known.expelled) {
+        let why = "another machine is that node; expel it first, or give this one another --name";
+        return Err(wrong(&command.node, why));
+    }
+    let token = Token {
+        use_count: token.use_count + 1,
+        etag: etag(step.state.revision),
+        ..Token::clone(token)
+    };
+    step.state
+        .tokens
+        .insert(command.name.clone(), Arc::new(token));
+    step.changed(&command.name);
+    Ok(())
+}
+
+pub(super) fn revoke_certificates(
+    step: &mut Step<'_>,
+    command: &RevokeCertificates,
+) -> Result<(), Rejection> {
+    let limit = super::limit(Kind::RoleBinding);
+    if step.state.revoked.len() >= limit && !step.state.revoked.contains_key(&command.member) {
+        return Err(Rejection::LimitReached {
+            kind: Kind::RoleBinding,
+            limit,
+        });
+    }
+    let now = step.state.time.seconds;
+    step.state.revoked.insert(command.member.clone(), now);
+    if step.state.nodes.contains_key(&command.member) {
+        step.assigned(&command.member);
+    }
+    Ok(())
+}
+
+pub(super) fn expel_node(step: &mut Step<'_>, command: &ExpelNode) -> Result<(), Rejection> {
+    let name = &command.name;
+    let node = step.state.nodes.get(name).cloned();
+    let node = node.ok_or_else(|| not_found(Kind::Node, name))?;
+    if node.expelled {
+        return Ok(());
+    }
+    if let Some(attempt) = &node.attempt {
+        attempts::lose_node(step, attempt, name);
+    }
+    nodes::change(step, name, |node| {
+        node.expelled = true;
+        node.leaving |= node.cluster.is_some();
+    });
+    nodes::assign(step, name);
+    nodes::free_if_leaving(step, name);
+    Ok(())
+}
+
+impl State {
+    /// Whether a certificate that somebody got at a time, in seconds, is good no more.
+    pub fn is_revoked(&self, member: &str, got: i64) -> bool {
+        self.revoked.get(member).is_some_and(|until| got <= *until)
+    }
+
+    /// Whether a node of this name and UUID was expelled.
+    pub fn is_expelled(&self, node: &str, uid: &str) -> bool {
+        self.nodes
+            .get(node)
+            .is_some_and(|known| known.uid == uid && known.expelled)
+    }
+
+    /// The role bindings of somebody.
+    pub fn bindings_of<'a>(&'a self, member: &'a str) -> impl Iterator<Item = &'a RoleBinding> {
+        let bindings = self.role_bindings.values().map(|binding| &**binding);
+        bindings.filter(move |binding| binding.member == member)
+    }
+}
+
+/// Whether a name lies in a part of the ensemble.
+pub fn covers(scope: &str, name: &str) -> bool {
+    scope.is_empty() || name == scope || names::is_below(scope, name)
+}
