@@ -134,11 +134,19 @@ impl Client {
 /// How to come to a coordinator.
 fn connector(target: &Target) -> Result<Connector, CliError> {
     // A lab without TLS asks nobody who he is.
-    let plain = target.endpoint.starts_with("http:");
+    let plain = Connector::is_plain(&target.endpoint);
+    if plain && target.token.is_some() {
+        let why = "BATCHAI_TOKEN is not sent in plain text: use an https:// endpoint, or unset it";
+        return Err(CliError::Usage(why.to_owned()));
+    }
     let client = match target.credentials.as_ref().filter(|_| !plain) {
         None => None,
         Some(path) => {
-            let read = Credentials::read(path).and_then(|read| read.client());
+            let read = Credentials::read(path).and_then(|read| match &target.token {
+                // Who shows a token is who it says.
+                Some(_) => read.anonymous().client(),
+                None => read.client(),
+            });
             let read = read.map_err(|source| CliError::Credentials {
                 path: path.clone(),
                 source,

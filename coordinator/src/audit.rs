@@ -1,11 +1,13 @@
 //! Who did what: every call that changes something, and every refusal, in files of this replica.
 //!
-//! One JSON object a line, in the order of the answers; the latest file is `audit.jsonl`, and older ones are numbered. What a
-//! request says beside its name is never written. What is read is not recorded, unless it was refused.
+//! One JSON object a line, in the order of the answers; the latest file is `audit.jsonl`, and older ones are numbered. Refusals
+//! of nobody lie apart, in `strangers.jsonl`, and where there are too many some are left out: nobody must be able to push out
+//! what others did, or hold them up. What a request says beside its names is never written. What is read is not recorded,
+//! unless it was refused.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use batchai_proto::v1::AuditRecord;
@@ -18,6 +20,10 @@ const QUEUE_MAX: usize = 4096;
 const FOLLOWED_MAX: usize = 1024;
 /// A file that is larger is put aside.
 const FILE_BYTES_MAX: u64 = 32 << 20;
+/// The names of files: of calls of those who are known, and of nobody.
+const KINDS: [&str; 2] = ["audit", "strangers"];
+/// As callers are called who have shown nothing.
+const NOBODY: &str = "nobody";
 /// So many are kept beside the latest.
 const FILES_MAX: usize = 8;
 
@@ -36,7 +42,7 @@ impl Audit {
         let (queue, records) = mpsc::channel(QUEUE_MAX);
         let (written, _) = broadcast::channel(FOLLOWED_MAX);
         let writer = Writer {
-            file: open(&root)?,
+            files: [open(&root, KINDS[0])?, open(&root, KINDS[1])?],
             root: root.clone(),
             written: written.clone(),
         };
@@ -50,9 +56,12 @@ impl Audit {
         })
     }
 
-    /// Records a call. It waits for room.
+    /// Records a call. It waits for room, unless it is nobody's.
     pub async fn record(&self, record: AuditRecord) {
-        if self.queue.send(record).await.is_err() {
+        if record.caller == NOBODY {
+            // What finds no room is left out.
+            let _ = self.queue.try_send(record);
+        } else if self.queue.send(record).await.is_err() {
             tracing::error!("the audit log is not written any more");
         }
     }
@@ -65,14 +74,19 @@ impl Audit {
     /// The latest records, oldest first. It waits for the disk.
     pub fn latest(&self, count: usize) -> io::Result<Vec<AuditRecord>> {
         let mut found = Vec::new();
-        for number in 0..=FILES_MAX {
-            let mut of_file = read(&path(&self.root, number))?;
-            of_file.append(&mut found);
-            found = of_file;
-            if found.len() >= count {
-                break;
+        for kind in KINDS {
+            let mut of_kind = Vec::new();
+            for number in 0..=FILES_MAX {
+                let mut of_file = read(&path(&self.root, kind, number))?;
+                of_file.append(&mut of_kind);
+                of_kind = of_file;
+                if of_kind.len() >= count {
+                    break;
+                }
             }
+            found.extend(of_kind);
         }
+        found.sort_by_key(|record: &AuditRecord| record.time.map(|t| (t.seconds, t.nanos)));
         found.drain(..found.len().saturating_sub(count));
         Ok(found)
     }
@@ -80,7 +94,7 @@ impl Audit {
 
 struct Writer {
     root: PathBuf,
-    file: File,
+    files: [File; 2],
     written: broadcast::Sender<AuditRecord>,
 }
 
@@ -96,14 +110,15 @@ impl Writer {
     }
 
     fn write(&mut self, record: &AuditRecord) -> io::Result<()> {
-        if self.file.metadata()?.len() > FILE_BYTES_MAX {
+        let at = usize::from(record.caller == NOBODY);
+        if self.files[at].metadata()?.len() > FILE_BYTES_MAX {
+            let path = |number| path(&self.root, KINDS[at], number);
             for number in (0..FILES_MAX).rev() {
-                let from = path(&self.root, number);
-                if from.exists() {
-                    fs::rename(from, path(&self.root, number + 1))?;
+                if path(number).exists() {
+                    fs::rename(path(number), path(number + 1))?;
                 }
             }
-            self.file = open(&self.root)?;
+            self.files[at] = open(&self.root, KINDS[at])?;
         }
         let message = DynamicMessage::decode(
             batchai_proto::reflect::descriptor("AuditRecord"),
@@ -113,21 +128,31 @@ impl Writer {
         debug_assert_eq!(message.descriptor().name(), "AuditRecord");
         let mut line = serde_json::to_vec(&message)?;
         line.push(b'\n');
-        self.file.write_all(&line)
+        self.files[at].write_all(&line)
     }
 }
 
-fn path(root: &Path, number: usize) -> PathBuf {
+fn path(root: &Path, kind: &str, number: usize) -> PathBuf {
     match number {
-        0 => root.join("audit.jsonl"),
-        number => root.join(format!("audit.{number}.jsonl")),
+        0 => root.join(format!("{kind}.jsonl")),
+        number => root.join(format!("{kind}.{number}.jsonl")),
     }
 }
 
-fn open(root: &Path) -> io::Result<File> {
+fn open(root: &Path, kind: &str) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    options.create(true).append(true).mode(0o600);
-    options.open(path(root, 0))
+    options.create(true).append(true).read(true).mode(0o600);
+    let mut file = options.open(path(root, kind, 0))?;
+    // A line that a power cut has cut off ends here.
+    let length = file.metadata()?.len();
+    let mut last = [b'\n'];
+    if length > 0 {
+        file.read_exact_at(&mut last, length - 1)?;
+    }
+    if last != [b'\n'] {
+        file.write_all(b"\n")?;
+    }
+    Ok(file)
 }
 
 fn read(path: &Path) -> io::Result<Vec<AuditRecord>> {
@@ -136,11 +161,11 @@ fn read(path: &Path) -> io::Result<Vec<AuditRecord>> {
         file => file?,
     };
     let mut found = Vec::new();
-    for line in BufReader::new(file).lines() {
+    for line in BufReader::new(file).split(b'\n') {
         let line = line?;
-        let mut from = serde_json::Deserializer::from_str(&line);
+        let mut from = serde_json::Deserializer::from_slice(&line);
         let of = batchai_proto::reflect::descriptor("AuditRecord");
-        // A line that was cut off by a power cut is no record.
+        // A line that was cut off is no record.
         if let Ok(message) = DynamicMessage::deserialize(of, &mut from) {
             found.push(message.transcode_to().map_err(io::Error::other)?);
         }
@@ -172,10 +197,28 @@ mod tests {
         };
         assert_eq!(revisions(3), [17, 18, 19]);
         assert_eq!(revisions(100), (0..20).collect::<Vec<_>>());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
-        // Cut off in the middle of a line.
-        let file = OpenOptions::new().append(true).open(path(dir.path(), 0));
-        file.unwrap().write_all(b"{\"revi").unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4);
+        // Cut off in the middle of a letter; the next one begins a line of its own. Nobody's lie apart.
+        let file = OpenOptions::new()
+            .append(true)
+            .open(path(dir.path(), "audit", 0));
+        file.unwrap().write_all(b"{\"name\": \"\xc3").unwrap();
         assert_eq!(revisions(1), [19]);
+        let audit = Audit::new(dir.path().to_owned()).unwrap();
+        let mut follow = audit.follow();
+        for (caller, revision) in [("users/a", 20), (NOBODY, 21)] {
+            let record = AuditRecord {
+                caller: caller.into(),
+                revision,
+                ..Default::default()
+            };
+            audit.record(record).await;
+            follow.recv().await.unwrap();
+        }
+        let mut latest: Vec<_> = audit.latest(3).unwrap();
+        latest.sort_by_key(|record| record.revision);
+        let latest: Vec<_> = latest.into_iter().map(|record| record.revision).collect();
+        assert_eq!(latest, [19, 20, 21]);
+        assert_eq!(read(&path(dir.path(), "strangers", 0)).unwrap().len(), 1);
     }
 }

@@ -21,9 +21,10 @@ pub struct Config {
     /// Those that `init` made where it is left out.
     #[arg(long, value_name = "FILE", conflicts_with = "insecure_lab")]
     pub credentials: Option<PathBuf>,
-    /// The user that may do everything, whatever roles are bound.
-    #[arg(long, default_value = "admin", value_name = "NAME")]
-    pub admin: String,
+    /// The user that may do everything, whatever roles are bound: the one that `init` named where it is left out; nobody where
+    /// certificates come from elsewhere.
+    #[arg(long, value_name = "NAME")]
+    pub admin: Option<String>,
     /// For tests only: listen in plain text and ask nobody who he is. Whoever reaches the address can run commands on every
     /// node, as root where agents are root.
     #[arg(long)]
@@ -62,5 +63,22 @@ pub enum Part {
         /// The name of the administrator.
         #[arg(long, default_value = "admin", value_name = "NAME")]
         admin: String,
+    },
+    /// Make credentials for a user with the authority's key, here and without a coordinator: for an administrator who has lost
+    /// his.
+    Certify {
+        /// The data directory of the coordinator.
+        #[arg(
+            long,
+            default_value = "/var/lib/batchai/coordinator",
+            value_name = "DIR"
+        )]
+        data: PathBuf,
+        /// For whom.
+        #[arg(long, default_value = "admin", value_name = "NAME")]
+        user: String,
+        /// The file to write.
+        #[arg(long = "to", value_name = "FILE")]
+        to: PathBuf,
     },
 }

@@ -1,44 +1,52 @@
 //! What every call passes first: who makes it, and may he?
 //!
 //! Closed by default: a call that no rule names is for those only who have shown who they are, and does nothing. What a call
-//! does is not known here; its rule says what of its request to look at.
+//! does is not known here; its rule says what of its request to look at. Whoever may not do a thing anywhere is refused before
+//! his request is read; whoever may is judged when all of it is here, and again and again while he is answered in a stream.
+
+mod watched;
 
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use batchai_common::error::ApiError;
+use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::MESSAGE_BYTES_MAX;
 use batchai_common::time::{millis, now};
 use batchai_common::tls::{Identity, Peer};
 use batchai_proto::v1::AuditRecord;
+use bytes::Bytes;
 use http::header::AUTHORIZATION;
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use crate::access::rules::{self, Place};
+use crate::access::rules::{self, Place, Rule};
 use crate::access::{Caller, Who, find_token, scope};
 use crate::audit::Audit;
 use crate::call::Call;
 use crate::replica::Handle;
 use crate::state::State;
+use watched::Watched;
 
 /// Calls that nobody needs to show anything for: those that say whether somebody is there, and the one by which machines
 /// become nodes.
 const OPEN: [&str; 3] = [
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
-    "/batchai.agent.v1.JoinService/Join",
+    JOIN,
 ];
+const JOIN: &str = "/batchai.agent.v1.JoinService/Join";
 /// Calls for agents.
 const AGENTS: [&str; 2] = [
     "/batchai.agent.v1.AgentService/",
     "/batchai.agent.v1.JoinService/",
 ];
+/// What calls for agents take.
+const WORK: &str = "batchai/nodes/work/action";
 /// Before a message in a body: whether it is compressed, and its length.
 const FRAME_BYTES: usize = 5;
 /// So much of a name is repeated to who may not have what has it.
@@ -48,7 +56,7 @@ const NAME_CHARS_MAX: usize = 200;
 #[derive(Clone)]
 pub struct Gate {
     pub replica: Handle,
-    /// The user that may do everything, whatever the State says.
+    /// The user that may do everything, whatever the State says; none where it is empty.
     pub admin: Arc<str>,
     /// There is no TLS: everybody may do everything.
     pub lab: bool,
@@ -90,43 +98,223 @@ where
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         // The one that is ready answers; its clone is for the next.
         let clone = self.inner.clone();
-        let mut inner = std::mem::replace(&mut self.inner, clone);
+        let inner = std::mem::replace(&mut self.inner, clone);
         let gate = self.gate.clone();
-        Box::pin(async move {
-            let mut record = begin(&request);
-            let (call, request) = match gate.admit(request, &mut record).await {
-                Ok((caller, request)) => (Call::new(caller), request),
-                Err(error) => {
-                    let refusal = Status::from(error);
-                    gate.audit.record(end(record, refusal.code(), 0)).await;
-                    return Ok(refusal.into_http());
-                }
-            };
-            let response = call.clone().scope(inner.call(request)).await?;
-            if changes(&record.method) {
-                // Where nothing is said yet, an answer follows.
-                let code =
-                    Status::from_header_map(response.headers()).map_or(Code::Ok, |s| s.code());
-                gate.audit.record(end(record, code, call.revision())).await;
-            }
-            Ok(response)
-        })
+        Box::pin(async move { Ok(gate.pass(inner, request).await) })
     }
 }
 
-/// What is recorded of a call before it is known who makes it.
-fn begin(request: &Request<Body>) -> AuditRecord {
-    let peer = request.extensions().get::<Peer>();
-    let address = peer.and_then(|peer| peer.address);
-    let method = request.uri().path().trim_start_matches('/');
-    AuditRecord {
-        caller: Caller::nobody().label(),
-        address: address
-            .map(|address| address.to_string())
-            .unwrap_or_default(),
-        method: short(method),
-        ..Default::default()
+/// What a call is judged by, as often as need be.
+#[derive(Clone)]
+struct Ticket {
+    path: String,
+    peer: Option<Peer>,
+    authorization: Option<HeaderValue>,
+    rule: Option<&'static Rule>,
+    /// What of the ensemble it is about, once that was read.
+    name: String,
+}
+
+impl Gate {
+    async fn pass<S>(self, mut inner: S, request: Request<Body>) -> Response<Body>
+    where
+        S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Send + 'static,
+        S::Future: Send,
+    {
+        let mut ticket = Ticket::of(&request);
+        let mut record = ticket.record();
+        let (caller, request) = match self.admit(&mut ticket, request, &mut record).await {
+            Ok(admitted) => admitted,
+            Err(error) => {
+                let refusal = Status::from(error);
+                self.audit.record(end(record, refusal.code(), 0)).await;
+                return refusal.into_http();
+            }
+        };
+        let call = Call::new(caller);
+        if !ticket.changes() {
+            let Ok(response) = call.scope(inner.call(request)).await;
+            let code = code_of(&response);
+            if is_refusal(code) {
+                self.audit.record(end(record.clone(), code, 0)).await;
+            }
+            return self.answered(ticket, record, response);
+        }
+        // On its own: that the caller goes away, or is in a hurry, ends neither what he began nor its record.
+        let work = tokio::spawn(async move {
+            let Ok(response) = call.clone().scope(inner.call(request)).await;
+            let end = end(record.clone(), code_of(&response), call.revision());
+            self.audit.record(end).await;
+            self.answered(ticket, record, response)
+        });
+        let failed = |_| Status::internal("the call was not carried out to its end").into_http();
+        work.await.unwrap_or_else(failed)
     }
+
+    /// An answer that is a stream is watched over.
+    fn answered(
+        self,
+        ticket: Ticket,
+        record: AuditRecord,
+        response: Response<Body>,
+    ) -> Response<Body> {
+        if ticket.is_open() {
+            return response;
+        }
+        let (parts, body) = response.into_parts();
+        Response::from_parts(parts, Body::new(Watched::new(body, self, ticket, record)))
+    }
+
+    async fn admit(
+        &self,
+        ticket: &mut Ticket,
+        request: Request<Body>,
+        record: &mut AuditRecord,
+    ) -> Result<(Caller, Request<Body>), ApiError> {
+        if ticket.is_open() {
+            return Ok((Caller::nobody(), request));
+        }
+        let caller = self.caller(ticket)?;
+        record.caller = caller.label();
+        let Some(rule) = ticket.rule else {
+            let caller = self.judge(ticket)?;
+            return Ok((caller.clone(), with(caller, request)));
+        };
+        if !caller.may_somewhere(rule.permission) {
+            return Err(forbidden(&caller, rule.permission, ""));
+        }
+        let mut request = request;
+        if rule.unary {
+            let (parts, bytes) = collect(request).await?;
+            let texts = |path: &Vec<u32>| message(&bytes).and_then(|m| scope::text(m, path));
+            let subject = rule.subject.iter().filter_map(texts);
+            record.name = short(
+                &subject
+                    .filter(|t| !t.is_empty())
+                    .collect::<Vec<_>>()
+                    .join(" "),
+            );
+            if let Place::Field(path) = &rule.place {
+                // What is no message is about all of it: only who may do everything learns what is wrong with it.
+                ticket.name = texts(path).unwrap_or_default();
+            }
+            request = Request::from_parts(parts, Body::new(Full::new(bytes)));
+        }
+        let caller = self.judge(ticket)?;
+        Ok((caller.clone(), with(caller, request)))
+    }
+
+    /// Who calls, if he may, as things are now.
+    fn judge(&self, ticket: &Ticket) -> Result<Caller, ApiError> {
+        let caller = self.caller(ticket)?;
+        match ticket.rule {
+            Some(rule) if !caller.may_call(rule.permission, &rule.place, &ticket.name) => {
+                Err(forbidden(&caller, rule.permission, &ticket.name))
+            }
+            Some(_) => Ok(caller),
+            None if ticket.is_for_agents() => match &caller.who {
+                Who::Lab | Who::Known(Identity::Node { .. }) => Ok(caller),
+                _ => Err(forbidden(&caller, WORK, "")),
+            },
+            None if caller.who == Who::Nobody => Err(unknown()),
+            None => Ok(caller),
+        }
+    }
+
+    /// Who calls.
+    fn caller(&self, ticket: &Ticket) -> Result<Caller, ApiError> {
+        if self.lab {
+            return Ok(Caller::lab());
+        }
+        let state: State = self.replica.published().borrow().state.clone();
+        let shown = ticket
+            .peer
+            .as_ref()
+            .and_then(|peer| peer.certificate.clone());
+        let refuse = |why| Err(ApiError::Unauthenticated { why });
+        let caller = match (shown, &ticket.authorization) {
+            (Some(_), Some(_)) => return refuse("show a certificate or a token, not both"),
+            (Some(shown), None) if shown.expired() => {
+                return refuse("the certificate has expired");
+            }
+            (Some(shown), None) => Caller {
+                certificate: Some(shown.clone()),
+                ..Caller::known(&state, shown.identity.clone(), &self.admin)
+            },
+            (None, Some(header)) => {
+                let text = header
+                    .to_str()
+                    .ok()
+                    .and_then(|text| text.strip_prefix("Bearer "));
+                let caller = find_token(&state, text.unwrap_or_default(), millis(&now()))
+                    .and_then(|token| Caller::bearer(&state, token, &self.admin));
+                match caller {
+                    Ok(caller) => caller,
+                    Err(error) => {
+                        tracing::debug!(%error, "a token is refused");
+                        return refuse("the token is not good");
+                    }
+                }
+            }
+            (None, None) => Caller::nobody(),
+        };
+        match caller.refusal(&state) {
+            Some(error) => Err(error),
+            None => Ok(caller),
+        }
+    }
+}
+
+impl Ticket {
+    fn of(request: &Request<Body>) -> Ticket {
+        let path = request.uri().path().to_owned();
+        Ticket {
+            peer: request.extensions().get::<Peer>().cloned(),
+            authorization: request.headers().get(AUTHORIZATION).cloned(),
+            rule: rules::rule(&path),
+            name: String::new(),
+            path,
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        OPEN.contains(&self.path.as_str())
+    }
+
+    fn is_for_agents(&self) -> bool {
+        AGENTS.iter().any(|service| self.path.starts_with(service))
+    }
+
+    /// Whether the call is one that changes something.
+    fn changes(&self) -> bool {
+        match self.rule {
+            Some(rule) => !rule.permission.ends_with("/read"),
+            None => self.path.starts_with("/batchai.agent.v1.JoinService/"),
+        }
+    }
+
+    /// What is recorded of the call before it is known who makes it.
+    fn record(&self) -> AuditRecord {
+        let address = self.peer.as_ref().and_then(|peer| peer.address);
+        AuditRecord {
+            caller: Caller::nobody().label(),
+            address: address
+                .map(|address| address.to_string())
+                .unwrap_or_default(),
+            method: short(self.path.trim_start_matches('/')),
+            ..Default::default()
+        }
+    }
+}
+
+fn with(caller: Caller, mut request: Request<Body>) -> Request<Body> {
+    request.extensions_mut().insert(caller);
+    request
+}
+
+/// What came of a call, as far as it is known when its answer begins.
+fn code_of(response: &Response<Body>) -> Code {
+    Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code())
 }
 
 fn end(record: AuditRecord, code: Code, revision: i64) -> AuditRecord {
@@ -138,12 +326,8 @@ fn end(record: AuditRecord, code: Code, revision: i64) -> AuditRecord {
     }
 }
 
-/// Whether a call is one that changes something.
-fn changes(method: &str) -> bool {
-    match rules::rule(&format!("/{method}")) {
-        Some(rule) => !rule.permission.ends_with("/read"),
-        None => method.starts_with("batchai.agent.v1.JoinService/"),
-    }
+fn is_refusal(code: Code) -> bool {
+    matches!(code, Code::PermissionDenied | Code::Unauthenticated)
 }
 
 /// As the API spells it: `NOT_FOUND`.
@@ -155,85 +339,11 @@ fn spelled(code: Code) -> String {
         }
         spelled.push(letter.to_ascii_uppercase());
     }
-    match code {
-        Code::Ok => "OK".to_owned(),
-        _ => spelled,
-    }
+    spelled
 }
 
 fn short(text: &str) -> String {
     text.chars().take(NAME_CHARS_MAX).collect()
-}
-
-impl Gate {
-    async fn admit(
-        &self,
-        request: Request<Body>,
-        record: &mut AuditRecord,
-    ) -> Result<(Caller, Request<Body>), ApiError> {
-        let caller = self.caller(&request)?;
-        record.caller = caller.label();
-        let path = request.uri().path().to_owned();
-        let mut request = match rules::rule(&path) {
-            _ if OPEN.contains(&path.as_str()) => request,
-            Some(rule) => {
-                let (name, request) = match &rule.place {
-                    Place::Field(path) => name_of(request, path).await?,
-                    Place::Ensemble | Place::Anywhere => (String::new(), request),
-                };
-                record.name = short(&name);
-                if !caller.may_call(rule.permission, &rule.place, &name) {
-                    return Err(forbidden(&caller, rule.permission, &name));
-                }
-                request
-            }
-            None if AGENTS.iter().any(|service| path.starts_with(service)) => match &caller.who {
-                Who::Lab | Who::Known(Identity::Node { .. }) => request,
-                _ => return Err(forbidden(&caller, "batchai/nodes/work/action", "")),
-            },
-            None if caller.who == Who::Nobody => return Err(unknown()),
-            None => request,
-        };
-        request.extensions_mut().insert(caller.clone());
-        Ok((caller, request))
-    }
-
-    /// Who calls.
-    fn caller(&self, request: &Request<Body>) -> Result<Caller, ApiError> {
-        if self.lab {
-            return Ok(Caller::lab());
-        }
-        let state: State = self.replica.published().borrow().state.clone();
-        let peer = request.extensions().get::<Peer>();
-        let shown = peer.and_then(|peer| peer.certificate.clone());
-        let caller = match (shown, request.headers().get(AUTHORIZATION)) {
-            (Some(shown), _) if shown.expired() => {
-                let why = "the certificate has expired";
-                return Err(ApiError::Unauthenticated { why });
-            }
-            (Some(shown), _) => Caller {
-                certificate: Some(shown.clone()),
-                ..Caller::known(&state, shown.identity.clone(), &self.admin)
-            },
-            (None, Some(header)) => {
-                let why = "the token is not good";
-                let bad = || ApiError::Unauthenticated { why };
-                let text = header.to_str().map_err(|_| bad())?;
-                let text = text.strip_prefix("Bearer ").ok_or_else(bad)?;
-                let caller = find_token(&state, text, millis(&now()))
-                    .and_then(|token| Caller::bearer(&state, token, &self.admin));
-                caller.map_err(|error| {
-                    tracing::info!(%error, "a token is refused");
-                    bad()
-                })?
-            }
-            (None, None) => Caller::nobody(),
-        };
-        match caller.refusal(&state) {
-            Some(error) => Err(error),
-            None => Ok(caller),
-        }
-    }
 }
 
 fn unknown() -> ApiError {
@@ -252,30 +362,26 @@ fn forbidden(caller: &Caller, permission: &str, name: &str) -> ApiError {
     }
 }
 
-/// What the one message of a request names; all of the ensemble where it is no message, so that only who may do everything
-/// learns what is wrong with it.
-async fn name_of(
-    request: Request<Body>,
-    path: &[u32],
-) -> Result<(String, Request<Body>), ApiError> {
+/// All of a request that is one message.
+async fn collect(request: Request<Body>) -> Result<(http::request::Parts, Bytes), ApiError> {
     let (parts, body) = request.into_parts();
     let collected = Limited::new(body, MESSAGE_BYTES_MAX + FRAME_BYTES)
         .collect()
         .await;
-    let bytes = match collected {
-        Ok(collected) => collected.to_bytes(),
+    match collected {
+        Ok(collected) => Ok((parts, collected.to_bytes())),
         Err(error) => {
             let why = match error.downcast_ref::<LengthLimitError>() {
                 Some(_) => format!("has more than {MESSAGE_BYTES_MAX} bytes"),
                 None => format!("cannot be read: {error}"),
             };
-            let fault = batchai_common::error::Fault::new("request", why);
-            return Err(ApiError::Invalid(vec![fault]));
+            Err(ApiError::Invalid(vec![Fault::new("request", why)]))
         }
-    };
+    }
+}
+
+/// The message of a body, unless it is compressed.
+fn message(bytes: &Bytes) -> Option<&[u8]> {
     let plain = bytes.first() == Some(&0);
-    let message = bytes.get(FRAME_BYTES..).filter(|_| plain);
-    let name = message.and_then(|message| scope::text(message, path));
-    let body = Body::new(Full::new(bytes));
-    Ok((name.unwrap_or_default(), Request::from_parts(parts, body)))
+    bytes.get(FRAME_BYTES..).filter(|_| plain)
 }

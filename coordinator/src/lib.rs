@@ -35,6 +35,9 @@ pub fn main(cli: Cli) -> ExitCode {
     let config = match cli.part {
         None => cli.config,
         Some(config::Part::Init { data, names, admin }) => return init_main(&data, &names, &admin),
+        Some(config::Part::Certify { data, user, to }) => {
+            return done(pki::certify(&data, &user, &to));
+        }
     };
     telemetry::init();
     if let Some(parent) = config.die_with_parent {
@@ -58,14 +61,15 @@ pub fn main(cli: Cli) -> ExitCode {
 }
 
 fn init_main(data: &std::path::Path, names: &[String], admin: &str) -> ExitCode {
-    match init(data, names, admin) {
-        Ok(file) => {
-            let file = file.display();
-            println!(
-                "the administrator's credentials: {file}\nkeep them: batchai config set credentials {file}"
-            );
-            ExitCode::SUCCESS
-        }
+    done(init(data, names, admin).map(|file| {
+        let file = file.display();
+        println!("the administrator's credentials: {file}\nkeep them: batchai config set credentials {file}");
+    }))
+}
+
+fn done(result: Result<(), PkiError>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("batchai-coordinator: {error}");
             ExitCode::FAILURE

@@ -28,6 +28,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 pub const ADMIN_FILE: &str = "admin.pem";
 /// Where coordinators are reached, one name a line.
 const NAMES_FILE: &str = "names";
+/// The administrator's name.
+const ADMIN_NAME_FILE: &str = "admin";
 const SERVER_FILE: &str = "coordinator.pem";
 /// The names by which any coordinator is reached from its own machine.
 const OWN_NAMES: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
@@ -88,6 +90,7 @@ pub fn init(data: &Path, names: &[String], admin: &str) -> Result<PathBuf, PkiEr
     let authority = Authority::new()?;
     authority.write(&part)?;
     write_private(&part.join(NAMES_FILE), &names.join("\n"))?;
+    write_private(&part.join(ADMIN_NAME_FILE), admin)?;
     issue_own(&authority, &part)?;
     let identity = Identity::user(admin).map_err(CredentialsError::from)?;
     let credentials = authority.credentials(&identity, &[], ADMIN_LIFETIME)?;
@@ -95,6 +98,27 @@ pub fn init(data: &Path, names: &[String], admin: &str) -> Result<PathBuf, PkiEr
     write_private(&file, &credentials)?;
     fs::rename(&part, &dir).map_err(at(&dir))?;
     Ok(file)
+}
+
+/// Makes credentials for a user, with the authority's key.
+pub fn certify(data: &Path, user: &str, to: &Path) -> Result<(), PkiError> {
+    let authority = Authority::read(&directory(data))?;
+    let identity = Identity::user(user).map_err(CredentialsError::from)?;
+    let credentials = authority.credentials(&identity, &[], ADMIN_LIFETIME)?;
+    Ok(write_private(to, &credentials)?)
+}
+
+/// Who may do everything: nobody where nobody was named.
+pub fn admin(config: &Config) -> String {
+    let kept = || {
+        let path = directory(&config.data).join(ADMIN_NAME_FILE);
+        let own = config
+            .credentials
+            .is_none()
+            .then(|| fs::read_to_string(path));
+        own.and_then(Result::ok)
+    };
+    config.admin.clone().or_else(kept).unwrap_or_default()
 }
 
 fn issue_own(authority: &Authority, dir: &Path) -> Result<(), CredentialsError> {

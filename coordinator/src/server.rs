@@ -45,7 +45,7 @@ use crate::duties::Leader;
 use crate::gate::Gate;
 use crate::leader;
 use crate::logs::LogStore;
-use crate::pki::{FIRST_REPLICA, Pki, PkiError};
+use crate::pki::{self, FIRST_REPLICA, Pki, PkiError};
 use crate::replica::core::{Core, CoreError};
 use crate::replica::store::disk::DiskStore;
 use crate::replica::store::{FORMAT, StoreError};
@@ -142,7 +142,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
     };
     let connections = incoming(listener, pki.as_ref().map(Pki::server));
     let serve = shared
-        .routes(pki.as_ref(), &config.admin)?
+        .routes(pki.as_ref(), &pki::admin(&config))?
         .add_service(health_service)
         .serve_with_incoming_shutdown(connections, shutdown.clone().cancelled_owned());
     let fresh = tokio::spawn(keep_fresh(pki, shutdown.clone()));
@@ -176,6 +176,9 @@ fn lock(data: &PathBuf) -> Result<Flock<File>, ServerError> {
             .and_then(|dir| dir.sync_all())
             .map_err(failed)?;
     }
+    // Environments of jobs, logs and keys: nobody else's business.
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    fs::set_permissions(data, private).map_err(failed)?;
     let file = File::create(data.join("lock")).map_err(failed)?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
         Errno::EWOULDBLOCK => ServerError::Locked { path: data.clone() },
@@ -265,7 +268,9 @@ impl Shared {
 
 /// Certificates, or a loud word that there are none.
 fn open_pki(config: &Config) -> Result<Option<Pki>, ServerError> {
-    batchai_common::tls::Identity::user(&config.admin)?;
+    if let Some(admin) = &config.admin {
+        batchai_common::tls::Identity::user(admin)?;
+    }
     let pki = Pki::open(config)?;
     if pki.is_none() {
         tracing::warn!(

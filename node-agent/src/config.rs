@@ -21,6 +21,9 @@ pub struct Config {
     /// A file with that token.
     #[arg(long, value_name = "FILE", conflicts_with = "join_token")]
     pub join_token_file: Option<PathBuf>,
+    /// For tests only: go to a coordinator in plain text, `http://`. Anyone between here and there runs commands on this machine.
+    #[arg(long)]
+    pub insecure_lab: bool,
     /// A certificate from elsewhere: a PEM file with the node's certificate, its key and the authority's certificate.
     #[arg(long, value_name = "FILE")]
     pub credentials: Option<PathBuf>,

@@ -12,6 +12,7 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use batchai_common::error::causes;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
@@ -43,6 +44,8 @@ const ENTRIES_MAX: usize = 500;
 /// How long the process that looks may be silent: less than the coordinator waits.
 const SILENCE_MAX_MS: u16 = 20_000;
 
+/// A connection is used for so long.
+const CHANNEL_AGE_MAX: Duration = Duration::from_secs(3600);
 /// Processes that look and are stuck in the kernel: with so many, no other is started.
 const STUCK_MAX: usize = 8;
 
@@ -65,8 +68,8 @@ impl Answerer {
     /// Answers for ever.
     pub async fn run(mut self) {
         let room = Arc::new(Semaphore::new(ANSWERS_MAX));
-        // Made when it is needed, and again when it broke.
-        let channel = self.connector.connect_lazy();
+        // Made when it is needed, again when it broke, and again now and then: what it shows is good for a time only.
+        let mut channel = (self.connector.connect_lazy(), Instant::now());
         while let Some(question) = self.questions.recv().await {
             let Ok(permit) = room.clone().acquire_owned().await else {
                 return;
@@ -75,7 +78,10 @@ impl Answerer {
                 id: question.id.clone(),
                 ..self.hello.clone()
             };
-            let (channel, facts) = (channel.clone(), self.facts.clone());
+            if channel.1.elapsed() > CHANNEL_AGE_MAX {
+                channel = (self.connector.connect_lazy(), Instant::now());
+            }
+            let (channel, facts) = (channel.0.clone(), self.facts.clone());
             let starter = Starter {
                 own: self.own,
                 stuck: self.stuck.clone(),
@@ -202,6 +208,7 @@ impl Starter {
             .arg0("batchai-look")
             .args(self.own)
             .arg("look")
+            .env_clear()
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -22,6 +22,7 @@ use crate::journal::{Identity, Journal, JournalError};
 use crate::session::backoff;
 
 const FILE: &str = "credentials.pem";
+const REQUEST_FILE: &str = "join-request.pem";
 /// How often it is looked whether a certificate is about to expire, or was replaced.
 const LOOK_INTERVAL: Duration = Duration::from_secs(60);
 /// Another certificate is asked for when less than this part of its life is left.
@@ -32,6 +33,8 @@ const RENEW_PART: i64 = 3;
 pub enum JoinError {
     #[error(transparent)]
     Target(#[from] TargetError),
+    #[error("the coordinator's URL is plain text: use https://, or give --insecure-lab in a test")]
+    Plain,
     #[error("{path}: {source}", path = .path.display())]
     Credentials {
         path: PathBuf,
@@ -62,6 +65,8 @@ pub enum JoinError {
 /// What a node shows, the latest of it.
 pub struct Shows {
     path: PathBuf,
+    /// The coordinator made it, and makes another.
+    own: bool,
     latest: watch::Sender<Arc<ClientConfig>>,
     modified: Option<SystemTime>,
     lifetime: (i64, i64),
@@ -74,20 +79,28 @@ pub async fn shows(
     node_id: &str,
     identity: &mut Identity,
 ) -> Result<Option<Shows>, JoinError> {
-    if config.coordinator.starts_with("http://") {
+    if Connector::is_plain(&config.coordinator) {
+        if !config.insecure_lab {
+            return Err(JoinError::Plain);
+        }
         tracing::warn!(
-            "plain text: anyone between here and the coordinator runs commands on this node"
+            "--insecure-lab: anyone between here and the coordinator runs commands on this node"
         );
         return Ok(None);
     }
     let own = config.data.join(FILE);
     let path = config.credentials.clone().unwrap_or_else(|| own.clone());
     if path == own && !own.exists() {
-        identity.vm_size = join(config, node_id, &identity.uid, &own).await?;
+        let (vm_size, credentials) = join(config, node_id, &identity.uid, &config.data).await?;
+        // First of the two: with the credentials there it does not join again.
+        identity.vm_size = vm_size;
         journal.keep(identity)?;
+        write_private(&own, &credentials)?;
+        tracing::info!(node = node_id, "joined");
     }
     let (latest, modified, lifetime) = read(&path)?;
     Ok(Some(Shows {
+        own: path == own,
         path,
         latest: watch::Sender::new(latest),
         modified,
@@ -110,19 +123,20 @@ fn read(path: &Path) -> Result<Read, JoinError> {
     Ok((client, modified.ok(), lifetime))
 }
 
-/// Joins; returns the VM size that the token wants, and leaves the credentials in a file.
+/// Joins; returns the VM size that the token wants, and the credentials. It asks with the same key however often it is
+/// started: who has not heard the answer is not another machine.
 async fn join(
     config: &Config,
     node_id: &str,
     uid: &str,
-    file: &Path,
-) -> Result<Option<String>, JoinError> {
+    data: &Path,
+) -> Result<(Option<String>, String), JoinError> {
     let token = token(config)?;
     let (text, authority) = token.rsplit_once('.').ok_or(JoinError::Token)?;
     let pin = digest(authority).ok_or(JoinError::Token)?;
     let trusted = watch::Sender::new(pinned(pin)?);
     let connector = Connector::new(&config.coordinator, Some(trusted.subscribe()))?;
-    let Request { key, request } = Request::new()?;
+    let (key, request) = asked(&data.join(REQUEST_FILE))?;
     let request = JoinRequest {
         token: text.to_owned(),
         node_id: node_id.to_owned(),
@@ -149,9 +163,24 @@ async fn join(
     if Credentials::parse(credentials.as_bytes())?.authority() != Some(pin) {
         return Err(JoinError::Authority);
     }
-    write_private(file, &credentials)?;
-    tracing::info!(node = node_id, "joined");
-    Ok(Some(joined.vm_size).filter(|vm_size| !vm_size.is_empty()))
+    let vm_size = Some(joined.vm_size).filter(|vm_size| !vm_size.is_empty());
+    Ok((vm_size, credentials))
+}
+
+/// The key and the request with which this machine asks to join; made where there are none.
+fn asked(path: &Path) -> Result<(String, String), JoinError> {
+    const BEGIN: &str = "-----BEGIN CERTIFICATE REQUEST";
+    let parts = |text: &str| {
+        let at = text.find(BEGIN)?;
+        Some((text[..at].to_owned(), text[at..].to_owned()))
+    };
+    let known = std::fs::read_to_string(path).ok();
+    if let Some(known) = known.as_deref().and_then(parts) {
+        return Ok(known);
+    }
+    let Request { key, request } = Request::new()?;
+    write_private(path, &format!("{key}{request}"))?;
+    Ok((key, request))
 }
 
 fn token(config: &Config) -> Result<String, JoinError> {
@@ -197,17 +226,18 @@ impl Shows {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let left = until.saturating_sub(now.map_or(0, |now| now.as_secs() as i64));
         // One from elsewhere is replaced by who made it.
-        let own = self.path.ends_with(FILE);
-        if own && left < until.saturating_sub(from) / RENEW_PART {
-            self.renew(connector).await?;
-        }
+        let due = self.own && left < until.saturating_sub(from) / RENEW_PART;
+        let renewed = match due {
+            true => self.renew(connector).await,
+            false => Ok(()),
+        };
         let modified = std::fs::metadata(&self.path).and_then(|found| found.modified());
         if modified.ok() != self.modified {
             let (latest, modified, lifetime) = read(&self.path)?;
             self.latest.send_replace(latest);
             (self.modified, self.lifetime) = (modified, lifetime);
         }
-        Ok(())
+        renewed
     }
 
     async fn renew(&self, connector: &Connector) -> Result<(), JoinError> {

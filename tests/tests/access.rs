@@ -220,7 +220,10 @@ fn who_shows_nothing_good_is_nobody() {
     assert!(fails(&api, &path));
     // And a coordinator of somebody else's is not believed.
     let trusting = api.e.path().join("trusting.pem");
-    std::fs::write(&trusting, other.certificate()).unwrap();
+    let admins = std::fs::read_to_string(api.e.credentials()).unwrap();
+    let (admins, _) = admins.rsplit_once("-----BEGIN CERTIFICATE").unwrap();
+    let admins = format!("{admins}{}", other.certificate());
+    batchai_common::tls::credentials::write_private(&trusting, &admins).unwrap();
     assert!(fails(&api, &trusting));
     // Expired.
     let authority = Authority::read(&api.e.path().join("coordinator/pki")).unwrap();
@@ -430,7 +433,7 @@ fn nobody_raises_himself() {
         ..Default::default()
     };
     let refused = api.call(access.delete_role_binding(delete)).unwrap_err();
-    assert_eq!(refused.code(), Code::PermissionDenied);
+    assert_eq!(refused.code(), Code::NotFound);
     // A job of his runs on no cluster of somebody else's.
     let mut jobs = v1::job_service_client::JobServiceClient::new(owner);
     let create = v1::CreateJobRequest {
@@ -585,6 +588,38 @@ fn machines_join_by_a_token_as_often_as_it_says_and_leave_when_expelled() {
         fifth.log_text().contains("UnknownIssuer").then_some(())
     });
     fifth.kill();
+    // Nobody takes a node's place by its name and UUID, which are no secrets.
+    let uid = e.json(&["node", "show", "-n", "n2"])["uid"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let more = e
+        .ok(&["node", "token", "create", "--uses", "5"])
+        .trim()
+        .to_owned();
+    std::fs::create_dir_all(e.path().join("thief")).unwrap();
+    let thief = json!({ "uid": uid, "journal_id": uid, "ensemble": null });
+    std::fs::write(e.path().join("thief/node.json"), thief.to_string()).unwrap();
+    let (data, root) = (e.path().join("thief"), e.path().join("thief-root"));
+    let args = [
+        "node-agent",
+        "--coordinator",
+        &e.endpoint,
+        "--name",
+        "n2",
+        "--data",
+        &data.to_string_lossy(),
+        "--root",
+        &root.to_string_lossy(),
+    ];
+    let log = e.path().join("thief.log");
+    let mut thief = Process::start_with(args, &[("BATCHAI_JOIN_TOKEN", more.as_str())], &log);
+    assert_eq!(thief.wait().code(), Some(1));
+    assert!(
+        thief.log_text().contains("another machine is that node"),
+        "{}",
+        thief.log_text()
+    );
     // Expelled while it works: the work is lost, and ended there.
     for args in [
         &["group", "create", "-n", "g"][..],
@@ -636,6 +671,34 @@ fn machines_join_by_a_token_as_often_as_it_says_and_leave_when_expelled() {
         "--root",
         &own,
     ];
+    let mut again = Process::start(args, &log);
+    assert_eq!(again.wait().code(), Some(1));
+    assert!(
+        again.log_text().contains("was expelled"),
+        "{}",
+        again.log_text()
+    );
+    // Another machine takes its name; the old one stays out, also while the new one is away.
+    let log = e.path().join("heir.log");
+    let (heir_data, heir_root) = (e.path().join("heir"), e.path().join("heir-root"));
+    let heir = [
+        "node-agent",
+        "--coordinator",
+        &e.endpoint,
+        "--name",
+        "n1",
+        "--data",
+        &heir_data.to_string_lossy(),
+        "--root",
+        &heir_root.to_string_lossy(),
+    ];
+    let mut heir = Process::start_with(heir, &[("BATCHAI_JOIN_TOKEN", more.as_str())], &log);
+    until("the heir to be in contact", || {
+        let state = e.json(&["node", "show", "-n", "n1"])["state"].clone();
+        (state == "AVAILABLE").then_some(())
+    });
+    heir.kill();
+    let log = e.path().join("again2.log");
     let mut again = Process::start(args, &log);
     assert_eq!(again.wait().code(), Some(1));
     assert!(
@@ -814,16 +877,14 @@ fn a_hostile_agent_disturbs_nobody() {
     assert_eq!(refused.code(), Code::PermissionDenied);
     // It is on record.
     let tail = api.e.ok(&["audit", "tail", "-n", "1000", "-o", "tsv"]);
-    let refused: Vec<_> = tail
-        .lines()
-        .filter(|line| line.contains("nodes/evil"))
-        .collect();
-    assert!(
-        refused
-            .iter()
-            .any(|line| line.contains("PERMISSION_DENIED")),
-        "{tail}"
-    );
+    for method in ["Session", "ShipLogs", "FetchBundle"] {
+        let refusal = format!("batchai.agent.v1.AgentService/{method}");
+        let recorded = |line: &str| {
+            let what = ["PERMISSION_DENIED", "nodes/evil", &refusal];
+            what.iter().all(|part| line.contains(part))
+        };
+        assert!(tail.lines().any(recorded), "{method} in:\n{tail}");
+    }
     // Nothing of it has reached anybody.
     assert_eq!(api.e.job("j")["state"], "RUNNING");
     let list = [
@@ -841,4 +902,74 @@ fn a_hostile_agent_disturbs_nobody() {
         .chain(batchai_tests::ensemble::IN)
         .collect();
     until("the log", || (api.e.ok(&list) == "hello\n").then_some(()));
+}
+
+#[test]
+fn an_open_stream_ends_when_its_reader_may_not_have_it_any_more() {
+    let api = Api::start(Ensemble::with_cluster(0));
+    bind(&api, "ada", Role::Reader, WORKSPACE);
+    let mut jobs = v1::job_service_client::JobServiceClient::new(user(&api, "ada"));
+    let watch = v1::WatchJobRequest {
+        name: format!("{EXPERIMENT}/jobs/-"),
+        revision: 0,
+    };
+    let mut changes = api.call(jobs.watch_job(watch)).unwrap();
+    api.runtime.block_on(changes.message()).unwrap();
+    api.e.ok(&["role", "delete", "-n", "ada", "-y"]);
+    let end = async {
+        let last = async {
+            while changes.message().await?.is_some() {}
+            Ok(())
+        };
+        tokio::time::timeout(Duration::from_secs(20), last).await
+    };
+    let end: Result<(), Status> = api.runtime.block_on(end).expect("it ends soon");
+    assert_eq!(end.unwrap_err().code(), Code::PermissionDenied);
+    let tail = api.e.ok(&["audit", "tail", "-n", "100", "-o", "tsv"]);
+    assert!(tail.contains("PERMISSION_DENIED\tusers/ada"), "{tail}");
+}
+
+#[test]
+fn a_call_that_is_given_up_is_on_record_all_the_same() {
+    let api = Api::start(Ensemble::with_cluster(0));
+    let mut request = Request::new(v1::CreateRoleBindingRequest {
+        role_binding_id: "hasty".into(),
+        role_binding: Some(v1::RoleBinding {
+            member: "users/x".into(),
+            role: Role::Reader as i32,
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    request.set_timeout(Duration::from_millis(1));
+    let _ = api.call(api.access().create_role_binding(request));
+    let tail = until("the record of it", || {
+        let tail = api.e.ok(&["audit", "tail", "-n", "100", "-o", "tsv"]);
+        let made = api.e.ok(&["role", "list", "-o", "tsv"]).contains("hasty");
+        (!made || tail.contains("hasty")).then_some(tail)
+    });
+    assert!(
+        tail.lines()
+            .all(|line| !line.contains("hasty") || line.contains("users/admin"))
+    );
+}
+
+#[test]
+fn an_administrator_who_lost_his_credentials_makes_others_beside_the_coordinator() {
+    let e = Ensemble::start(0);
+    let to = e.path().join("new.pem").to_string_lossy().into_owned();
+    let data = e.path().join("coordinator").to_string_lossy().into_owned();
+    std::fs::remove_file(e.credentials()).unwrap();
+    assert_eq!(e.fails(&["group", "list"]).0, 2);
+    e.ok(&[
+        "coordinator",
+        "certify",
+        "--data",
+        &data,
+        "--user",
+        "admin",
+        "--to",
+        &to,
+    ]);
+    e.ok(&["group", "list", "--credentials", &to]);
 }

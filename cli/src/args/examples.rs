@@ -170,6 +170,10 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("config show", "batchai config show"),
     ("completion", "batchai completion bash"),
     (
+        "coordinator certify",
+        "batchai coordinator certify --user admin --to admin.pem",
+    ),
+    (
         "coordinator init",
         "batchai coordinator init --name lab.example",
     ),

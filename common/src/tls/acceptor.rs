@@ -1,9 +1,10 @@
 //! Takes connections in: each is greeted on its own, so that who is slow to greet holds up nobody.
 
+use std::collections::VecDeque;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
@@ -11,20 +12,23 @@ use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::either::Either;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use super::Identity;
 
-/// Greetings at once.
-const GREETINGS_MAX: usize = 256;
+/// Greetings at once. Where there are more, the oldest is given up for the newest: who means it has long been greeted.
+const GREETINGS_MAX: usize = 1024;
+/// Of them, from one address.
+const GREETINGS_PER_ADDRESS_MAX: usize = 128;
 /// How long a greeting may take.
-const GREETING_MAX: Duration = Duration::from_secs(10);
+const GREETING_MAX: Duration = Duration::from_secs(5);
 /// Greeted connections that the server has not taken.
 const WAITING_MAX: usize = 64;
 /// After a failure to accept, such as too many open files.
@@ -93,8 +97,8 @@ pub fn incoming(
 ) -> ReceiverStream<io::Result<Connection>> {
     let (greeted, connections) = mpsc::channel(WAITING_MAX);
     tokio::spawn(async move {
-        let room = Arc::new(Semaphore::new(GREETINGS_MAX));
-        while let Ok(permit) = room.clone().acquire_owned().await {
+        let room = Room::default();
+        loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = greeted.closed() => return,
@@ -107,20 +111,69 @@ pub fn incoming(
                     continue;
                 }
             };
+            let place = room.place(address.ip());
             let config = tls.as_ref().map(|tls| tls.borrow().clone());
             let greeted = greeted.clone();
             tokio::spawn(async move {
-                match tokio::time::timeout(GREETING_MAX, greet(stream, address, config)).await {
+                let greeting = tokio::time::timeout(GREETING_MAX, greet(stream, address, config));
+                let greeting = tokio::select! {
+                    greeting = greeting => greeting,
+                    () = place.given_up.cancelled() => return,
+                };
+                drop(place);
+                match greeting {
                     // The server may be ending.
                     Ok(Ok(connection)) => drop(greeted.send(Ok(connection)).await),
                     Ok(Err(error)) => tracing::debug!(%address, %error, "no greeting"),
                     Err(_) => tracing::debug!(%address, "no greeting in time"),
                 }
-                drop(permit);
             });
         }
     });
     ReceiverStream::new(connections)
+}
+
+/// Who is being greeted, the oldest first.
+#[derive(Clone, Default)]
+struct Room {
+    greeted: Arc<Mutex<VecDeque<(IpAddr, CancellationToken)>>>,
+}
+
+/// The right to be greeted, until it is given up for somebody else.
+struct Place {
+    room: Room,
+    given_up: CancellationToken,
+}
+
+impl Room {
+    fn place(&self, address: IpAddr) -> Place {
+        let mut greeted = self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = greeted
+            .iter()
+            .filter(|(other, _)| *other == address)
+            .count();
+        let oldest = match own >= GREETINGS_PER_ADDRESS_MAX {
+            true => greeted.iter().position(|(other, _)| *other == address),
+            false => (greeted.len() >= GREETINGS_MAX).then_some(0),
+        };
+        if let Some((_, given_up)) = oldest.and_then(|at| greeted.remove(at)) {
+            given_up.cancel();
+        }
+        let given_up = CancellationToken::new();
+        greeted.push_back((address, given_up.clone()));
+        let room = self.clone();
+        Place { room, given_up }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // It marks the one that goes, also where it is not waited for any more.
+        self.given_up.cancel();
+        let greeted = self.room.greeted.lock();
+        let mut greeted = greeted.unwrap_or_else(PoisonError::into_inner);
+        greeted.retain(|(_, given_up)| !given_up.is_cancelled());
+    }
 }
 
 async fn greet(
@@ -203,5 +256,33 @@ impl AsyncWrite for Connection {
 
     fn is_write_vectored(&self) -> bool {
         self.io.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_makes_room_for_the_newest() {
+        let room = Room::default();
+        let from = |i: u8| IpAddr::from([10, 0, 0, i]);
+        let mut places = vec![room.place(from(2))];
+        places.extend((0..GREETINGS_PER_ADDRESS_MAX).map(|_| room.place(from(1))));
+        let given_up = |places: &[Place]| {
+            let at = places.iter().map(|place| place.given_up.is_cancelled());
+            at.collect::<Vec<_>>().iter().position(|given_up| *given_up)
+        };
+        assert_eq!(given_up(&places), None);
+        places.push(room.place(from(1)));
+        assert_eq!(given_up(&places), Some(1), "the oldest of the same address");
+        places.remove(1);
+        for i in 3..10 {
+            places.extend((0..GREETINGS_PER_ADDRESS_MAX).map(|_| room.place(from(i))));
+        }
+        assert_eq!(given_up(&places), Some(0), "the oldest of all");
+        assert_eq!(room.greeted.lock().unwrap().len(), GREETINGS_MAX);
+        places.clear();
+        assert!(room.greeted.lock().unwrap().is_empty());
     }
 }

@@ -39,6 +39,12 @@ pub struct Connector {
 }
 
 impl Connector {
+    /// Whether a URL is one of a lab, without TLS.
+    pub fn is_plain(url: &str) -> bool {
+        let uri: Result<Uri, _> = url.parse();
+        uri.is_ok_and(|uri| uri.scheme_str() == Some("http"))
+    }
+
     /// Takes `https://ADDRESS:PORT` with credentials, which may be renewed, or `http://ADDRESS:PORT` of a lab.
     pub fn new(
         url: &str,

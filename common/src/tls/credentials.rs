@@ -67,7 +67,7 @@ impl Credentials {
             )));
         }
         let credentials = Credentials::parse(&fs::read(path).map_err(at)?)?;
-        let others = metadata.permissions().mode() & 0o007;
+        let others = metadata.permissions().mode() & 0o077;
         if credentials.own.is_some() && others != 0 {
             return Err(CredentialsError::Open {
                 path: path.to_owned(),
@@ -90,6 +90,11 @@ impl Credentials {
             true => Err(CredentialsError::NoRoots),
             false => Ok(Credentials { own, roots }),
         }
+    }
+
+    /// The same without who one is: for who shows a token instead.
+    pub fn anonymous(self) -> Credentials {
+        Credentials { own: None, ..self }
     }
 
     /// The own certificate.
@@ -159,13 +164,28 @@ fn client(
 pub fn write_private(path: &Path, text: &str) -> Result<(), CredentialsError> {
     let write = || {
         let dir = path.parent().unwrap_or(path);
-        let part = path.with_extension(format!("part-{}", std::process::id()));
+        let dir = if dir.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            dir
+        };
+        let part = path.with_extension(format!("part-{}", uuid::Uuid::new_v4().simple()));
         let mut options = fs::OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
-        let mut file = options.open(&part)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&part, path)?;
+        // A new file, whatever others may have put where it goes.
+        let mut file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&part)?;
+        let written = file
+            .write_all(text.as_bytes())
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::rename(&part, path));
+        if written.is_err() {
+            // Half a key is no use to anybody.
+            fs::remove_file(&part)?;
+        }
+        written?;
         fs::File::open(dir)?.sync_all()
     };
     write().map_err(|source| CredentialsError::File {

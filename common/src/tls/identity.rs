@@ -45,7 +45,7 @@ impl Identity {
 
     /// A node of this id and UUID.
     pub fn node(id: &str, uid: &str) -> Result<Identity, IdentityError> {
-        let well_formed = check_id(Kind::Node, id).is_ok() && uuid::Uuid::try_parse(uid).is_ok();
+        let well_formed = check_id(Kind::Node, id).is_ok() && is_canonical(uid);
         match well_formed {
             true => Ok(Identity::Node {
                 id: id.to_owned(),
@@ -91,6 +91,11 @@ impl Identity {
     }
 }
 
+/// One spelling of each UUID: names are compared as texts.
+fn is_canonical(uid: &str) -> bool {
+    uuid::Uuid::try_parse(uid).is_ok_and(|parsed| parsed.to_string() == uid)
+}
+
 fn error(text: &str, form: &'static str) -> IdentityError {
     let text = text.chars().take(2 * USER_BYTES_MAX).collect();
     IdentityError { text, form }
@@ -130,6 +135,7 @@ mod tests {
             "users/a",
             "batchai:nodes/a",
             "batchai:nodes/a/b",
+            "batchai:nodes/a/6C98E5A2-45c8-4cc2-975b-c7ef73faf83b",
             "batchai:nodes/../6c98e5a2-45c8-4cc2-975b-c7ef73faf83b",
             "batchai:replicas/x",
             "batchai:replicas/-1",

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use batchai_proto::reflect::pool;
+use prost_reflect::{MessageDescriptor, MethodDescriptor};
 
 /// Where a call takes its permission.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +22,10 @@ pub enum Place {
 pub struct Rule {
     pub permission: &'static str,
     pub place: Place,
+    /// The whole request is one message.
+    pub unary: bool,
+    /// Texts of the request that say what it is about, for the record.
+    pub subject: Vec<Vec<u32>>,
 }
 
 /// The call; the permission; and where: a path in the request, nothing for the ensemble, a star for anywhere. By call.
@@ -102,7 +107,14 @@ static TABLE: LazyLock<BTreeMap<String, Rule>> = LazyLock::new(|| {
             "*" => Place::Anywhere,
             path => Place::Field(numbers(call, path)?),
         };
-        Some((format!("/{call}"), Rule { permission, place }))
+        let input = method(call)?;
+        let rule = Rule {
+            permission,
+            subject: subject(&input.input(), &place),
+            place,
+            unary: !input.is_client_streaming(),
+        };
+        Some((format!("/{call}"), rule))
     };
     RULES.iter().filter_map(rule).collect()
 });
@@ -112,12 +124,31 @@ pub fn rule(path: &str) -> Option<&'static Rule> {
     TABLE.get(path)
 }
 
-/// The numbers of the fields that a path in a call's request names.
-fn numbers(call: &str, path: &str) -> Option<Vec<u32>> {
+fn method(call: &str) -> Option<MethodDescriptor> {
     let (service, method) = call.split_once('/')?;
     let service = pool().get_service_by_name(service)?;
-    let method = service.methods().find(|known| known.name() == method)?;
-    let (mut message, mut numbers) = (Some(method.input()), Vec::new());
+    service.methods().find(|known| known.name() == method)
+}
+
+/// Where it happens, the name or the id of what, and whose.
+fn subject(input: &MessageDescriptor, place: &Place) -> Vec<Vec<u32>> {
+    let mut subject = match place {
+        Place::Field(path) => vec![path.clone()],
+        Place::Ensemble | Place::Anywhere => Vec::new(),
+    };
+    for field in input.fields() {
+        let telling = ["name", "member"].contains(&field.name())
+            || (field.name().ends_with("_id") && field.name() != "request_id");
+        if telling && !subject.contains(&vec![field.number()]) {
+            subject.push(vec![field.number()]);
+        }
+    }
+    subject
+}
+
+/// The numbers of the fields that a path in a call's request names.
+fn numbers(call: &str, path: &str) -> Option<Vec<u32>> {
+    let (mut message, mut numbers) = (Some(method(call)?.input()), Vec::new());
     for name in path.split('.') {
         let field = message?.get_field_by_name(name)?;
         numbers.push(field.number());

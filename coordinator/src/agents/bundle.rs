@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read as _;
+use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
@@ -18,6 +19,8 @@ use crate::state::assignments::assignments;
 
 /// Pieces that the agent has not taken yet.
 pub const PIECES_MAX: usize = 8;
+/// An agent that takes nothing for so long gets no more.
+const SLOW_MAX: Duration = Duration::from_secs(30);
 
 /// Opens the bundle, if it is the node's business.
 pub async fn open(
@@ -77,6 +80,7 @@ pub fn send(
     outbox: &mpsc::Sender<Result<FetchBundleResponse, Status>>,
 ) {
     let mut hash = Sha256::new();
+    let runtime = tokio::runtime::Handle::current();
     loop {
         let mut piece = vec![0; LOG_CHUNK_BYTES_MAX];
         let piece = match file.read(&mut piece) {
@@ -100,7 +104,8 @@ pub fn send(
         };
         let failed = piece.is_err();
         // An agent that is gone asks again when it is back.
-        if outbox.blocking_send(piece).is_err() || failed {
+        let sent = runtime.block_on(outbox.send_timeout(piece, SLOW_MAX));
+        if sent.is_err() || failed {
             return;
         }
     }

@@ -10,9 +10,10 @@ use batchai_proto::agent::v1::join_service_server::JoinService;
 use batchai_proto::agent::v1::{JoinRequest, JoinResponse, RenewRequest, RenewResponse};
 use batchai_proto::internal::v1::UseToken;
 use batchai_proto::internal::v1::command::Kind;
+use sha2::{Digest as _, Sha256};
 use tonic::{Request, Response, Status};
 
-use crate::access::{Who, find_token};
+use crate::access::{TokenFault, Who, find_token};
 use crate::call::caller;
 use crate::replica::{Handle, ReplicaError};
 use crate::state::Rejection;
@@ -35,9 +36,16 @@ impl JoinService for Join {
         let authority = self.authority()?;
         let identity = Identity::node(&request.node_id, &request.uid)
             .map_err(|error| invalid("node_id", &error))?;
-        let state = self.replica.read().await.map_err(status)?;
+        let state = self.replica.published().borrow().state.clone();
+        let known = find_token(&state, &request.token, millis(&now()));
+        // One that was made just now may not be known here yet. What is no token at all costs no round of the replicas.
+        let state = match known {
+            Err(TokenFault::Unknown) => self.replica.read().await.map_err(status)?,
+            _ => state,
+        };
         let token = find_token(&state, &request.token, millis(&now())).map_err(|error| {
-            tracing::warn!(node = request.node_id, %error, "a token to join is refused");
+            let node = &identity;
+            tracing::warn!(%node, %error, "a token to join is refused");
             let why = "the token is not good: it is wrong, was revoked or has expired";
             ApiError::Unauthenticated { why }
         })?;
@@ -47,12 +55,13 @@ impl JoinService for Join {
             name: token.name.clone(),
             node: identity.to_string(),
             uid: request.uid,
+            digest: Sha256::digest(&request.certificate_request).to_vec(),
         };
         self.replica
             .propose(Kind::UseToken(used))
             .await
             .map_err(status)?;
-        tracing::info!(node = request.node_id, token = token.name, "joined");
+        tracing::info!(node = %identity, token = token.name, "joined");
         Ok(Response::new(JoinResponse {
             certificate,
             authority: authority.certificate().to_owned(),
@@ -65,10 +74,16 @@ impl JoinService for Join {
         request: Request<RenewRequest>,
     ) -> Result<Response<RenewResponse>, Status> {
         let authority = self.authority()?;
-        let Who::Known(identity @ Identity::Node { .. }) = caller().who else {
+        let caller = caller();
+        let Who::Known(identity @ Identity::Node { .. }) = caller.who.clone() else {
             let why = "only a node renews its certificate here";
             return Err(ApiError::Unauthenticated { why }.into());
         };
+        // As things are now that the whole request is here, whenever it was begun.
+        let state = self.replica.read().await.map_err(status)?;
+        if let Some(refusal) = caller.refusal(&state) {
+            return Err(refusal.into());
+        }
         let certificate = issue(authority, &request.get_ref().certificate_request, &identity)?;
         Ok(Response::new(RenewResponse {
             certificate,

@@ -1,5 +1,6 @@
 //! One session of one node, from its Hello to its end.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
@@ -144,6 +145,7 @@ impl Session {
 
     async fn report(&self, report: Report) -> Result<(), Status> {
         check_report(&report)?;
+        let report = self.own(report);
         if report.attempts.is_empty() {
             return Ok(());
         }
@@ -158,6 +160,17 @@ impl Session {
             .await
             .map_err(status)?;
         Ok(())
+    }
+
+    /// What the State would ignore need not enter the log: attempts that it does not know, or that are others'.
+    fn own(&self, mut report: Report) -> Report {
+        let published = self.replica.published();
+        let state = &published.borrow().state;
+        report.attempts.retain(|seen| {
+            let known = state.attempts.get(&seen.attempt);
+            known.is_some_and(|known| known.nodes.iter().any(|node| node.node == self.name))
+        });
+        report
     }
 
     async fn send_out(
@@ -297,7 +310,9 @@ fn check_report(report: &Report) -> Result<(), Status> {
                 .all(|file| file.name.len() <= TEXT_BYTES_MAX)
             && error.is_none_or(|error| text_of(error) <= FAILURE_BYTES_MAX)
     };
-    if report.attempts.len() > ATTEMPTS_MAX || !report.attempts.iter().all(fits) {
+    let ids: BTreeSet<_> = report.attempts.iter().map(|seen| &seen.attempt).collect();
+    let once = ids.len() == report.attempts.len();
+    if report.attempts.len() > ATTEMPTS_MAX || !once || !report.attempts.iter().all(fits) {
         let fault = Fault::new("report", "it is larger than a report can be");
         return Err(ApiError::Invalid(vec![fault]).into());
     }

@@ -22,6 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::faults::Faults;
+use super::page::Query;
 use super::{Api, Replies, fields, internal};
 use crate::access::{Caller, rules};
 use crate::audit::Audit;
@@ -79,13 +80,8 @@ impl AccessService for Api {
         &self,
         request: Request<GetRoleBindingRequest>,
     ) -> Result<Response<RoleBinding>, Status> {
-        let found = self.get::<RoleBinding>(&request.get_ref().name).await?;
-        demand(
-            &caller(),
-            "batchai/roleBindings/read",
-            &found.get_ref().scope,
-        )?;
-        Ok(found)
+        let found = self.binding(&request.get_ref().name, "read").await?;
+        Ok(Response::new(found))
     }
 
     async fn list_role_bindings(
@@ -94,10 +90,21 @@ impl AccessService for Api {
     ) -> Result<Response<ListRoleBindingsResponse>, Status> {
         let request = request.into_inner();
         let page = (request.page_size, request.page_token.as_str());
-        let (mut role_bindings, next_page_token) =
-            self.list::<RoleBinding>("", page, &request.filter).await?;
-        let caller = caller();
-        role_bindings.retain(|binding| caller.may("batchai/roleBindings/read", &binding.scope));
+        let query = Query::new(
+            (Noun::RoleBinding, "RoleBinding"),
+            "",
+            page,
+            &request.filter,
+        )?;
+        let (state, caller) = (self.read().await?, caller());
+        // What one may not see is not there: not in pages, and not between them.
+        let may = |binding: &RoleBinding| caller.may("batchai/roleBindings/read", &binding.scope);
+        let view = |name: &str| {
+            let found = state.role_bindings.get(name)?;
+            may(found).then(|| RoleBinding::clone(found))
+        };
+        let (role_bindings, next_page_token) =
+            tokio::task::block_in_place(|| query.page(&state, view));
         Ok(Response::new(ListRoleBindingsResponse {
             role_bindings,
             next_page_token,
@@ -109,12 +116,15 @@ impl AccessService for Api {
         request: Request<DeleteRoleBindingRequest>,
     ) -> Result<Response<()>, Status> {
         let DeleteRoleBindingRequest { name, etag } = request.into_inner();
-        let found = self.get::<RoleBinding>(&name).await?.into_inner();
-        let caller = caller();
-        demand(&caller, "batchai/roleBindings/delete", &found.scope)?;
+        let found = self.binding(&name, "delete").await?;
         if found.role() == Role::Admin {
-            demand(&caller, "batchai/tokens/delete", "")?;
+            demand(&caller(), "batchai/tokens/delete", "")?;
         }
+        // What was looked at, and nothing that came in its place.
+        let etag = match etag.as_str() {
+            "" => found.etag,
+            _ => etag,
+        };
         self.delete(Noun::RoleBinding, &name, etag, false).await?;
         Ok(Response::new(()))
     }
@@ -282,6 +292,20 @@ async fn tail(
 }
 
 impl Api {
+    /// A role binding of a part of the ensemble where the caller may do something with it; for others it is not there.
+    async fn binding(&self, name: &str, verb: &str) -> Result<RoleBinding, Status> {
+        let found = self.get::<RoleBinding>(name).await?.into_inner();
+        let permission = format!("batchai/roleBindings/{verb}");
+        match caller().may(&permission, &found.scope) {
+            true => Ok(found),
+            false => Err(ApiError::NotFound {
+                kind: Noun::RoleBinding,
+                name: name.to_owned(),
+            }
+            .into()),
+        }
+    }
+
     fn authority(&self) -> Result<&batchai_common::tls::Authority, ApiError> {
         self.authority
             .as_deref()

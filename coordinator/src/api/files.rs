@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use batchai_common::error::ApiError;
+use batchai_common::limits::MESSAGE_BYTES_MAX;
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_common::time::from_millis;
 use batchai_proto::agent::v1::file_request::Kind;
@@ -160,12 +161,19 @@ impl Api {
         question: FileRequest,
     ) -> Result<Vec<JobFile>, ApiError> {
         let path = question.path.clone();
+        let most = usize::try_from(question.limit).unwrap_or_default();
         let (node, question) = address(state, place, question)?;
         let mut answer = self.desk.ask(&node, question)?;
         let mut files = Vec::new();
         while let Some(part) = answer.next().await? {
             match part {
-                Ok(Part::Entries(entries)) => files.extend(entries),
+                Ok(Part::Entries(entries)) => {
+                    files.extend(entries);
+                    let size = files.iter().map(prost::Message::encoded_len).sum::<usize>();
+                    if files.len() > most || size > MESSAGE_BYTES_MAX {
+                        return Err(internal("more came than was asked for"));
+                    }
+                }
                 Ok(Part::Data(_) | Part::Done) => return Err(internal("bytes came for a list")),
                 Err(fault) => return Err(refused(place, &path, fault)),
             }

@@ -3,6 +3,7 @@
 use batchai_common::names::Kind as Noun;
 use batchai_proto::internal::v1::ExpelNode;
 use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::v1::node;
 use batchai_proto::v1::node_service_server::NodeService;
 use batchai_proto::v1::{
     ExpelNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, WatchNodeRequest,
@@ -53,6 +54,15 @@ impl NodeService for Api {
         let name: String = parse(Noun::Node, &request.get_ref().name)?.into();
         let expel = ExpelNode { name: name.clone() };
         let state = self.write(Kind::ExpelNode(expel)).await?;
+        if !state.nodes.contains_key(&name) {
+            // It has joined, and never said what it is.
+            let state = node::State::Expelled as i32;
+            return Ok(Response::new(Node {
+                name,
+                state,
+                ..Default::default()
+            }));
+        }
         self.show(&state, &name)
     }
 }

@@ -144,6 +144,7 @@ fn node(state: &State, heard: &Heard, name: &str, node: &Node) -> v1::Node {
 
 fn node_state(heard: &Heard, name: &str, node: &Node) -> NodeState {
     match heard.is_alive(name) {
+        _ if node.expelled => NodeState::Expelled,
         true => node.state(),
         false => NodeState::Unusable,
     }

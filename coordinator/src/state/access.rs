@@ -14,6 +14,18 @@ use super::{
     Rejection, State, Step, attempts, check_etag, check_new, etag, names, nodes, not_found,
 };
 
+/// A machine that has joined by a token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Joined {
+    pub uid: String,
+    /// The token's full name.
+    pub token: String,
+    /// Of its request for a certificate.
+    pub digest: Vec<u8>,
+}
+
+/// No certificate is good for longer.
+const CERTIFICATE_AGE_MAX_S: i64 = 366 * 24 * 3600;
 /// How long a token is good where nobody says.
 const TTL_DEFAULT_MS: i64 = 3600 * 1000;
 
@@ -92,7 +104,7 @@ pub(super) fn delete_token(step: &mut Step<'_>, command: &Delete) -> Result<(), 
     Ok(())
 }
 
-/// A machine joins. Doing it again with the same token is another use of it.
+/// A machine joins, and has the node's name from now on.
 pub(super) fn use_token(step: &mut Step<'_>, command: &UseToken) -> Result<(), Rejection> {
     let wrong = |name: &str, why: &str| Rejection::WrongState {
         name: name.to_owned(),
@@ -104,19 +116,36 @@ pub(super) fn use_token(step: &mut Step<'_>, command: &UseToken) -> Result<(), R
     if token.kind() != TokenKind::Node || is_expired(token, now) {
         return Err(wrong(&command.name, "it has expired, or is not for nodes"));
     }
+    let joined = Joined {
+        uid: command.uid.clone(),
+        token: command.name.clone(),
+        digest: command.digest.clone(),
+    };
+    let known = step.state.joined.get(&command.node);
+    if known == Some(&joined) {
+        // Whoever asks has not heard the answer.
+        return Ok(());
+    }
     if token.use_count >= token.use_count_max {
         return Err(wrong(&command.name, "it was used as often as it may be"));
     }
-    let known = step.state.nodes.get(&command.node);
-    if known.is_some_and(|known| known.uid == command.uid && known.expelled) {
+    if step.state.is_expelled(&command.node, &command.uid) {
         return Err(wrong(
             &command.node,
             "it was expelled; give its agent a new --data directory",
         ));
     }
-    if known.is_some_and(|known| known.uid != command.uid && !known.expelled) {
+    let node = step.state.nodes.get(&command.node);
+    if known.is_some() || node.is_some_and(|node| !node.expelled) {
         let why = "another machine is that node; expel it first, or give this one another --name";
         return Err(wrong(&command.node, why));
+    }
+    let limit = super::limit(Kind::Node);
+    if step.state.joined.len() >= limit {
+        return Err(Rejection::LimitReached {
+            kind: Kind::Node,
+            limit,
+        });
     }
     let token = Token {
         use_count: token.use_count + 1,
@@ -126,6 +155,7 @@ pub(super) fn use_token(step: &mut Step<'_>, command: &UseToken) -> Result<(), R
     step.state
         .tokens
         .insert(command.name.clone(), Arc::new(token));
+    step.state.joined.insert(command.node.clone(), joined);
     step.changed(&command.name);
     Ok(())
 }
@@ -134,14 +164,13 @@ pub(super) fn revoke_certificates(
     step: &mut Step<'_>,
     command: &RevokeCertificates,
 ) -> Result<(), Rejection> {
-    let limit = super::limit(Kind::RoleBinding);
-    if step.state.revoked.len() >= limit && !step.state.revoked.contains_key(&command.member) {
-        return Err(Rejection::LimitReached {
-            kind: Kind::RoleBinding,
-            limit,
-        });
-    }
     let now = step.state.time.seconds;
+    // No certificate is older than that.
+    let revoked = std::mem::take(&mut step.state.revoked);
+    step.state.revoked = revoked
+        .into_iter()
+        .filter(|(_, until)| now - until <= CERTIFICATE_AGE_MAX_S)
+        .collect();
     step.state.revoked.insert(command.member.clone(), now);
     if step.state.nodes.contains_key(&command.member) {
         step.assigned(&command.member);
@@ -152,10 +181,23 @@ pub(super) fn revoke_certificates(
 pub(super) fn expel_node(step: &mut Step<'_>, command: &ExpelNode) -> Result<(), Rejection> {
     let name = &command.name;
     let node = step.state.nodes.get(name).cloned();
-    let node = node.ok_or_else(|| not_found(Kind::Node, name))?;
-    if node.expelled {
-        return Ok(());
+    let joined = step.state.joined.remove(name);
+    if node.is_none() && joined.is_none() {
+        return Err(not_found(Kind::Node, name));
     }
+    // The way in goes with who came by it.
+    if let Some(joined) = &joined
+        && step.state.tokens.remove(&joined.token).is_some()
+    {
+        step.deleted(&joined.token);
+    }
+    let uids = [joined.map(|j| j.uid), node.as_ref().map(|n| n.uid.clone())];
+    for uid in uids.into_iter().flatten() {
+        step.state.expelled.insert((name.clone(), uid));
+    }
+    let Some(node) = node.filter(|node| !node.expelled) else {
+        return Ok(());
+    };
     if let Some(attempt) = &node.attempt {
         attempts::lose_node(step, attempt, name);
     }
@@ -168,6 +210,20 @@ pub(super) fn expel_node(step: &mut Step<'_>, command: &ExpelNode) -> Result<(),
     Ok(())
 }
 
+/// What is bound to a part of the ensemble goes with it: who gets its name later is somebody else.
+pub(super) fn forget_scope(step: &mut Step<'_>, scope: &str) {
+    let within = |binding: &RoleBinding| !binding.scope.is_empty() && covers(scope, &binding.scope);
+    let bindings = step.state.role_bindings.iter();
+    let gone: Vec<_> = bindings
+        .filter(|(_, binding)| within(binding))
+        .map(|(name, _)| name.clone())
+        .collect();
+    for name in gone {
+        step.state.role_bindings.remove(&name);
+        step.deleted(&name);
+    }
+}
+
 impl State {
     /// Whether a certificate that somebody got at a time, in seconds, is good no more.
     pub fn is_revoked(&self, member: &str, got: i64) -> bool {
@@ -176,9 +232,7 @@ impl State {
 
     /// Whether a node of this name and UUID was expelled.
     pub fn is_expelled(&self, node: &str, uid: &str) -> bool {
-        self.nodes
-            .get(node)
-            .is_some_and(|known| known.uid == uid && known.expelled)
+        self.expelled.contains(&(node.to_owned(), uid.to_owned()))
     }
 
     /// The role bindings of somebody.

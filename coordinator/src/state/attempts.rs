@@ -9,7 +9,8 @@
 //! and how; `advance` moves the attempt on. An attempt id is never used again, and no attempt of a job is placed
 //! before every node of the one before is gone.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
@@ -269,6 +270,8 @@ fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation) {
         return;
     }
     let before = attempt.clone();
+    // A node speaks for its own processes only.
+    let own = ranks(attempt.rank_count(), attempt.nodes.len(), index);
     let changed = Arc::make_mut(&mut attempt);
     let node = &mut changed.nodes[index];
     // The last word on a node is the first that says its processes are gone.
@@ -278,7 +281,7 @@ fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation) {
     if seen.phase() > node.phase {
         node.phase = seen.phase();
     }
-    merge_ranks(&mut node.ranks, &seen.ranks);
+    merge_ranks(&mut node.ranks, &seen.ranks, own);
     if matches!(node.phase, NodePhase::Ended | NodePhase::Lost) {
         node.files = seen.files.clone();
     }
@@ -294,14 +297,21 @@ fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation) {
 }
 
 /// Ranks are known once they have started; an exit code, once known, stays.
-fn merge_ranks(known: &mut Vec<v1::JobRank>, seen: &[v1::JobRank]) {
-    for rank in seen {
-        match known.iter_mut().find(|r| r.rank == rank.rank) {
-            Some(known) => known.exit_code = known.exit_code.or(rank.exit_code),
-            None => known.push(*rank),
-        }
+fn merge_ranks(known: &mut Vec<v1::JobRank>, seen: &[v1::JobRank], own: Range<usize>) {
+    let mut merged: BTreeMap<_, _> = known.iter().map(|rank| (rank.rank, *rank)).collect();
+    let is_own = |rank: &&v1::JobRank| usize::try_from(rank.rank).is_ok_and(|r| own.contains(&r));
+    for rank in seen.iter().filter(is_own) {
+        let known = merged.entry(rank.rank).or_insert(*rank);
+        known.exit_code = known.exit_code.or(rank.exit_code);
     }
-    known.sort_by_key(|r| r.rank);
+    *known = merged.into_values().collect();
+}
+
+/// The ranks of one of several nodes, as agents share them out: as even as can be, the first ones have one more.
+fn ranks(total: usize, nodes: usize, index: usize) -> Range<usize> {
+    let (each, more) = (total / nodes.max(1), total % nodes.max(1));
+    let begin = each * index + more.min(index);
+    begin..begin + each + usize::from(index < more)
 }
 
 fn failed(failure: &Failure) -> Outcome {

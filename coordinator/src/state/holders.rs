@@ -12,7 +12,7 @@ use batchai_proto::v1::{self, ProvisioningState};
 use imbl::OrdMap;
 use prost_types::Timestamp;
 
-use super::{Rejection, State, Step, check_etag, check_new, children, etag, not_found};
+use super::{Rejection, State, Step, access, check_etag, check_new, children, etag, not_found};
 
 /// The fields that all of them have.
 pub(super) struct Fields<'a> {
@@ -126,6 +126,7 @@ pub(super) fn delete<H: Holder>(step: &mut Step<'_>, command: &Delete) -> Result
     let Some((kind, child)) = first_child(step.state, H::HELD, name) else {
         H::table(step.state).remove(name);
         step.state.deleting.remove(name);
+        access::forget_scope(step, name);
         step.deleted(name);
         return Ok(());
     };

@@ -57,6 +57,10 @@ pub struct State {
     pub vm_size_aliases: OrdMap<String, Arc<v1::VmSizeAlias>>,
     pub role_bindings: OrdMap<String, Arc<v1::RoleBinding>>,
     pub tokens: OrdMap<String, Arc<v1::Token>>,
+    /// Machines that have joined by a token, by the node's name, which is theirs.
+    pub joined: OrdMap<String, access::Joined>,
+    /// Names and UUIDs of nodes that were expelled, for ever.
+    pub expelled: OrdSet<(String, String)>,
     /// Until when, in seconds, the certificates were made that are good no more, by whose they are.
     pub revoked: OrdMap<String, i64>,
     /// What is being deleted with all that it holds or that needs it; jobs excepted, which know it themselves.

@@ -80,6 +80,17 @@ pub(super) fn assign(step: &mut Step<'_>, name: &str) {
 pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<(), Rejection> {
     let name = &command.name;
     let facts = Arc::new(command.facts.clone().unwrap_or_default());
+    let refuse = |why: &str| {
+        let (name, why) = (name.clone(), why.to_owned());
+        Err(Rejection::WrongState { name, why })
+    };
+    if step.state.is_expelled(name, &command.uid) {
+        return refuse("it was expelled; give its agent a new --data directory and a new token");
+    }
+    let joined = step.state.joined.get(name);
+    if joined.is_some_and(|joined| joined.uid != command.uid) {
+        return refuse("another machine has joined as this node");
+    }
     let Some(known) = step.state.nodes.get(name).cloned() else {
         check_new(step.state, Kind::Node, name)?;
         let node = Node {
@@ -98,12 +109,6 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
         step.changed(name);
         return Ok(());
     };
-    if known.uid == command.uid && known.expelled {
-        let why =
-            "it was expelled; give its agent a new --data directory and a new token".to_owned();
-        let name = name.clone();
-        return Err(Rejection::WrongState { name, why });
-    }
     if known.uid != command.uid && known.attempt.is_some() {
         let why = "it is registered under another uid and still has work; start the agent with \
                    its old data directory, or give it another --name"
