@@ -160,6 +160,7 @@ impl Ensemble {
             .arg("--root")
             .arg(self.dir.join("nodes").join(number.to_string()))
             .args(["--vm-size", VM_SIZE])
+            .args(["--job-user", "self"])
             .arg("--end-jobs-on-stop")
             .stdout(Stdio::null())
             .spawn()?;

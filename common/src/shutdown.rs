@@ -43,6 +43,13 @@ impl Interrupts {
     }
 }
 
+/// Has the kernel keep this process's memory from debuggers and core files: keys and secrets of jobs are in it.
+pub fn keep_memory_private() {
+    if let Err(error) = nix::sys::prctl::set_dumpable(false) {
+        tracing::warn!(%error, "the memory of this process can be read by others of the same user");
+    }
+}
+
 /// Has the kernel send this process SIGTERM when the one that started it, with the given pid, ends, however it ends.
 pub fn die_with_parent(parent: i32) {
     if let Err(error) = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM) {

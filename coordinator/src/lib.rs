@@ -40,6 +40,7 @@ pub fn main(cli: Cli) -> ExitCode {
         }
     };
     telemetry::init();
+    shutdown::keep_memory_private();
     if let Some(parent) = config.die_with_parent {
         shutdown::die_with_parent(parent);
     }

@@ -22,11 +22,12 @@ use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
 use crate::join::{self, JoinError, Shows};
 use crate::journal::{Identity, Journal, JournalError, STOP};
-use crate::launch::HostFacts;
+use crate::launch::{HostFacts, JobUser};
 use crate::logs::{Shipped, Shipper};
 use crate::session::Session;
 use crate::shim::{self, Root, RootError};
 use crate::supervisor::Supervisor;
+use crate::user::{self, UserError};
 use crate::watch::Watch;
 
 /// Questions about files that are not looked at yet.
@@ -44,6 +45,8 @@ pub enum AgentError {
     Root(#[from] RootError),
     #[error(transparent)]
     Hardware(#[from] HardwareError),
+    #[error(transparent)]
+    User(#[from] UserError),
     #[error(transparent)]
     Join(#[from] JoinError),
     #[error(
@@ -72,6 +75,10 @@ pub async fn run(
     };
     let (journal, mut identity) = Journal::open(&config.data)?;
     let _root = Root::claim(&config.root, &identity.uid)?;
+    let user = user::resolve(config.job_user.as_deref())?;
+    if let Some(user) = &user {
+        tracing::info!(user = user::describe(user), "jobs run as");
+    }
     let shows = tokio::select! {
         shows = join::shows(&config, &journal, &node_id, &mut identity) => shows?,
         () = shutdown.cancelled() => return Ok(()),
@@ -91,6 +98,7 @@ pub async fn run(
     let parts = Parts {
         connector,
         expelled: Arc::default(),
+        user,
         node_id,
         identity,
         facts,
@@ -117,6 +125,7 @@ pub async fn run(
 struct Parts {
     connector: Connector,
     expelled: Arc<AtomicBool>,
+    user: Option<JobUser>,
     node_id: String,
     identity: Identity,
     facts: NodeFacts,
@@ -135,7 +144,7 @@ impl Parts {
         let (observe, observed) = watch::channel(Vec::new());
         let (ask, questions) = mpsc::channel(QUESTIONS_MAX);
         let kept = self.journal.bundles();
-        let facts = hardware::host_facts(&self.facts, &self.identity.uid, &kept);
+        let facts = hardware::host_facts(&self.facts, &self.identity.uid, &kept, self.user.clone());
         let own_name = (self.node_id.clone(), self.identity.uid.clone());
         let (fetcher, bundles) =
             Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;

@@ -27,6 +27,10 @@ pub struct Config {
     /// A certificate from elsewhere: a PEM file with the node's certificate, its key and the authority's certificate.
     #[arg(long, value_name = "FILE")]
     pub credentials: Option<PathBuf>,
+    /// Whom jobs run as: a user's name, or UID:GID. Give all nodes the same one, for files on shared storage. `self` runs them as
+    /// the agent's own user, which is what an agent that is not root does anyway; an agent that is root must be told.
+    #[arg(long, env = "BATCHAI_JOB_USER", hide_env = true, value_name = "USER")]
+    pub job_user: Option<String>,
     /// The node's name in the ensemble. The host name where it is left out.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,

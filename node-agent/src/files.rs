@@ -166,6 +166,7 @@ fn tell(
         after: question.after.clone(),
         limit: number(question.limit),
         offset: number(question.offset),
+        user: facts.user.clone(),
     };
     let mut looking = starter.start(&wanted)?;
     let told = match wanted.list {

@@ -1,7 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `status <- {launch, reconcile} <- {hardware, journal} <- {shim, watch} <- session <- {join, logs, bundles, files} <- supervisor <- agent`.
+//! `status <- {launch, reconcile} <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, files} <- supervisor <- agent`.
 //!
 //! `launch`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
@@ -20,6 +20,7 @@ mod session;
 mod shim;
 pub mod status;
 mod supervisor;
+mod user;
 mod watch;
 
 use std::path::PathBuf;
@@ -62,6 +63,7 @@ pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
 
 fn agent_main(config: Config, own: &'static [&'static str]) -> ExitCode {
     telemetry::init();
+    shutdown::keep_memory_private();
     if let Some(parent) = config.die_with_parent {
         shutdown::die_with_parent(parent);
     }

@@ -258,6 +258,8 @@ impl Supervisor {
             .args(self.own)
             .arg("shim")
             .arg(&dir.path)
+            // It lives longer than the token needs to be known.
+            .env_remove("BATCHAI_JOIN_TOKEN")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

@@ -115,6 +115,11 @@ impl Ensemble {
     }
 
     pub fn start_agent(&mut self, name: &str) {
+        self.start_agent_as(name, "self");
+    }
+
+    /// The same; its jobs run as a user.
+    pub fn start_agent_as(&mut self, name: &str, user: &str) {
         let log = self.path().join(format!("{name}.log"));
         let dir = |what: &str| {
             self.path()
@@ -136,6 +141,8 @@ impl Ensemble {
             &root,
             "--vm-size",
             SIZE,
+            "--job-user",
+            user,
         ];
         let process = Process::start_with(args, &self.join_token(), &log);
         self.agents.insert(name.to_owned(), process);

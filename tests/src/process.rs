@@ -64,6 +64,8 @@ impl Process {
         let file = File::create(log).expect("the log can be written");
         let child = Command::new(under_test())
             .args(args)
+            // Tests may be root, and their jobs as well.
+            .env("BATCHAI_JOB_USER", "self")
             .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -56,7 +56,7 @@ const COORDINATOR: [&[&str]; 11] = [
 const NODE_AGENT: [&[&str]; 9] = [
     &["config", "status"],
     &["launch", "reconcile"],
-    &["hardware", "journal"],
+    &["hardware", "journal", "user"],
     &["shim", "watch"],
     &["session"],
     &["bundles", "files", "join", "logs"],

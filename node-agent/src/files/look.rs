@@ -14,6 +14,9 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use serde::{Deserialize, Serialize};
 
+use crate::launch::JobUser;
+use crate::user::become_user;
+
 /// Its exit code where nothing of the name is there.
 pub const ABSENT: i32 = 3;
 /// A directory with more is not listed: all its names are held at once.
@@ -35,6 +38,8 @@ pub struct Wanted {
     /// So many entries or bytes at most; 0 bytes are all.
     pub limit: u64,
     pub offset: u64,
+    /// As whom; the agent's own user where it is none.
+    pub user: Option<JobUser>,
 }
 
 /// An entry of a directory.
@@ -68,6 +73,10 @@ pub fn main() -> ExitCode {
 }
 
 fn look(wanted: &Wanted, out: &mut impl Write) -> io::Result<()> {
+    if let Some(user) = &wanted.user {
+        // What the job may not read is not shown to who may read the job.
+        become_user(&user.into())?;
+    }
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let none = nix::sys::stat::Mode::empty();
     let prefix = nix::fcntl::open(Path::new(&wanted.prefix), flags, none)?;

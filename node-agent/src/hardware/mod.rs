@@ -13,7 +13,7 @@ use std::path::Path;
 use batchai_proto::v1::NodeFacts;
 
 use crate::config::Config;
-use crate::launch::HostFacts;
+use crate::launch::{HostFacts, JobUser};
 
 use sysfs::Sysfs;
 
@@ -91,7 +91,12 @@ fn vm_size(config: &Config, sysfs: &Sysfs, made: &str) -> String {
 }
 
 /// The same machine, as launchers see it.
-pub fn host_facts(facts: &NodeFacts, node_uid: &str, bundles: &Path) -> HostFacts {
+pub fn host_facts(
+    facts: &NodeFacts,
+    node_uid: &str,
+    bundles: &Path,
+    user: Option<JobUser>,
+) -> HostFacts {
     let base = INHERITED
         .iter()
         .filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?)));
@@ -104,6 +109,7 @@ pub fn host_facts(facts: &NodeFacts, node_uid: &str, bundles: &Path) -> HostFact
             .addresses
             .first()
             .and_then(|address| interface(address)),
+        user,
         base_env: base.collect::<BTreeMap<_, _>>(),
     }
 }

@@ -28,6 +28,11 @@ pub fn common(
         .map(|host| host.address.as_str())
         .collect();
     let mut env = facts.base_env.clone();
+    if let Some(user) = &facts.user {
+        env.insert("HOME".into(), user.home.clone());
+        env.insert("USER".into(), user.name.clone());
+        env.insert("LOGNAME".into(), user.name.clone());
+    }
     env.extend(paths.variables());
     let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
     if let Some(shared) = &paths.shared {

@@ -19,6 +19,16 @@ use serde::{Deserialize, Serialize};
 pub use environment::ATTEMPT_TAG;
 use paths::Paths;
 
+/// Whom processes run as.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobUser {
+    pub name: String,
+    pub uid: u32,
+    pub gid: u32,
+    pub groups: Vec<u32>,
+    pub home: String,
+}
+
 /// One process on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessPlan {
@@ -45,6 +55,9 @@ pub struct Preparation {
     /// The bundle on this host that is unpacked, and where to.
     #[serde(default)]
     pub bundle: Option<(String, String)>,
+    /// Whom all of it is for; the agent's own user where it is none.
+    #[serde(default)]
+    pub user: Option<JobUser>,
     /// The preparation command.
     pub command: Option<ProcessPlan>,
     /// Where log files are copied to.
@@ -69,6 +82,8 @@ pub struct HostFacts {
     pub gpu_count: usize,
     /// The network interface that has the host's address.
     pub interface: Option<String>,
+    /// Whom jobs run as; the agent's own user where it is none.
+    pub user: Option<JobUser>,
     /// What every process inherits: PATH, HOME and the like.
     pub base_env: BTreeMap<String, String>,
 }
@@ -202,6 +217,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         directories: paths.directories(),
         files: vec![(paths.hostfile.clone(), hostfile(context))],
         bundle: bundle(context),
+        user: context.facts.user.clone(),
         command,
         copy_to: paths.stdouterr.clone(),
         execution_log: format!("execution{suffix}.log"),

@@ -27,6 +27,7 @@ fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
 
 fn facts() -> HostFacts {
     HostFacts {
+        user: None,
         node_uid: "u".into(),
         root: "/r".into(),
         bundles: "/data/bundles".into(),
@@ -278,4 +279,26 @@ fn what_makes_no_sense_is_said() {
     let preparation = plan_of(1, 0, job).preparation;
     assert_eq!(preparation.command.unwrap().stdout, "stdout-job_prep.txt");
     assert_eq!(preparation.execution_log, "execution.log");
+}
+
+#[test]
+fn processes_are_at_home_with_whom_they_run_as() {
+    let user = JobUser {
+        name: "ada".into(),
+        uid: 7,
+        gid: 8,
+        groups: vec![8, 9],
+        home: "/home/ada".into(),
+    };
+    let facts = HostFacts {
+        user: Some(user.clone()),
+        ..facts()
+    };
+    let plan = plan(&assignment(1, 0, custom()), &facts).unwrap();
+    assert_eq!(plan.preparation.user, Some(user));
+    let env = &plan.processes[0].env;
+    assert_eq!(
+        (env["HOME"].as_str(), env["USER"].as_str()),
+        ("/home/ada", "ada")
+    );
 }

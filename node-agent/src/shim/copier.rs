@@ -17,6 +17,8 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, close, pipe2};
 
 use super::process;
+use crate::launch::JobUser;
+use crate::user::with_files_of;
 
 /// Files are looked at this often.
 const PAUSE_MS: u16 = 200;
@@ -29,14 +31,14 @@ pub struct Copier {
 }
 
 /// Starts a copier. What cannot be copied now is tried again; only what cannot be copied at the end is an error.
-pub fn start(from: &Path, to: &Path) -> io::Result<Copier> {
+pub fn start(from: &Path, to: &Path, user: Option<&JobUser>) -> io::Result<Copier> {
     let (stopped, stop) = pipe2(OFlag::O_CLOEXEC)?;
     let own = stop.as_raw_fd();
     let pid = process::helper(|| {
         // Its own copy of the end that the shim closes would keep it from ever being closed.
         match close(own)
             .map_err(io::Error::from)
-            .and_then(|()| run(from, to, &stopped))
+            .and_then(|()| run((from, to), user, &stopped))
         {
             Ok(()) => 0,
             Err(error) => {
@@ -73,7 +75,7 @@ impl Copier {
     }
 }
 
-fn run(from: &Path, to: &Path, stopped: &OwnedFd) -> io::Result<()> {
+fn run((from, to): (&Path, &Path), user: Option<&JobUser>, stopped: &OwnedFd) -> io::Result<()> {
     let mut copied = BTreeMap::new();
     loop {
         let mut fds = [PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
@@ -82,7 +84,7 @@ fn run(from: &Path, to: &Path, stopped: &OwnedFd) -> io::Result<()> {
             other => other?,
         };
         let last = fds[0].revents().is_some_and(|events| !events.is_empty());
-        let done = copy(from, to, &mut copied);
+        let done = copy((from, to), user, &mut copied);
         // Nothing is ever written to it: it is readable when it is closed.
         if last {
             return done;
@@ -91,10 +93,14 @@ fn run(from: &Path, to: &Path, stopped: &OwnedFd) -> io::Result<()> {
 }
 
 /// Appends to every file what it lacks; one that cannot be copied does not keep the others from it.
-fn copy(from: &Path, to: &Path, copied: &mut BTreeMap<OsString, u64>) -> io::Result<()> {
+fn copy(
+    (from, to): (&Path, &Path),
+    user: Option<&JobUser>,
+    copied: &mut BTreeMap<OsString, u64>,
+) -> io::Result<()> {
     let mut failed = Ok(());
     for entry in fs::read_dir(from)? {
-        if let Err(error) = copy_file(&entry?, to, copied) {
+        if let Err(error) = copy_file(&entry?, to, user, copied) {
             failed = Err(error);
         }
     }
@@ -104,6 +110,7 @@ fn copy(from: &Path, to: &Path, copied: &mut BTreeMap<OsString, u64>) -> io::Res
 fn copy_file(
     entry: &fs::DirEntry,
     to: &Path,
+    user: Option<&JobUser>,
     copied: &mut BTreeMap<OsString, u64>,
 ) -> io::Result<()> {
     let known = copied.get(&entry.file_name()).copied();
@@ -115,7 +122,9 @@ fn copy_file(
     // The first copy replaces what an earlier attempt of the job left there.
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(known.is_none());
-    let mut target = options.open(to.join(entry.file_name()))?;
+    // The directory is the job's, and may lie where only its user writes.
+    let target = to.join(entry.file_name());
+    let mut target = with_files_of(user, || options.open(target))?;
     let offset = known.unwrap_or(0);
     source.seek(SeekFrom::Start(offset))?;
     target.seek(SeekFrom::Start(offset))?;

@@ -13,6 +13,7 @@ use super::unpack::{bound_memory, unpack};
 use crate::journal::{AttemptDir, SETUP_FAILED};
 use crate::launch::Preparation;
 use crate::status::FailureRecord;
+use crate::user::{take_groups, with_files_of};
 
 /// Prepares an attempt; returns an exit code. What went wrong is left in a file of the attempt's directory.
 pub fn run(dir: &AttemptDir, plan: &Preparation) -> i32 {
@@ -29,20 +30,43 @@ fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
     // What an earlier job left is no fault of this one.
     let wiped = wipe(Path::new(&plan.wipe));
     wiped.map_err(|e| failure("clear", &plan.wipe, &e, true))?;
-    for directory in &plan.directories {
+    let own = |path: &&String| Path::new(*path).starts_with(&plan.wipe);
+    for directory in plan.directories.iter().filter(own) {
+        let made = make_own(Path::new(&plan.wipe), Path::new(directory), plan);
+        made.map_err(|e| failure("make directory", directory, &e, true))?;
+    }
+    share_mount_root(plan).map_err(|e| failure("make", "the mount root", &e, true))?;
+    let bundle = match &plan.bundle {
+        None => None,
+        // That the node has lost its copy is no fault of the job.
+        Some((bundle, into)) => {
+            let opened = fs::File::open(bundle);
+            let opened = opened.map_err(|e| failure("open the bundle", bundle, &e, true))?;
+            Some((opened, into))
+        }
+    };
+    if let Some(user) = &plan.user {
+        let groups = take_groups(user);
+        groups.map_err(|e| failure("take the groups of", &user.name, &e, true))?;
+    }
+    // What the job chooses is done with the rights that the job has.
+    with_files_of(plan.user.as_ref(), || for_job(plan, bundle))
+}
+
+fn for_job(plan: &Preparation, bundle: Option<(fs::File, &String)>) -> Result<(), FailureRecord> {
+    let own = |path: &&String| Path::new(*path).starts_with(&plan.wipe);
+    for directory in plan.directories.iter().filter(|path| !own(path)) {
         let made = fs::create_dir_all(directory);
         made.map_err(|e| failure("make directory", directory, &e, false))?;
     }
     for (path, content) in &plan.files {
         fs::write(path, content).map_err(|e| failure("write", path, &e, true))?;
     }
-    if let Some((bundle, into)) = &plan.bundle {
+    if let Some((file, into)) = bundle {
         let failed = |error: io::Error, infrastructure| FailureRecord {
             code: "JobBundleFailed".into(),
             ..failure("unpack the bundle into", into, &error, infrastructure)
         };
-        // That the node has lost its copy is no fault of the job.
-        let file = fs::File::open(bundle).map_err(|error| failed(error, true))?;
         bound_memory().map_err(|error| failed(error, true))?;
         unpack(file, Path::new(into)).map_err(|error| {
             let full = error.kind() == io::ErrorKind::StorageFull;
@@ -50,6 +74,34 @@ fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
         })?;
     }
     Ok(())
+}
+
+/// Makes a directory of the job's below that of all jobs: its user's, and nobody else's to look into.
+fn make_own(root: &Path, path: &Path, plan: &Preparation) -> io::Result<()> {
+    let below = path.strip_prefix(root).map_err(io::Error::other)?;
+    let mut made = root.to_owned();
+    fs::create_dir_all(root)?;
+    for part in below.components() {
+        made.push(part);
+        match fs::create_dir(&made) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+            other => other?,
+        }
+        if let Some(user) = &plan.user {
+            std::os::unix::fs::chown(&made, Some(user.uid), Some(user.gid))?;
+            fs::set_permissions(&made, Permissions::from_mode(0o700))?;
+        }
+    }
+    Ok(())
+}
+
+/// Where nothing is mounted jobs of any user may make directories, and nobody may take away another's.
+fn share_mount_root(plan: &Preparation) -> io::Result<()> {
+    let Some(root) = plan.directories.first().filter(|_| plan.user.is_some()) else {
+        return Ok(());
+    };
+    fs::create_dir_all(root)?;
+    fs::set_permissions(root, Permissions::from_mode(0o1777))
 }
 
 fn failure(what: &str, path: &str, error: &io::Error, infrastructure: bool) -> FailureRecord {

@@ -12,7 +12,8 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, setsid};
 
-use crate::launch::ProcessPlan;
+use crate::launch::{JobUser, ProcessPlan};
+use crate::user::{Identity, become_user, give_up_privileges};
 
 /// A process that was started, and what it prints.
 pub struct Started {
@@ -22,8 +23,12 @@ pub struct Started {
 }
 
 /// Starts a process in a session of its own, with nothing of the shim's but its pipes. It dies when the shim does.
-/// `open_files` are the limits it gets, soft and hard.
-pub fn start(plan: &ProcessPlan, open_files: Option<(u64, u64)>) -> io::Result<Started> {
+/// `open_files` are the limits it gets, soft and hard; `user` is whom it runs as.
+pub fn start(
+    plan: &ProcessPlan,
+    open_files: Option<(u64, u64)>,
+    user: Option<&JobUser>,
+) -> io::Result<Started> {
     let (program, arguments) = plan.argv.split_first().ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidInput, "there is no program to start")
     })?;
@@ -36,7 +41,7 @@ pub fn start(plan: &ProcessPlan, open_files: Option<(u64, u64)>) -> io::Result<S
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    in_its_own_session(&mut command, open_files);
+    in_its_own_session(&mut command, open_files, user.map(Identity::from));
     let mut child = command.spawn()?;
     let missing = || io::Error::other("a pipe is missing");
     let stdout = OwnedFd::from(child.stdout.take().ok_or_else(missing)?);
@@ -54,7 +59,11 @@ pub fn start(plan: &ProcessPlan, open_files: Option<(u64, u64)>) -> io::Result<S
 
 /// What has to happen between fork and exec.
 #[allow(unsafe_code)]
-fn in_its_own_session(command: &mut Command, open_files: Option<(u64, u64)>) {
+fn in_its_own_session(
+    command: &mut Command,
+    open_files: Option<(u64, u64)>,
+    user: Option<Identity>,
+) {
     let shim = getpid();
     // SAFETY: the shim has one thread, and the closure makes system calls only: it allocates nothing unless it fails.
     unsafe {
@@ -62,6 +71,11 @@ fn in_its_own_session(command: &mut Command, open_files: Option<(u64, u64)>) {
             if let Some((soft, hard)) = open_files {
                 setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
             }
+            if let Some(user) = &user {
+                become_user(user)?;
+            }
+            give_up_privileges()?;
+            // Last: who becomes somebody else forgets with whom it dies.
             detach(shim)
         });
     }

@@ -387,7 +387,7 @@ impl Shim {
 
     fn start(&mut self, plan: &ProcessPlan) -> io::Result<i32> {
         let logs = self.dir.path.join(LOGS);
-        let started = process::start(plan, self.open_files)?;
+        let started = process::start(plan, self.open_files, self.plan.user.as_ref())?;
         self.running.push(Running {
             rank: plan.rank,
             pid: started.pid,
@@ -421,7 +421,7 @@ impl Shim {
 
     fn start_copier(&mut self) {
         let (from, to) = (self.dir.path.join(LOGS), PathBuf::from(&self.plan.copy_to));
-        match copier::start(&from, &to) {
+        match copier::start(&from, &to, self.plan.user.as_ref()) {
             Ok(copier) => self.copier = Some(copier),
             Err(error) => self.log.say(&format!("log files are not copied: {error}")),
         }
