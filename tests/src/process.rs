@@ -90,6 +90,10 @@ impl Process {
         panic!("no line with {prefix:?}; its log:\n{}", self.log_text());
     }
 
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).expect("it is not reaped yet");
     }

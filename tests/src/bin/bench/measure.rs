@@ -6,12 +6,14 @@ use serde_json::json;
 #[derive(Clone, Copy)]
 pub enum Better {
     Lower,
+    Higher,
 }
 
 /// Prints one measure.
 pub fn print(measure: &str, value: f64, unit: &str, goal: Option<f64>, better: Better) {
     let better = match better {
         Better::Lower => "lower",
+        Better::Higher => "higher",
     };
     let value = (value * 1000.0).round() / 1000.0;
     println!(
