@@ -116,6 +116,7 @@ fn every_call_is_for_those_only_that_its_rule_names() {
         }
     }
     callers.push((Some((Role::Admin, "")), api.channel.clone()));
+    let node_at = callers.len();
     for credentials in [&node, &replica] {
         callers.push((None, connect(&api, credentials)));
     }
@@ -138,6 +139,20 @@ fn every_call_is_for_those_only_that_its_rule_names() {
             // What passes looks closer itself, at what is not there.
             let passed = passes(&api, channel, &method, body);
             assert_eq!(passed, allowed, "{call} {permission} by {bound:?}");
+        }
+    }
+    // What agents call is for them only; anybody may try to join.
+    for method in raw::methods("batchai.agent.v1") {
+        for (at, (bound, channel)) in callers.iter().enumerate() {
+            let is_node = at == node_at;
+            let passed = passes(&api, channel, &method, Vec::new());
+            let allowed = is_node || method.name() == "Join";
+            // Past the gate, a node that speaks for none is refused as well; a token that is none, too.
+            let refused_behind = ["FetchBundle", "Session", "Join"].contains(&method.name());
+            match refused_behind {
+                true => assert!(!passed || allowed, "{} by {bound:?}", method.name()),
+                false => assert_eq!(passed, allowed, "{} by {bound:?}", method.name()),
+            }
         }
     }
 }
