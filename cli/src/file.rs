@@ -234,8 +234,8 @@ fn reference_of(reference: &Map<String, Value>) -> Option<String> {
     Some(name.unwrap_or_else(|| id.to_owned()))
 }
 
-/// ISO 8601 (`PT30M`, `P7D`), our own form (`90s`), or the `d.hh:mm:ss` that Azure's tools write.
-fn seconds(text: &str) -> Option<i64> {
+/// ISO 8601 (`PT30M`, `P7D`), our own form (`90s`), `1h` and `7d`, or the `d.hh:mm:ss` that Azure's tools write.
+pub fn seconds(text: &str) -> Option<i64> {
     if let Some(number) = text
         .strip_suffix('s')
         .filter(|number| !number.starts_with('P'))
@@ -352,6 +352,8 @@ mod tests {
             ("90s", Some(90)),
             ("01:00:00", Some(3600)),
             ("7.00:00:00", Some(604_800)),
+            ("1h", Some(3600)),
+            ("7d", Some(604_800)),
             ("week", None),
             ("99999999999999999.00:00:00", None),
             ("", None),

@@ -5,6 +5,7 @@
 pub mod error;
 pub mod limits;
 pub mod names;
+pub mod ranks;
 pub mod shutdown;
 pub mod telemetry;
 pub mod time;

@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use batchai_proto::v1::AuditRecord;
-use prost_reflect::{DynamicMessage, ReflectMessage as _};
+use prost_reflect::DynamicMessage;
 use tokio::sync::{broadcast, mpsc};
 
 /// Records that are not written yet: calls wait when there are more.
@@ -120,12 +120,7 @@ impl Writer {
             }
             self.files[at] = open(&self.root, KINDS[at])?;
         }
-        let message = DynamicMessage::decode(
-            batchai_proto::reflect::descriptor("AuditRecord"),
-            &prost::Message::encode_to_vec(record)[..],
-        );
-        let message = message.map_err(io::Error::other)?;
-        debug_assert_eq!(message.descriptor().name(), "AuditRecord");
+        let message = batchai_proto::reflect::dynamic("AuditRecord", record);
         let mut line = serde_json::to_vec(&message)?;
         line.push(b'\n');
         self.files[at].write_all(&line)

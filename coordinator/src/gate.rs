@@ -25,7 +25,7 @@ use tonic::{Code, Status};
 use tower::{Layer, Service};
 
 use crate::access::rules::{self, Place, Rule};
-use crate::access::{Caller, Who, find_token, scope};
+use crate::access::{Caller, WORK, Who, find_token, scope};
 use crate::audit::Audit;
 use crate::call::Call;
 use crate::replica::Handle;
@@ -45,8 +45,6 @@ const AGENTS: [&str; 2] = [
     "/batchai.agent.v1.AgentService/",
     "/batchai.agent.v1.JoinService/",
 ];
-/// What calls for agents take.
-const WORK: &str = "batchai/nodes/work/action";
 /// Before a message in a body: whether it is compressed, and its length.
 const FRAME_BYTES: usize = 5;
 /// So much of a name is repeated to who may not have what has it.
@@ -147,8 +145,10 @@ impl Gate {
             self.audit.record(end).await;
             self.answered(ticket, record, response)
         });
-        let failed = |_| Status::internal("the call was not carried out to its end").into_http();
-        work.await.unwrap_or_else(failed)
+        work.await.unwrap_or_else(|error| {
+            let why = error.to_string();
+            Status::from(ApiError::Unknown { why }).into_http()
+        })
     }
 
     /// An answer that is a stream is watched over.

@@ -77,7 +77,12 @@ pub async fn run(
     let _root = Root::claim(&config.root, &identity.uid)?;
     let user = user::resolve(config.job_user.as_deref())?;
     if let Some(user) = &user {
-        tracing::info!(user = user::describe(user), "jobs run as");
+        tracing::info!(
+            user = user.name,
+            uid = user.uid,
+            gid = user.gid,
+            "jobs run as"
+        );
     }
     let shows = tokio::select! {
         shows = join::shows(&config, &journal, &node_id, &mut identity) => shows?,

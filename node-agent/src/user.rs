@@ -10,8 +10,7 @@ use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
-    Gid, Group, Uid, User, geteuid, getgrouplist, setfsgid, setfsuid, setgroups, setresgid,
-    setresuid,
+    Gid, Uid, User, geteuid, getgrouplist, setfsgid, setfsuid, setgroups, setresgid, setresuid,
 };
 
 use crate::launch::JobUser;
@@ -153,13 +152,6 @@ pub fn with_files_of<T>(user: Option<&JobUser>, work: impl FnOnce() -> T) -> T {
     setfsgid(gid);
     die_with_shim();
     done
-}
-
-/// The name of a group, for who reads a log.
-pub fn describe(user: &JobUser) -> String {
-    let group = Group::from_gid(Gid::from_raw(user.gid)).ok().flatten();
-    let group = group.map_or_else(|| user.gid.to_string(), |group| group.name);
-    format!("{} ({}), group {group}", user.name, user.uid)
 }
 
 #[cfg(test)]

@@ -34,13 +34,9 @@ pub struct Ttl {
     pub ttl: i64,
 }
 
-pub fn seconds(text: &str) -> Result<i64, String> {
-    let bad = || format!("{text:?} is no time such as 30m, 1h or 7d");
-    let span: jiff::Span = text.parse().map_err(|_| bad())?;
-    let options = jiff::SpanRelativeTo::days_are_24_hours();
-    let seconds = span.total((jiff::Unit::Second, options));
-    let seconds = seconds.map_err(|_| bad())? as i64;
-    (seconds > 0).then_some(seconds).ok_or_else(bad)
+fn seconds(text: &str) -> Result<i64, String> {
+    let seconds = crate::file::seconds(text).filter(|seconds| *seconds > 0);
+    seconds.ok_or_else(|| format!("{text:?} is no time such as 30m, 1h or 7d"))
 }
 
 #[derive(Debug, Subcommand)]

@@ -19,6 +19,9 @@ use crate::state::State;
 use crate::state::access::{covers, is_expired};
 use rules::Place;
 
+/// The permission of calls that only a node's agent makes: it has it for its own node, and nobody else has it.
+pub const WORK: &str = "batchai/nodes/work/action";
+
 /// Who calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Who {

@@ -37,10 +37,7 @@ pub async fn open(
         .read()
         .await
         .map_err(|error| unavailable(&error.to_string()))?;
-    let registered = state
-        .nodes
-        .get(node.as_str())
-        .is_some_and(|n| n.uid == request.uid);
+    let registered = state.has_node(node.as_str(), &request.uid);
     let work = assignments(&state, node.as_str()).assignments;
     let mut jobs = work.iter().filter_map(|work| work.job.as_ref());
     let absent = || ApiError::NotFound {

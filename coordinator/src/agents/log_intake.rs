@@ -133,10 +133,7 @@ impl Intake {
     fn wanted(&self, node: &str, uid: &str, attempt: &str) -> bool {
         let published = self.replica.published();
         let state = &published.borrow().state;
-        let registered = state
-            .nodes
-            .get(node)
-            .is_some_and(|known| known.uid == uid && !known.expelled);
+        let registered = state.has_node(node, uid);
         let attempt = state.attempts.get(attempt);
         registered && attempt.is_some_and(|a| a.nodes.iter().any(|n| n.node == node))
     }

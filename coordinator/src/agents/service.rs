@@ -20,7 +20,7 @@ use super::contacts::Contacts;
 use super::files::FileDesk;
 use super::log_intake;
 use super::session::{OUTBOX_MAX, Session};
-use crate::access::Caller;
+use crate::access::{Caller, WORK};
 use crate::bundles::BundleStore;
 use crate::call::caller;
 use crate::logs::LogStore;
@@ -148,7 +148,7 @@ pub(super) fn check_owner(caller: &Caller, node_id: &str, uid: &str) -> Result<(
     );
     Err(ApiError::Forbidden {
         caller: caller.label(),
-        permission: "batchai/nodes/work/action".to_owned(),
+        permission: WORK.to_owned(),
         name: format!("nodes/{id}"),
     }
     .into())
@@ -157,8 +157,5 @@ pub(super) fn check_owner(caller: &Caller, node_id: &str, uid: &str) -> Result<(
 /// Whether a node is the one that the State knows under its name.
 pub(super) fn is_registered(replica: &Handle, node: &str, uid: &str) -> bool {
     let published = replica.published();
-    let nodes = &published.borrow().state.nodes;
-    nodes
-        .get(node)
-        .is_some_and(|known| known.uid == uid && !known.expelled)
+    published.borrow().state.has_node(node, uid)
 }

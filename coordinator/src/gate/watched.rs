@@ -76,24 +76,21 @@ impl HttpBody for Watched {
         if self.over {
             return Poll::Ready(None);
         }
-        if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(context) {
-            let trailers = frame.as_ref().and_then(|frame| frame.as_ref().ok());
-            let trailers = trailers.and_then(|frame| frame.trailers_ref());
-            if let Some(status) = trailers.and_then(Status::from_header_map) {
-                self.note(&status);
-            }
-            return Poll::Ready(frame);
+        // First: an answer that always has more to say ends as well.
+        if let Some(status) = self.refusal(context) {
+            self.note(&status);
+            self.over = true;
+            let mut trailers = HeaderMap::new();
+            let ended = status.add_header(&mut trailers);
+            return Poll::Ready(Some(ended.map(|()| Frame::trailers(trailers))));
         }
-        let Some(status) = self.refusal(context) else {
-            return Poll::Pending;
-        };
-        self.note(&status);
-        self.over = true;
-        let mut trailers = HeaderMap::new();
-        match status.add_header(&mut trailers) {
-            Ok(()) => Poll::Ready(Some(Ok(Frame::trailers(trailers)))),
-            Err(status) => Poll::Ready(Some(Err(status))),
+        let frame = std::task::ready!(Pin::new(&mut self.inner).poll_frame(context));
+        let trailers = frame.as_ref().and_then(|frame| frame.as_ref().ok());
+        let trailers = trailers.and_then(|frame| frame.trailers_ref());
+        if let Some(status) = trailers.and_then(Status::from_header_map) {
+            self.note(&status);
         }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

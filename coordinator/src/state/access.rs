@@ -235,6 +235,12 @@ impl State {
         self.expelled.contains(&(node.to_owned(), uid.to_owned()))
     }
 
+    /// Whether a node is the one that is registered under its name, and not expelled.
+    pub fn has_node(&self, node: &str, uid: &str) -> bool {
+        let known = self.nodes.get(node);
+        known.is_some_and(|known| known.uid == uid && !known.expelled)
+    }
+
     /// The role bindings of somebody.
     pub fn bindings_of<'a>(&'a self, member: &'a str) -> impl Iterator<Item = &'a RoleBinding> {
         let bindings = self.role_bindings.values().map(|binding| &**binding);

@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
+use batchai_common::ranks;
 use batchai_proto::agent::v1::{AttemptObservation, Failure};
 use batchai_proto::internal::v1::terminate_job::Cause;
 use batchai_proto::internal::v1::{FailAttempt, Place, RecordReport};
@@ -271,7 +272,7 @@ fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation) {
     }
     let before = attempt.clone();
     // A node speaks for its own processes only.
-    let own = ranks(attempt.rank_count(), attempt.nodes.len(), index);
+    let own = ranks::of_node(attempt.rank_count(), attempt.nodes.len(), index);
     let changed = Arc::make_mut(&mut attempt);
     let node = &mut changed.nodes[index];
     // The last word on a node is the first that says its processes are gone.
@@ -305,13 +306,6 @@ fn merge_ranks(known: &mut Vec<v1::JobRank>, seen: &[v1::JobRank], own: Range<us
         known.exit_code = known.exit_code.or(rank.exit_code);
     }
     *known = merged.into_values().collect();
-}
-
-/// The ranks of one of several nodes, as agents share them out: as even as can be, the first ones have one more.
-fn ranks(total: usize, nodes: usize, index: usize) -> Range<usize> {
-    let (each, more) = (total / nodes.max(1), total % nodes.max(1));
-    let begin = each * index + more.min(index);
-    begin..begin + each + usize::from(index < more)
 }
 
 fn failed(failure: &Failure) -> Outcome {

@@ -12,6 +12,7 @@ mod pytorch;
 use std::collections::BTreeMap;
 
 use batchai_common::limits::TERMINATION_GRACE;
+use batchai_common::ranks::of_node as ranks;
 use batchai_proto::agent::v1::Assignment;
 use batchai_proto::v1::Job;
 use serde::{Deserialize, Serialize};
@@ -272,13 +273,6 @@ fn rank_count(job: &Job, hosts: usize) -> usize {
         (None, Some(settings)) => count(settings.processes_per_node) * hosts,
         (None, None) => 0,
     }
-}
-
-/// The ranks of one host: as even as can be, the first hosts have one more.
-fn ranks(total: usize, hosts: usize, index: usize) -> std::ops::Range<usize> {
-    let (each, more) = (total / hosts.max(1), total % hosts.max(1));
-    let begin = each * index + more.min(index);
-    begin..begin + each + usize::from(index < more)
 }
 
 fn own_host(assignment: &Assignment) -> Result<&batchai_proto::agent::v1::Host, LaunchError> {

@@ -30,8 +30,7 @@ fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
     // What an earlier job left is no fault of this one.
     let wiped = wipe(Path::new(&plan.wipe));
     wiped.map_err(|e| failure("clear", &plan.wipe, &e, true))?;
-    let own = |path: &&String| Path::new(*path).starts_with(&plan.wipe);
-    for directory in plan.directories.iter().filter(own) {
+    for directory in plan.directories.iter().filter(|path| is_own(plan, path)) {
         let made = make_own(Path::new(&plan.wipe), Path::new(directory), plan);
         made.map_err(|e| failure("make directory", directory, &e, true))?;
     }
@@ -54,8 +53,7 @@ fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
 }
 
 fn for_job(plan: &Preparation, bundle: Option<(fs::File, &String)>) -> Result<(), FailureRecord> {
-    let own = |path: &&String| Path::new(*path).starts_with(&plan.wipe);
-    for directory in plan.directories.iter().filter(|path| !own(path)) {
+    for directory in plan.directories.iter().filter(|path| !is_own(plan, path)) {
         let made = fs::create_dir_all(directory);
         made.map_err(|e| failure("make directory", directory, &e, false))?;
     }
@@ -74,6 +72,11 @@ fn for_job(plan: &Preparation, bundle: Option<(fs::File, &String)>) -> Result<()
         })?;
     }
     Ok(())
+}
+
+/// A directory below that of all jobs is the service's to make; the others are where the job wants them.
+fn is_own(plan: &Preparation, path: &str) -> bool {
+    Path::new(path).starts_with(&plan.wipe)
 }
 
 /// Makes a directory of the job's below that of all jobs: its user's, and nobody else's to look into.
