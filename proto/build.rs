@@ -24,6 +24,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         // The replicated State knows no order but that of its keys.
         .btree_map(".")
+        // Theirs is in `secrets`, and shows no secret.
+        .skip_debug([
+            ".batchai.v1.EnvironmentVariableWithSecretValue",
+            ".batchai.v1.StorageCredentials",
+            ".batchai.v1.PrivateRegistryCredentials",
+            ".batchai.v1.UserAccountSettings",
+            ".batchai.v1.AppInsightsReference",
+            ".batchai.agent.v1.JoinRequest",
+        ])
         .bytes(".batchai.agent.v1.LogChunk.data")
         .bytes(".batchai.v1.StreamJobLogsResponse.data")
         .bytes(".batchai.v1.UploadBundleRequest.data")

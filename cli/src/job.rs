@@ -20,6 +20,8 @@ use crate::job_files;
 use crate::login;
 use crate::output::{View, confirm};
 use crate::resources::{Done, all_pages, delete_all, get_all, labels, part, update_all};
+use crate::variables;
+
 use crate::settings::add_mounts;
 
 /// The exit code of a job that has none.
@@ -189,6 +191,7 @@ async fn create_request(
         let mounts = job.mount_volumes.get_or_insert_default();
         add_mounts(mounts, &args.mounts, workspace, context)?;
     }
+    variables::add(&mut job, args.variables)?;
     job.labels.extend(labels(args.labels));
     let parent = context.experiment(&args.parent)?;
     // Last: what was typed wrong is said before anything is sent.

@@ -33,6 +33,7 @@ mod ranks;
 mod resources;
 mod run;
 mod settings;
+mod variables;
 
 use std::process::ExitCode;
 

@@ -68,7 +68,7 @@ macro_rules! all_pages {
 }
 pub(crate) use all_pages;
 
-/// Asks for each of some resources.
+/// Asks for each of some resources, by its name alone.
 macro_rules! get_all {
     ($client:ident . $call:ident, $request:ident, $names:expr) => {{
         let mut found = Vec::new();
@@ -240,6 +240,19 @@ async fn create_workspace(
     Ok(())
 }
 
+async fn rotate_keys(
+    mut client: WorkspaceServiceClient<Secured>,
+    names: Vec<String>,
+    context: &Context,
+) -> Result<(), CliError> {
+    let changed = get_all!(
+        client.rotate_workspace_key,
+        RotateWorkspaceKeyRequest,
+        names
+    );
+    Ok(context.printer.named(&WORKSPACE, &changed)?)
+}
+
 pub async fn workspace(command: args::Workspace, context: &Context) -> Done {
     let mut client = context.client().await?.workspaces();
     let named = |which: &args::Which, parent: &args::InGroup| {
@@ -281,6 +294,9 @@ pub async fn workspace(command: args::Workspace, context: &Context) -> Done {
                 given
             );
             context.printer.named(&WORKSPACE, &changed)?;
+        }
+        args::Workspace::RotateKey { parent, which } => {
+            rotate_keys(client, named(&which, &parent)?, context).await?;
         }
         args::Workspace::Delete {
             parent,

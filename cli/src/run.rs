@@ -17,6 +17,7 @@ use crate::error::CliError;
 use crate::job::{exit_code, until_ended};
 use crate::ranks::{self, To, Turn};
 use crate::resources::Done;
+use crate::variables;
 
 /// Ranks whose output is followed; of a larger job these are the first.
 const FOLLOWED_MAX: usize = 64;
@@ -65,25 +66,26 @@ async fn prepare(
     let parent = context.experiment(&args.parent)?;
     let command_line = shlex::try_join(args.command.iter().map(String::as_str));
     let command_line = command_line.map_err(|error| CliError::Usage(error.to_string()))?;
-    let source = bundle::source(None, (!args.no_dir).then_some(args.dir))?;
-    let bundle = match &source {
-        Some(path) => bundle::send(client, path).await?,
-        None => String::new(),
+    let mut job = v1::Job {
+        cluster,
+        node_count: args.nodes,
+        std_out_err_path_prefix: LOGS.to_owned(),
+        custom_toolkit_settings: Some(v1::CustomToolkitSettings {
+            command_line,
+            processes_per_node: args.processes_per_node,
+        }),
+        ..Default::default()
     };
+    // What was typed wrong is said before anything is sent.
+    variables::add(&mut job, args.variables)?;
+    let source = bundle::source(None, (!args.no_dir).then_some(args.dir))?;
+    if let Some(path) = &source {
+        job.bundle = bundle::send(client, path).await?;
+    }
     Ok(v1::CreateJobRequest {
         parent,
         job_id: args.name.unwrap_or_else(name),
-        job: Some(v1::Job {
-            cluster,
-            node_count: args.nodes,
-            std_out_err_path_prefix: LOGS.to_owned(),
-            custom_toolkit_settings: Some(v1::CustomToolkitSettings {
-                command_line,
-                processes_per_node: args.processes_per_node,
-            }),
-            bundle,
-            ..Default::default()
-        }),
+        job: Some(job),
         request_id: request_id(),
         validate_only: false,
     })

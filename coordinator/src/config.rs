@@ -1,7 +1,12 @@
 //! What a coordinator is told on its command line.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use crate::secrets::Source;
+
+/// The file of keys that protect secrets, in the data directory.
+const SECRETS_KEY_FILE: &str = "secrets.key";
 
 /// Runs a coordinator: it keeps the resource model, schedules jobs and tells node agents what to do.
 #[derive(Clone, Debug, clap::Args)]
@@ -25,6 +30,12 @@ pub struct Config {
     /// certificates come from elsewhere.
     #[arg(long, value_name = "NAME")]
     pub admin: Option<String>,
+    /// Where the keys come from that protect the secrets of jobs: file:PATH, env:NAME or command:COMMAND (run by sh, what it
+    /// prints). One key a line, 32 bytes in base64, the first protects and the others are known still. `secrets.key` in the
+    /// data directory where it is left out, made where it is not there: keep a copy of it elsewhere, and no copy of it beside
+    /// one of the data.
+    #[arg(long, value_name = "SOURCE")]
+    pub secrets_key: Option<Source>,
     /// For tests only: listen in plain text and ask nobody who he is. Whoever reaches the address can run commands on every
     /// node, as root where agents are root.
     #[arg(long)]
@@ -64,6 +75,20 @@ pub enum Part {
         #[arg(long, default_value = "admin", value_name = "NAME")]
         admin: String,
     },
+    /// Put a new key before the others in the file of keys that protect secrets. The coordinator reads it within ten seconds
+    /// and protects all secrets anew; the older keys can then be taken out of the file.
+    RotateKey {
+        /// The data directory of the coordinator.
+        #[arg(
+            long,
+            default_value = "/var/lib/batchai/coordinator",
+            value_name = "DIR"
+        )]
+        data: PathBuf,
+        /// The file, as file:PATH; `secrets.key` in the data directory where it is left out.
+        #[arg(long, value_name = "SOURCE")]
+        secrets_key: Option<Source>,
+    },
     /// Make credentials for a user with the authority's key, here and without a coordinator: for an administrator who has lost
     /// his.
     Certify {
@@ -81,4 +106,10 @@ pub enum Part {
         #[arg(long = "to", value_name = "FILE")]
         to: PathBuf,
     },
+}
+
+/// Where keys come from: where one was told, or from the data directory.
+pub fn keys(given: Option<&Source>, data: &Path) -> Source {
+    let own = || Source::File(data.join(SECRETS_KEY_FILE));
+    given.cloned().unwrap_or_else(own)
 }

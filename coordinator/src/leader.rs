@@ -14,6 +14,7 @@ use crate::bundles::BundleStore;
 use crate::duties::{Leader, duties};
 use crate::logs::LogStore;
 use crate::replica::Handle;
+use crate::secrets::Vault;
 use crate::state::State;
 use crate::state::attempts::{self, Phase};
 
@@ -28,6 +29,7 @@ pub async fn run(
     contacts: Contacts,
     logs: LogStore,
     bundles: BundleStore,
+    vault: Vault,
     leader: Leader,
     shutdown: CancellationToken,
 ) {
@@ -43,6 +45,7 @@ pub async fn run(
                 looks += 1;
                 if looks % SWEEP_EVERY == 0 {
                     sweep(&logs, &bundles, &replica).await;
+                    rewrap(&vault, &replica).await;
                 }
             }
             () = shutdown.cancelled() => return,
@@ -60,6 +63,29 @@ pub async fn run(
             if let Err(error) = result {
                 tracing::debug!(%error, "a duty was overtaken");
             }
+        }
+    }
+}
+
+/// Looks whether there is another keyring, and has all data keys wrapped by its first.
+async fn rewrap(vault: &Vault, replica: &Handle) {
+    let own = vault.clone();
+    match tokio::task::spawn_blocking(move || own.reload()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(%error, "the keyring stays as it was"),
+        Err(error) => tracing::error!(%error, "the keyring cannot be read"),
+    }
+    let (state, leads) = {
+        let seen = replica.published();
+        let seen = seen.borrow();
+        (seen.state.clone(), seen.leads)
+    };
+    if !leads {
+        return;
+    }
+    for result in replica.propose_all(vault.rewrap(&state)).await {
+        if let Err(error) = result {
+            tracing::debug!(%error, "a key was not wrapped anew; it is tried again");
         }
     }
 }

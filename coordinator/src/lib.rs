@@ -1,10 +1,11 @@
 //! The coordinator: keeps the resource model, schedules, and tells agents what to do.
 //!
 //! Arrows only point down:
-//! `state <- {access, scheduler} <- {call, duties} <- replica <- logs <- {audit, bundles} <- agents <- api <- {leader, gate, pki} <- server`.
+//! `state <- {access, scheduler, secrets} <- {call, duties} <- replica <- logs <- {audit, bundles} <- agents <- api <- {leader, gate, pki} <- server`.
 //!
 //! `state`, `access`, `scheduler` and `duties` are pure. `replica` makes the State survive and agree. `api` serves users,
-//! `agents` serves node agents, `logs` keeps job output, `bundles` what is sent along with jobs. `leader` performs the duties while this replica leads.
+//! `agents` serves node agents, `logs` keeps job output, `bundles` what is sent along with
+//! jobs. `secrets` seals and opens. `leader` performs the duties while this replica leads.
 
 pub mod access;
 pub mod agents;
@@ -20,6 +21,7 @@ pub mod logs;
 mod pki;
 pub mod replica;
 pub mod scheduler;
+mod secrets;
 pub mod server;
 pub mod state;
 
@@ -37,6 +39,9 @@ pub fn main(cli: Cli) -> ExitCode {
         Some(config::Part::Init { data, names, admin }) => return init_main(&data, &names, &admin),
         Some(config::Part::Certify { data, user, to }) => {
             return done(pki::certify(&data, &user, &to));
+        }
+        Some(config::Part::RotateKey { data, secrets_key }) => {
+            return done(config::keys(secrets_key.as_ref(), &data).rotate());
         }
     };
     telemetry::init();
@@ -68,7 +73,7 @@ fn init_main(data: &std::path::Path, names: &[String], admin: &str) -> ExitCode 
     }))
 }
 
-fn done(result: Result<(), PkiError>) -> ExitCode {
+fn done<E: std::fmt::Display>(result: Result<(), E>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -40,7 +40,7 @@ use crate::agents::service::Agents;
 use crate::api::Api;
 use crate::audit::Audit;
 use crate::bundles::BundleStore;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::duties::Leader;
 use crate::gate::Gate;
 use crate::leader;
@@ -50,6 +50,7 @@ use crate::replica::core::{Core, CoreError};
 use crate::replica::store::disk::DiskStore;
 use crate::replica::store::{FORMAT, StoreError};
 use crate::replica::{self, Handle, Running};
+use crate::secrets::{KeyringError, Vault};
 
 /// How long open calls may take to end when the coordinator does.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
@@ -77,6 +78,8 @@ pub enum ServerError {
     Data { path: PathBuf, source: io::Error },
     #[error("{path}: another coordinator uses this data directory", path = .path.display())]
     Locked { path: PathBuf },
+    #[error(transparent)]
+    Keyring(#[from] KeyringError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
@@ -112,6 +115,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
         path: audit,
         source,
     })?;
+    let vault = Vault::open(config::keys(config.secrets_key.as_ref(), &config.data))?;
     let (replica, running, leader) = start_replica(&config)?;
     let mut failed = running.failed;
     let bound = TcpListener::bind(config.listen).await;
@@ -127,6 +131,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
         contacts.clone(),
         logs.clone(),
         bundles.clone(),
+        vault.clone(),
         leader,
         shutdown.clone(),
     ));
@@ -138,6 +143,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
         bundles,
         desk,
         audit,
+        vault,
         shutdown: shutdown.clone(),
     };
     let connections = incoming(listener, pki.as_ref().map(Pki::server));
@@ -228,6 +234,7 @@ struct Shared {
     bundles: BundleStore,
     desk: FileDesk,
     audit: Audit,
+    vault: Vault,
     shutdown: CancellationToken,
 }
 
@@ -252,6 +259,7 @@ impl Shared {
             desk: self.desk.clone(),
             authority,
             audit: self.audit,
+            vault: self.vault.clone(),
             shutdown: self.shutdown.clone(),
         };
         let agents = Agents {
@@ -260,6 +268,7 @@ impl Shared {
             logs: self.logs,
             bundles: self.bundles,
             desk: self.desk,
+            vault: self.vault,
             shutdown: self.shutdown,
         };
         routes(gate, api, agents, join)

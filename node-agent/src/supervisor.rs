@@ -2,7 +2,7 @@
 //!
 //! It holds nothing that matters: who dies here and starts again goes on from the journal.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -202,6 +202,16 @@ impl Supervisor {
         if let Err(error) = self.watch.add(dir) {
             tracing::warn!(%error, "changes of an attempt are noticed late");
         }
+        if !assignment.fault.is_empty() {
+            return refuse(
+                dir,
+                FailureRecord {
+                    code: "JobSecretsFailed".into(),
+                    message: assignment.fault.clone(),
+                    ..FailureRecord::default()
+                },
+            );
+        }
         if let Have::Never(why) = have {
             return refuse(
                 dir,
@@ -241,7 +251,7 @@ impl Supervisor {
             }
         };
         dir.write(PREPARE, &plan.preparation, true)?;
-        match self.spawn(dir) {
+        match self.spawn(dir, &shim::secrets_of(assignment)) {
             Ok(child) => {
                 self.children.insert(dir.id(), child);
             }
@@ -250,7 +260,11 @@ impl Supervisor {
         Ok(())
     }
 
-    fn spawn(&self, dir: &AttemptDir) -> std::io::Result<std::process::Child> {
+    fn spawn(
+        &self,
+        dir: &AttemptDir,
+        secrets: &BTreeMap<String, String>,
+    ) -> std::io::Result<std::process::Child> {
         let log = std::fs::File::create(dir.path.join("shim.log"))?;
         // The very file that this agent runs, even if it was replaced meanwhile.
         Command::new("/proc/self/exe")
@@ -260,7 +274,7 @@ impl Supervisor {
             .arg(&dir.path)
             // It lives longer than the token needs to be known.
             .env_remove("BATCHAI_JOIN_TOKEN")
-            .stdin(Stdio::null())
+            .stdin(shim::hand_over(secrets)?)
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()

@@ -1,8 +1,9 @@
 //! The generated code of all `.proto` files and their descriptors.
 //!
-//! The `.proto` files beside this crate are the manual of the API; nothing is added to them here.
+//! The `.proto` files beside this crate are the manual of the API; what is added to them here is how secrets are treated.
 
 pub mod reflect;
+pub mod secrets;
 
 /// The public API.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]

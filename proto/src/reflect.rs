@@ -6,8 +6,9 @@ use std::sync::LazyLock;
 use prost::Message;
 use prost_reflect::{DescriptorPool, DynamicMessage, FieldDescriptor, MessageDescriptor, Value};
 
-/// The number of `google.api.FieldBehavior.OUTPUT_ONLY`.
+/// The numbers of two values of `google.api.FieldBehavior`.
 const OUTPUT_ONLY: i32 = 3;
+const INPUT_ONLY: i32 = 4;
 
 static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
     DescriptorPool::decode(crate::DESCRIPTORS).expect("the descriptors are our own")
@@ -36,7 +37,7 @@ static OUTPUT_ONLY_FIELDS: LazyLock<BTreeSet<String>> = LazyLock::new(|| {
     let fields = POOL
         .all_messages()
         .flat_map(|message| message.fields().collect::<Vec<_>>());
-    let fields = fields.filter(says_output_only);
+    let fields = fields.filter(|field| says(field, OUTPUT_ONLY));
     fields.map(|field| field.full_name().to_owned()).collect()
 });
 
@@ -45,11 +46,16 @@ pub fn is_output_only(field: &FieldDescriptor) -> bool {
     OUTPUT_ONLY_FIELDS.contains(field.full_name())
 }
 
-fn says_output_only(field: &FieldDescriptor) -> bool {
+/// Whether a field is one that replies never have.
+pub fn is_input_only(field: &FieldDescriptor) -> bool {
+    says(field, INPUT_ONLY)
+}
+
+fn says(field: &FieldDescriptor, what: i32) -> bool {
     let behavior = POOL.get_extension_by_name("google.api.field_behavior");
     let behavior = behavior.expect("it is among the descriptors");
     match field.options().get_extension(&behavior).as_ref() {
-        Value::List(values) => values.contains(&Value::EnumNumber(OUTPUT_ONLY)),
+        Value::List(values) => values.contains(&Value::EnumNumber(what)),
         _ => false,
     }
 }

@@ -101,16 +101,12 @@ fn bad_jobs_are_refused_with_every_fault_and_nothing_is_stored() {
     let fields = vec!["job.cluster".to_owned(), "job.node_count".to_owned()];
     assert_eq!(api.refused(negative), (invalid, fields));
     let not_served = v1::Job {
-        secrets: vec![v1::EnvironmentVariableWithSecretValue {
-            name: "S".into(),
-            value: "hidden".into(),
-            ..Default::default()
-        }],
+        mount_volumes: Some(v1::MountVolumes::default()),
         ..job()
     };
     assert_eq!(
         api.refused(not_served),
-        (Code::Unimplemented, vec!["job.secrets".to_owned()])
+        (Code::Unimplemented, vec!["job.mount_volumes".to_owned()])
     );
 
     for (id, code) in [

@@ -13,7 +13,9 @@ use batchai_proto::v1;
 use batchai_tests::api::{Api, CLUSTER, WORKSPACE, job, refusal};
 use batchai_tests::ensemble::Ensemble;
 use prost::Message as _;
-use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, Value};
+use prost_reflect::{
+    DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, ReflectMessage as _, Value,
+};
 use tonic::Code;
 
 const REFUSED: &str = "refused";
@@ -243,8 +245,23 @@ fn set(message: &mut DynamicMessage, path: &str) {
                 _ if first == "image_reference" => message_sample(&inner(&field).unwrap()),
                 _ => DynamicMessage::new(inner(&field).unwrap()),
             };
+            // Whatever is the matter with the elements of a list, each has a name.
+            if let (true, Some(name)) = (
+                field.is_list(),
+                inner.descriptor().get_field_by_name("name"),
+            ) {
+                inner.set_field(&name, sample(&name));
+            }
             set(&mut inner, rest);
-            message.set_field(&field, Value::Message(inner));
+            let inner = Value::Message(inner);
+            message.set_field(
+                &field,
+                if field.is_list() {
+                    Value::List(vec![inner])
+                } else {
+                    inner
+                },
+            );
         }
     }
 }
@@ -291,6 +308,10 @@ fn send_job(api: &Api, path: &str) -> Result<v1::Job, tonic::Status> {
 
 fn assert_refused(status: &tonic::Status, field: &str) {
     let (code, fields) = refusal(status);
+    let fields: Vec<_> = fields
+        .iter()
+        .map(|field| field.replace("[0]", ""))
+        .collect();
     assert_eq!(code, Code::Unimplemented, "{field}: {}", status.message());
     // The field itself, or one that it lies in or holds: never just the resource.
     let below = |whole: &str, part: &str| {

@@ -42,9 +42,9 @@ const PURE: [&str; 10] = [
 
 /// Arrows point down: a module may name those of lower levels only. Modules of one level do not name each other.
 const COORDINATOR: [&[&str]; 11] = [
-    &["config", "state"],
-    &["access", "scheduler"],
-    &["call", "duties"],
+    &["state"],
+    &["access", "scheduler", "secrets"],
+    &["call", "config", "duties"],
     &["replica"],
     &["logs"],
     &["audit", "bundles"],

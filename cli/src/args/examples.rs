@@ -34,6 +34,10 @@ const EXAMPLES: &[(&str, &str)] = &[
         "batchai workspace update -g lab -n vision --tags team=vision",
     ),
     (
+        "workspace rotate-key",
+        "batchai workspace rotate-key -g lab -n vision",
+    ),
+    (
         "workspace delete",
         "batchai workspace delete -g lab -n vision -y",
     ),
@@ -169,6 +173,10 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("config unset", "batchai config unset workspace"),
     ("config show", "batchai config show"),
     ("completion", "batchai completion bash"),
+    (
+        "coordinator rotate-key",
+        "batchai coordinator rotate-key --data /var/lib/batchai/coordinator",
+    ),
     (
         "coordinator certify",
         "batchai coordinator certify --user admin --to admin.pem",

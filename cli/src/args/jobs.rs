@@ -19,6 +19,17 @@ pub struct Files {
     pub dir: Option<PathBuf>,
 }
 
+/// Variables of the job's environment.
+#[derive(Debug, Default, Args)]
+pub struct Variables {
+    /// Set a variable; with its name alone it has the value that it has here.
+    #[arg(long = "env", value_name = "NAME[=VALUE]")]
+    pub variables: Vec<String>,
+    /// Set a variable to the secret value that it has here: it is sealed, given to the job and shown to nobody.
+    #[arg(long = "secret", value_name = "NAME")]
+    pub secrets: Vec<String>,
+}
+
 #[derive(Debug, Args)]
 pub struct JobCreate {
     #[command(flatten)]
@@ -34,6 +45,8 @@ pub struct JobCreate {
     pub cluster: Option<String>,
     #[command(flatten)]
     pub files: Files,
+    #[command(flatten)]
+    pub variables: Variables,
     #[command(flatten)]
     pub mounts: Mounts,
     #[command(flatten)]
@@ -238,6 +251,8 @@ pub struct Run {
     /// Send nothing along.
     #[arg(long, conflicts_with = "dir")]
     pub no_dir: bool,
+    #[command(flatten)]
+    pub variables: Variables,
     /// What to run, behind `--`.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 pub use access::{Audit, Certificate, NodeToken, Role, RoleCommand, Scope, User, UserToken};
-pub use jobs::{Job, JobCreate, JobFile, JobNode, OfJob, Run};
+pub use jobs::{Job, JobCreate, JobFile, JobNode, OfJob, Run, Variables};
 pub use resources::{
     Cluster, ClusterCreate, ClusterFile, ClusterNode, Experiment, FileServer, FileServerCreate,
     Group, Node, NodeExec, VmSize, VmSizeAlias, Workspace,

@@ -78,6 +78,13 @@ pub enum Workspace {
         #[command(flatten)]
         labels: Labels,
     },
+    /// Make another key for the secrets of workspaces: it protects those of new jobs and clusters.
+    RotateKey {
+        #[command(flatten)]
+        parent: InGroup,
+        #[command(flatten)]
+        which: Which,
+    },
     /// Delete workspaces and everything in them; running jobs are terminated first.
     Delete {
         #[command(flatten)]

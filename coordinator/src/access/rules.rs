@@ -95,6 +95,7 @@ pub const RULES: &[(&str, &str, &str)] = &[
     ("batchai.v1.WorkspaceService/DeleteWorkspace", "batchai/workspaces/delete", "name"),
     ("batchai.v1.WorkspaceService/GetWorkspace", "batchai/workspaces/read", "name"),
     ("batchai.v1.WorkspaceService/ListWorkspaces", "batchai/workspaces/read", "parent"),
+    ("batchai.v1.WorkspaceService/RotateWorkspaceKey", "batchai/workspaces/rotateKey/action", "name"),
     ("batchai.v1.WorkspaceService/UpdateWorkspace", "batchai/workspaces/write", "workspace.name"),
     ("batchai.v1.WorkspaceService/WatchWorkspace", "batchai/workspaces/read", "name"),
 ];

@@ -25,6 +25,7 @@ use crate::bundles::BundleStore;
 use crate::call::caller;
 use crate::logs::LogStore;
 use crate::replica::Handle;
+use crate::secrets::Vault;
 
 /// Serves node agents.
 pub struct Agents {
@@ -33,6 +34,7 @@ pub struct Agents {
     pub logs: LogStore,
     pub bundles: BundleStore,
     pub desk: FileDesk,
+    pub vault: Vault,
     pub shutdown: CancellationToken,
 }
 
@@ -59,8 +61,7 @@ impl AgentService for Agents {
             return Err(ApiError::Invalid(vec![fault]).into());
         };
         check_own(&hello.node_id, &hello.uid)?;
-        let session =
-            Session::open(self.replica.clone(), &self.contacts, &self.desk, hello).await?;
+        let session = Session::open(self, hello).await?;
         let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
         tokio::spawn(session.run(incoming, outbox, self.shutdown.clone()));
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))

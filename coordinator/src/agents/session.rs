@@ -7,24 +7,27 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_proto::agent::v1::{
-    AttemptObservation, FileRequest, Hello, Report, SessionRequest, SessionResponse, Welcome,
-    session_request, session_response,
+    Assignment, AttemptObservation, FileRequest, Hello, Report, SessionRequest, SessionResponse,
+    Welcome, session_request, session_response,
 };
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
+use batchai_proto::secrets;
 use batchai_proto::v1::{NodeFacts, ResourceError};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
-use super::contacts::{Contacts, Live};
-use super::files::FileDesk;
+use super::contacts::Live;
+use super::service::Agents;
 use crate::access::Caller;
 use crate::call::caller;
 use crate::replica::hub::Topic;
 use crate::replica::{Handle, ReplicaError};
-use crate::state::{Rejection, assignments::assignments};
+use crate::secrets::Vault;
+use crate::state::keys::workspace_of;
+use crate::state::{Rejection, State, assignments::assignments};
 
 /// What a session may have to send and the agent has not taken: it reads at once or is cut off.
 pub const OUTBOX_MAX: usize = 16;
@@ -48,6 +51,7 @@ pub struct Session {
     uid: String,
     incarnation: String,
     live: Live,
+    vault: Vault,
     caller: Caller,
     /// Taken by whoever sends.
     questions: Option<mpsc::Receiver<FileRequest>>,
@@ -55,12 +59,8 @@ pub struct Session {
 
 impl Session {
     /// Accepts a node: registers it and takes in what it holds.
-    pub async fn open(
-        replica: Handle,
-        contacts: &Contacts,
-        desk: &FileDesk,
-        hello: Hello,
-    ) -> Result<Session, Status> {
+    pub async fn open(agents: &Agents, hello: Hello) -> Result<Session, Status> {
+        let (replica, contacts, desk) = (agents.replica.clone(), &agents.contacts, &agents.desk);
         let facts = hello.facts.clone().unwrap_or_default();
         let name = check(&hello, &facts)?.to_string();
         let own = replica.published().borrow().state.ensemble.clone();
@@ -97,6 +97,7 @@ impl Session {
             uid: hello.uid,
             incarnation,
             live,
+            vault: agents.vault.clone(),
             caller: caller(),
         };
         session.report(hello.report.unwrap_or_default()).await?;
@@ -173,6 +174,22 @@ impl Session {
         report
     }
 
+    /// The node gets the secrets of its work as they are.
+    fn unseal(&self, state: &State, assignment: &mut Assignment) {
+        let Some(job) = &mut assignment.job else {
+            return;
+        };
+        let (workspace, uid) = (workspace_of(&job.name).to_owned(), job.uid.clone());
+        let opened = self
+            .vault
+            .unseal(state, &workspace, &uid, secrets::of_job(job));
+        if let Err(error) = opened {
+            tracing::error!(%error, job = job.name, "its secrets cannot be opened");
+            assignment.fault = format!("the job's secrets cannot be opened: {error}");
+            secrets::blank(secrets::of_job(job));
+        }
+    }
+
     async fn send_out(
         &self,
         outbox: &mpsc::Sender<Result<SessionResponse, Status>>,
@@ -196,9 +213,12 @@ impl Session {
             if let Some(refusal) = self.caller.refusal(&state) {
                 return Err(refusal.into());
             }
-            let list = assignments(&state, &self.name);
+            let mut list = assignments(&state, &self.name);
             if list.revision > sent {
                 sent = list.revision;
+                for assignment in &mut list.assignments {
+                    self.unseal(&state, assignment);
+                }
                 send(outbox, session_response::Message::Assignments(list))?;
             }
             tokio::select! {

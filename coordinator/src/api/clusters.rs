@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use super::faults::Faults;
-use super::{Api, Replies, cluster_spec, fields, not_found, parse, remote_login};
+use super::{Api, Replies, cluster_spec, fields, not_found, parse, remote_login, seal};
 
 /// What can be changed of a cluster.
 const CHANGEABLE: [&str; 2] = ["scale_settings", "labels"];
@@ -27,16 +27,18 @@ impl ClusterService for Api {
     ) -> Result<Response<Cluster>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        let once = faults.once(&request.request_id, request.validate_only, &request);
+        let shown = seal::cluster_without_secrets(&request);
+        let once = faults.once(&request.request_id, request.validate_only, &shown);
         let (parent, id) = (&request.parent, &request.cluster_id);
         let name = faults.new_name(Noun::Cluster, parent, "cluster_id", id);
         let cluster = cluster_spec::check(&mut faults, request.cluster.unwrap_or_default());
         let name = faults.finish(name)?;
-        let cluster = Cluster {
+        let mut cluster = Cluster {
             name: name.to_string(),
             uid: Uuid::new_v4().to_string(),
             ..cluster
         };
+        self.seal_cluster(&mut cluster, &once).await?;
         let state = self.write_once(Kind::CreateCluster(cluster), once).await?;
         self.show(&state, name.as_str())
     }

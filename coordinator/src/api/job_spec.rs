@@ -192,7 +192,6 @@ fn check_constraints(faults: &mut Faults, given: Option<JobConstraints>) -> JobC
 fn check_not_served(faults: &mut Faults, given: &Job) {
     let variables = &given.environment_variables;
     volumes::check_secrets(faults, "job.secrets", &given.secrets, variables);
-    faults.not_served("job.secrets", !given.secrets.is_empty());
     if let Some(mounts) = &given.mount_volumes {
         volumes::check_mounts(faults, "job.mount_volumes", mounts);
         faults.not_served("job.mount_volumes", true);

@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::access::demand;
 use super::faults::Faults;
 use super::views::Resource as _;
-use super::{Api, Replies, draining, fields, job_spec, not_found, parse, remote_login};
+use super::{Api, Replies, draining, fields, job_spec, not_found, parse, remote_login, seal};
 use crate::call::caller;
 
 /// What a watcher or reader has not taken yet; one that is slow waits for itself only.
@@ -38,16 +38,18 @@ impl JobService for Api {
     ) -> Result<Response<Job>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        let once = faults.once(&request.request_id, request.validate_only, &request);
+        let shown = seal::without_secrets(&request);
+        let once = faults.once(&request.request_id, request.validate_only, &shown);
         let name = faults.new_name(Noun::Job, &request.parent, "job_id", &request.job_id);
         let job = job_spec::check(&mut faults, request.job.unwrap_or_default());
         let name = faults.finish(name)?;
-        let job = Job {
+        let mut job = Job {
             name: name.to_string(),
             uid: Uuid::new_v4().to_string(),
             ..job
         };
         self.use_references(std::slice::from_ref(&job)).await?;
+        self.seal_job(&mut job, &once).await?;
         let state = self.write_once(Kind::CreateJob(job), once).await?;
         self.show(&state, name.as_str())
     }
@@ -58,7 +60,11 @@ impl JobService for Api {
     ) -> Result<Response<BatchCreateJobsResponse>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        let once = faults.once(&request.request_id, request.validate_only, &request);
+        let shown = BatchCreateJobsRequest {
+            requests: request.requests.iter().map(seal::without_secrets).collect(),
+            ..request.clone()
+        };
+        let once = faults.once(&request.request_id, request.validate_only, &shown);
         let size = request.encoded_len();
         if !(1..=BATCH_MAX).contains(&request.requests.len()) || size > BATCH_BYTES_MAX {
             let why = format!("must be 1 to {BATCH_MAX}, with at most {BATCH_BYTES_MAX} bytes");
@@ -67,7 +73,7 @@ impl JobService for Api {
         }
         let parent = faults.name("parent", Noun::Experiment, &request.parent);
         let requests = request.requests.into_iter().take(BATCH_MAX).enumerate();
-        let jobs: Vec<_> = requests
+        let mut jobs: Vec<_> = requests
             .map(|(i, one)| {
                 faults.within(&format!("requests[{i}]."), |f| {
                     check_one_of_batch(f, &request.parent, one)
@@ -76,6 +82,9 @@ impl JobService for Api {
             .collect();
         faults.finish(parent)?;
         self.use_references(&jobs).await?;
+        for job in &mut jobs {
+            self.seal_job(job, &once).await?;
+        }
         let names: Vec<_> = jobs.iter().map(|job| job.name.clone()).collect();
         let state = self
             .write_once(Kind::CreateJobs(CreateJobs { jobs }), once)

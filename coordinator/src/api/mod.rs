@@ -18,6 +18,7 @@ mod nodes;
 mod page;
 mod remote_login;
 mod resource_groups;
+mod seal;
 mod toolkits;
 mod views;
 mod vm_sizes;
@@ -45,6 +46,7 @@ use crate::bundles::BundleStore;
 use crate::call::{caller, led_to};
 use crate::logs::LogStore;
 use crate::replica::{Handle, ReplicaError};
+use crate::secrets::Vault;
 use crate::state::{Rejection, State, apply};
 
 use faults::{Faults, Once};
@@ -65,6 +67,7 @@ pub struct Api {
     /// Signs certificates, where the ensemble has some of its own making.
     pub authority: Option<Arc<Authority>>,
     pub audit: Audit,
+    pub vault: Vault,
     pub shutdown: CancellationToken,
 }
 

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use batchai_common::names::Kind as Noun;
 use batchai_common::time;
-use batchai_proto::v1;
 use batchai_proto::v1::ProvisioningState;
 use batchai_proto::v1::cluster::AllocationState;
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::node::State as NodeState;
+use batchai_proto::{secrets, v1};
 use prost_types::Timestamp;
 
 use super::cluster_spec;
@@ -109,6 +109,8 @@ fn provisioning(
 fn job(state: &State, heard: &Heard, job: &Job) -> v1::Job {
     let (provisioning_state, since) = provisioning(job.deleting, job.spec.create_time);
     let attempt = job.attempt.as_ref().and_then(|id| state.attempts.get(id));
+    let mut spec = v1::Job::clone(&job.spec);
+    secrets::blank(secrets::of_job(&mut spec));
     v1::Job {
         etag: etag(job.revision),
         state: job.state as i32,
@@ -121,7 +123,7 @@ fn job(state: &State, heard: &Heard, job: &Job) -> v1::Job {
         attempt: attempt.map(|attempt| attempt.view()),
         provisioning_state,
         provisioning_state_transition_time: since,
-        ..v1::Job::clone(&job.spec)
+        ..spec
     }
 }
 
@@ -167,6 +169,8 @@ fn cluster(state: &State, heard: &Heard, cluster: &Cluster) -> v1::Cluster {
         };
         *count += 1;
     }
+    let mut spec = v1::Cluster::clone(&cluster.spec);
+    secrets::blank(secrets::of_cluster(&mut spec));
     v1::Cluster {
         etag: etag(cluster.revision),
         allocation_state: match cluster.steady() {
@@ -180,7 +184,7 @@ fn cluster(state: &State, heard: &Heard, cluster: &Cluster) -> v1::Cluster {
         current_node_count: cluster.members.len() as i32,
         node_state_counts: Some(counts),
         errors: too_few(state, cluster).into_iter().collect(),
-        ..v1::Cluster::clone(&cluster.spec)
+        ..spec
     }
 }
 

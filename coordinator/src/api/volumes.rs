@@ -1,5 +1,5 @@
-//! PURE. Checks volumes and secrets, wherever they stand. They are not served yet; what is wrong with them is said all the
-//! same.
+//! PURE. Checks volumes and secrets, wherever they stand. Volumes and references to a key vault are not served yet; what is
+//! wrong with them is said all the same.
 
 use batchai_common::names::Kind as Noun;
 use batchai_proto::v1::{
@@ -11,6 +11,8 @@ use super::faults::Faults;
 use super::job_spec;
 
 const LIST_MAX: usize = 100;
+/// Keys, certificates and files of credentials fit; data does not.
+const SECRET_BYTES_MAX: usize = 32 << 10;
 
 /// Checks what to mount.
 pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
@@ -112,7 +114,10 @@ pub fn one_of(
     (name, value): (&str, &str),
     reference: Option<&KeyVaultSecretReference>,
 ) {
-    faults.text(&format!("{at}.{name}"), value, false);
+    if value.len() > SECRET_BYTES_MAX || value.contains('\0') {
+        let why = format!("must have at most {SECRET_BYTES_MAX} bytes and no NUL");
+        faults.invalid(format!("{at}.{name}"), why);
+    }
     if value.is_empty() == reference.is_none() {
         let why = format!("must be given, or a reference to it in {name}_secret_reference");
         faults.invalid(format!("{at}.{name}"), why);
@@ -121,6 +126,7 @@ pub fn one_of(
         let at = format!("{at}.{name}_secret_reference");
         faults.text(&format!("{at}.source_vault"), &reference.source_vault, true);
         faults.text(&format!("{at}.secret_url"), &reference.secret_url, true);
+        faults.not_served(&at, true);
     }
 }
 

@@ -6,14 +6,14 @@ use batchai_proto::internal::v1::{Labels, Update};
 use batchai_proto::v1::workspace_service_server::WorkspaceService;
 use batchai_proto::v1::{
     CreateWorkspaceRequest, DeleteWorkspaceRequest, GetWorkspaceRequest, ListWorkspacesRequest,
-    ListWorkspacesResponse, UpdateWorkspaceRequest, WatchWorkspaceRequest, WatchWorkspaceResponse,
-    Workspace,
+    ListWorkspacesResponse, RotateWorkspaceKeyRequest, UpdateWorkspaceRequest,
+    WatchWorkspaceRequest, WatchWorkspaceResponse, Workspace,
 };
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use super::faults::Faults;
-use super::{Api, Replies, fields};
+use super::{Api, Replies, fields, not_found, parse};
 
 #[tonic::async_trait]
 impl WorkspaceService for Api {
@@ -88,6 +88,19 @@ impl WorkspaceService for Api {
             scale_settings: None,
         };
         self.show(&self.update(update).await?, &name)
+    }
+
+    async fn rotate_workspace_key(
+        &self,
+        request: Request<RotateWorkspaceKeyRequest>,
+    ) -> Result<Response<Workspace>, Status> {
+        let name = parse(Noun::Workspace, &request.get_ref().name)?;
+        let state = self.read().await?;
+        if !state.workspaces.contains_key(name.as_str()) {
+            return Err(not_found(Noun::Workspace, &name).into());
+        }
+        self.rotate(&state, name.as_str()).await?;
+        self.show(&self.read().await?, name.as_str())
     }
 
     async fn delete_workspace(

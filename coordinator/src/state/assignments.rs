@@ -2,12 +2,12 @@
 
 use batchai_proto::agent::v1::assignment::Desired;
 use batchai_proto::agent::v1::{Assignment, AssignmentList, Host};
-use batchai_proto::v1;
+use batchai_proto::{secrets, v1};
 
 use super::attempts::{Attempt, Phase};
 use super::{Node, State};
 
-/// The whole list of a node's assignments. A node that does not exist has none.
+/// The whole list of a node's assignments. A node that does not exist has none. Secrets are as they lie in the State: sealed.
 pub fn assignments(state: &State, name: &str) -> AssignmentList {
     let Some(node) = state.nodes.get(name) else {
         return AssignmentList::default();
@@ -41,12 +41,18 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
         .nodes
         .iter()
         .map(|n| host(state.nodes.get(&n.node), n));
+    let mut job = v1::Job::clone(&attempt.spec);
+    // Whoever prepares hands them to what runs; nobody else needs them.
+    if desired != Desired::Prepare {
+        secrets::blank(secrets::of_job(&mut job));
+    }
     Some(Assignment {
         attempt: attempt.id.clone(),
         desired: desired as i32,
-        job: Some(v1::Job::clone(&attempt.spec)),
+        job: Some(job),
         hosts: hosts.collect(),
         host_index: index as i32,
+        fault: String::new(),
     })
 }
 

@@ -22,7 +22,7 @@ use batchai_proto::v1;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 use prost_types::Timestamp;
 
-use super::{Rejection, State, Step, jobs, nodes, not_found};
+use super::{Rejection, State, Step, jobs, keys, nodes, not_found};
 
 /// How an attempt ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -434,6 +434,9 @@ fn store(step: &mut Step<'_>, mut attempt: Arc<Attempt>) {
     let before = changed.phase;
     changed.phase = advance(changed);
     let moved = changed.phase != before;
+    if changed.phase == Phase::Ended {
+        keys::forget(&mut changed.spec);
+    }
     step.state
         .attempts
         .insert(attempt.id.clone(), attempt.clone());

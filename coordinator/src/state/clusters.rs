@@ -12,7 +12,7 @@ use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
 use imbl::OrdSet;
 use prost_types::Timestamp;
 
-use super::{Rejection, State, Step, check_etag, check_new, etag, not_found};
+use super::{Rejection, State, Step, check_etag, check_new, etag, keys, not_found};
 
 /// The order of a cluster's queue: urgent ones first, then in the order of submission.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -106,6 +106,7 @@ pub(super) fn create(step: &mut Step<'_>, cluster: &v1::Cluster) -> Result<(), R
     let state = &mut *step.state;
     let name = &cluster.name;
     check_new(state, Kind::Cluster, name)?;
+    keys::check_cluster(state, cluster)?;
     let stored = Cluster {
         spec: Arc::new(v1::Cluster {
             create_time: Some(state.time),

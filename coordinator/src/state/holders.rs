@@ -126,6 +126,7 @@ pub(super) fn delete<H: Holder>(step: &mut Step<'_>, command: &Delete) -> Result
     let Some((kind, child)) = first_child(step.state, H::HELD, name) else {
         H::table(step.state).remove(name);
         step.state.deleting.remove(name);
+        step.state.data_keys.remove(name);
         access::forget_scope(step, name);
         step.deleted(name);
         return Ok(());

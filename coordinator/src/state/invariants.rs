@@ -1,7 +1,7 @@
 //! PURE. What must hold of every State, by name. Tests and simulations check all of it after every step.
 
 use super::attempts::Phase;
-use super::{Attempt, State};
+use super::{Attempt, State, keys};
 use batchai_common::names;
 
 /// Returns the first invariant that does not hold, and for what.
@@ -12,6 +12,7 @@ pub fn check(state: &State) -> Result<(), String> {
     nodes_and_attempts_agree(state)?;
     ended_jobs_are_whole(state)?;
     what_is_being_deleted_exists(state)?;
+    secrets_are_sealed_and_forgotten(state)?;
     ports_are_unique_per_machine(state)
 }
 
@@ -173,6 +174,27 @@ fn ended_jobs_are_whole(state: &State) -> Result<(), String> {
             job.state != batchai_proto::v1::job::State::Failed || !job.errors.is_empty();
         if live != running || job.ended() != job.end_time.is_some() || !failed_says_why {
             return Err(format!("ended_jobs_are_whole: {name} is {:?}", job.state));
+        }
+    }
+    Ok(())
+}
+
+/// Secrets are sealed by keys that are there, and there only as long as they are of use.
+fn secrets_are_sealed_and_forgotten(state: &State) -> Result<(), String> {
+    let wrong = |name: &str| Err(format!("secrets_are_sealed_and_forgotten: {name}"));
+    for workspace in state.data_keys.keys() {
+        if !state.workspaces.contains_key(workspace) {
+            return wrong(workspace);
+        }
+    }
+    for (name, job) in &state.jobs {
+        for secret in job.spec.secrets.iter().filter(|s| !s.value.is_empty()) {
+            let workspace = keys::workspace_of(name);
+            let sealed = keys::Sealed::parse(&secret.value);
+            let key = sealed.and_then(|sealed| keys::find(state, workspace, &sealed.key));
+            if job.ended() || key.is_none() {
+                return wrong(name);
+            }
         }
     }
     Ok(())

@@ -20,7 +20,7 @@ use prost_types::Timestamp;
 
 use super::attempts::{self, Outcome, Verdict};
 use super::clusters::QueueKey;
-use super::{Rejection, Step, check_etag, check_new, check_stays, clusters, etag, not_found};
+use super::{Rejection, Step, check_etag, check_new, check_stays, clusters, etag, keys, not_found};
 
 /// How often a job may go back to the queue because infrastructure failed.
 pub const INFRASTRUCTURE_RETRIES_MAX: i32 = 3;
@@ -92,6 +92,7 @@ pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejectio
         return Err(not_found(Kind::Cluster, &spec.cluster));
     }
     check_stays(state, &spec.cluster)?;
+    keys::check_job(state, spec)?;
     let segment = format!("{}/{}/{}", state.ensemble, segment_of(name), spec.uid);
     let job = Job {
         spec: Arc::new(v1::Job {
@@ -233,6 +234,7 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
         job.end_time = Some(time);
         job.exit_code = outcome.exit_code;
         job.errors = outcome.errors.clone();
+        keys::forget(&mut job.spec);
     });
     clusters::change(step, &job.spec.cluster, |cluster| {
         cluster.running.remove(name);

@@ -13,6 +13,7 @@ pub mod clusters;
 mod holders;
 pub mod invariants;
 pub mod jobs;
+pub mod keys;
 pub mod nodes;
 pub mod requests;
 pub mod vm_size_aliases;
@@ -21,7 +22,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use batchai_common::names::{self, Kind};
-use batchai_proto::internal::v1::{Command, Delete, Update, command::Kind as CommandKind};
+use batchai_proto::internal::v1::{Command, DataKey, Delete, Update, command::Kind as CommandKind};
 use batchai_proto::v1;
 use imbl::{OrdMap, OrdSet};
 use prost_types::Timestamp;
@@ -63,6 +64,8 @@ pub struct State {
     pub expelled: OrdSet<(String, String)>,
     /// Until when, in seconds, the certificates were made that are good no more, by whose they are.
     pub revoked: OrdMap<String, i64>,
+    /// The wrapped keys that seal the secrets of workspaces, by the workspace's name, the latest first.
+    pub data_keys: OrdMap<String, Arc<Vec<DataKey>>>,
     /// What is being deleted with all that it holds or that needs it; jobs excepted, which know it themselves.
     pub deleting: OrdSet<String>,
     /// What was carried out lately, by the id it came with.
@@ -210,6 +213,7 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         CommandKind::Place(c) => attempts::place(step, c),
         CommandKind::RecordReport(c) => attempts::record(step, c),
         CommandKind::FailAttempt(c) => attempts::fail(step, c),
+        CommandKind::PutDataKey(c) => keys::put(step, c),
     }
 }
 

@@ -3,8 +3,8 @@
 use batchai_proto::agent::v1::{AttemptObservation, Failure, Report};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
-    Command, CreateJobs, Delete, InitEnsemble, RecordReport, RegisterNode, RequestKey,
-    TerminateJob, Update,
+    Command, CreateJobs, DataKey, Delete, InitEnsemble, PutDataKey, RecordReport, RegisterNode,
+    RequestKey, TerminateJob, Update,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
@@ -189,6 +189,12 @@ impl Ensemble {
         self.ok(C::CreateJob(job));
         self.settle();
         name
+    }
+
+    /// Gives the workspace another data key, and has a job sealed by it.
+    fn rotate(&mut self, id: &str) {
+        let follows = keys::current(&self.state, WORKSPACE).map(|key| key.id.clone());
+        self.ok(put_key(id, &follows.unwrap_or_default()));
     }
 
     fn job(&self, name: &str) -> &Job {
@@ -447,6 +453,111 @@ fn a_new_incarnation_of_a_node_ends_its_attempt_and_the_job_runs_again_but_not_f
     assert_eq!(e.state_of(&job), JobState::Failed);
     assert_eq!(e.job(&job).errors[0].code, "NodeLost");
     assert_eq!(e.job(&job).attempts, 1 + jobs::INFRASTRUCTURE_RETRIES_MAX);
+}
+
+fn put_key(id: &str, follows: &str) -> C {
+    C::PutDataKey(PutDataKey {
+        workspace: WORKSPACE.into(),
+        key: Some(DataKey {
+            id: id.into(),
+            wrapped_by: "k".into(),
+            wrapped: vec![1],
+        }),
+        follows: follows.into(),
+    })
+}
+
+fn sealed_by(key: &str) -> v1::EnvironmentVariableWithSecretValue {
+    let sealed = keys::Sealed {
+        key: key.into(),
+        bytes: b"sealed".to_vec(),
+    };
+    v1::EnvironmentVariableWithSecretValue {
+        name: "TOKEN".into(),
+        value: sealed.to_string(),
+        value_secret_reference: None,
+    }
+}
+
+#[test]
+fn secrets_enter_sealed_go_to_who_prepares_and_are_forgotten_at_the_end() {
+    let mut e = Ensemble::with_nodes(1, 1);
+    let open = v1::Job {
+        name: format!("{EXPERIMENT}/jobs/open"),
+        cluster: CLUSTER.into(),
+        node_count: 1,
+        secrets: vec![v1::EnvironmentVariableWithSecretValue {
+            value: "open".into(),
+            ..sealed_by("a")
+        }],
+        ..Default::default()
+    };
+    let unknown = v1::Job {
+        secrets: vec![sealed_by("a")],
+        ..open.clone()
+    };
+    for job in [open, unknown] {
+        let refused = e.try_apply(C::CreateJob(job));
+        assert!(matches!(refused, Err(Rejection::Overtaken { .. })));
+    }
+    e.rotate("a");
+    let job = e.submit("j", 1, |job| job.secrets = vec![sealed_by("a")]);
+    let value = |e: &Ensemble| {
+        let list = assignments::assignments(&e.state, "nodes/n0");
+        list.assignments[0].job.clone().unwrap().secrets[0]
+            .value
+            .clone()
+    };
+    assert_eq!(value(&e), sealed_by("a").value);
+    e.see(&job, 0, P::Ready, &[]);
+    assert_eq!(value(&e), "", "who runs has them already");
+    e.see(&job, 0, P::Ended, &[(0, Some(0))]);
+    assert_eq!(e.job(&job).state, JobState::Succeeded);
+    assert_eq!(e.job(&job).spec.secrets[0].name, "TOKEN");
+    assert_eq!(e.job(&job).spec.secrets[0].value, "");
+    assert_eq!(e.attempt(&job).spec.secrets[0].value, "");
+}
+
+#[test]
+fn a_workspace_keeps_the_data_keys_that_are_of_use() {
+    let mut e = Ensemble::with_nodes(0, 0);
+    let known = |e: &Ensemble| -> Vec<String> {
+        let keys = e.state.data_keys.get(WORKSPACE);
+        let keys = keys.iter().flat_map(|keys| keys.iter());
+        keys.map(|key| key.id.clone()).collect()
+    };
+    e.rotate("a");
+    let overtaken = e.try_apply(put_key("b", ""));
+    assert!(matches!(overtaken, Err(Rejection::Overtaken { .. })));
+    let job = e.submit("j", 1, |job| job.secrets = vec![sealed_by("a")]);
+    for id in ["b", "c", "d"] {
+        e.rotate(id);
+    }
+    assert_eq!(
+        known(&e),
+        ["d", "c", "a"],
+        "what seals, what sealed last, what is used"
+    );
+    e.ok(C::TerminateJob(TerminateJob {
+        name: job,
+        ..Default::default()
+    }));
+    e.rotate("e");
+    assert_eq!(known(&e), ["e", "d"]);
+    // Wrapped anew, wherever it stands.
+    e.ok(put_key("d", "whatever"));
+    assert_eq!(known(&e), ["e", "d"]);
+    let delete = |name: &str| {
+        C::Delete(Delete {
+            name: name.into(),
+            etag: String::new(),
+            force: true,
+        })
+    };
+    e.ok(delete(WORKSPACE));
+    e.settle();
+    assert!(e.state.workspaces.is_empty() && known(&e).is_empty());
+    assert!(e.try_apply(put_key("f", "")).is_err());
 }
 
 #[test]
@@ -918,10 +1029,12 @@ enum Action {
     Force(usize),
     Label(usize),
     Batch(usize),
+    Rotate,
 }
 
 fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
+        1 => Just(Action::Rotate),
         3 => (1..4i32, any::<bool>(), any::<bool>())
             .prop_map(|(nodes, pytorch, high)| Action::Submit { nodes, pytorch, high }),
         12 => (0..6usize, 0..3usize, 1..6i32, prop::option::of(0..3i32), prop::bool::weighted(0.1))
@@ -975,8 +1088,10 @@ proptest! {
                     e.ok(C::CreateJobs(CreateJobs { jobs }));
                 }
                 Action::Submit { nodes, pytorch: torch, high } => {
+                    let key = keys::current(&e.state, WORKSPACE).map(|key| key.id.clone());
                     names.push(e.submit(&format!("j{i}"), nodes, |job| {
                         if torch { pytorch(job) }
+                        if let Some(key) = key { job.secrets.push(sealed_by(&key)) }
                         if high { job.set_scheduling_priority(v1::job::SchedulingPriority::High) }
                     }));
                 }
@@ -1013,6 +1128,11 @@ proptest! {
                 }
                 Action::Resize(target, option) => {
                     let _ = e.try_apply(resize(target, Dealloc::try_from(option).unwrap()));
+                }
+                Action::Rotate => {
+                    if !e.state.deleting.contains(WORKSPACE) && !e.state.deleting.contains(GROUP) {
+                        e.rotate(&format!("key-{i}"));
+                    }
                 }
                 Action::Pass(ms) => {
                     e.heard.now += ms;

@@ -12,6 +12,7 @@ mod prepare;
 mod process;
 mod root;
 mod run;
+mod secrets;
 mod tree;
 mod unpack;
 
@@ -19,12 +20,14 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use batchai_common::shutdown;
 use nix::sys::prctl;
 use nix::unistd::setsid;
 
 use crate::journal::{AttemptDir, JournalError};
 
 pub use root::{Root, RootError};
+pub use secrets::{hand_over, of as secrets_of};
 pub use tree::sweep;
 
 /// Why a shim ends without an exit record: the attempt is lost.
@@ -34,6 +37,8 @@ enum ShimError {
     Journal(#[from] JournalError),
     #[error("there is no plan")]
     NoPlan,
+    #[error("what the agent handed over is unreadable")]
+    Secrets,
     #[error("{what}: {source}")]
     System {
         what: &'static str,
@@ -67,6 +72,8 @@ fn tell(text: &str) {
 }
 
 fn begin(dir: &AttemptDir) -> Result<(), ShimError> {
+    shutdown::keep_memory_private();
+    let secrets = secrets::take()?;
     // Whoever comes second, at any time, does nothing.
     let Some(_lock) = dir.take_lock()? else {
         return Ok(());
@@ -75,7 +82,7 @@ fn begin(dir: &AttemptDir) -> Result<(), ShimError> {
     setsid().map_err(system("setsid"))?;
     // Orphans of the job become its children, so that none can leave its tree.
     prctl::set_child_subreaper(true).map_err(system("subreaper"))?;
-    let shim = run::Shim::new(dir.clone())?;
+    let shim = run::Shim::new(dir.clone(), secrets)?;
     // Last of what can fail: from here on the attempt has begun, and it begins once.
     match dir.begin()? {
         true => shim.run(),

@@ -12,6 +12,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, setsid};
 
+use super::secrets::Secrets;
 use crate::launch::{JobUser, ProcessPlan};
 use crate::user::{Identity, become_user, give_up_privileges};
 
@@ -26,6 +27,7 @@ pub struct Started {
 /// `open_files` are the limits it gets, soft and hard; `user` is whom it runs as.
 pub fn start(
     plan: &ProcessPlan,
+    secrets: &Secrets,
     open_files: Option<(u64, u64)>,
     user: Option<&JobUser>,
 ) -> io::Result<Started> {
@@ -37,6 +39,7 @@ pub fn start(
         .args(arguments)
         .env_clear()
         .envs(&plan.env)
+        .envs(secrets)
         .current_dir(&plan.cwd)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -22,6 +22,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::copier::{self, Copier};
 use super::logs::{Drained, ExecutionLog, Stream};
+use super::secrets::Secrets;
 use super::{ShimError, prepare, process, system};
 use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, SETUP_FAILED, STATUS, STOP};
 use crate::launch::{Preparation, ProcessPlan};
@@ -60,6 +61,8 @@ pub(super) struct Running {
 pub struct Shim {
     pub(super) dir: AttemptDir,
     pub(super) plan: Preparation,
+    /// They are nowhere but here, and in the environment of the job's processes.
+    secrets: Secrets,
     pub(super) status: Status,
     pub(super) log: ExecutionLog,
     pub(super) running: Vec<Running>,
@@ -80,7 +83,7 @@ pub struct Shim {
 }
 
 impl Shim {
-    pub fn new(dir: AttemptDir) -> Result<Shim, ShimError> {
+    pub fn new(dir: AttemptDir, secrets: Secrets) -> Result<Shim, ShimError> {
         let plan: Preparation = dir.read(PREPARE)?.ok_or(ShimError::NoPlan)?;
         let mut mask = SigSet::empty();
         for signal in [
@@ -107,6 +110,7 @@ impl Shim {
         Ok(Shim {
             dir,
             plan,
+            secrets,
             status: Status::default(),
             log,
             running: Vec::new(),
@@ -387,7 +391,8 @@ impl Shim {
 
     fn start(&mut self, plan: &ProcessPlan) -> io::Result<i32> {
         let logs = self.dir.path.join(LOGS);
-        let started = process::start(plan, self.open_files, self.plan.user.as_ref())?;
+        let user = self.plan.user.as_ref();
+        let started = process::start(plan, &self.secrets, self.open_files, user)?;
         self.running.push(Running {
             rank: plan.rank,
             pid: started.pid,
