@@ -126,8 +126,16 @@ async fn files(command: args::ClusterFile, client: &Client, context: &Context) -
     expiry.note();
     let name = context.the_cluster(cluster.as_ref(), &parent)?;
     let get = v1::GetClusterRequest { name: name.clone() };
-    client.clusters().get_cluster(request(get)).await?;
-    let why = format!("{name} has no set-up task, and so no files of one at {path}");
+    let found = client.clusters().get_cluster(request(get)).await?;
+    let task = found.into_inner().node_setup.and_then(|s| s.setup_task);
+    let Some(task) = task else {
+        let why = format!("{name} has no set-up task, and so no files of one at {path}");
+        return Err(CliError::Failed(why));
+    };
+    let why = format!(
+        "the files of a set-up task are not brought here yet; on every node they lie in {}/{}",
+        task.std_out_err_path_prefix, task.std_out_err_path_suffix
+    );
     Err(CliError::Failed(why))
 }
 

@@ -19,6 +19,9 @@ pub const BUNDLE_ENTRIES_MAX: usize = 100_000;
 /// What the service itself puts into the directory where a bundle is unpacked: none has such a name at its top.
 pub const BUNDLE_RESERVED: [&str; 3] = ["mounts", "shared", "hostfile"];
 
+/// How much of what a process that failed said last goes into an error.
+pub const LAST_WORDS_BYTES_MAX: usize = 2 << 10;
+
 /// How long a unary call may take before the server gives up on it.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 

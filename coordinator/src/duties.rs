@@ -7,17 +7,18 @@ use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::terminate_job::Cause;
 use batchai_proto::internal::v1::{
-    AllocateNode, Delete, FailAttempt, InitEnsemble, ReleaseNode, TerminateJob,
+    AllocateNode, Delete, FailAttempt, InitEnsemble, ReleaseNode, SetUpNode, TerminateJob,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 
 use imbl::OrdMap;
+use std::sync::Arc;
 
 use crate::scheduler;
 pub use crate::scheduler::heard::Heard;
 use crate::state::attempts::{self, Attempt, Phase};
-use crate::state::{Cluster, State, children, vm_size_aliases};
+use crate::state::{Cluster, Node, State, children, setup, vm_size_aliases};
 
 /// How long the nodes of an attempt may take to get ready. Preparation commands download data sets: generous.
 pub const PREPARE_DEADLINE_MS: i64 = 60 * 60 * 1000;
@@ -46,6 +47,7 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     commands.extend(deletions(state));
     let late = attempts::live(state).filter_map(|attempt| late(heard, attempt));
     commands.extend(late.take(COMMANDS_MAX));
+    commands.extend(set_ups(state, heard, leader));
     let placements = scheduler::schedule(state, heard, leader.replica);
     commands.extend(placements.into_iter().map(Kind::Place));
     commands
@@ -70,7 +72,14 @@ fn deletion(state: &State, name: &str) -> Vec<Kind> {
         _ => {
             let cluster = state.clusters.get(name);
             let jobs = cluster.into_iter().flat_map(|cluster| cluster.jobs());
-            bounded(jobs.map(|job| end_for_cluster(state, job)))
+            let mut way = bounded(jobs.map(|job| end_for_cluster(state, job)));
+            // Nodes that are being set up are told to end it, and then in the way until they have.
+            let members = cluster.into_iter().flat_map(|cluster| &cluster.members);
+            let mut nodes = members.filter_map(|name| state.nodes.get(name));
+            if nodes.any(|node| node.attempt.is_some() && node.leaving) {
+                way.push(None);
+            }
+            way
         }
     };
     if way.is_empty() {
@@ -184,6 +193,28 @@ fn surplus<'a>(
     order.sort_by_key(|name| (busy(name), heard.is_alive(name)));
     order.truncate(count);
     order
+}
+
+/// Nodes that are not yet as their clusters want them.
+fn set_ups(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
+    let due = |(name, node): &(&String, &Arc<Node>)| {
+        heard.is_alive(name) && setup::is_due(state, node) && stays(state, node)
+    };
+    let due = state.nodes.iter().filter(due).take(COMMANDS_MAX);
+    due.map(|(name, node)| {
+        Kind::SetUpNode(SetUpNode {
+            node: name.clone(),
+            node_revision: node.revision,
+            log_home: leader.replica,
+        })
+    })
+    .collect()
+}
+
+/// Whether the cluster of a node is one that stays.
+fn stays(state: &State, node: &Node) -> bool {
+    let cluster = node.cluster.as_ref().and_then(|c| state.clusters.get(c));
+    cluster.is_some_and(|cluster| cluster.deleting.is_none())
 }
 
 /// An attempt whose nodes took too long to get ready fails, and the error names the slow ones.

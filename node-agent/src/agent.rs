@@ -22,7 +22,7 @@ use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
 use crate::join::{self, JoinError, Shows};
 use crate::journal::{Identity, Journal, JournalError, STOP};
-use crate::launch::{HostFacts, JobUser};
+use crate::launch::{HostFacts, JobLimit, JobUsers};
 use crate::logs::{Shipped, Shipper};
 use crate::session::Session;
 use crate::shim::{self, Root, RootError};
@@ -75,15 +75,9 @@ pub async fn run(
     };
     let (journal, mut identity) = Journal::open(&config.data)?;
     let _root = Root::claim(&config.root, &identity.uid)?;
-    let user = user::resolve(config.job_user.as_deref())?;
-    if let Some(user) = &user {
-        tracing::info!(
-            user = user.name,
-            uid = user.uid,
-            gid = user.gid,
-            "jobs run as"
-        );
-    }
+    let users = user::resolve(config.job_user.as_deref())?;
+    tracing::info!(?users, limits = ?config.job_limits, "jobs run as");
+    user::check_limits(&config.job_limits)?;
     let shows = tokio::select! {
         shows = join::shows(&config, &journal, &node_id, &mut identity) => shows?,
         () = shutdown.cancelled() => return Ok(()),
@@ -103,7 +97,8 @@ pub async fn run(
     let parts = Parts {
         connector,
         expelled: Arc::default(),
-        user,
+        users,
+        limits: config.job_limits.clone(),
         node_id,
         identity,
         facts,
@@ -130,7 +125,8 @@ pub async fn run(
 struct Parts {
     connector: Connector,
     expelled: Arc<AtomicBool>,
-    user: Option<JobUser>,
+    users: JobUsers,
+    limits: Vec<JobLimit>,
     node_id: String,
     identity: Identity,
     facts: NodeFacts,
@@ -149,7 +145,8 @@ impl Parts {
         let (observe, observed) = watch::channel(Vec::new());
         let (ask, questions) = mpsc::channel(QUESTIONS_MAX);
         let kept = self.journal.bundles();
-        let facts = hardware::host_facts(&self.facts, &self.identity.uid, &kept, self.user.clone());
+        let jobs = (self.users.clone(), self.limits.clone());
+        let facts = hardware::host_facts(&self.facts, &self.identity.uid, &kept, jobs);
         let own_name = (self.node_id.clone(), self.identity.uid.clone());
         let (fetcher, bundles) =
             Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;

@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use crate::launch::JobLimit;
+
 /// Runs a node agent: it registers this machine and runs its part of jobs.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Config {
@@ -27,10 +29,20 @@ pub struct Config {
     /// A certificate from elsewhere: a PEM file with the node's certificate, its key and the authority's certificate.
     #[arg(long, value_name = "FILE")]
     pub credentials: Option<PathBuf>,
-    /// Whom jobs run as: a user's name, or UID:GID. Give all nodes the same one, for files on shared storage. `self` runs them as
-    /// the agent's own user, which is what an agent that is not root does anyway; an agent that is root must be told.
+    /// Whom jobs run as, alike on all nodes: a user's name, UID:GID, per-workspace:NUMBER (a user for each, whose number is this
+    /// one and the workspace's), or self, the agent's own user. An agent that is root must be told.
     #[arg(long, env = "BATCHAI_JOB_USER", hide_env = true, value_name = "USER")]
     pub job_user: Option<String>,
+    /// What each process of a job may take of core, memlock, nofile, nproc or stack: a number (of bytes, or how many) or
+    /// unlimited.
+    #[arg(
+        long = "job-limit",
+        env = "BATCHAI_JOB_LIMITS",
+        hide_env = true,
+        value_delimiter = ',',
+        value_name = "NAME=NUMBER"
+    )]
+    pub job_limits: Vec<JobLimit>,
     /// The node's name in the ensemble. The host name where it is left out.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,

@@ -158,6 +158,11 @@ fn tell(
 ) -> Result<(), Stop> {
     let (prefix, base) = base(question.attempt.as_ref(), facts, &question.directory)?;
     let number = |value: i64| u64::try_from(value).unwrap_or_default();
+    let user = question
+        .attempt
+        .as_ref()
+        .map(|attempt| facts.users.of(attempt));
+    let user = user.transpose().map_err(|error| fault(error.to_string()))?;
     let wanted = look::Wanted {
         prefix,
         base,
@@ -166,7 +171,7 @@ fn tell(
         after: question.after.clone(),
         limit: number(question.limit),
         offset: number(question.offset),
-        user: facts.user.clone(),
+        user: user.flatten(),
     };
     let mut looking = starter.start(&wanted)?;
     let told = match wanted.list {

@@ -1,7 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `status <- {launch, reconcile} <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, files} <- supervisor <- agent`.
+//! `status <- {launch, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, files} <- supervisor <- agent`.
 //!
 //! `launch`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.

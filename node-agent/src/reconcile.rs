@@ -159,6 +159,7 @@ fn observation(found: &Local) -> Option<AttemptObservation> {
         ranks: status.ranks.iter().map(rank).collect(),
         files: status.files.iter().map(file).collect(),
         failure: status.failure.map(failure),
+        last_words: status.last_words,
     })
 }
 

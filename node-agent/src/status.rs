@@ -44,6 +44,8 @@ pub struct Status {
     pub phase: Phase,
     pub ranks: Vec<RankStatus>,
     pub failure: Option<FailureRecord>,
+    /// The end of what the first rank that failed said on standard error.
+    pub last_words: String,
     /// Log files and their final sizes; set at the end.
     pub files: Vec<(String, u64)>,
 }

@@ -7,18 +7,23 @@ use std::ffi::CString;
 use std::io;
 
 use nix::sys::prctl;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
     Gid, Uid, User, geteuid, getgrouplist, setfsgid, setfsuid, setgroups, setresgid, setresuid,
 };
 
-use crate::launch::JobUser;
+use crate::launch::{JobLimit, JobUser, JobUsers, Limited};
 
 /// New files of jobs are readable by others, as those of people are.
 const UMASK: Mode = Mode::S_IWGRP.union(Mode::S_IWOTH);
 /// What `--job-user` calls the agent's own user.
 const SELF: &str = "self";
+/// What a number for all workspaces begins with.
+const PER_WORKSPACE: &str = "per-workspace:";
+/// Lower numbers are those of the system and of people.
+const BASE_MIN: u32 = 10_000;
 
 /// Why jobs cannot be run.
 #[derive(Debug, thiserror::Error)]
@@ -30,14 +35,23 @@ pub enum UserError {
     NotSaid,
     #[error("--job-user {text}: there is no such user")]
     Unknown { text: String },
+    #[error(
+        "--job-user {text}: give per-workspace:NUMBER with a number of at least {BASE_MIN}, above all users of this machine"
+    )]
+    Base { text: String },
+    #[error(
+        "--job-limit {name}: this agent may give at most {have}: raise its own limit (`Limit{}=` of its unit, or ulimit)",
+        .name.to_uppercase()
+    )]
+    Limit { name: &'static str, have: u64 },
     #[error("--job-user {text}: only an agent that is root starts jobs as somebody else")]
     NotRoot { text: String },
     #[error("--job-user {text}: {source}")]
     System { text: String, source: nix::Error },
 }
 
-/// Finds whom jobs run as; none for the agent's own user.
-pub fn resolve(given: Option<&str>) -> Result<Option<JobUser>, UserError> {
+/// Finds whom jobs run as.
+pub fn resolve(given: Option<&str>) -> Result<JobUsers, UserError> {
     let is_root = geteuid().is_root();
     let text = match given {
         None if is_root => return Err(UserError::NotSaid),
@@ -46,17 +60,24 @@ pub fn resolve(given: Option<&str>) -> Result<Option<JobUser>, UserError> {
                 uid = geteuid().as_raw(),
                 "jobs run as the agent's own user: they can read what it can, its credentials included"
             );
-            return Ok(None);
+            return Ok(JobUsers::Own);
         }
         Some(text) => text,
     };
-    let user = find(text)?;
-    if user.uid == geteuid().as_raw() {
-        return Ok(None);
-    }
-    match is_root {
-        true => Ok(Some(user)),
-        false => Err(UserError::NotRoot {
+    let users = match text.strip_prefix(PER_WORKSPACE) {
+        Some(base) => {
+            let base = base.parse().ok().filter(|base| *base >= BASE_MIN);
+            let base = base.ok_or_else(|| UserError::Base {
+                text: text.to_owned(),
+            })?;
+            JobUsers::PerWorkspace(base)
+        }
+        None => JobUsers::One(find(text)?),
+    };
+    match (is_root, &users) {
+        (_, JobUsers::One(user)) if user.uid == geteuid().as_raw() => Ok(JobUsers::Own),
+        (true, _) => Ok(users),
+        (false, _) => Err(UserError::NotRoot {
             text: text.to_owned(),
         }),
     }
@@ -93,6 +114,40 @@ fn find(text: &str) -> Result<JobUser, UserError> {
     })
 }
 
+/// Sees to it that this process, and so the shims that it starts, can give what jobs shall have.
+pub fn check_limits(limits: &[JobLimit]) -> Result<(), UserError> {
+    for limit in limits {
+        let (resource, name) = kernels(limit.of);
+        let most = limit.most.unwrap_or(RLIM_INFINITY);
+        let failed = |source| UserError::System {
+            text: name.to_owned(),
+            source,
+        };
+        let (soft, have) = getrlimit(resource).map_err(failed)?;
+        if most > have && setrlimit(resource, soft, most).is_err() {
+            return Err(UserError::Limit { name, have });
+        }
+    }
+    Ok(())
+}
+
+/// What the kernel calls it, and what people do.
+fn kernels(limited: Limited) -> (Resource, &'static str) {
+    match limited {
+        Limited::Core => (Resource::RLIMIT_CORE, "core"),
+        Limited::Memlock => (Resource::RLIMIT_MEMLOCK, "memlock"),
+        Limited::Nofile => (Resource::RLIMIT_NOFILE, "nofile"),
+        Limited::Nproc => (Resource::RLIMIT_NPROC, "nproc"),
+        Limited::Stack => (Resource::RLIMIT_STACK, "stack"),
+    }
+}
+
+/// Bounds what this process may take, for good. It allocates nothing: it may run between fork and exec.
+pub fn take_limit(limit: &JobLimit) -> io::Result<()> {
+    let most = limit.most.unwrap_or(RLIM_INFINITY);
+    Ok(setrlimit(kernels(limit.of).0, most, most)?)
+}
+
 /// Makes this process somebody's, for good. It allocates nothing: it may run between fork and exec.
 pub fn become_user(user: &Identity) -> io::Result<()> {
     let Identity { uid, gid, groups } = user;
@@ -102,10 +157,12 @@ pub fn become_user(user: &Identity) -> io::Result<()> {
     Ok(())
 }
 
-/// What every process of a job gives up: nothing that it starts has more rights than it has.
-pub fn give_up_privileges() -> io::Result<()> {
+/// What every process of a job gives up: nothing that it starts has more rights than it has, unless it may gain some.
+pub fn give_up_privileges(may_gain: bool) -> io::Result<()> {
     umask(UMASK);
-    prctl::set_no_new_privs()?;
+    if !may_gain {
+        prctl::set_no_new_privs()?;
+    }
     Ok(())
 }
 
@@ -170,6 +227,9 @@ mod tests {
                 "{text}"
             );
         }
-        assert_eq!(resolve(Some(SELF)).unwrap(), None);
+        assert_eq!(resolve(Some(SELF)).unwrap(), JobUsers::Own);
+        for text in ["per-workspace:", "per-workspace:999", "per-workspace:x"] {
+            assert!(matches!(resolve(Some(text)), Err(UserError::Base { .. })));
+        }
     }
 }

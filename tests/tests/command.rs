@@ -261,17 +261,6 @@ fn what_is_not_served_is_refused_by_every_way_to_ask_for_it() {
             "cluster.scale_settings.auto_scale",
         ),
         (
-            vec![
-                "-t",
-                "1",
-                "--setup-task",
-                "true",
-                "--setup-task-output",
-                "/out",
-            ],
-            "cluster.node_setup.setup_task",
-        ),
-        (
             vec!["-t", "1", "--nfs", "f"],
             "cluster.node_setup.mount_volumes",
         ),

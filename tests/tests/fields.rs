@@ -242,7 +242,9 @@ fn set(message: &mut DynamicMessage, path: &str) {
         Some(rest) => {
             let mut inner = match message.get_field(&field).into_owned() {
                 Value::Message(inner) if message.has_field(&field) => inner,
-                _ if first == "image_reference" => message_sample(&inner(&field).unwrap()),
+                _ if ["image_reference", "setup_task"].contains(&first) => {
+                    message_sample(&inner(&field).unwrap())
+                }
                 _ => DynamicMessage::new(inner(&field).unwrap()),
             };
             // Whatever is the matter with the elements of a list, each has a name.

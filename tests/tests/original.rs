@@ -305,21 +305,23 @@ fn the_cluster_and_file_server_files_of_the_original_are_taken_or_refused_by_nam
     let shown: Value = serde_json::from_slice(&taken.stdout).unwrap();
     assert_eq!(shown["allocationState"], "RESIZING");
     assert_eq!(shown["warnings"][0]["field"], "user_account_settings");
+    let task = json!({
+        "commandLine": "echo set up",
+        "environmentVariables": [{ "name": "A", "value": "b" }],
+        "secrets": [{ "name": "S", "value": "hidden" }],
+        "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/logs",
+    });
+    let set_up = json!({ "scaleSettings": manual, "nodeSetup": { "setupTask": task } });
+    let taken = create("setup", cluster(set_up));
+    let shown: Value = serde_json::from_slice(&taken.stdout).unwrap();
+    let task = &shown["nodeSetup"]["setupTask"];
+    assert_eq!(task["commandLine"], "echo set up", "{shown}");
+    assert_eq!(task["secrets"], json!([{ "name": "S" }]));
     for (id, more, field) in [
         (
             "auto",
             json!({ "scaleSettings": { "autoScale": { "minimumNodeCount": 0, "maximumNodeCount": 10 } } }),
             "cluster.scale_settings.auto_scale",
-        ),
-        (
-            "setup",
-            json!({ "scaleSettings": manual, "nodeSetup": { "setupTask": {
-                "commandLine": "echo set up",
-                "environmentVariables": [{ "name": "A", "value": "b" }],
-                "secrets": [{ "name": "S", "value": "hidden" }],
-                "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/logs",
-            } } }),
-            "cluster.node_setup.setup_task",
         ),
         (
             "mounts",

@@ -54,9 +54,10 @@ const COORDINATOR: [&[&str]; 11] = [
     &["server"],
     &["lib", "main"],
 ];
-const NODE_AGENT: [&[&str]; 9] = [
-    &["config", "status"],
+const NODE_AGENT: [&[&str]; 10] = [
+    &["status"],
     &["launch", "reconcile"],
+    &["config"],
     &["hardware", "journal", "user"],
     &["shim", "watch"],
     &["session"],

@@ -22,6 +22,9 @@ use rules::Place;
 /// The permission of calls that only a node's agent makes: it has it for its own node, and nobody else has it.
 pub const WORK: &str = "batchai/nodes/work/action";
 
+/// The permission to say what nodes do for a cluster as their agents' own user, which is root: beside that of the call.
+pub const SET_UP: &str = "batchai/nodes/setUp/action";
+
 /// Who calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Who {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::HEARTBEAT_INTERVAL;
+use batchai_common::limits::{HEARTBEAT_INTERVAL, LAST_WORDS_BYTES_MAX};
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_proto::agent::v1::{
     Assignment, AttemptObservation, FileRequest, Hello, Report, SessionRequest, SessionResponse,
@@ -36,6 +36,8 @@ const TEXT_BYTES_MAX: usize = 1024;
 /// Certificates are looked at this often while a session lasts.
 const EXPIRY_LOOK_INTERVAL: Duration = Duration::from_secs(60);
 const LIST_MAX: usize = 64;
+/// Where the secrets of a set-up task stand.
+const SETUP_TASK: &str = "node_setup.setup_task.";
 const FACTS_BYTES_MAX: usize = 64 << 10;
 /// Attempts that one node can hold: one that runs, and some that are not forgotten yet.
 const ATTEMPTS_MAX: usize = 1000;
@@ -180,9 +182,14 @@ impl Session {
             return;
         };
         let (workspace, uid) = (workspace_of(&job.name).to_owned(), job.uid.clone());
-        let opened = self
-            .vault
-            .unseal(state, &workspace, &uid, secrets::of_job(job));
+        let mut places = secrets::of_job(job);
+        if assignment.set_up {
+            // They were sealed where they stand in the cluster.
+            for (path, _) in &mut places {
+                path.insert_str(0, SETUP_TASK);
+            }
+        }
+        let opened = self.vault.unseal(state, &workspace, &uid, places);
         if let Err(error) = opened {
             tracing::error!(%error, job = job.name, "its secrets cannot be opened");
             assignment.fault = format!("the job's secrets cannot be opened: {error}");
@@ -318,6 +325,7 @@ fn check_report(report: &Report) -> Result<(), Status> {
             .as_ref()
             .and_then(|failure| failure.error.as_ref());
         seen.attempt.len() <= TEXT_BYTES_MAX
+            && seen.last_words.len() <= LAST_WORDS_BYTES_MAX
             && seen.ranks.len() <= RANKS_MAX
             && seen
                 .ranks

@@ -165,7 +165,6 @@ fn check_setup(faults: &mut Faults, given: NodeSetup) -> NodeSetup {
     const AT: &str = "cluster.node_setup";
     if let Some(task) = &given.setup_task {
         check_task(faults, &format!("{AT}.setup_task"), task);
-        faults.not_served(&format!("{AT}.setup_task"), true);
     }
     if let Some(mounts) = &given.mount_volumes {
         volumes::check_mounts(faults, &format!("{AT}.mount_volumes"), mounts);
@@ -184,7 +183,7 @@ fn check_setup(faults: &mut Faults, given: NodeSetup) -> NodeSetup {
         }
     });
     NodeSetup {
-        setup_task: None,
+        setup_task: given.setup_task,
         mount_volumes: None,
         performance_counters_settings: counters,
     }

@@ -13,8 +13,11 @@ use batchai_proto::v1::{
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
+use super::access::demand;
 use super::faults::Faults;
 use super::{Api, Replies, cluster_spec, fields, not_found, parse, remote_login, seal};
+use crate::access::SET_UP;
+use crate::call::caller;
 
 /// What can be changed of a cluster.
 const CHANGEABLE: [&str; 2] = ["scale_settings", "labels"];
@@ -33,6 +36,13 @@ impl ClusterService for Api {
         let name = faults.new_name(Noun::Cluster, parent, "cluster_id", id);
         let cluster = cluster_spec::check(&mut faults, request.cluster.unwrap_or_default());
         let name = faults.finish(name)?;
+        if cluster
+            .node_setup
+            .as_ref()
+            .is_some_and(|setup| setup.setup_task.is_some())
+        {
+            demand(&caller(), SET_UP, name.as_str())?;
+        }
         let mut cluster = Cluster {
             name: name.to_string(),
             uid: Uuid::new_v4().to_string(),

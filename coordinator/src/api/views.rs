@@ -14,7 +14,10 @@ use prost_types::Timestamp;
 use super::cluster_spec;
 use crate::duties::Heard;
 use crate::scheduler::explain::pending_reason;
-use crate::state::{Cluster, Job, Node, State, etag, vm_size_aliases};
+use crate::state::{Cluster, Job, Node, State, etag, setup, vm_size_aliases};
+
+/// Errors of its nodes that a cluster shows.
+const ERRORS_MAX: usize = 20;
 
 /// A kind of resource as replies show it.
 pub trait Resource: prost::Message + Default + Send + 'static {
@@ -134,19 +137,23 @@ fn node(state: &State, heard: &Heard, name: &str, node: &Node) -> v1::Node {
         uid: node.uid.clone(),
         etag: etag(node.revision),
         create_time: Some(node.create_time),
-        state: node_state(heard, name, node) as i32,
+        state: node_state(state, heard, name, node) as i32,
+        errors: setup::error(node).into_iter().cloned().collect(),
         cluster: node.cluster.clone().unwrap_or_default(),
         job: attempt
-            .map(|attempt| attempt.job.clone())
+            .and_then(|attempt| attempt.job())
+            .map(str::to_owned)
             .unwrap_or_default(),
         last_contact_time: heard.last_wall(name).map(time::from_millis),
         facts: Some(v1::NodeFacts::clone(&node.facts)),
     }
 }
 
-fn node_state(heard: &Heard, name: &str, node: &Node) -> NodeState {
+fn node_state(state: &State, heard: &Heard, name: &str, node: &Node) -> NodeState {
     match heard.is_alive(name) {
         _ if node.expelled => NodeState::Expelled,
+        true if setup::error(node).is_some() => NodeState::Unusable,
+        true if !setup::is_done(state, node) && !node.leaving => NodeState::Preparing,
         true => node.state(),
         false => NodeState::Unusable,
     }
@@ -161,10 +168,11 @@ fn cluster(state: &State, heard: &Heard, cluster: &Cluster) -> v1::Cluster {
         .filter_map(|name| Some((name, state.nodes.get(name)?)));
     let mut counts = v1::NodeStateCounts::default();
     for (name, node) in members {
-        let count = match node_state(heard, name, node) {
+        let count = match node_state(state, heard, name, node) {
             NodeState::Idle => &mut counts.idle_node_count,
             NodeState::Running => &mut counts.running_node_count,
             NodeState::Leaving => &mut counts.leaving_node_count,
+            NodeState::Preparing => &mut counts.preparing_node_count,
             _ => &mut counts.unusable_node_count,
         };
         *count += 1;
@@ -183,9 +191,19 @@ fn cluster(state: &State, heard: &Heard, cluster: &Cluster) -> v1::Cluster {
         warnings: cluster_spec::warnings(&cluster.spec),
         current_node_count: cluster.members.len() as i32,
         node_state_counts: Some(counts),
-        errors: too_few(state, cluster).into_iter().collect(),
+        errors: too_few(state, cluster)
+            .into_iter()
+            .chain(unprepared(state, cluster))
+            .collect(),
         ..spec
     }
+}
+
+/// Why nodes of a cluster are not as it wants them: the first ones, by name.
+fn unprepared(state: &State, cluster: &Cluster) -> Vec<v1::ResourceError> {
+    let members = cluster.members.iter().filter_map(|n| state.nodes.get(n));
+    let errors = members.filter_map(|node| setup::error(node));
+    errors.take(ERRORS_MAX).cloned().collect()
 }
 
 /// Says what nodes there are where a cluster finds too few that match.

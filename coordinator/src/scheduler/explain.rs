@@ -1,7 +1,7 @@
 //! PURE. Why a job waits, in words, from the same facts that scheduling uses.
 
 use crate::scheduler::heard::Heard;
-use crate::state::{Job, State};
+use crate::state::{Job, State, setup};
 use batchai_common::names::last_id;
 
 use super::fit::Free;
@@ -48,10 +48,22 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
         .iter()
         .filter(|name| !heard.is_alive(name))
         .count();
+    let members = cluster.members.iter().filter_map(|n| state.nodes.get(n));
+    let unready: Vec<_> = members
+        .filter(|node| !setup::is_done(state, node))
+        .collect();
+    let failed = unready.iter().filter(|node| setup::error(node).is_some());
+    let failed = failed.count();
     let missing = reach.saturating_sub(cluster.members.len());
     let mut reason = format!("it waits for {wanted} idle nodes of cluster {short}; idle: {free}");
     if silent > 0 {
         reason += &format!(", not heard of lately: {silent}");
+    }
+    if unready.len() > failed {
+        reason += &format!(", being set up: {}", unready.len() - failed);
+    }
+    if failed > 0 {
+        reason += &format!(", whose set-up failed: {failed} (the cluster's errors say why)");
     }
     if missing > 0 {
         reason += &format!(

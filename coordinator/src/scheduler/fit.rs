@@ -7,6 +7,7 @@ use batchai_proto::internal::v1::{Place, PlaceNode};
 
 use crate::scheduler::heard::Heard;
 use crate::state::attempts::ports_by_machine;
+use crate::state::setup;
 use crate::state::{Cluster, Job, Node, State};
 
 /// The nodes of a cluster that wait for work, by name.
@@ -15,14 +16,16 @@ pub struct Free {
 }
 
 impl Free {
-    /// A node is free when it is idle, is not leaving and was heard of lately.
+    /// A node is free when it is idle and set up, is not leaving and was heard of lately.
     pub fn of(state: &State, heard: &Heard, cluster: &Cluster) -> Free {
         let members = cluster
             .members
             .iter()
             .filter_map(|n| Some((n, state.nodes.get(n)?)));
-        let free = members
-            .filter(|(name, node)| node.attempt.is_none() && !node.leaving && heard.is_alive(name));
+        let free = members.filter(|(name, node)| {
+            let idle = node.attempt.is_none() && !node.leaving;
+            idle && heard.is_alive(name) && setup::is_done(state, node)
+        });
         Free {
             nodes: free
                 .map(|(name, node)| (name.clone(), node.clone()))

@@ -4,7 +4,8 @@ use batchai_proto::agent::v1::assignment::Desired;
 use batchai_proto::agent::v1::{Assignment, AssignmentList, Host};
 use batchai_proto::{secrets, v1};
 
-use super::attempts::{Attempt, Phase};
+use super::attempts::{Attempt, Phase, Work};
+use super::keys::workspace_of;
 use super::{Node, State};
 
 /// The whole list of a node's assignments. A node that does not exist has none. Secrets are as they lie in the State: sealed.
@@ -41,6 +42,7 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
         .nodes
         .iter()
         .map(|n| host(state.nodes.get(&n.node), n));
+    let workspace = state.workspaces.get(workspace_of(&attempt.spec.name));
     let mut job = v1::Job::clone(&attempt.spec);
     // Whoever prepares hands them to what runs; nobody else needs them.
     if desired != Desired::Prepare {
@@ -53,6 +55,8 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
         hosts: hosts.collect(),
         host_index: index as i32,
         fault: String::new(),
+        set_up: attempt.work == Work::SetUp,
+        workspace_number: workspace.map_or(0, |workspace| workspace.number),
     })
 }
 

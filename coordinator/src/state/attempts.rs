@@ -5,8 +5,8 @@
 //!             |  \____________________^
 //!             every node READY        a verdict; every node ENDED or LOST
 //! ```
-//! Nodes say what they observe (`record`); `verdict` reads from that, by the toolkit's rule, whether the job is over
-//! and how; `advance` moves the attempt on. An attempt id is never used again, and no attempt of a job is placed
+//! Nodes say what they observe (`record`); from that follows, by the toolkit's rule, whether the job is over and how (see
+//! `verdict`); `advance` moves the attempt on. An attempt id is never used again, and no attempt of a job is placed
 //! before every node of the one before is gone.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,57 +15,16 @@ use std::sync::Arc;
 
 use batchai_common::names::Kind;
 use batchai_common::ranks;
-use batchai_proto::agent::v1::{AttemptObservation, Failure};
-use batchai_proto::internal::v1::terminate_job::Cause;
+use batchai_proto::agent::v1::AttemptObservation;
 use batchai_proto::internal::v1::{FailAttempt, Place, RecordReport};
 use batchai_proto::v1;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 use prost_types::Timestamp;
 
-use super::{Rejection, State, Step, jobs, keys, nodes, not_found};
+use super::verdict::failed;
+use super::{Rejection, State, Step, jobs, keys, nodes, not_found, setup};
 
-/// How an attempt ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    Succeeded,
-    Failed,
-    /// Back to the queue, nobody's fault.
-    Requeue,
-    /// Back to the queue as often as the bound allows.
-    InfrastructureFailed,
-}
-
-/// How an attempt ends, and why.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Outcome {
-    pub verdict: Verdict,
-    pub exit_code: Option<i32>,
-    pub errors: Vec<v1::ResourceError>,
-}
-
-impl Outcome {
-    fn new(verdict: Verdict, exit_code: Option<i32>, errors: Vec<v1::ResourceError>) -> Outcome {
-        Outcome {
-            verdict,
-            exit_code,
-            errors,
-        }
-    }
-
-    /// It was told to end.
-    pub fn terminated(cause: Cause) -> Outcome {
-        let (code, message) = match cause {
-            Cause::Unspecified => ("JobTerminated", "the job was terminated by the user"),
-            Cause::ClusterDeleted => ("ClusterDeleted", "the job's cluster was deleted"),
-        };
-        Outcome::new(Verdict::Failed, None, vec![error(code, message, &[])])
-    }
-
-    /// Its node is needed elsewhere.
-    pub fn requeue_for_resize() -> Outcome {
-        Outcome::new(Verdict::Requeue, None, Vec::new())
-    }
-}
+pub use super::verdict::{Outcome, Verdict, error, rank_count, verdict};
 
 /// Where an attempt is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,20 +39,45 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttemptNode {
     pub node: String,
-    /// For the attempt's rendezvous.
+    /// For the attempt's rendezvous; 0 where it needs none.
     pub port: i32,
     pub phase: NodePhase,
     pub ranks: Vec<v1::JobRank>,
     pub files: Vec<v1::JobLogFile>,
+    /// The end of what the first of its processes that failed said.
+    pub last_words: String,
 }
 
-/// One try at running a job.
+impl AttemptNode {
+    /// A node that is about to begin.
+    pub fn new(node: &str, port: i32) -> AttemptNode {
+        AttemptNode {
+            node: node.to_owned(),
+            port,
+            phase: NodePhase::Preparing,
+            ranks: Vec::new(),
+            files: Vec::new(),
+            last_words: String::new(),
+        }
+    }
+}
+
+/// What an attempt is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// The job's full name.
+    Job(String),
+    /// The set-up of its node for the cluster.
+    SetUp,
+}
+
+/// One try at running a job, or at setting up a node.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attempt {
     pub id: String,
     pub number: i32,
-    pub job: String,
-    /// The job as it was placed: what the nodes work from.
+    pub work: Work,
+    /// The job as it was placed, or what stands for the set-up task: what the nodes work from.
     pub spec: Arc<v1::Job>,
     pub create_time: Timestamp,
     pub phase: Phase,
@@ -105,6 +89,14 @@ pub struct Attempt {
 }
 
 impl Attempt {
+    /// The full name of the job that it is for.
+    pub fn job(&self) -> Option<&str> {
+        match &self.work {
+            Work::Job(name) => Some(name),
+            Work::SetUp => None,
+        }
+    }
+
     /// How many processes the toolkit starts over all nodes.
     pub fn rank_count(&self) -> usize {
         rank_count(&self.spec)
@@ -123,30 +115,6 @@ impl Attempt {
             number: self.number,
             nodes: nodes.collect(),
         }
-    }
-}
-
-/// How many processes a job's toolkit starts over all nodes.
-pub fn rank_count(spec: &v1::Job) -> usize {
-    let count = match (&spec.py_torch_settings, &spec.custom_toolkit_settings) {
-        (Some(s), _) if s.process_count > 0 => s.process_count,
-        (Some(_), _) => spec.node_count,
-        (None, Some(s)) if s.processes_per_node > 0 => s.processes_per_node * spec.node_count,
-        (None, _) => 1,
-    };
-    usize::try_from(count).unwrap_or(1)
-}
-
-/// An error for a job.
-pub fn error(code: &str, message: &str, details: &[(&str, &str)]) -> v1::ResourceError {
-    let details = details.iter().map(|(name, value)| v1::NameValuePair {
-        name: (*name).to_owned(),
-        value: (*value).to_owned(),
-    });
-    v1::ResourceError {
-        code: code.to_owned(),
-        message: message.to_owned(),
-        details: details.collect(),
     }
 }
 
@@ -176,6 +144,7 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
         let usable = node.revision == placed.node_revision
             && node.cluster.as_ref() == Some(&job.spec.cluster)
             && node.attempt.is_none()
+            && setup::is_done(state, node)
             && !node.leaving;
         if !usable || !seen.insert(&placed.node) {
             return Err(overtaken(
@@ -191,20 +160,14 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
     let attempt = Attempt {
         id: id.clone(),
         number: job.attempts + 1,
-        job: plan.job.clone(),
+        work: Work::Job(plan.job.clone()),
         spec: job.spec.clone(),
         create_time: state.time,
         phase: Phase::Preparing,
         nodes: plan
             .nodes
             .iter()
-            .map(|placed| AttemptNode {
-                node: placed.node.clone(),
-                port: placed.port,
-                phase: NodePhase::Preparing,
-                ranks: Vec::new(),
-                files: Vec::new(),
-            })
+            .map(|placed| AttemptNode::new(&placed.node, placed.port))
             .collect(),
         outcome: None,
         log_home: plan.log_home,
@@ -220,7 +183,9 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
 
 /// The ports that live attempts hold, by node.
 pub fn ports_in_use(state: &State) -> impl Iterator<Item = (&str, i32)> {
-    live(state).flat_map(|attempt| attempt.nodes.iter().map(|n| (n.node.as_str(), n.port)))
+    let nodes = live(state).flat_map(|attempt| &attempt.nodes);
+    let ports = nodes.map(|n| (n.node.as_str(), n.port));
+    ports.filter(|(_, port)| *port != 0)
 }
 
 /// The attempts that have nodes. The table also holds the last one of every job that has ended: it is not walked.
@@ -283,6 +248,9 @@ fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation) {
         node.phase = seen.phase();
     }
     merge_ranks(&mut node.ranks, &seen.ranks, own);
+    if node.last_words.is_empty() {
+        node.last_words.clone_from(&seen.last_words);
+    }
     if matches!(node.phase, NodePhase::Ended | NodePhase::Lost) {
         node.files = seen.files.clone();
     }
@@ -306,80 +274,6 @@ fn merge_ranks(known: &mut Vec<v1::JobRank>, seen: &[v1::JobRank], own: Range<us
         known.exit_code = known.exit_code.or(rank.exit_code);
     }
     *known = merged.into_values().collect();
-}
-
-fn failed(failure: &Failure) -> Outcome {
-    let verdict = if failure.infrastructure {
-        Verdict::InfrastructureFailed
-    } else {
-        Verdict::Failed
-    };
-    let unsaid = || error("NodeFailed", "the node did not say what went wrong", &[]);
-    let error = failure.error.clone().unwrap_or_else(unsaid);
-    Outcome::new(verdict, failure.exit_code, vec![error])
-}
-
-/// The toolkit's rule: is the job over, and how? The first failure decides; without one, the job is over when all of its
-/// ranks are: of a custom job that is one process on the master, unless it asks for some on every node.
-pub fn verdict(attempt: &Attempt) -> Option<Outcome> {
-    let ranks = || {
-        attempt
-            .nodes
-            .iter()
-            .flat_map(|node| node.ranks.iter().map(move |r| (node, r)))
-    };
-    let failure = ranks().filter(|(_, r)| r.exit_code.is_some_and(|code| code != 0));
-    if let Some((node, rank)) = failure.min_by_key(|(_, r)| r.rank) {
-        let code = rank.exit_code.unwrap_or_default();
-        let message = format!(
-            "Job failed with non-zero exit code: rank {} on {} ended with {code}",
-            rank.rank, node.node
-        );
-        let details = [
-            ("rank", rank.rank.to_string()),
-            ("node", node.node.clone()),
-            ("exitCode", code.to_string()),
-        ];
-        let details: Vec<_> = details
-            .iter()
-            .map(|(name, value)| (*name, value.as_str()))
-            .collect();
-        let error = error("JobFailed", &message, &details);
-        return Some(Outcome::new(Verdict::Failed, Some(code), vec![error]));
-    }
-    let count = attempt.rank_count();
-    let own = |rank: i32| usize::try_from(rank).is_ok_and(|rank| rank < count);
-    let done = ranks()
-        .filter(|(_, r)| r.exit_code == Some(0) && own(r.rank))
-        .count();
-    if done == count {
-        return Some(Outcome::new(Verdict::Succeeded, Some(0), Vec::new()));
-    }
-    let lost = attempt.nodes.iter().find(|n| n.phase == NodePhase::Lost);
-    let early = attempt
-        .nodes
-        .iter()
-        .find(|n| n.phase == NodePhase::Ended && !ranks_are_done(n));
-    let all_ended = attempt.nodes.iter().all(|n| n.phase == NodePhase::Ended);
-    let (node, message) = match (lost, early) {
-        (Some(node), _) => (
-            node,
-            "the node lost the attempt: nobody knows how its processes ended",
-        ),
-        (None, Some(node)) => (node, "the node ended the attempt without being told to"),
-        (None, None) if all_ended => (attempt.nodes.first()?, "a rank was never started"),
-        (None, None) => return None,
-    };
-    let error = error("NodeLost", message, &[("node", &node.node)]);
-    Some(Outcome::new(
-        Verdict::InfrastructureFailed,
-        None,
-        vec![error],
-    ))
-}
-
-fn ranks_are_done(node: &AttemptNode) -> bool {
-    !node.ranks.is_empty() && node.ranks.iter().all(|rank| rank.exit_code.is_some())
 }
 
 /// A node came back as another incarnation: what it ran is gone.
@@ -448,11 +342,18 @@ fn store(step: &mut Step<'_>, mut attempt: Arc<Attempt>) {
     if let (Phase::Ended, Some(outcome)) = (attempt.phase, &attempt.outcome) {
         for node in &attempt.nodes {
             nodes::change(step, &node.node, |node| node.attempt = None);
+            if attempt.work == Work::SetUp {
+                setup::finish(step, &node.node, outcome);
+            }
             nodes::free_if_leaving(step, &node.node);
         }
-        jobs::finish(step, &attempt.job, outcome);
-    } else {
-        jobs::change(step, &attempt.job, |_| {});
+    }
+    match (&attempt.work, &attempt.outcome) {
+        (Work::Job(job), Some(outcome)) if attempt.phase == Phase::Ended => {
+            jobs::finish(step, job, outcome);
+        }
+        (Work::Job(job), _) => jobs::change(step, job, |_| {}),
+        (Work::SetUp, _) => {}
     }
 }
 

@@ -12,7 +12,7 @@ use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
 use imbl::OrdSet;
 use prost_types::Timestamp;
 
-use super::{Rejection, State, Step, check_etag, check_new, etag, keys, not_found};
+use super::{Rejection, State, Step, check_etag, check_new, etag, keys, not_found, setup};
 
 /// The order of a cluster's queue: urgent ones first, then in the order of submission.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -108,10 +108,7 @@ pub(super) fn create(step: &mut Step<'_>, cluster: &v1::Cluster) -> Result<(), R
     check_new(state, Kind::Cluster, name)?;
     keys::check_cluster(state, cluster)?;
     let stored = Cluster {
-        spec: Arc::new(v1::Cluster {
-            create_time: Some(state.time),
-            ..cluster.clone()
-        }),
+        spec: Arc::new(setup::named(state, cluster)),
         revision: state.revision,
         members: OrdSet::new(),
         queue: OrdSet::new(),
@@ -156,12 +153,16 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Reject
             why,
         });
     }
-    // A cluster without jobs has no attempt on its nodes: every one of them is free at once.
+    // A cluster without jobs has nodes that are being set up at most.
+    if setup::end(step, &found) {
+        return delete_later(step, name);
+    }
     for node in &found.members.clone() {
         super::nodes::change(step, node, |node| {
             node.cluster = None;
             node.leaving = false;
         });
+        setup::forget(step, node);
     }
     step.state.clusters.remove(name);
     step.state.deleting.remove(name);

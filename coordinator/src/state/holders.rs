@@ -32,8 +32,8 @@ pub(super) trait Holder: Clone {
     fn table(state: &mut State) -> &mut OrdMap<String, Arc<Self>>;
     fn fields(&mut self) -> Fields<'_>;
     fn etag(&self) -> &str;
-    /// Takes over what its parent has and it has not.
-    fn inherit(&mut self, _: &State) {}
+    /// Gets what its parent has and it has not, and what is its own.
+    fn settle(&mut self, _: &mut State) {}
 }
 
 macro_rules! fields {
@@ -76,7 +76,9 @@ impl Holder for v1::Workspace {
 
     fields!(tags);
 
-    fn inherit(&mut self, state: &State) {
+    fn settle(&mut self, state: &mut State) {
+        state.workspaces_made += 1;
+        self.number = state.workspaces_made;
         let group = names::parent(&self.name).and_then(|group| state.resource_groups.get(group));
         if let (true, Some(group)) = (self.location.is_empty(), group) {
             self.location.clone_from(&group.location);
@@ -99,7 +101,7 @@ pub(super) fn create<H: Holder>(step: &mut Step<'_>, given: &H) -> Result<(), Re
     let mut stored = given.clone();
     let name = stored.fields().name.to_owned();
     check_new(step.state, H::KIND, &name)?;
-    stored.inherit(step.state);
+    stored.settle(step.state);
     let (revision, time) = (step.state.revision, step.state.time);
     let fields = stored.fields();
     *fields.etag = etag(revision);

@@ -1,6 +1,6 @@
 //! PURE. What must hold of every State, by name. Tests and simulations check all of it after every step.
 
-use super::attempts::Phase;
+use super::attempts::{Phase, Work};
 use super::{Attempt, State, keys};
 use batchai_common::names;
 
@@ -136,11 +136,15 @@ fn nodes_and_attempts_agree(state: &State) -> Result<(), String> {
         }
     }
     for (id, attempt) in &state.attempts {
-        let job = state.jobs.get(&attempt.job);
-        if job.is_none_or(|job| job.attempt.as_ref() != Some(id)) {
-            return Err(format!(
-                "nodes_and_attempts_agree: {id} is not its job's latest"
-            ));
+        let latest = match &attempt.work {
+            Work::Job(job) => state.jobs.get(job).and_then(|job| job.attempt.as_ref()),
+            Work::SetUp => attempt.nodes.first().and_then(|n| {
+                let setup = state.nodes.get(&n.node)?.setup.as_ref()?;
+                Some(&setup.attempt)
+            }),
+        };
+        if latest != Some(id) {
+            return Err(format!("nodes_and_attempts_agree: {id} is not the latest"));
         }
         let held = |node: &String| {
             state

@@ -16,6 +16,8 @@ pub mod jobs;
 pub mod keys;
 pub mod nodes;
 pub mod requests;
+pub mod setup;
+mod verdict;
 pub mod vm_size_aliases;
 
 use std::ops::Bound;
@@ -39,6 +41,8 @@ pub struct State {
     pub revision: i64,
     /// How many jobs were ever submitted: the place of the next one in its queue.
     pub submissions: i64,
+    /// How many workspaces were ever made: the number of the latest.
+    pub workspaces_made: i64,
     /// The log index of the last command, changed or not.
     pub applied_index: u64,
     /// The latest time a command carried. It never goes back.
@@ -214,6 +218,7 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         CommandKind::RecordReport(c) => attempts::record(step, c),
         CommandKind::FailAttempt(c) => attempts::fail(step, c),
         CommandKind::PutDataKey(c) => keys::put(step, c),
+        CommandKind::SetUpNode(c) => setup::begin(step, c),
     }
 }
 

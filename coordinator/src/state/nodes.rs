@@ -11,6 +11,7 @@ use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
 use prost_types::Timestamp;
 
 use super::attempts::{self, Outcome};
+use super::setup::{self, Setup};
 use super::{Rejection, Step, check_new, clusters, jobs, not_found, vm_size_aliases};
 use batchai_proto::internal::v1::terminate_job::Cause;
 
@@ -34,6 +35,8 @@ pub struct Node {
     pub attempt: Option<String>,
     /// The revision that last changed its assignments.
     pub assigned: i64,
+    /// How its set-up for its cluster went; none where it was not begun, or there is none.
+    pub setup: Option<Setup>,
 }
 
 impl Node {
@@ -104,6 +107,7 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
             expelled: false,
             attempt: None,
             assigned: step.state.revision,
+            setup: None,
         };
         step.state.nodes.insert(name.clone(), Arc::new(node));
         step.changed(name);
@@ -180,14 +184,13 @@ pub(super) fn release(step: &mut Step<'_>, command: &ReleaseNode) -> Result<(), 
     change(step, &command.node, |node| node.leaving = true);
     clusters::change(step, &command.cluster, |_| {});
     if let Some(attempt) = &node.attempt {
+        let job = step.state.attempts.get(attempt);
+        let job = job.and_then(|attempt| attempt.job().map(str::to_owned));
         match command.option() {
+            // What it is set up for is not to be.
+            _ if job.is_none() => attempts::decide(step, attempt, Outcome::requeue_for_resize()),
             NodeDeallocationOption::WaitForJobCompletion => {}
             NodeDeallocationOption::Terminate => {
-                let job = step
-                    .state
-                    .attempts
-                    .get(attempt)
-                    .map(|attempt| attempt.job.clone());
                 jobs::terminate(step, &job.unwrap_or_default(), Cause::Unspecified)?;
             }
             NodeDeallocationOption::Requeue | NodeDeallocationOption::Unspecified => {
@@ -209,6 +212,7 @@ pub(super) fn free_if_leaving(step: &mut Step<'_>, name: &str) {
             node.cluster = None;
             node.leaving = false;
         });
+        setup::forget(step, name);
         clusters::change(step, cluster, |cluster| {
             cluster.members.remove(name);
         });

@@ -26,12 +26,19 @@ pub(crate) struct Ensemble {
     pub heard: Heard,
     /// What the next command carries out.
     request: Option<RequestKey>,
+    /// What the cluster wants done on its nodes.
+    setup_task: Option<v1::SetupTask>,
     index: u64,
 }
 
 impl Ensemble {
     /// An ensemble with a cluster of the given target.
     fn new(target: i32) -> Ensemble {
+        Ensemble::with_task(target, None)
+    }
+
+    /// The same with a set-up task.
+    fn with_task(target: i32, setup_task: Option<v1::SetupTask>) -> Ensemble {
         let heard = Heard {
             now: 1_000_000,
             ..Heard::default()
@@ -40,6 +47,7 @@ impl Ensemble {
             state: State::default(),
             heard,
             request: None,
+            setup_task,
             index: 0,
         };
         let ensemble = "00000000-0000-0000-0000-000000000001".to_owned();
@@ -73,6 +81,13 @@ impl Ensemble {
                 auto_scale: None,
             }),
             ..Default::default()
+        };
+        let cluster = v1::Cluster {
+            node_setup: self.setup_task.clone().map(|task| v1::NodeSetup {
+                setup_task: Some(task),
+                ..Default::default()
+            }),
+            ..cluster
         };
         for (name, create) in [
             (GROUP, C::CreateResourceGroup(group)),
@@ -229,6 +244,7 @@ impl Ensemble {
             ranks: ranks.collect(),
             files: Vec::new(),
             failure,
+            last_words: String::new(),
         };
         let known = &self.state.nodes[&node];
         let report = RecordReport {
@@ -635,6 +651,136 @@ fn resize(target: i32, option: Dealloc) -> C {
     })
 }
 
+fn setup_task() -> v1::SetupTask {
+    v1::SetupTask {
+        command_line: "apt-get install -y libfoo".into(),
+        std_out_err_path_prefix: "/logs".into(),
+        ..Default::default()
+    }
+}
+
+impl Ensemble {
+    /// A cluster with a set-up task, and its nodes.
+    fn to_set_up(target: i32, nodes: usize) -> Ensemble {
+        let mut e = Ensemble::with_task(target, Some(setup_task()));
+        for i in 0..nodes {
+            e.register(&format!("nodes/n{i}"), "1");
+        }
+        e.settle();
+        e
+    }
+
+    /// What a node says about its set-up.
+    fn see_setup(&mut self, node: &str, phase: P, code: Option<i32>) {
+        let id = self.state.nodes[node].attempt.clone().unwrap();
+        let attempt = self.state.attempts[&id].clone();
+        let ranks: Vec<_> = code.map(|code| (0, Some(code))).into_iter().collect();
+        self.see_attempt(&attempt, 0, phase, &ranks, None);
+        self.settle();
+    }
+
+    /// A node is set up, or fails to be.
+    fn set_up(&mut self, node: &str, code: i32) {
+        self.see_setup(node, P::Ready, None);
+        self.see_setup(node, P::Ended, Some(code));
+    }
+}
+
+#[test]
+fn nodes_are_set_up_before_they_take_jobs_and_after_each_reboot() {
+    let mut e = Ensemble::to_set_up(2, 2);
+    let job = e.submit("j", 2, |_| {});
+    assert_eq!(e.job(&job).state, JobState::Queued);
+    let list = assignments::assignments(&e.state, "nodes/n0");
+    assert!(list.assignments[0].set_up);
+    e.set_up("nodes/n0", 0);
+    assert_eq!(e.job(&job).state, JobState::Queued);
+    let waits = pending_reason(&e.state, &e.heard, e.job(&job));
+    assert!(waits.contains("idle: 1, being set up: 1"), "{waits}");
+    e.set_up("nodes/n1", 0);
+    assert_eq!(e.job(&job).state, JobState::Running);
+    for i in 0..2 {
+        e.see(&job, i, P::Ready, &[]);
+    }
+    for i in 0..2 {
+        e.see(&job, i, P::Ended, &[(0, Some(0))]);
+    }
+    assert_eq!(e.state_of(&job), JobState::Succeeded);
+    // A reboot: it is set up once more, and only it.
+    e.register("nodes/n1", "2");
+    e.settle();
+    assert!(e.state.nodes["nodes/n1"].attempt.is_some());
+    assert!(e.state.nodes["nodes/n0"].attempt.is_none());
+    e.set_up("nodes/n1", 0);
+    // A node that leaves and comes back is set up anew; one that stays is not.
+    e.ok(resize(1, Dealloc::Requeue));
+    e.settle();
+    assert_eq!(e.state.nodes["nodes/n1"].setup, None);
+    e.ok(resize(2, Dealloc::Requeue));
+    e.settle();
+    assert!(e.state.nodes["nodes/n1"].attempt.is_some());
+    assert!(e.state.nodes["nodes/n0"].attempt.is_none());
+}
+
+#[test]
+fn a_set_up_that_fails_keeps_its_node_out_and_says_why() {
+    let mut e = Ensemble::to_set_up(1, 1);
+    let job = e.submit("j", 1, |_| {});
+    e.set_up("nodes/n0", 3);
+    let node = &e.state.nodes["nodes/n0"];
+    assert_eq!(
+        (node.attempt.clone(), setup::is_due(&e.state, node)),
+        (None, false)
+    );
+    let error = setup::error(node).unwrap();
+    assert_eq!(error.code, "SetupTaskFailed");
+    assert!(error.message.contains("exit code 3 on nodes/n0"));
+    let waits = pending_reason(&e.state, &e.heard, e.job(&job));
+    assert!(waits.contains("whose set-up failed: 1"), "{waits}");
+    // Another boot, another try; infrastructure gets several.
+    e.register("nodes/n0", "2");
+    e.settle();
+    for _ in 0..jobs::INFRASTRUCTURE_RETRIES_MAX {
+        e.see_setup("nodes/n0", P::Lost, None);
+        assert!(e.state.nodes["nodes/n0"].attempt.is_some());
+    }
+    e.see_setup("nodes/n0", P::Lost, None);
+    let node = &e.state.nodes["nodes/n0"];
+    assert_eq!(setup::error(node).unwrap().code, "NodeLost");
+    assert_eq!(node.attempt, None);
+}
+
+#[test]
+fn clusters_are_resized_and_deleted_while_their_nodes_are_set_up() {
+    for option in [
+        Dealloc::Requeue,
+        Dealloc::Terminate,
+        Dealloc::WaitForJobCompletion,
+    ] {
+        let mut e = Ensemble::to_set_up(1, 1);
+        e.ok(resize(0, option));
+        e.settle();
+        let list = assignments::assignments(&e.state, "nodes/n0");
+        let stop = batchai_proto::agent::v1::assignment::Desired::Stop;
+        assert_eq!(list.assignments[0].desired(), stop);
+        e.see_setup("nodes/n0", P::Ended, None);
+        assert!(e.state.nodes["nodes/n0"].is_free());
+        assert!(e.state.attempts.is_empty());
+    }
+    let mut e = Ensemble::to_set_up(2, 2);
+    e.set_up("nodes/n0", 0);
+    e.ok(C::Delete(Delete {
+        name: CLUSTER.into(),
+        etag: String::new(),
+        force: false,
+    }));
+    e.settle();
+    assert!(e.state.clusters[CLUSTER].deleting.is_some());
+    e.see_setup("nodes/n1", P::Ended, None);
+    assert!(e.state.clusters.is_empty() && e.state.attempts.is_empty());
+    assert!(e.state.nodes.values().all(|node| node.is_free()));
+}
+
 #[test]
 fn shrinking_does_to_running_jobs_what_was_asked_for() {
     for (option, expected) in [
@@ -1030,11 +1176,18 @@ enum Action {
     Label(usize),
     Batch(usize),
     Rotate,
+    SetUp {
+        node: usize,
+        phase: i32,
+        code: Option<i32>,
+    },
 }
 
 fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
         1 => Just(Action::Rotate),
+        8 => (0..4usize, 2..6i32, prop::option::weighted(0.5, 0..2i32))
+            .prop_map(|(node, phase, code)| Action::SetUp { node, phase, code }),
         3 => (1..4i32, any::<bool>(), any::<bool>())
             .prop_map(|(nodes, pytorch, high)| Action::Submit { nodes, pytorch, high }),
         12 => (0..6usize, 0..3usize, 1..6i32, prop::option::of(0..3i32), prop::bool::weighted(0.1))
@@ -1058,8 +1211,13 @@ proptest! {
     /// Whatever happens, every invariant holds after every command, and two replicas that apply the same commands
     /// have the same State.
     #[test]
-    fn invariants_hold_through_any_history(actions in prop::collection::vec(action(), 1..80)) {
-        let mut e = Ensemble::with_nodes(3, 4);
+    fn invariants_hold_through_any_history(
+        actions in prop::collection::vec(action(), 1..80), with_task in any::<bool>()
+    ) {
+        let mut e = match with_task {
+            true => Ensemble::to_set_up(3, 4),
+            false => Ensemble::with_nodes(3, 4),
+        };
         let mut names: Vec<String> = Vec::new();
         for (i, action) in actions.into_iter().enumerate() {
             match action {
@@ -1128,6 +1286,13 @@ proptest! {
                 }
                 Action::Resize(target, option) => {
                     let _ = e.try_apply(resize(target, Dealloc::try_from(option).unwrap()));
+                }
+                Action::SetUp { node, phase, code } => {
+                    let node = format!("nodes/n{node}");
+                    let busy = e.state.nodes[&node].attempt.as_ref().map(|id| &e.state.attempts[id]);
+                    if busy.is_some_and(|attempt| attempt.job().is_none()) {
+                        e.see_setup(&node, P::try_from(phase).unwrap(), code);
+                    }
                 }
                 Action::Rotate => {
                     if !e.state.deleting.contains(WORKSPACE) && !e.state.deleting.contains(GROUP) {

@@ -13,7 +13,7 @@ use std::path::Path;
 use batchai_proto::v1::NodeFacts;
 
 use crate::config::Config;
-use crate::launch::{HostFacts, JobUser};
+use crate::launch::{HostFacts, JobLimit, JobUsers};
 
 use sysfs::Sysfs;
 
@@ -95,7 +95,7 @@ pub fn host_facts(
     facts: &NodeFacts,
     node_uid: &str,
     bundles: &Path,
-    user: Option<JobUser>,
+    (users, limits): (JobUsers, Vec<JobLimit>),
 ) -> HostFacts {
     let base = INHERITED
         .iter()
@@ -109,7 +109,8 @@ pub fn host_facts(
             .addresses
             .first()
             .and_then(|address| interface(address)),
-        user,
+        users,
+        limits,
         base_env: base.collect::<BTreeMap<_, _>>(),
     }
 }

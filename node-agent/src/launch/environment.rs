@@ -7,7 +7,7 @@ use batchai_proto::v1::{Job, NameValuePair};
 
 use super::expand::expand;
 use super::paths::Paths;
-use super::{Context, HostFacts, LaunchError};
+use super::{Context, HostFacts, JobUser, LaunchError};
 
 /// Every process of an attempt, and whatever it starts, carries this variable: `{node uid}/{attempt}`. Stray processes
 /// are found by it.
@@ -18,7 +18,7 @@ type Env = BTreeMap<String, String>;
 /// What every process of the job has, before the user's own variables.
 pub fn common(
     assignment: &Assignment,
-    job: &Job,
+    (job, user): (&Job, Option<&JobUser>),
     facts: &HostFacts,
     paths: &Paths,
 ) -> Result<Env, LaunchError> {
@@ -28,7 +28,7 @@ pub fn common(
         .map(|host| host.address.as_str())
         .collect();
     let mut env = facts.base_env.clone();
-    if let Some(user) = &facts.user {
+    if let Some(user) = user {
         env.insert("HOME".into(), user.home.clone());
         env.insert("USER".into(), user.name.clone());
         env.insert("LOGNAME".into(), user.name.clone());

@@ -8,6 +8,7 @@ mod environment;
 pub mod expand;
 mod paths;
 mod pytorch;
+mod users;
 
 use std::collections::BTreeMap;
 
@@ -19,16 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use environment::ATTEMPT_TAG;
 use paths::Paths;
-
-/// Whom processes run as.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct JobUser {
-    pub name: String,
-    pub uid: u32,
-    pub gid: u32,
-    pub groups: Vec<u32>,
-    pub home: String,
-}
+pub use users::{JobLimit, JobUser, JobUsers, Limited};
 
 /// One process on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +43,9 @@ pub struct Preparation {
     pub wipe: String,
     /// Made in this order, with their parents.
     pub directories: Vec<String>,
+    /// Of those of them that lie in the mount root: up to where they are this job's own, and nobody else's to look into.
+    #[serde(default)]
+    pub own: Vec<String>,
     /// Path and content.
     pub files: Vec<(String, String)>,
     /// The bundle on this host that is unpacked, and where to.
@@ -59,6 +54,12 @@ pub struct Preparation {
     /// Whom all of it is for; the agent's own user where it is none.
     #[serde(default)]
     pub user: Option<JobUser>,
+    /// What its processes may take, beyond what they inherit.
+    #[serde(default)]
+    pub limits: Vec<JobLimit>,
+    /// Its processes may start what has more rights than they.
+    #[serde(default)]
+    pub may_gain: bool,
     /// The preparation command.
     pub command: Option<ProcessPlan>,
     /// Where log files are copied to.
@@ -83,8 +84,10 @@ pub struct HostFacts {
     pub gpu_count: usize,
     /// The network interface that has the host's address.
     pub interface: Option<String>,
-    /// Whom jobs run as; the agent's own user where it is none.
-    pub user: Option<JobUser>,
+    /// Whom jobs run as.
+    pub users: JobUsers,
+    /// What their processes may take.
+    pub limits: Vec<JobLimit>,
     /// What every process inherits: PATH, HOME and the like.
     pub base_env: BTreeMap<String, String>,
 }
@@ -109,6 +112,11 @@ pub enum LaunchError {
     Unreachable { node: String, address: String },
     #[error("the assignment is incomplete: {what} is missing")]
     Incomplete { what: &'static str },
+    #[error(
+        "workspace {number} has no user on this node: with --job-user per-workspace, upgrade the coordinator, or give a \
+         lower number"
+    )]
+    NoUser { number: i64 },
     #[error("this agent cannot launch the job's toolkit; upgrade the agent")]
     UnknownToolkit,
 }
@@ -125,6 +133,7 @@ struct Context<'a> {
     assignment: &'a Assignment,
     job: &'a Job,
     facts: &'a HostFacts,
+    user: Option<JobUser>,
     paths: Paths,
     /// The environment of every process of the job; ranks add to it.
     env: BTreeMap<String, String>,
@@ -140,12 +149,14 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
         .as_ref()
         .ok_or(LaunchError::Incomplete { what: "job" })?;
     check_addresses(assignment)?;
+    let user = facts.users.of(assignment)?;
     let paths = Paths::of(job, assignment, &facts.root)?;
-    let env = environment::common(assignment, job, facts, &paths)?;
+    let env = environment::common(assignment, (job, user.as_ref()), facts, &paths)?;
     let context = Context {
         assignment,
         job,
         facts,
+        user,
         paths,
         env,
     };
@@ -191,7 +202,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
     } = context;
     // One node: the original's names. Several may share the directory: theirs carry the node.
     let suffix = match assignment.hosts.len() {
-        1 => String::new(),
+        1 if !assignment.set_up => String::new(),
         _ => format!(
             "-{}",
             batchai_common::names::last_id(&own_host(assignment)?.node)
@@ -216,9 +227,12 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
     Ok(Preparation {
         wipe: paths.job_temp_dir.clone(),
         directories: paths.directories(),
+        own: paths.own(&job.job_output_directory_path_segment),
         files: vec![(paths.hostfile.clone(), hostfile(context))],
         bundle: bundle(context),
-        user: context.facts.user.clone(),
+        user: context.user.clone(),
+        limits: context.facts.limits.clone(),
+        may_gain: assignment.set_up,
         command,
         copy_to: paths.stdouterr.clone(),
         execution_log: format!("execution{suffix}.log"),

@@ -31,11 +31,13 @@ pub struct Paths {
 
 impl Paths {
     pub fn of(job: &Job, assignment: &Assignment, root: &str) -> Result<Paths, LaunchError> {
-        let names = ids(&job.name);
-        let [_, workspace, experiment, name] = names[..] else {
-            return Err(LaunchError::Incomplete { what: "job name" });
+        let below = match (&ids(&job.name)[..], assignment.set_up) {
+            ([_, workspace, experiment, name], false) => format!("{workspace}/{experiment}/{name}"),
+            // No workspace is called like that.
+            ([_, workspace, cluster], true) => format!(".setup/{workspace}/{cluster}"),
+            _ => return Err(LaunchError::Incomplete { what: "job name" }),
         };
-        let temp = |root: &str| format!("{root}/jobs/{workspace}/{experiment}/{name}");
+        let temp = |root: &str| format!("{root}/jobs/{below}");
         let job_temp = temp(root);
         let own = own_host(assignment)?;
         let shares = assignment
@@ -54,6 +56,11 @@ impl Paths {
             ..Paths::default()
         };
         paths.add_directories(job)?;
+        if assignment.set_up {
+            // Its files tell of which node they are; the original puts them there.
+            let logs = paths.stdouterr.trim_end_matches("/stdouterr").to_owned();
+            paths.stdouterr = logs;
+        }
         Ok(paths)
     }
 
@@ -99,6 +106,21 @@ impl Paths {
                 self.job_mount_root.clone(),
             ),
         ]
+    }
+
+    /// The parts of directories in the mount root that are the job's own: up to its segment.
+    pub fn own(&self, segment: &str) -> Vec<String> {
+        let logs = std::iter::once(&self.stdouterr);
+        let all = logs.chain(self.outputs.iter().map(|(_, path)| path));
+        let here = all.filter(|path| Path::new(path).starts_with(&self.mount_root));
+        let own = here.filter_map(|path| {
+            let (prefix, _) = path.split_once(&format!("/{segment}"))?;
+            Some(format!("{prefix}/{segment}"))
+        });
+        let mut own: Vec<_> = own.collect();
+        own.sort();
+        own.dedup();
+        own
     }
 
     /// What must exist before the job begins.

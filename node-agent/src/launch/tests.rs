@@ -27,7 +27,8 @@ fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
 
 fn facts() -> HostFacts {
     HostFacts {
-        user: None,
+        users: JobUsers::Own,
+        limits: Vec::new(),
         node_uid: "u".into(),
         root: "/r".into(),
         bundles: "/data/bundles".into(),
@@ -291,7 +292,7 @@ fn processes_are_at_home_with_whom_they_run_as() {
         home: "/home/ada".into(),
     };
     let facts = HostFacts {
-        user: Some(user.clone()),
+        users: JobUsers::One(user.clone()),
         ..facts()
     };
     let plan = plan(&assignment(1, 0, custom()), &facts).unwrap();

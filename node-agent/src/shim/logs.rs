@@ -3,11 +3,15 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
+use batchai_common::limits::LAST_WORDS_BYTES_MAX;
 use nix::unistd::read;
 
 const READ_BYTES: usize = 64 << 10;
+/// Lines that an error takes.
+const LAST_LINES_MAX: usize = 20;
 
 /// A pipe and the file it runs into.
 pub struct Stream {
@@ -18,6 +22,30 @@ pub struct Stream {
     failed: Option<io::Error>,
     /// Bytes that were lost and are not yet marked in the file.
     lost: u64,
+}
+
+/// The last lines of a log file, as many as an error takes. Where it cannot be read, nothing: it is only said along.
+pub fn last_words(path: &Path) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let file = File::open(path)?;
+        let begin = file
+            .metadata()?
+            .len()
+            .saturating_sub(LAST_WORDS_BYTES_MAX as u64);
+        let mut end = vec![0; LAST_WORDS_BYTES_MAX];
+        let length = file.read_at(&mut end, begin)?;
+        end.truncate(length);
+        Ok(end)
+    };
+    let text = read().unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<_> = text.trim_end().lines().rev().take(LAST_LINES_MAX).collect();
+    let mut last: String = lines.into_iter().rev().collect::<Vec<_>>().join("\n");
+    // What is no text takes more room once it is one.
+    while last.len() > LAST_WORDS_BYTES_MAX {
+        last.remove(0);
+    }
+    last
 }
 
 /// What reading a pipe came to.

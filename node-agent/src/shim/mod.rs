@@ -13,6 +13,7 @@ mod process;
 mod root;
 mod run;
 mod secrets;
+mod share;
 mod tree;
 mod unpack;
 

@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use super::root::MARKER;
+use super::share;
 use super::unpack::{bound_memory, unpack};
 use crate::journal::{AttemptDir, SETUP_FAILED};
 use crate::launch::Preparation;
@@ -34,7 +35,7 @@ fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
         let made = make_own(Path::new(&plan.wipe), Path::new(directory), plan);
         made.map_err(|e| failure("make directory", directory, &e, true))?;
     }
-    share_mount_root(plan).map_err(|e| failure("make", "the mount root", &e, true))?;
+    share_mount_root(plan)?;
     let bundle = match &plan.bundle {
         None => None,
         // That the node has lost its copy is no fault of the job.
@@ -98,13 +99,19 @@ fn make_own(root: &Path, path: &Path, plan: &Preparation) -> io::Result<()> {
     Ok(())
 }
 
-/// Where nothing is mounted jobs of any user may make directories, and nobody may take away another's.
-fn share_mount_root(plan: &Preparation) -> io::Result<()> {
-    let Some(root) = plan.directories.first().filter(|_| plan.user.is_some()) else {
+/// Where nothing is mounted jobs of any user have directories: what leads to them is everybody's, and nobody may take away or
+/// look into another's.
+fn share_mount_root(plan: &Preparation) -> Result<(), FailureRecord> {
+    let (Some(user), Some(root)) = (&plan.user, plan.directories.first()) else {
         return Ok(());
     };
-    fs::create_dir_all(root)?;
-    fs::set_permissions(root, Permissions::from_mode(0o1777))
+    let made = share::make_root(Path::new(root));
+    made.map_err(|e| failure("make", "the mount root", &e, true))?;
+    for own in &plan.own {
+        let made = share::make_own(Path::new(root), Path::new(own), user);
+        made.map_err(|e| failure("make directory", own, &e, false))?;
+    }
+    Ok(())
 }
 
 fn failure(what: &str, path: &str, error: &io::Error, infrastructure: bool) -> FailureRecord {

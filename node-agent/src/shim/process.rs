@@ -13,8 +13,8 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, setsid};
 
 use super::secrets::Secrets;
-use crate::launch::{JobUser, ProcessPlan};
-use crate::user::{Identity, become_user, give_up_privileges};
+use crate::launch::{JobLimit, JobUser, ProcessPlan};
+use crate::user::{Identity, become_user, give_up_privileges, take_limit};
 
 /// A process that was started, and what it prints.
 pub struct Started {
@@ -23,14 +23,21 @@ pub struct Started {
     pub stderr: OwnedFd,
 }
 
+/// What a process may.
+#[derive(Clone, Copy)]
+pub struct Rights<'a> {
+    /// How many files it may have open, soft and hard.
+    pub open_files: Option<(u64, u64)>,
+    /// What it may take beyond that.
+    pub limits: &'a [JobLimit],
+    /// Whom it runs as; the shim's own user where it is none.
+    pub user: Option<&'a JobUser>,
+    /// It may start what has more rights than it.
+    pub may_gain: bool,
+}
+
 /// Starts a process in a session of its own, with nothing of the shim's but its pipes. It dies when the shim does.
-/// `open_files` are the limits it gets, soft and hard; `user` is whom it runs as.
-pub fn start(
-    plan: &ProcessPlan,
-    secrets: &Secrets,
-    open_files: Option<(u64, u64)>,
-    user: Option<&JobUser>,
-) -> io::Result<Started> {
+pub fn start(plan: &ProcessPlan, secrets: &Secrets, rights: Rights<'_>) -> io::Result<Started> {
     let (program, arguments) = plan.argv.split_first().ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidInput, "there is no program to start")
     })?;
@@ -44,7 +51,7 @@ pub fn start(
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    in_its_own_session(&mut command, open_files, user.map(Identity::from));
+    in_its_own_session(&mut command, rights);
     let mut child = command.spawn()?;
     let missing = || io::Error::other("a pipe is missing");
     let stdout = OwnedFd::from(child.stdout.take().ok_or_else(missing)?);
@@ -62,22 +69,28 @@ pub fn start(
 
 /// What has to happen between fork and exec.
 #[allow(unsafe_code)]
-fn in_its_own_session(
-    command: &mut Command,
-    open_files: Option<(u64, u64)>,
-    user: Option<Identity>,
-) {
+fn in_its_own_session(command: &mut Command, rights: Rights<'_>) {
     let shim = getpid();
+    let Rights {
+        open_files,
+        may_gain,
+        ..
+    } = rights;
+    let user = rights.user.map(Identity::from);
+    let limits = rights.limits.to_vec();
     // SAFETY: the shim has one thread, and the closure makes system calls only: it allocates nothing unless it fails.
     unsafe {
         command.pre_exec(move || {
             if let Some((soft, hard)) = open_files {
                 setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
             }
+            for limit in &limits {
+                take_limit(limit)?;
+            }
             if let Some(user) = &user {
                 become_user(user)?;
             }
-            give_up_privileges()?;
+            give_up_privileges(may_gain)?;
             // Last: who becomes somebody else forgets with whom it dies.
             detach(shim)
         });

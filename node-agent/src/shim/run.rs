@@ -21,7 +21,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::copier::{self, Copier};
-use super::logs::{Drained, ExecutionLog, Stream};
+use super::logs::{Drained, ExecutionLog, Stream, last_words};
+use super::process::Rights;
 use super::secrets::Secrets;
 use super::{ShimError, prepare, process, system};
 use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, SETUP_FAILED, STATUS, STOP};
@@ -56,6 +57,8 @@ pub(super) enum Ending {
 pub(super) struct Running {
     pub rank: i32,
     pub pid: i32,
+    /// The name of the log file of its standard error; empty for helpers.
+    pub stderr: String,
 }
 
 pub struct Shim {
@@ -160,7 +163,11 @@ impl Shim {
         let (dir, plan) = (self.dir.clone(), self.plan.clone());
         match process::helper(|| prepare::run(&dir, &plan)) {
             Ok(pid) => {
-                self.running.push(Running { rank: SETUP, pid });
+                self.running.push(Running {
+                    rank: SETUP,
+                    pid,
+                    stderr: String::new(),
+                });
                 self.publish();
             }
             Err(error) => self.fail(FailureRecord {
@@ -282,18 +289,18 @@ impl Shim {
             let Some(at) = self.running.iter().position(|running| running.pid == pid) else {
                 continue;
             };
-            let rank = self.running.remove(at).rank;
+            let Running { rank, stderr, .. } = self.running.remove(at);
             // What it printed last is in the file before anyone hears that it ended.
             self.drain(buffer);
             match rank {
                 SETUP => self.set_up(code)?,
-                PREPARATION => self.prepared(code),
-                rank => self.rank_ended(rank, code),
+                PREPARATION => self.prepared(code, &stderr),
+                rank => self.rank_ended(rank, code, &stderr),
             }
         }
     }
 
-    fn prepared(&mut self, code: i32) {
+    fn prepared(&mut self, code: i32, stderr: &str) {
         self.log.say(&format!(
             "the preparation command ended with exit code {code}"
         ));
@@ -302,7 +309,10 @@ impl Shim {
             (_, Ending::No) => self.fail(FailureRecord {
                 code: "JobPreparationFailed".into(),
                 message: format!("the job preparation command failed with exit code {code}"),
-                details: vec![("exitCode".into(), code.to_string())],
+                details: vec![
+                    ("exitCode".into(), code.to_string()),
+                    ("stderr".into(), self.last_words(stderr)),
+                ],
                 exit_code: Some(code),
                 ..FailureRecord::default()
             }),
@@ -310,9 +320,14 @@ impl Shim {
         }
     }
 
-    fn rank_ended(&mut self, rank: i32, code: i32) {
+    fn rank_ended(&mut self, rank: i32, code: i32, stderr: &str) {
         self.log
             .say(&format!("rank {rank} ended with exit code {code}"));
+        // What ends because it is told to has nothing to say about why.
+        let first = self.status.last_words.is_empty() && matches!(self.ending, Ending::No);
+        if code != 0 && first {
+            self.status.last_words = self.last_words(stderr);
+        }
         if let Some(status) = self
             .status
             .ranks
@@ -325,6 +340,10 @@ impl Shim {
         if self.running.is_empty() {
             self.end("all ranks of this node have ended");
         }
+    }
+
+    fn last_words(&self, file: &str) -> String {
+        last_words(&self.dir.path.join(LOGS).join(file))
     }
 
     /// Does what the agent's files and signals say.
@@ -391,11 +410,17 @@ impl Shim {
 
     fn start(&mut self, plan: &ProcessPlan) -> io::Result<i32> {
         let logs = self.dir.path.join(LOGS);
-        let user = self.plan.user.as_ref();
-        let started = process::start(plan, &self.secrets, self.open_files, user)?;
+        let rights = Rights {
+            open_files: self.open_files,
+            limits: &self.plan.limits,
+            user: self.plan.user.as_ref(),
+            may_gain: self.plan.may_gain,
+        };
+        let started = process::start(plan, &self.secrets, rights)?;
         self.running.push(Running {
             rank: plan.rank,
             pid: started.pid,
+            stderr: plan.stderr.clone(),
         });
         self.streams
             .push(Stream::new(started.stdout, &logs.join(&plan.stdout))?);

@@ -1,0 +1,198 @@
+//! PURE. The set-up of nodes for their clusters: a task that runs on every node when it joins, and after each reboot, before it
+//! takes jobs.
+//!
+//! ```text
+//! (none) -> an attempt of its own -> done | failed
+//!   ^______________| infrastructure failed, as often as the bound allows
+//!   ^________________________________| the node has rebooted, or was given to a cluster anew
+//! ```
+//! It is an attempt like those of jobs (see `attempts`), with one node and one process. When one is to begin is decided in
+//! `duties`.
+
+use std::sync::Arc;
+
+use batchai_common::names::Kind;
+use batchai_proto::internal::v1::SetUpNode;
+use batchai_proto::v1;
+
+use super::attempts::{self, Attempt, AttemptNode, Outcome, Phase, Verdict, Work};
+use super::jobs::INFRASTRUCTURE_RETRIES_MAX;
+use super::{Cluster, Node, Rejection, State, Step, nodes, not_found};
+
+/// How long it may take.
+const WALL_CLOCK_S: i64 = 3600;
+
+/// How the set-up of a node stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Setup {
+    /// The incarnation of the node that it was begun in.
+    pub incarnation: String,
+    /// Its latest attempt.
+    pub attempt: String,
+    pub done: bool,
+    /// How often infrastructure ended it.
+    pub retries: i32,
+    /// Why it is not tried again.
+    pub error: Option<v1::ResourceError>,
+}
+
+/// What a cluster wants done on its nodes.
+fn task(cluster: &Cluster) -> Option<&v1::SetupTask> {
+    cluster.spec.node_setup.as_ref()?.setup_task.as_ref()
+}
+
+/// What is known of this incarnation of a node.
+fn current(node: &Node) -> Option<&Setup> {
+    let setup = node.setup.as_ref();
+    setup.filter(|setup| setup.incarnation == node.incarnation)
+}
+
+/// Whether a node is as its cluster wants it.
+pub fn is_done(state: &State, node: &Node) -> bool {
+    let cluster = node.cluster.as_ref().and_then(|c| state.clusters.get(c));
+    cluster.is_none_or(|cluster| task(cluster).is_none())
+        || current(node).is_some_and(|setup| setup.done)
+}
+
+/// Why a node will not be as its cluster wants it.
+pub fn error(node: &Node) -> Option<&v1::ResourceError> {
+    current(node)?.error.as_ref()
+}
+
+/// Whether the set-up of a node is to begin.
+pub fn is_due(state: &State, node: &Node) -> bool {
+    let busy = node.attempt.is_some() || node.leaving || node.expelled;
+    !busy && !is_done(state, node) && error(node).is_none()
+}
+
+/// A new cluster, with what is its own.
+pub(super) fn named(state: &State, cluster: &v1::Cluster) -> v1::Cluster {
+    let mut stored = v1::Cluster {
+        create_time: Some(state.time),
+        ..cluster.clone()
+    };
+    let task = stored.node_setup.as_mut();
+    if let Some(task) = task.and_then(|setup| setup.setup_task.as_mut()) {
+        let name = &cluster.name;
+        let below = name.split_once('/').map_or(name.as_str(), |(_, rest)| rest);
+        let suffix = format!("{}/{below}/{}", state.ensemble, cluster.uid);
+        task.std_out_err_path_suffix = suffix;
+    }
+    stored
+}
+
+pub(super) fn begin(step: &mut Step<'_>, command: &SetUpNode) -> Result<(), Rejection> {
+    let state = &*step.state;
+    let name = &command.node;
+    let node = state.nodes.get(name).cloned();
+    let node = node.ok_or_else(|| not_found(Kind::Node, name))?;
+    let cluster = node.cluster.as_ref().and_then(|c| state.clusters.get(c));
+    let due = is_due(state, &node) && node.revision == command.node_revision;
+    let (true, Some(cluster)) = (due, cluster) else {
+        let why = "it needs no set-up any more".to_owned();
+        let name = name.clone();
+        return Err(Rejection::Overtaken { name, why });
+    };
+    let id = format!("{}-{}", state.epoch, state.revision);
+    let retries = current(&node).map_or(0, |setup| setup.retries);
+    let attempt = Attempt {
+        id: id.clone(),
+        number: retries + 1,
+        work: Work::SetUp,
+        spec: Arc::new(spec(cluster)),
+        create_time: state.time,
+        phase: Phase::Preparing,
+        nodes: vec![AttemptNode::new(name, 0)],
+        outcome: None,
+        log_home: command.log_home,
+    };
+    forget(step, name);
+    step.state.attempts.insert(id.clone(), Arc::new(attempt));
+    nodes::change(step, name, |node| {
+        node.attempt = Some(id.clone());
+        node.setup = Some(Setup {
+            incarnation: node.incarnation.clone(),
+            attempt: id,
+            done: false,
+            retries,
+            error: None,
+        });
+    });
+    nodes::assign(step, name);
+    Ok(())
+}
+
+/// The task in the form of a job: what nodes know how to run.
+fn spec(cluster: &Cluster) -> v1::Job {
+    let task = task(cluster).cloned().unwrap_or_default();
+    v1::Job {
+        name: cluster.spec.name.clone(),
+        uid: cluster.spec.uid.clone(),
+        node_count: 1,
+        std_out_err_path_prefix: task.std_out_err_path_prefix,
+        job_output_directory_path_segment: task.std_out_err_path_suffix,
+        environment_variables: task.environment_variables,
+        secrets: task.secrets,
+        constraints: Some(v1::JobConstraints {
+            max_wall_clock_time: Some(prost_types::Duration {
+                seconds: WALL_CLOCK_S,
+                nanos: 0,
+            }),
+        }),
+        custom_toolkit_settings: Some(v1::CustomToolkitSettings {
+            command_line: task.command_line,
+            processes_per_node: 0,
+        }),
+        ..Default::default()
+    }
+}
+
+/// The attempt of a node's set-up has ended.
+pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
+    nodes::change(step, name, |node| {
+        let Some(setup) = &mut node.setup else {
+            return;
+        };
+        match outcome.verdict {
+            Verdict::Succeeded => setup.done = true,
+            Verdict::Requeue => {}
+            Verdict::InfrastructureFailed if setup.retries < INFRASTRUCTURE_RETRIES_MAX => {
+                setup.retries += 1;
+            }
+            Verdict::InfrastructureFailed | Verdict::Failed => {
+                setup.error = outcome.errors.first().cloned();
+            }
+        }
+    });
+    let cluster = step.state.nodes.get(name).and_then(|n| n.cluster.clone());
+    if let Some(cluster) = cluster {
+        // How many of its nodes do what is part of it.
+        super::clusters::change(step, &cluster, |_| {});
+    }
+}
+
+/// Has the set-up of a cluster's nodes ended; whether there was any.
+pub(super) fn end(step: &mut Step<'_>, cluster: &Cluster) -> bool {
+    let busy = |name: &&String| {
+        let node = step.state.nodes.get(*name);
+        node.is_some_and(|node| node.attempt.is_some())
+    };
+    let busy: Vec<_> = cluster.members.iter().filter(busy).cloned().collect();
+    for name in &busy {
+        let node = step.state.nodes.get(name);
+        if let Some(attempt) = node.and_then(|node| node.attempt.clone()) {
+            nodes::change(step, name, |node| node.leaving = true);
+            attempts::decide(step, &attempt, Outcome::requeue_for_resize());
+        }
+    }
+    !busy.is_empty()
+}
+
+/// A node belongs to no cluster any more, or begins anew: its last set-up is of no use.
+pub(super) fn forget(step: &mut Step<'_>, name: &str) {
+    let last = step.state.nodes.get(name).and_then(|n| n.setup.as_ref());
+    if let Some(attempt) = last.map(|setup| setup.attempt.clone()) {
+        step.state.attempts.remove(&attempt);
+        nodes::change(step, name, |node| node.setup = None);
+    }
+}
