@@ -65,10 +65,14 @@ pub enum ApiError {
         actual: String,
     },
     #[error(
-        "there are {limit} of kind {} already, as many as there may be; delete some first",
+        "there are {limit} of kind {} in {place} already, as many as there may be; delete some first",
         .kind.noun()
     )]
-    LimitReached { kind: Kind, limit: usize },
+    LimitReached {
+        kind: Kind,
+        limit: usize,
+        place: String,
+    },
     #[error(
         "revision {revision} is not remembered: what is goes from {oldest} to {latest}; watch again from revision 0"
     )]
@@ -241,8 +245,12 @@ fn metadata(error: &ApiError) -> HashMap<String, String> {
             ("expected", expected.clone()),
             ("actual", actual.clone()),
         ],
-        ApiError::LimitReached { kind, limit } => {
-            vec![("type", kind.noun().into()), ("limit", limit.to_string())]
+        ApiError::LimitReached { kind, limit, place } => {
+            vec![
+                ("type", kind.noun().into()),
+                ("limit", limit.to_string()),
+                ("place", place.clone()),
+            ]
         }
         ApiError::Forgotten {
             revision,

@@ -22,7 +22,7 @@ const FOLLOWED_MAX: usize = 1024;
 const FILE_BYTES_MAX: u64 = 32 << 20;
 /// The names of files: of calls of those who are known, and of nobody.
 const KINDS: [&str; 2] = ["audit", "strangers"];
-/// As callers are called who have shown nothing.
+/// As callers are called who have shown nothing, or nothing that is good any more.
 const NOBODY: &str = "nobody";
 /// So many are kept beside the latest.
 const FILES_MAX: usize = 8;
@@ -58,7 +58,7 @@ impl Audit {
 
     /// Records a call. It waits for room, unless it is nobody's.
     pub async fn record(&self, record: AuditRecord) {
-        if record.caller == NOBODY {
+        if is_nobody(&record) {
             // What finds no room is left out.
             let _ = self.queue.try_send(record);
         } else if self.queue.send(record).await.is_err() {
@@ -110,7 +110,7 @@ impl Writer {
     }
 
     fn write(&mut self, record: &AuditRecord) -> io::Result<()> {
-        let at = usize::from(record.caller == NOBODY);
+        let at = usize::from(is_nobody(record));
         if self.files[at].metadata()?.len() > FILE_BYTES_MAX {
             let path = |number| path(&self.root, KINDS[at], number);
             for number in (0..FILES_MAX).rev() {
@@ -125,6 +125,10 @@ impl Writer {
         line.push(b'\n');
         self.files[at].write_all(&line)
     }
+}
+
+fn is_nobody(record: &AuditRecord) -> bool {
+    record.caller.starts_with(NOBODY)
 }
 
 fn path(root: &Path, kind: &str, number: usize) -> PathBuf {

@@ -36,6 +36,12 @@ pub struct Config {
     /// one of the data.
     #[arg(long, value_name = "SOURCE")]
     pub secrets_key: Option<Source>,
+    /// How many calls a second each user, node or stranger's address may make; twice as many at once.
+    #[arg(long, default_value_t = 2000, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub calls_per_second: u32,
+    /// How many calls and streams each of them may have open.
+    #[arg(long, default_value_t = 1024, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    pub calls_open: u32,
     /// For tests only: listen in plain text and ask nobody who he is. Whoever reaches the address can run commands on every
     /// node, as root where agents are root.
     #[arg(long)]

@@ -4,6 +4,7 @@
 //! does is not known here; its rule says what of its request to look at. Whoever may not do a thing anywhere is refused before
 //! his request is read; whoever may is judged when all of it is here, and again and again while he is answered in a stream.
 
+pub mod quota;
 mod watched;
 
 use std::convert::Infallible;
@@ -30,6 +31,7 @@ use crate::audit::Audit;
 use crate::call::Call;
 use crate::replica::Handle;
 use crate::state::State;
+use quota::{Permit, Quota, stranger};
 use watched::Watched;
 
 /// Calls that nobody needs to show anything for: those that say whether somebody is there, and the one by which machines
@@ -59,6 +61,7 @@ pub struct Gate {
     /// There is no TLS: everybody may do everything.
     pub lab: bool,
     pub audit: Audit,
+    pub quota: Quota,
 }
 
 impl<S> Layer<S> for Gate {
@@ -121,11 +124,14 @@ impl Gate {
     {
         let mut ticket = Ticket::of(&request);
         let mut record = ticket.record();
-        let (caller, request) = match self.admit(&mut ticket, request, &mut record).await {
+        let admitted = self.admit(&mut ticket, request, &mut record).await;
+        let (caller, request, permit) = match admitted {
             Ok(admitted) => admitted,
             Err(error) => {
                 let refusal = Status::from(error);
-                self.audit.record(end(record, refusal.code(), 0)).await;
+                if is_refusal(refusal.code()) {
+                    self.audit.record(end(record, refusal.code(), 0)).await;
+                }
                 return refusal.into_http();
             }
         };
@@ -136,14 +142,14 @@ impl Gate {
             if is_refusal(code) {
                 self.audit.record(end(record.clone(), code, 0)).await;
             }
-            return self.answered(ticket, record, response);
+            return self.answered(ticket, record, permit, response);
         }
         // On its own: that the caller goes away, or is in a hurry, ends neither what he began nor its record.
         let work = tokio::spawn(async move {
             let Ok(response) = call.clone().scope(inner.call(request)).await;
             let end = end(record.clone(), code_of(&response), call.revision());
             self.audit.record(end).await;
-            self.answered(ticket, record, response)
+            self.answered(ticket, record, permit, response)
         });
         work.await.unwrap_or_else(|error| {
             let why = error.to_string();
@@ -156,13 +162,12 @@ impl Gate {
         self,
         ticket: Ticket,
         record: AuditRecord,
+        permit: Option<Permit>,
         response: Response<Body>,
     ) -> Response<Body> {
-        if ticket.is_open() {
-            return response;
-        }
         let (parts, body) = response.into_parts();
-        Response::from_parts(parts, Body::new(Watched::new(body, self, ticket, record)))
+        let watched = Watched::new(body, self, ticket, record, permit);
+        Response::from_parts(parts, Body::new(watched))
     }
 
     async fn admit(
@@ -170,15 +175,25 @@ impl Gate {
         ticket: &mut Ticket,
         request: Request<Body>,
         record: &mut AuditRecord,
-    ) -> Result<(Caller, Request<Body>), ApiError> {
+    ) -> Result<(Caller, Request<Body>, Option<Permit>), ApiError> {
         if ticket.is_open() {
-            return Ok((Caller::nobody(), request));
+            let permit = self.share(&Caller::nobody(), ticket)?;
+            return Ok((Caller::nobody(), request, permit));
         }
-        let caller = self.caller(ticket)?;
+        let caller = match self.caller(ticket) {
+            Ok(caller) => caller,
+            Err(error) => {
+                // Who is refused uses up a stranger's share, whatever he has shown.
+                self.share(&Caller::nobody(), ticket)?;
+                record.caller = ticket.pretender();
+                return Err(error);
+            }
+        };
+        let permit = self.share(&caller, ticket)?;
         record.caller = caller.label();
         let Some(rule) = ticket.rule else {
             let caller = self.judge(ticket)?;
-            return Ok((caller.clone(), with(caller, request)));
+            return Ok((caller.clone(), with(caller, request), permit));
         };
         if !caller.may_somewhere(rule.permission) {
             return Err(forbidden(&caller, rule.permission, ""));
@@ -201,7 +216,19 @@ impl Gate {
             request = Request::from_parts(parts, Body::new(Full::new(bytes)));
         }
         let caller = self.judge(ticket)?;
-        Ok((caller.clone(), with(caller, request)))
+        Ok((caller.clone(), with(caller, request), permit))
+    }
+
+    /// Takes a call out of its caller's share; in a lab nobody has one.
+    fn share(&self, caller: &Caller, ticket: &Ticket) -> Result<Option<Permit>, ApiError> {
+        if self.lab {
+            return Ok(None);
+        }
+        let key = match caller.who {
+            Who::Known(_) => caller.label(),
+            Who::Nobody | Who::Lab => stranger(ticket.peer.as_ref().and_then(|peer| peer.address)),
+        };
+        self.quota.enter(key).map(Some)
     }
 
     /// Who calls, if he may, as things are now.
@@ -274,6 +301,19 @@ impl Ticket {
             rule: rules::rule(&path),
             name: String::new(),
             path,
+        }
+    }
+
+    /// As whom somebody is on record who has shown what is good no more.
+    fn pretender(&self) -> String {
+        let shown = self
+            .peer
+            .as_ref()
+            .and_then(|peer| peer.certificate.as_ref());
+        let nobody = Caller::nobody().label();
+        match shown {
+            Some(shown) => format!("{nobody}, once {}", shown.identity),
+            None => nobody,
         }
     }
 

@@ -43,6 +43,7 @@ use crate::bundles::BundleStore;
 use crate::config::{self, Config};
 use crate::duties::Leader;
 use crate::gate::Gate;
+use crate::gate::quota::{Quota, Shares};
 use crate::leader;
 use crate::logs::LogStore;
 use crate::pki::{self, FIRST_REPLICA, Pki, PkiError};
@@ -148,7 +149,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
     };
     let connections = incoming(listener, pki.as_ref().map(Pki::server));
     let serve = shared
-        .routes(pki.as_ref(), &pki::admin(&config))?
+        .routes(pki.as_ref(), &config)?
         .add_service(health_service)
         .serve_with_incoming_shutdown(connections, shutdown.clone().cancelled_owned());
     let fresh = tokio::spawn(keep_fresh(pki, shutdown.clone()));
@@ -239,13 +240,17 @@ struct Shared {
 }
 
 impl Shared {
-    fn routes(self, pki: Option<&Pki>, admin: &str) -> Result<Routes, ServerError> {
+    fn routes(self, pki: Option<&Pki>, config: &Config) -> Result<Routes, ServerError> {
         let authority = pki.and_then(|pki| pki.authority.clone());
         let gate = Gate {
             replica: self.replica.clone(),
-            admin: admin.into(),
+            admin: pki::admin(config).into(),
             lab: pki.is_none(),
             audit: self.audit.clone(),
+            quota: Quota::new(Shares {
+                rate: config.calls_per_second,
+                open: config.calls_open,
+            }),
         };
         let join = Join {
             replica: self.replica.clone(),

@@ -60,7 +60,7 @@ pub struct Config {
         value_name = "DIR"
     )]
     pub root: PathBuf,
-    /// The VM size to register, whatever the token says. Made of product name, cores, memory and GPUs where it is left out.
+    /// The VM size to register; a token may be for one only. Made of product name, cores, memory and GPUs where it is left out.
     #[arg(long, value_name = "SIZE")]
     pub vm_size: Option<String>,
     /// Ask the cloud that this machine runs in for its VM size, where none is given: Azure, AWS and Google Cloud answer.

@@ -217,8 +217,15 @@ impl Shows {
             if let Err(error) = self.look(&connector).await {
                 tracing::error!(%error, "the node's certificate stays as it is");
             }
-            tokio::time::sleep(LOOK_INTERVAL).await;
+            tokio::time::sleep(self.pause()).await;
         }
+    }
+
+    /// One that lives for a short time is looked at more often.
+    fn pause(&self) -> Duration {
+        let (from, until) = self.lifetime;
+        let tenth = until.saturating_sub(from) / 10;
+        LOOK_INTERVAL.min(Duration::from_secs(tenth.max(1).unsigned_abs()))
     }
 
     async fn look(&mut self, connector: &Connector) -> Result<(), JoinError> {

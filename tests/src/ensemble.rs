@@ -25,6 +25,8 @@ pub struct Ensemble {
     pub endpoint: String,
     /// By it new agents join.
     token: String,
+    /// More arguments of the coordinator.
+    pub coordinator_args: Vec<String>,
     pub coordinator: Option<Process>,
     pub agents: BTreeMap<String, Process>,
 }
@@ -52,6 +54,7 @@ impl Ensemble {
             dir,
             endpoint: String::new(),
             token: String::new(),
+            coordinator_args: Vec::new(),
             coordinator: None,
             agents: BTreeMap::new(),
         };
@@ -98,14 +101,10 @@ impl Ensemble {
             self.ok(&["coordinator", "init", "--data", &data.to_string_lossy()]);
         }
         let listen = self.endpoint.trim_start_matches("https://").to_owned();
-        let args = [
-            "coordinator",
-            "--listen",
-            &listen,
-            "--data",
-            &data.to_string_lossy(),
-        ];
-        let mut process = Process::start(args, &log);
+        let data = data.to_string_lossy();
+        let args = ["coordinator", "--listen", &listen, "--data", &data];
+        let more = self.coordinator_args.iter().map(String::as_str);
+        let mut process = Process::start(args.into_iter().chain(more), &log);
         process.line("ready ");
         self.coordinator = Some(process);
         if self.token.is_empty() {

@@ -1,6 +1,6 @@
 //! Takes connections in: each is greeted on its own, so that who is slow to greet holds up nobody.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -27,6 +27,8 @@ use super::Identity;
 const GREETINGS_MAX: usize = 1024;
 /// Of them, from one address.
 const GREETINGS_PER_ADDRESS_MAX: usize = 128;
+/// Connections of one address that have shown no certificate: whoever has one is judged by who he is.
+const NAMELESS_PER_ADDRESS_MAX: usize = 256;
 /// How long a greeting may take.
 const GREETING_MAX: Duration = Duration::from_secs(5);
 /// Greeted connections that the server has not taken.
@@ -88,6 +90,8 @@ pub fn shown(der: &CertificateDer<'_>) -> Option<Shown> {
 pub struct Connection {
     io: Either<TcpStream, Box<TlsStream<TcpStream>>>,
     peer: Peer,
+    /// Given back with the connection.
+    _seat: Option<Seat>,
 }
 
 /// Takes connections in until who reads them has gone. Without a configuration they are plain.
@@ -97,7 +101,7 @@ pub fn incoming(
 ) -> ReceiverStream<io::Result<Connection>> {
     let (greeted, connections) = mpsc::channel(WAITING_MAX);
     tokio::spawn(async move {
-        let room = Room::default();
+        let (room, seats) = (Room::default(), Seats::default());
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -113,9 +117,10 @@ pub fn incoming(
             };
             let place = room.place(address.ip());
             let config = tls.as_ref().map(|tls| tls.borrow().clone());
-            let greeted = greeted.clone();
+            let (greeted, seats) = (greeted.clone(), seats.clone());
             tokio::spawn(async move {
-                let greeting = tokio::time::timeout(GREETING_MAX, greet(stream, address, config));
+                let greeting =
+                    tokio::time::timeout(GREETING_MAX, greet(stream, address, config, &seats));
                 let greeting = tokio::select! {
                     greeting = greeting => greeting,
                     () = place.given_up.cancelled() => return,
@@ -131,6 +136,44 @@ pub fn incoming(
         }
     });
     ReceiverStream::new(connections)
+}
+
+/// Who is connected without a certificate, by address.
+#[derive(Clone, Default)]
+struct Seats {
+    taken: Arc<Mutex<HashMap<IpAddr, usize>>>,
+}
+
+/// The right to be connected without a certificate.
+struct Seat {
+    seats: Seats,
+    address: IpAddr,
+}
+
+impl Seats {
+    fn take(&self, address: IpAddr) -> Option<Seat> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_address = taken.entry(address).or_insert(0);
+        if *of_address >= NAMELESS_PER_ADDRESS_MAX {
+            return None;
+        }
+        *of_address += 1;
+        let seats = self.clone();
+        Some(Seat { seats, address })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let taken = self.seats.taken.lock();
+        let mut taken = taken.unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_address) = taken.get_mut(&self.address) {
+            *of_address -= 1;
+            if *of_address == 0 {
+                taken.remove(&self.address);
+            }
+        }
+    }
 }
 
 /// Who is being greeted, the oldest first.
@@ -180,6 +223,7 @@ async fn greet(
     stream: TcpStream,
     address: SocketAddr,
     config: Option<Arc<ServerConfig>>,
+    seats: &Seats,
 ) -> io::Result<Connection> {
     stream.set_nodelay(true)?;
     let Some(config) = config else {
@@ -190,6 +234,7 @@ async fn greet(
         return Ok(Connection {
             io: Either::Left(stream),
             peer,
+            _seat: None,
         });
     };
     let stream = TlsAcceptor::from(config).accept(stream).await?;
@@ -201,6 +246,11 @@ async fn greet(
             Some(Arc::new(shown(der).ok_or_else(nobody)?))
         }
     };
+    let full = || io::Error::other("its address has too many connections without a certificate");
+    let seat = match &certificate {
+        Some(_) => None,
+        None => Some(seats.take(address.ip()).ok_or_else(full)?),
+    };
     let peer = Peer {
         address: Some(address),
         certificate,
@@ -208,6 +258,7 @@ async fn greet(
     Ok(Connection {
         io: Either::Right(Box::new(stream)),
         peer,
+        _seat: seat,
     })
 }
 

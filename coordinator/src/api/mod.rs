@@ -205,7 +205,9 @@ fn rejected(rejection: Rejection) -> ApiError {
         Rejection::WrongState { name, why } | Rejection::Overtaken { name, why } => {
             ApiError::WrongState { name, why }
         }
-        Rejection::LimitReached { kind, limit } => ApiError::LimitReached { kind, limit },
+        Rejection::LimitReached { kind, limit, place } => {
+            ApiError::LimitReached { kind, limit, place }
+        }
         Rejection::RequestIdReused { .. } => {
             ApiError::Invalid(vec![Fault::new("request_id", rejection.to_string())])
         }

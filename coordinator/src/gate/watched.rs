@@ -12,6 +12,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use tonic::Status;
 use tonic::body::Body;
 
+use super::quota::Permit;
 use super::{Gate, Ticket, end, is_refusal};
 
 /// Whoever gets an answer is judged again this often.
@@ -25,10 +26,18 @@ pub struct Watched {
     /// Made when the answer turns out to be one that goes on.
     look: Option<Interval>,
     over: bool,
+    /// Given back when all is said.
+    _permit: Option<Permit>,
 }
 
 impl Watched {
-    pub fn new(inner: Body, gate: Gate, ticket: Ticket, record: AuditRecord) -> Watched {
+    pub fn new(
+        inner: Body,
+        gate: Gate,
+        ticket: Ticket,
+        record: AuditRecord,
+        permit: Option<Permit>,
+    ) -> Watched {
         Watched {
             inner,
             gate,
@@ -36,11 +45,15 @@ impl Watched {
             record,
             look: None,
             over: false,
+            _permit: permit,
         }
     }
 
     /// The end of the answer, where who gets it may not have it any more.
     fn refusal(&mut self, context: &mut Context<'_>) -> Option<Status> {
+        if self.ticket.is_open() {
+            return None;
+        }
         let look = self.look.get_or_insert_with(|| {
             let mut look = interval(LOOK_INTERVAL);
             look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -56,7 +69,7 @@ impl Watched {
 
     /// Puts a refusal on record.
     fn note(&self, status: &Status) {
-        if !is_refusal(status.code()) {
+        if !is_refusal(status.code()) || self.ticket.is_open() {
             return;
         }
         let (audit, record) = (self.gate.audit.clone(), self.record.clone());

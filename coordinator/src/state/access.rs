@@ -22,10 +22,14 @@ pub struct Joined {
     pub token: String,
     /// Of its request for a certificate.
     pub digest: Vec<u8>,
+    /// The VM size that it must have; any where it is empty.
+    pub vm_size: String,
 }
 
 /// No certificate is good for longer.
 const CERTIFICATE_AGE_MAX_S: i64 = 366 * 24 * 3600;
+/// Bindings in one part of the ensemble: its owner cannot use up those of all.
+const BINDINGS_OF_SCOPE_MAX: usize = 1000;
 /// How long a token is good where nobody says.
 const TTL_DEFAULT_MS: i64 = 3600 * 1000;
 
@@ -36,11 +40,23 @@ pub(super) fn create_role_binding(
     let state = &mut *step.state;
     let name = &binding.name;
     check_new(state, Kind::RoleBinding, name)?;
+    let same = |known: &&Arc<RoleBinding>| known.scope == binding.scope;
+    if state.role_bindings.values().filter(same).count() >= BINDINGS_OF_SCOPE_MAX {
+        return Err(Rejection::LimitReached {
+            kind: Kind::RoleBinding,
+            limit: BINDINGS_OF_SCOPE_MAX,
+            place: match binding.scope.as_str() {
+                "" => super::ENSEMBLE.to_owned(),
+                scope => scope.to_owned(),
+            },
+        });
+    }
     let stored = RoleBinding {
         etag: etag(state.revision),
         create_time: Some(state.time),
         ..binding.clone()
     };
+    state.grants.insert((binding.member.clone(), name.clone()));
     state.role_bindings.insert(name.clone(), Arc::new(stored));
     step.changed(name);
     Ok(())
@@ -89,8 +105,7 @@ pub(super) fn delete_role_binding(step: &mut Step<'_>, command: &Delete) -> Resu
     let found = step.state.role_bindings.get(name);
     let found = found.ok_or_else(|| not_found(Kind::RoleBinding, name))?;
     check_etag(name, &command.etag, &found.etag)?;
-    step.state.role_bindings.remove(name);
-    step.deleted(name);
+    remove_binding(step, name);
     Ok(())
 }
 
@@ -120,6 +135,7 @@ pub(super) fn use_token(step: &mut Step<'_>, command: &UseToken) -> Result<(), R
         uid: command.uid.clone(),
         token: command.name.clone(),
         digest: command.digest.clone(),
+        vm_size: token.vm_size.clone(),
     };
     let known = step.state.joined.get(&command.node);
     if known == Some(&joined) {
@@ -145,6 +161,7 @@ pub(super) fn use_token(step: &mut Step<'_>, command: &UseToken) -> Result<(), R
         return Err(Rejection::LimitReached {
             kind: Kind::Node,
             limit,
+            place: super::ENSEMBLE.to_owned(),
         });
     }
     let token = Token {
@@ -219,8 +236,15 @@ pub(super) fn forget_scope(step: &mut Step<'_>, scope: &str) {
         .map(|(name, _)| name.clone())
         .collect();
     for name in gone {
-        step.state.role_bindings.remove(&name);
-        step.deleted(&name);
+        remove_binding(step, &name);
+    }
+}
+
+fn remove_binding(step: &mut Step<'_>, name: &str) {
+    if let Some(gone) = step.state.role_bindings.remove(name) {
+        let grant = (gone.member.clone(), name.to_owned());
+        step.state.grants.remove(&grant);
+        step.deleted(name);
     }
 }
 
@@ -243,8 +267,10 @@ impl State {
 
     /// The role bindings of somebody.
     pub fn bindings_of<'a>(&'a self, member: &'a str) -> impl Iterator<Item = &'a RoleBinding> {
-        let bindings = self.role_bindings.values().map(|binding| &**binding);
-        bindings.filter(move |binding| binding.member == member)
+        let from = (member.to_owned(), String::new());
+        let names = self.grants.range(from..).map(|(whose, name)| (whose, name));
+        let names = names.take_while(move |(whose, _)| *whose == member);
+        names.filter_map(|(_, name)| self.role_bindings.get(name).map(|binding| &**binding))
     }
 }
 

@@ -117,6 +117,7 @@ pub(super) fn create(step: &mut Step<'_>, cluster: &v1::Cluster) -> Result<(), R
         deleting: None,
     };
     state.clusters.insert(name.clone(), Arc::new(stored));
+    step.made(Kind::Cluster, name);
     step.changed(name);
     Ok(())
 }
@@ -166,6 +167,7 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Reject
     }
     step.state.clusters.remove(name);
     step.state.deleting.remove(name);
+    step.gone(Kind::Cluster, name);
     step.deleted(name);
     Ok(())
 }

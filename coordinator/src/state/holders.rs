@@ -109,6 +109,7 @@ pub(super) fn create<H: Holder>(step: &mut Step<'_>, given: &H) -> Result<(), Re
     *fields.provisioning_state = ProvisioningState::Succeeded as i32;
     *fields.provisioning_time = Some(time);
     H::table(step.state).insert(name.clone(), Arc::new(stored));
+    step.made(H::KIND, &name);
     step.changed(&name);
     Ok(())
 }
@@ -129,6 +130,7 @@ pub(super) fn delete<H: Holder>(step: &mut Step<'_>, command: &Delete) -> Result
         H::table(step.state).remove(name);
         step.state.deleting.remove(name);
         step.state.data_keys.remove(name);
+        step.gone(H::KIND, name);
         access::forget_scope(step, name);
         step.deleted(name);
         return Ok(());

@@ -2,7 +2,7 @@
 
 use super::attempts::{Phase, Work};
 use super::{Attempt, State, keys};
-use batchai_common::names;
+use batchai_common::names::{self, Kind};
 
 /// Returns the first invariant that does not hold, and for what.
 pub fn check(state: &State) -> Result<(), String> {
@@ -13,6 +13,8 @@ pub fn check(state: &State) -> Result<(), String> {
     ended_jobs_are_whole(state)?;
     what_is_being_deleted_exists(state)?;
     secrets_are_sealed_and_forgotten(state)?;
+    grants_and_bindings_agree(state)?;
+    workspaces_hold_what_is_counted(state)?;
     ports_are_unique_per_machine(state)
 }
 
@@ -181,6 +183,37 @@ fn ended_jobs_are_whole(state: &State) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+fn grants_and_bindings_agree(state: &State) -> Result<(), String> {
+    for (member, name) in &state.grants {
+        let binding = state.role_bindings.get(name);
+        if binding.is_none_or(|binding| binding.member != *member) {
+            return Err(format!("grants_and_bindings_agree: {name}"));
+        }
+    }
+    match state.grants.len() == state.role_bindings.len() {
+        true => Ok(()),
+        false => Err("grants_and_bindings_agree: a binding is missing".to_owned()),
+    }
+}
+
+fn workspaces_hold_what_is_counted(state: &State) -> Result<(), String> {
+    let mut held = std::collections::BTreeMap::new();
+    for kind in [Kind::Cluster, Kind::Experiment, Kind::Job] {
+        for name in state.names(kind, "", "") {
+            *held
+                .entry((keys::workspace_of(name).to_owned(), kind))
+                .or_insert(0) += 1;
+        }
+    }
+    match held
+        .into_iter()
+        .eq(state.held.iter().map(|(key, held)| (key.clone(), *held)))
+    {
+        true => Ok(()),
+        false => Err("workspaces_hold_what_is_counted".to_owned()),
+    }
 }
 
 /// Secrets are sealed by keys that are there, and there only as long as they are of use.

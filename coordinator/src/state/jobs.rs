@@ -116,6 +116,7 @@ pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejectio
     state.submissions += 1;
     let key = job.queue_key();
     state.jobs.insert(name.clone(), Arc::new(job));
+    step.made(Kind::Job, name);
     step.changed(name);
     clusters::change(step, &spec.cluster, |cluster| {
         cluster.queue.insert(key);
@@ -182,6 +183,7 @@ fn remove(step: &mut Step<'_>, name: &str) {
     {
         step.state.attempts.remove(attempt);
     }
+    step.gone(Kind::Job, name);
     step.deleted(name);
 }
 

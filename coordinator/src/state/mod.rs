@@ -61,6 +61,8 @@ pub struct State {
     pub attempts: OrdMap<String, Arc<Attempt>>,
     pub vm_size_aliases: OrdMap<String, Arc<v1::VmSizeAlias>>,
     pub role_bindings: OrdMap<String, Arc<v1::RoleBinding>>,
+    /// Who is bound, and by which of them.
+    pub grants: OrdSet<(String, String)>,
     pub tokens: OrdMap<String, Arc<v1::Token>>,
     /// Machines that have joined by a token, by the node's name, which is theirs.
     pub joined: OrdMap<String, access::Joined>,
@@ -70,6 +72,8 @@ pub struct State {
     pub revoked: OrdMap<String, i64>,
     /// The wrapped keys that seal the secrets of workspaces, by the workspace's name, the latest first.
     pub data_keys: OrdMap<String, Arc<Vec<DataKey>>>,
+    /// How many of a kind each workspace holds, where there are any.
+    pub held: OrdMap<(String, Kind), usize>,
     /// What is being deleted with all that it holds or that needs it; jobs excepted, which know it themselves.
     pub deleting: OrdSet<String>,
     /// What was carried out lately, by the id it came with.
@@ -87,6 +91,19 @@ pub fn limit(kind: Kind) -> usize {
         Kind::Bundle => 0,
     }
 }
+
+/// How many of a kind one workspace may hold: so many that none can use up what all may have.
+pub fn limit_of_workspace(kind: Kind) -> Option<usize> {
+    match kind {
+        Kind::Cluster => Some(100),
+        Kind::Experiment => Some(10_000),
+        Kind::Job => Some(100_000),
+        _ => None,
+    }
+}
+
+/// As errors call what holds everything.
+pub const ENSEMBLE: &str = "the ensemble";
 
 /// What a command changed: for those who watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,8 +131,12 @@ pub enum Rejection {
         expected: String,
         actual: String,
     },
-    #[error("there are {limit} of kind {} already, as many as there may be", .kind.noun())]
-    LimitReached { kind: Kind, limit: usize },
+    #[error("there are {limit} of kind {} in {place} already, as many as there may be", .kind.noun())]
+    LimitReached {
+        kind: Kind,
+        limit: usize,
+        place: String,
+    },
     #[error("request id {id} was used for another request")]
     RequestIdReused { id: String },
     /// A plan or report was overtaken by events; whoever made it makes another.
@@ -146,6 +167,23 @@ impl Step<'_> {
     pub fn deleted(&mut self, name: &str) {
         let name = name.to_owned();
         self.events.push(Event::Deleted { name });
+    }
+
+    /// Something that lies in a workspace was made.
+    pub fn made(&mut self, kind: Kind, name: &str) {
+        if limit_of_workspace(kind).is_some() {
+            let key = (keys::workspace_of(name).to_owned(), kind);
+            *self.state.held.entry(key).or_insert(0) += 1;
+        }
+    }
+
+    /// Something that lay in a workspace is gone.
+    pub fn gone(&mut self, kind: Kind, name: &str) {
+        let key = (keys::workspace_of(name).to_owned(), kind);
+        match self.state.held.get_mut(&key) {
+            Some(held) if *held > 1 => *held -= 1,
+            _ => drop(self.state.held.remove(&key)),
+        }
     }
 
     pub fn assigned(&mut self, node: &str) {
@@ -370,8 +408,20 @@ pub(crate) fn check_new(state: &State, kind: Kind, name: &str) -> Result<(), Rej
         });
     }
     let limit = limit(kind);
+    let reached = |limit, place: &str| Rejection::LimitReached {
+        kind,
+        limit,
+        place: place.to_owned(),
+    };
     if state.count(kind) >= limit {
-        return Err(Rejection::LimitReached { kind, limit });
+        return Err(reached(limit, ENSEMBLE));
+    }
+    if let Some(limit) = limit_of_workspace(kind) {
+        let workspace = keys::workspace_of(name);
+        let held = state.held.get(&(workspace.to_owned(), kind));
+        if held.is_some_and(|held| *held >= limit) {
+            return Err(reached(limit, workspace));
+        }
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use prost_types::Timestamp;
 
 use super::attempts::{self, Outcome};
 use super::setup::{self, Setup};
-use super::{Rejection, Step, check_new, clusters, jobs, not_found, vm_size_aliases};
+use super::{Rejection, State, Step, check_new, clusters, jobs, not_found, vm_size_aliases};
 use batchai_proto::internal::v1::terminate_job::Cause;
 
 /// A machine with an agent.
@@ -83,17 +83,7 @@ pub(super) fn assign(step: &mut Step<'_>, name: &str) {
 pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<(), Rejection> {
     let name = &command.name;
     let facts = Arc::new(command.facts.clone().unwrap_or_default());
-    let refuse = |why: &str| {
-        let (name, why) = (name.clone(), why.to_owned());
-        Err(Rejection::WrongState { name, why })
-    };
-    if step.state.is_expelled(name, &command.uid) {
-        return refuse("it was expelled; give its agent a new --data directory and a new token");
-    }
-    let joined = step.state.joined.get(name);
-    if joined.is_some_and(|joined| joined.uid != command.uid) {
-        return refuse("another machine has joined as this node");
-    }
+    check_joined(step.state, command, &facts)?;
     let Some(known) = step.state.nodes.get(name).cloned() else {
         check_new(step.state, Kind::Node, name)?;
         let node = Node {
@@ -145,6 +135,33 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
     });
     assign(step, name);
     free_if_leaving(step, name);
+    Ok(())
+}
+
+/// Whether a machine is the one that joined as a node, and what it was let in for.
+fn check_joined(
+    state: &State,
+    command: &RegisterNode,
+    facts: &v1::NodeFacts,
+) -> Result<(), Rejection> {
+    let refuse = |why: &str| {
+        let (name, why) = (command.name.clone(), why.to_owned());
+        Err(Rejection::WrongState { name, why })
+    };
+    if state.is_expelled(&command.name, &command.uid) {
+        return refuse("it was expelled; give its agent a new --data directory and a new token");
+    }
+    let Some(joined) = state.joined.get(&command.name) else {
+        return Ok(());
+    };
+    if joined.uid != command.uid {
+        return refuse("another machine has joined as this node");
+    }
+    let (wanted, registers) = (&joined.vm_size, &facts.vm_size);
+    if !wanted.is_empty() && registers != wanted {
+        let why = format!("it joined by a token for VM size {wanted}, and registers {registers}");
+        return refuse(&why);
+    }
     Ok(())
 }
 

@@ -651,6 +651,94 @@ fn resize(target: i32, option: Dealloc) -> C {
     })
 }
 
+#[test]
+fn a_node_registers_as_the_size_that_its_token_was_made_for() {
+    let mut e = Ensemble::new(0);
+    e.ok(C::CreateToken(v1::Token {
+        name: "tokens/t".into(),
+        kind: v1::token::Kind::Node as i32,
+        vm_size: "gpu".into(),
+        use_count_max: 1,
+        ..Default::default()
+    }));
+    e.ok(C::UseToken(batchai_proto::internal::v1::UseToken {
+        name: "tokens/t".into(),
+        node: "nodes/n0".into(),
+        uid: "uid-nodes/n0".into(),
+        digest: vec![1],
+    }));
+    let register = |vm_size: &str| {
+        C::RegisterNode(RegisterNode {
+            name: "nodes/n0".into(),
+            uid: "uid-nodes/n0".into(),
+            incarnation: "1".into(),
+            facts: Some(v1::NodeFacts {
+                vm_size: vm_size.into(),
+                ..Default::default()
+            }),
+        })
+    };
+    let refused = e.try_apply(register("small")).unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains("a token for VM size gpu, and registers small")
+    );
+    e.ok(register("gpu"));
+}
+
+#[test]
+fn a_workspace_holds_so_much_and_a_scope_has_so_many_bindings() {
+    let mut e = Ensemble::new(0);
+    let cluster = |i: usize, workspace: &str| {
+        C::CreateCluster(v1::Cluster {
+            name: format!("{workspace}/clusters/{i}"),
+            ..Default::default()
+        })
+    };
+    let most = limit_of_workspace(Kind::Cluster).unwrap();
+    for i in 1..most {
+        e.ok(cluster(i, WORKSPACE));
+    }
+    let refused = e.try_apply(cluster(most, WORKSPACE)).unwrap_err();
+    assert!(
+        refused.to_string().contains(&format!("in {WORKSPACE}")),
+        "{refused}"
+    );
+    let other = format!("{GROUP}/workspaces/other");
+    e.ok(C::CreateWorkspace(v1::Workspace {
+        name: other.clone(),
+        ..Default::default()
+    }));
+    e.ok(cluster(0, &other));
+    e.ok(C::Delete(Delete {
+        name: CLUSTER.into(),
+        ..Default::default()
+    }));
+    e.ok(cluster(most, WORKSPACE));
+    let binding = |i: usize, scope: &str| {
+        C::CreateRoleBinding(v1::RoleBinding {
+            name: format!("roleBindings/{i}"),
+            member: format!("users/u{i}"),
+            scope: scope.into(),
+            ..Default::default()
+        })
+    };
+    for i in 0..1000 {
+        e.ok(binding(i, WORKSPACE));
+    }
+    assert!(e.try_apply(binding(1000, WORKSPACE)).is_err());
+    e.ok(binding(1000, ""));
+    let names = |e: &Ensemble, member: &str| -> Vec<String> {
+        e.state
+            .bindings_of(member)
+            .map(|b| b.name.clone())
+            .collect()
+    };
+    assert_eq!(names(&e, "users/u7"), ["roleBindings/7"]);
+    assert_eq!(names(&e, "users/u"), Vec::<String>::new());
+}
+
 fn setup_task() -> v1::SetupTask {
     v1::SetupTask {
         command_line: "apt-get install -y libfoo".into(),
