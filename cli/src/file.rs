@@ -32,7 +32,7 @@ pub fn read<M: Message + Default>(path: &Path, message: &str) -> Result<M, CliEr
     })
 }
 
-fn parse<M: Message + Default>(text: &str, message: &str) -> Result<M, Vec<String>> {
+pub(crate) fn parse<M: Message + Default>(text: &str, message: &str) -> Result<M, Vec<String>> {
     let mut value: Value =
         serde_json::from_str(text).map_err(|e| vec![format!("not JSON: {e}")])?;
     let mut missing = BTreeSet::new();

@@ -23,6 +23,8 @@ mod dev;
 pub mod error;
 pub mod file;
 mod file_servers;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod job;
 mod job_files;
 mod login;

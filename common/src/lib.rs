@@ -3,6 +3,8 @@
 //! Nothing here knows about jobs or nodes beyond their names, and nothing here opens a connection or a file.
 
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod limits;
 pub mod names;
 pub mod ranks;

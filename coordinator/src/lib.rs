@@ -15,6 +15,8 @@ mod bundles;
 mod call;
 mod config;
 pub mod duties;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod gate;
 pub mod leader;
 pub mod logs;

@@ -10,6 +10,8 @@ mod agent;
 mod bundles;
 mod config;
 mod files;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod hardware;
 mod join;
 pub mod journal;

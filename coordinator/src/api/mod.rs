@@ -11,6 +11,8 @@ mod fields;
 mod file_servers;
 mod files;
 mod filter;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod information;
 mod job_spec;
 mod jobs;

@@ -30,6 +30,8 @@ use crate::journal::{AttemptDir, JournalError};
 pub use root::{Root, RootError};
 pub use secrets::{hand_over, of as secrets_of};
 pub use tree::sweep;
+#[cfg(any(test, fuzzing))]
+pub use unpack::unpack as unpack_bundle;
 
 /// Why a shim ends without an exit record: the attempt is lost.
 #[derive(Debug, thiserror::Error)]

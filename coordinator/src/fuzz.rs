@@ -1,0 +1,99 @@
+//! What meets bytes from outside, each as a function that no bytes may bring down: for fuzzers and tests, in no program.
+
+use batchai_proto::internal::v1::Command;
+use batchai_proto::v1::{CreateClusterRequest, CreateJobRequest};
+use prost::Message as _;
+
+use crate::access::{rules, scope};
+use crate::api::fuzz as api;
+use crate::replica::store::chunk;
+use crate::state::keys::Sealed;
+use crate::state::{State, apply, invariants};
+
+/// What lies in the database of the log, as keys and values with their lengths before them.
+pub fn log_records(mut bytes: &[u8]) {
+    let mut piece = || -> Option<Vec<u8>> {
+        let (length, rest) = bytes.split_first()?;
+        let (piece, rest) = rest.split_at(usize::from(*length).min(rest.len()));
+        bytes = rest;
+        Some(piece.to_vec())
+    };
+    let mut records = Vec::new();
+    while let (Some(key), Some(value)) = (piece(), piece()) {
+        records.push((key, value));
+    }
+    if let Ok(entries) = chunk::unpack(&records) {
+        let again: Vec<_> = chunk::pack(&entries)
+            .into_iter()
+            .flat_map(|c| c.records)
+            .collect();
+        assert_eq!(chunk::unpack(&again).as_ref(), Ok(&entries));
+    }
+}
+
+/// Commands, one after the other: whatever they are, every invariant holds.
+pub fn commands(mut bytes: &[u8]) {
+    let mut state = State::default();
+    let mut index = 0;
+    while let Ok(command) = Command::decode_length_delimited(&mut bytes) {
+        index += 1;
+        // What is refused changes nothing; that is looked at elsewhere.
+        let _ = apply(&mut state, index, &command);
+        if bytes.is_empty() {
+            break;
+        }
+    }
+    let sound = invariants::check(&state);
+    assert_eq!(sound, Ok(()));
+}
+
+/// Requests that create something: checked whole, whatever they say.
+pub fn requests(bytes: &[u8]) {
+    if let Ok(request) = CreateJobRequest::decode(bytes) {
+        api::job(request);
+    }
+    if let Ok(request) = CreateClusterRequest::decode(bytes) {
+        api::cluster(request);
+    }
+    for (call, ..) in rules::RULES {
+        if let Some(rules::Place::Field(path)) = rules::rule(&format!("/{call}")).map(|r| &r.place)
+        {
+            let _ = scope::text(bytes, path);
+        }
+    }
+}
+
+/// Texts: filters of lists, page tokens, sealed secrets.
+pub fn texts(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    api::texts(text);
+    if let Some(sealed) = Sealed::parse(text) {
+        assert_eq!(Sealed::parse(&sealed.to_string()), Some(sealed));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn no_bytes_bring_it_down(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            log_records(&bytes);
+            commands(&bytes);
+            requests(&bytes);
+            texts(&bytes);
+        }
+
+        #[test]
+        fn no_text_brings_it_down(
+            text in "(state|labels|name|=|!=|AND|OR|NOT|\"|\\(|\\)|\\.|sealed|[a-z0-9]| |\\PC){0,20}"
+        ) {
+            texts(text.as_bytes());
+        }
+    }
+}
