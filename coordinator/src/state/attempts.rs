@@ -49,6 +49,16 @@ pub struct AttemptNode {
 }
 
 impl AttemptNode {
+    /// For API replies.
+    pub fn view(&self) -> v1::JobAttemptNode {
+        v1::JobAttemptNode {
+            node: self.node.clone(),
+            phase: self.phase as i32,
+            ranks: self.ranks.clone(),
+            files: self.files.clone(),
+        }
+    }
+
     /// A node that is about to begin.
     pub fn new(node: &str, port: i32) -> AttemptNode {
         AttemptNode {
@@ -104,12 +114,7 @@ impl Attempt {
 
     /// For API replies.
     pub fn view(&self) -> v1::JobAttempt {
-        let nodes = self.nodes.iter().map(|n| v1::JobAttemptNode {
-            node: n.node.clone(),
-            phase: n.phase as i32,
-            ranks: n.ranks.clone(),
-            files: n.files.clone(),
-        });
+        let nodes = self.nodes.iter().map(AttemptNode::view);
         v1::JobAttempt {
             id: self.id.clone(),
             number: self.number,

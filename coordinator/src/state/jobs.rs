@@ -55,7 +55,8 @@ impl Job {
         matches!(self.state, JobState::Succeeded | JobState::Failed)
     }
 
-    fn queue_key(&self) -> QueueKey {
+    /// Its place in the queue of its cluster.
+    pub(super) fn queue_key(&self) -> QueueKey {
         let priority = match self.spec.scheduling_priority() {
             SchedulingPriority::Unspecified => SchedulingPriority::Normal,
             priority => priority,

@@ -17,6 +17,7 @@ pub mod keys;
 pub mod nodes;
 pub mod requests;
 pub mod setup;
+pub mod snapshot;
 mod verdict;
 pub mod vm_size_aliases;
 

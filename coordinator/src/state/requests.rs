@@ -65,6 +65,26 @@ pub(super) fn remember(state: &mut State, request: &RequestKey) {
 }
 
 impl Requests {
+    /// All of them, and when each was carried out, in milliseconds.
+    pub(super) fn all(&self) -> impl Iterator<Item = (RequestKey, i64)> + '_ {
+        self.known.iter().map(|((caller, id), (digest, time))| {
+            let key = RequestKey {
+                caller: caller.clone(),
+                id: id.clone(),
+                digest: digest.clone(),
+            };
+            (key, *time)
+        })
+    }
+
+    /// Remembers what was remembered before.
+    pub(super) fn restore(&mut self, request: &RequestKey, time: i64) {
+        let key = (request.caller.clone(), request.id.clone());
+        self.known
+            .insert(key.clone(), (request.digest.clone(), time));
+        self.ages.insert((time, key));
+    }
+
     /// How many are remembered.
     pub fn count(&self) -> usize {
         self.known.len()

@@ -1293,6 +1293,96 @@ fn action() -> impl Strategy<Value = Action> {
     ]
 }
 
+/// The State as it comes back from its records, each encoded and decoded.
+fn through_a_snapshot(state: &State) -> State {
+    use prost::Message as _;
+    let mut builder = snapshot::Builder::default();
+    for record in snapshot::records(state) {
+        let bytes = record.encode_to_vec();
+        let read = batchai_proto::internal::v1::SnapshotRecord::decode(&bytes[..]).unwrap();
+        builder.add(read).unwrap();
+    }
+    builder.finish().unwrap()
+}
+
+#[test]
+fn a_state_comes_back_from_its_records_whole() {
+    let mut e = Ensemble::to_set_up(3, 3);
+    e.rotate("k");
+    e.set_up("nodes/n0", 0);
+    e.set_up("nodes/n1", 3);
+    e.request = Some(RequestKey {
+        caller: "users/ada".into(),
+        id: "1".into(),
+        digest: vec![7],
+    });
+    let job = e.submit("j", 1, |job| job.secrets = vec![sealed_by("k")]);
+    e.see(&job, 0, P::Ready, &[]);
+    e.submit("waits", 3, |_| {});
+    // Its attempt was placed as it was before.
+    e.ok(C::Update(Update {
+        name: job,
+        labels: Some(batchai_proto::internal::v1::Labels {
+            labels: [("a".to_owned(), "b".to_owned())].into(),
+        }),
+        ..Default::default()
+    }));
+    e.ok(C::CreateToken(v1::Token {
+        name: "tokens/t".into(),
+        kind: v1::token::Kind::Node as i32,
+        use_count_max: 2,
+        ..Default::default()
+    }));
+    for (node, uid) in [("nodes/x", "x"), ("nodes/y", "y")] {
+        e.ok(C::UseToken(batchai_proto::internal::v1::UseToken {
+            name: "tokens/t".into(),
+            node: node.into(),
+            uid: uid.into(),
+            digest: vec![1],
+        }));
+    }
+    e.ok(C::ExpelNode(batchai_proto::internal::v1::ExpelNode {
+        name: "nodes/x".into(),
+    }));
+    e.ok(C::RevokeCertificates(
+        batchai_proto::internal::v1::RevokeCertificates {
+            member: "users/ada".into(),
+        },
+    ));
+    e.ok(C::CreateRoleBinding(v1::RoleBinding {
+        name: "roleBindings/b".into(),
+        member: "users/ada".into(),
+        ..Default::default()
+    }));
+    e.ok(C::CreateVmSizeAlias(v1::VmSizeAlias {
+        name: "vmSizeAliases/a".into(),
+        ..Default::default()
+    }));
+    e.ok(force(CLUSTER));
+    // Nothing of it is empty, so that nothing can be forgotten.
+    let s = &e.state;
+    assert!(!s.jobs.is_empty() && !s.attempts.is_empty() && s.requests.count() == 1);
+    assert!(!s.joined.is_empty() && !s.expelled.is_empty() && !s.revoked.is_empty());
+    assert!(!s.data_keys.is_empty() && !s.deleting.is_empty() && !s.held.is_empty());
+    assert!(!s.tokens.is_empty() || s.role_bindings.len() == 1 && s.vm_size_aliases.len() == 1);
+    assert_eq!(through_a_snapshot(s), *s);
+
+    let records: Vec<_> = snapshot::records(s).collect();
+    let add = |records: &[batchai_proto::internal::v1::SnapshotRecord]| {
+        let mut builder = snapshot::Builder::default();
+        let added = records
+            .iter()
+            .try_for_each(|record| builder.add(record.clone()));
+        added.and_then(|()| builder.finish().map(|_| ()))
+    };
+    assert_eq!(add(&[]), Err(snapshot::SnapshotError::Header));
+    assert_eq!(add(&records[1..]), Err(snapshot::SnapshotError::Header));
+    let twice = [records[0].clone(), records[0].clone()];
+    assert_eq!(add(&twice), Err(snapshot::SnapshotError::Header));
+    let unknown = [records[0].clone(), Default::default()];
+    assert_eq!(add(&unknown), Err(snapshot::SnapshotError::Unknown));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
@@ -1398,5 +1488,6 @@ proptest! {
                 e.make_what_holds_jobs(3);
             }
         }
+        prop_assert_eq!(through_a_snapshot(&e.state), e.state);
     }
 }
