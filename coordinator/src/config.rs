@@ -31,8 +31,8 @@ pub struct Config {
     #[arg(long, value_name = "NAME")]
     pub admin: Option<String>,
     /// Where the keys come from that protect the secrets of jobs: file:PATH, env:NAME or command:COMMAND (run by sh, what it
-    /// prints). One key a line, 32 bytes in base64, the first protects and the others are known still. `secrets.key` in the
-    /// data directory where it is left out, made where it is not there: keep a copy of it elsewhere, and no copy of it beside
+    /// prints; both are read when it starts). One key a line, 32 bytes in base64, the first protects and the others are known still. `secrets.key` in the
+    /// data directory where it is left out, made with that: keep a copy of it elsewhere, and no copy of it beside
     /// one of the data.
     #[arg(long, value_name = "SOURCE")]
     pub secrets_key: Option<Source>,
@@ -81,8 +81,9 @@ pub enum Part {
         #[arg(long, default_value = "admin", value_name = "NAME")]
         admin: String,
     },
-    /// Put a new key before the others in the file of keys that protect secrets. The coordinator reads it within ten seconds
-    /// and protects all secrets anew; the older keys can then be taken out of the file.
+    /// Put a new key before the others in the file of keys that protect secrets. The coordinator reads it within ten seconds and
+    /// wraps all data keys by it; when its log says so, the older keys can be taken out of the file. Where there is no file, one
+    /// is made: what the keys that were in it protect stays closed.
     RotateKey {
         /// The data directory of the coordinator.
         #[arg(

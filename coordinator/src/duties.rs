@@ -18,7 +18,7 @@ use std::sync::Arc;
 use crate::scheduler;
 pub use crate::scheduler::heard::Heard;
 use crate::state::attempts::{self, Attempt, Phase};
-use crate::state::{Cluster, Node, State, children, setup, vm_size_aliases};
+use crate::state::{Cluster, Node, State, children, keys, setup, vm_size_aliases};
 
 /// How long the nodes of an attempt may take to get ready. Preparation commands download data sets: generous.
 pub const PREPARE_DEADLINE_MS: i64 = 60 * 60 * 1000;
@@ -75,8 +75,9 @@ fn deletion(state: &State, name: &str) -> Vec<Kind> {
             let mut way = bounded(jobs.map(|job| end_for_cluster(state, job)));
             // Nodes that are being set up are told to end it, and then in the way until they have.
             let members = cluster.into_iter().flat_map(|cluster| &cluster.members);
-            let mut nodes = members.filter_map(|name| state.nodes.get(name));
-            if nodes.any(|node| node.attempt.is_some() && node.leaving) {
+            let nodes = members.filter_map(|name| state.nodes.get(name));
+            let mut attempts = nodes.filter_map(|node| state.attempts.get(node.attempt.as_ref()?));
+            if attempts.any(|attempt| attempt.job().is_none() && attempt.outcome.is_some()) {
                 way.push(None);
             }
             way
@@ -175,7 +176,7 @@ fn staying<'a>(state: &State, cluster: &'a Cluster) -> Vec<&'a str> {
     members.filter(stays).map(String::as_str).collect()
 }
 
-/// The nodes to take: idle ones before busy ones, silent ones before others, the last by name first.
+/// The nodes to take: those whose set-up failed or is not done before idle ones, these before busy ones, silent ones before others, the last by name first.
 fn surplus<'a>(
     state: &State,
     heard: &Heard,
@@ -183,14 +184,15 @@ fn surplus<'a>(
     staying: &[&'a str],
 ) -> Vec<&'a str> {
     let count = staying.len().saturating_sub(cluster.target());
-    let busy = |name: &str| {
-        state
-            .nodes
-            .get(name)
-            .is_some_and(|node| node.attempt.is_some())
+    // What is of no use goes first, then what is not of use yet.
+    let use_of = |name: &str| match state.nodes.get(name) {
+        Some(node) if setup::error(node).is_some() => 0,
+        Some(node) if !setup::is_done(state, node) => 1,
+        Some(node) if node.attempt.is_some() => 3,
+        _ => 2,
     };
     let mut order: Vec<_> = staying.iter().rev().copied().collect();
-    order.sort_by_key(|name| (busy(name), heard.is_alive(name)));
+    order.sort_by_key(|name| (use_of(name), heard.is_alive(name)));
     order.truncate(count);
     order
 }
@@ -198,7 +200,9 @@ fn surplus<'a>(
 /// Nodes that are not yet as their clusters want them.
 fn set_ups(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     let due = |(name, node): &(&String, &Arc<Node>)| {
-        heard.is_alive(name) && setup::is_due(state, node) && stays(state, node)
+        let open =
+            || setup::secrets(state, node).is_none_or(|s| keys::closed(s, &heard.closed).is_none());
+        heard.is_alive(name) && setup::is_due(state, node) && stays(state, node) && open()
     };
     let due = state.nodes.iter().filter(due).take(COMMANDS_MAX);
     due.map(|(name, node)| {

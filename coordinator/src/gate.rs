@@ -62,6 +62,8 @@ pub struct Gate {
     pub lab: bool,
     pub audit: Audit,
     pub quota: Quota,
+    /// Of strangers: however many there are, they take no room from those who are known.
+    pub strangers: Quota,
 }
 
 impl<S> Layer<S> for Gate {
@@ -224,11 +226,14 @@ impl Gate {
         if self.lab {
             return Ok(None);
         }
-        let key = match caller.who {
-            Who::Known(_) => caller.label(),
-            Who::Nobody | Who::Lab => stranger(ticket.peer.as_ref().and_then(|peer| peer.address)),
+        let permit = match caller.who {
+            Who::Known(_) => self.quota.enter(caller.label()),
+            Who::Nobody | Who::Lab => {
+                let address = ticket.peer.as_ref().and_then(|peer| peer.address);
+                self.strangers.enter(stranger(address))
+            }
         };
-        self.quota.enter(key).map(Some)
+        permit.map(Some)
     }
 
     /// Who calls, if he may, as things are now.

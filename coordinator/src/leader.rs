@@ -45,7 +45,6 @@ pub async fn run(
                 looks += 1;
                 if looks % SWEEP_EVERY == 0 {
                     sweep(&logs, &bundles, &replica).await;
-                    rewrap(&vault, &replica).await;
                 }
             }
             () = shutdown.cancelled() => return,
@@ -59,33 +58,11 @@ pub async fn run(
         }
         let mut heard = contacts.heard();
         heard.preparing = preparing.look(&state, heard.now);
+        heard.closed = vault.closed(&state);
         for result in replica.propose_all(duties(&state, &heard, &leader)).await {
             if let Err(error) = result {
                 tracing::debug!(%error, "a duty was overtaken");
             }
-        }
-    }
-}
-
-/// Looks whether there is another keyring, and has all data keys wrapped by its first.
-async fn rewrap(vault: &Vault, replica: &Handle) {
-    let own = vault.clone();
-    match tokio::task::spawn_blocking(move || own.reload()).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::error!(%error, "the keyring stays as it was"),
-        Err(error) => tracing::error!(%error, "the keyring cannot be read"),
-    }
-    let (state, leads) = {
-        let seen = replica.published();
-        let seen = seen.borrow();
-        (seen.state.clone(), seen.leads)
-    };
-    if !leads {
-        return;
-    }
-    for result in replica.propose_all(vault.rewrap(&state)).await {
-        if let Err(error) = result {
-            tracing::debug!(%error, "a key was not wrapped anew; it is tried again");
         }
     }
 }

@@ -1,11 +1,11 @@
 //! The coordinator: keeps the resource model, schedules, and tells agents what to do.
 //!
 //! Arrows only point down:
-//! `state <- {access, scheduler, secrets} <- {call, duties} <- replica <- logs <- {audit, bundles} <- agents <- api <- {leader, gate, pki} <- server`.
+//! `state <- {access, scheduler, secrets} <- {call, duties} <- replica <- logs <- {audit, bundles} <- agents <- api <- {custody, gate, leader, pki} <- server`.
 //!
 //! `state`, `access`, `scheduler` and `duties` are pure. `replica` makes the State survive and agree. `api` serves users,
 //! `agents` serves node agents, `logs` keeps job output, `bundles` what is sent along with
-//! jobs. `secrets` seals and opens. `leader` performs the duties while this replica leads.
+//! jobs. `secrets` seals and opens. `leader` performs the duties while this replica leads; `custody` looks after the keys of secrets.
 
 pub mod access;
 pub mod agents;
@@ -14,6 +14,7 @@ mod audit;
 mod bundles;
 mod call;
 mod config;
+mod custody;
 pub mod duties;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

@@ -41,6 +41,7 @@ use crate::api::Api;
 use crate::audit::Audit;
 use crate::bundles::BundleStore;
 use crate::config::{self, Config};
+use crate::custody;
 use crate::duties::Leader;
 use crate::gate::Gate;
 use crate::gate::quota::{Quota, Shares};
@@ -103,20 +104,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
         Err(error) => tracing::warn!(%error, "the limit of open files cannot be raised"),
     }
     let _lock = lock(&config.data)?;
-    let logs = config.data.join("logs");
-    let logs =
-        LogStore::new(logs.clone()).map_err(|source| ServerError::Data { path: logs, source })?;
-    let bundles = config.data.join("bundles");
-    let bundles = BundleStore::new(bundles.clone()).map_err(|source| ServerError::Data {
-        path: bundles,
-        source,
-    })?;
-    let audit = config.data.join("audit");
-    let audit = Audit::new(audit.clone()).map_err(|source| ServerError::Data {
-        path: audit,
-        source,
-    })?;
-    let vault = Vault::open(config::keys(config.secrets_key.as_ref(), &config.data))?;
+    let logs = in_data(&config, "logs", LogStore::new)?;
+    let bundles = in_data(&config, "bundles", BundleStore::new)?;
+    let audit = in_data(&config, "audit", Audit::new)?;
+    let new = !config.data.join("replica").exists();
+    let vault = Vault::open(config::keys(config.secrets_key.as_ref(), &config.data), new)?;
     let (replica, running, leader) = start_replica(&config)?;
     let mut failed = running.failed;
     let bound = TcpListener::bind(config.listen).await;
@@ -134,6 +126,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
         bundles.clone(),
         vault.clone(),
         leader,
+        shutdown.clone(),
+    ));
+    let keys = tokio::spawn(custody::run(
+        replica.clone(),
+        contacts.clone(),
+        vault.clone(),
         shutdown.clone(),
     ));
     let watch = tokio::spawn(report_health(health, replica.clone(), shutdown.clone()));
@@ -158,7 +156,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
     let end = until_drained(serve, failed, shutdown.clone()).await;
     shutdown.cancel();
     replica.stop();
-    for task in [duties, watch, fresh] {
+    for task in [duties, keys, watch, fresh] {
         if let Err(error) = task.await {
             tracing::error!(%error, "a task of the coordinator failed");
         }
@@ -166,6 +164,16 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Serv
     // The directory's lock must outlive whoever writes into it. A panic was reported where it happened.
     let _ = tokio::task::spawn_blocking(move || running.thread.join()).await;
     end
+}
+
+/// Opens what lies in a directory of the data directory.
+fn in_data<T>(
+    config: &Config,
+    name: &str,
+    open: impl FnOnce(PathBuf) -> io::Result<T>,
+) -> Result<T, ServerError> {
+    let path = config.data.join(name);
+    open(path.clone()).map_err(|source| ServerError::Data { path, source })
 }
 
 /// One process per data directory. The lock goes with the process.
@@ -242,15 +250,17 @@ struct Shared {
 impl Shared {
     fn routes(self, pki: Option<&Pki>, config: &Config) -> Result<Routes, ServerError> {
         let authority = pki.and_then(|pki| pki.authority.clone());
+        let shares = Shares {
+            rate: config.calls_per_second,
+            open: config.calls_open,
+        };
         let gate = Gate {
             replica: self.replica.clone(),
             admin: pki::admin(config).into(),
             lab: pki.is_none(),
             audit: self.audit.clone(),
-            quota: Quota::new(Shares {
-                rate: config.calls_per_second,
-                open: config.calls_open,
-            }),
+            quota: Quota::new(shares),
+            strangers: Quota::new(shares),
         };
         let join = Join {
             replica: self.replica.clone(),

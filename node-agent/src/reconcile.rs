@@ -2,6 +2,7 @@
 //!
 //! Level, not edge: it remembers nothing, so an agent that was killed at any line goes on from what lies there.
 
+use batchai_common::limits::LAST_WORDS_BYTES_MAX;
 use batchai_proto::agent::v1::assignment::Desired;
 use batchai_proto::agent::v1::{Assignment, AttemptObservation, Failure};
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
@@ -171,8 +172,12 @@ fn failure(record: FailureRecord) -> Failure {
     };
     let details = record.details.into_iter().take(DETAILS_MAX);
     let details = details.map(|(name, value)| NameValuePair {
+        // What a process said last is bounded where it is read: its end is what counts.
+        value: match name.as_str() {
+            "stderr" if value.len() <= LAST_WORDS_BYTES_MAX => value,
+            _ => short(value, DETAIL_CHARS_MAX),
+        },
         name: short(name, DETAIL_CHARS_MAX),
-        value: short(value, DETAIL_CHARS_MAX),
     });
     Failure {
         error: Some(ResourceError {

@@ -22,8 +22,8 @@ const UMASK: Mode = Mode::S_IWGRP.union(Mode::S_IWOTH);
 const SELF: &str = "self";
 /// What a number for all workspaces begins with.
 const PER_WORKSPACE: &str = "per-workspace:";
-/// Lower numbers are those of the system and of people.
-const BASE_MIN: u32 = 10_000;
+/// Lower numbers are those of the system, of people, and of nobody.
+const BASE_MIN: u32 = 65_536;
 
 /// Why jobs cannot be run.
 #[derive(Debug, thiserror::Error)]
@@ -228,7 +228,7 @@ mod tests {
             );
         }
         assert_eq!(resolve(Some(SELF)).unwrap(), JobUsers::Own);
-        for text in ["per-workspace:", "per-workspace:999", "per-workspace:x"] {
+        for text in ["per-workspace:", "per-workspace:65535", "per-workspace:x"] {
             assert!(matches!(resolve(Some(text)), Err(UserError::Base { .. })));
         }
     }

@@ -133,7 +133,43 @@ fn secret(name: &str, value: &str) -> v1::EnvironmentVariableWithSecretValue {
 
 #[test]
 fn a_marked_secret_reaches_the_job_and_is_found_nowhere_else() {
-    let api = Api::start(Ensemble::with_cluster(2));
+    let mut e = Ensemble::with_cluster(2);
+    e.start_agent("a3");
+    e.until_alive(3);
+    let api = Api::start(e);
+    let set_up = v1::CreateClusterRequest {
+        parent: WORKSPACE.into(),
+        cluster_id: "set-up".into(),
+        cluster: Some(v1::Cluster {
+            vm_size: batchai_tests::ensemble::SIZE.into(),
+            scale_settings: Some(v1::ScaleSettings {
+                manual: Some(v1::ManualScaleSettings {
+                    target_node_count: 1,
+                    ..Default::default()
+                }),
+                auto_scale: None,
+            }),
+            node_setup: Some(v1::NodeSetup {
+                setup_task: Some(v1::SetupTask {
+                    command_line: "printf %s \"$TOKEN\" | sha256sum; sleep 1".into(),
+                    secrets: vec![secret("TOKEN", MARK)],
+                    std_out_err_path_prefix: api.e.path().join("set-up").display().to_string(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let set_up = api.call(api.clusters().create_cluster(set_up)).unwrap();
+    assert!(!shows(&set_up.encode_to_vec()));
+    let suffix = set_up
+        .node_setup
+        .unwrap()
+        .setup_task
+        .unwrap()
+        .std_out_err_path_suffix;
     let answers = send_marks_everywhere(&api);
     for answer in &answers {
         assert!(!shows(answer.as_bytes()), "{answer}");
@@ -189,6 +225,14 @@ fn a_marked_secret_reaches_the_job_and_is_found_nowhere_else() {
     assert_eq!(api.e.wait("open"), 0);
     assert!(api.e.ok(&stream).starts_with(&expected));
     assert_eq!(api.e.wait("second"), 0);
+
+    let printed = api
+        .e
+        .path()
+        .join("set-up")
+        .join(suffix)
+        .join("stdout-a3.txt");
+    assert!(fs::read_to_string(printed).unwrap().starts_with(&expected));
 
     for args in [
         vec!["job", "list"],
@@ -262,12 +306,12 @@ fn secrets_are_typed_by_their_names_and_survive_restarts_and_other_keys() {
     ]);
     let both = fs::read_to_string(&keyring).unwrap();
     assert!(both.ends_with(&first) && both.lines().count() == 2);
-    // It has read the new key and wrapped everything by it when the log says so; then the old one is not needed.
-    until("the keyring to be read", || {
+    // When its log says that everything is wrapped by the new one, the old one is not needed.
+    until("all to be wrapped by the new key", || {
         let log = e.coordinator.as_ref()?.log_text();
-        log.contains("another keyring").then_some(())
+        let (_, behind) = log.split_once("another keyring")?;
+        behind.contains("all data keys are wrapped").then_some(())
     });
-    std::thread::sleep(Duration::from_millis(500));
     e.coordinator.as_mut().unwrap().kill();
     fs::write(&keyring, both.lines().next().unwrap()).unwrap();
     e.start_coordinator();
@@ -275,7 +319,7 @@ fn secrets_are_typed_by_their_names_and_survive_restarts_and_other_keys() {
     assert_eq!(e.wait("waits"), 0);
     assert!(e.log("waits", "stdout.txt").starts_with(&digest(MARK)));
 
-    // Without its key a secret stays closed, and the job says so.
+    // Without its key a secret stays closed, and the job waits and says why; with it the job runs.
     resize(&e, "0");
     e.submit(
         "closed",
@@ -286,13 +330,38 @@ fn secrets_are_typed_by_their_names_and_survive_restarts_and_other_keys() {
         }),
     );
     e.coordinator.as_mut().unwrap().kill();
+    let kept = fs::read_to_string(&keyring).unwrap();
     fs::remove_file(&keyring).unwrap();
+    let refused = e.run(&[
+        "coordinator",
+        "--listen",
+        "127.0.0.1:0",
+        "--data",
+        &data.to_string_lossy(),
+    ]);
+    assert!(
+        !refused.status.success() && !keyring.exists(),
+        "a lost keyring is not made anew"
+    );
+    e.ok(&[
+        "coordinator",
+        "rotate-key",
+        "--data",
+        &data.to_string_lossy(),
+    ]);
     e.start_coordinator();
     resize(&e, "1");
-    assert_ne!(e.wait("closed"), 0);
-    let error = &e.job("closed")["errors"][0];
-    assert_eq!(error["code"], "JobSecretsFailed", "{error}");
-    assert!(error["message"].as_str().unwrap().contains("keyring"));
+    until("the job to say why it waits", || {
+        let job = e.job("closed");
+        let why = job["pendingReason"]
+            .as_str()?
+            .contains("keyring lacks the key");
+        (job["state"] == "QUEUED" && why).then_some(())
+    });
+    let both = format!("{}{kept}", fs::read_to_string(&keyring).unwrap());
+    batchai_common::tls::credentials::write_private(&keyring, &both).unwrap();
+    assert_eq!(e.wait("closed"), 0);
+    assert!(e.log("closed", "stdout.txt").starts_with(&digest(MARK)));
     // The user's own files.
     for name in ["waits", "closed"] {
         fs::remove_file(e.path().join(format!("{name}.json"))).unwrap();

@@ -70,7 +70,7 @@ fn nodes_are_set_up_as_root_before_jobs_and_say_why_they_are_not() {
     let command_line = format!(
         "id -u; printf %s $TOKEN | sha256sum; echo $PLAIN; echo broken >&2; \
          while [ ! -e {go} ]; do sleep 0.02; done; \
-         case $AZ_BATCHAI_MOUNT_ROOT in *a2*) [ ! -e {fail} ] || exit 7;; esac",
+         case $AZ_BATCHAI_MOUNT_ROOT in *a1*) [ ! -e {fail} ] || exit 7;; esac",
         go = go.display(),
         fail = fail.display()
     );
@@ -131,10 +131,12 @@ fn nodes_are_set_up_as_root_before_jobs_and_say_why_they_are_not() {
     }
 
     // The node that failed says why, and so does the cluster; it takes no jobs.
-    let seen = counts(&api);
-    assert_eq!((seen.idle_node_count, seen.unusable_node_count), (1, 1));
+    until("one node to be idle and one unusable", || {
+        let seen = counts(&api);
+        ((seen.idle_node_count, seen.unusable_node_count) == (1, 1)).then_some(())
+    });
     let get = v1::GetNodeRequest {
-        name: "nodes/a2".into(),
+        name: "nodes/a1".into(),
     };
     let node = api.call(api.nodes().get_node(get.clone())).unwrap();
     assert_eq!(node.state(), v1::node::State::Unusable);
@@ -142,7 +144,7 @@ fn nodes_are_set_up_as_root_before_jobs_and_say_why_they_are_not() {
     assert_eq!(error.code, "SetupTaskFailed");
     assert_eq!(
         error.message,
-        "the set-up task ended with exit code 7 on nodes/a2"
+        "the set-up task ended with exit code 7 on nodes/a1"
     );
     let detail = |name: &str| {
         let details = error.details.iter().find(|detail| detail.name == name);

@@ -50,8 +50,8 @@ const COORDINATOR: [&[&str]; 11] = [
     &["audit", "bundles"],
     &["agents"],
     &["api"],
-    &["gate", "leader", "pki"],
-    &["server"],
+    &["custody", "gate", "leader", "pki"],
+    &["fuzz", "server"],
     &["lib", "main"],
 ];
 const NODE_AGENT: [&[&str]; 10] = [
@@ -63,7 +63,7 @@ const NODE_AGENT: [&[&str]; 10] = [
     &["session"],
     &["bundles", "files", "join", "logs"],
     &["supervisor"],
-    &["agent"],
+    &["agent", "fuzz"],
     &["lib", "main"],
 ];
 

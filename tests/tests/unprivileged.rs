@@ -60,7 +60,7 @@ fn jobs_have_the_rights_of_their_user_and_no_way_to_more() {
         (metadata.uid(), metadata.gid(), metadata.mode() & 0o7777)
     };
     assert_eq!(owner(&temp), (54321, 54322, 0o700));
-    assert_eq!(owner(&mounts), (0, 0, 0o1777));
+    assert_eq!(owner(&mounts), (0, 0, 0o755));
     let segment = e.job("j")["jobOutputDirectoryPathSegment"]
         .as_str()
         .unwrap()

@@ -27,8 +27,9 @@ use super::Identity;
 const GREETINGS_MAX: usize = 1024;
 /// Of them, from one address.
 const GREETINGS_PER_ADDRESS_MAX: usize = 128;
-/// Connections of one address that have shown no certificate: whoever has one is judged by who he is.
-const NAMELESS_PER_ADDRESS_MAX: usize = 256;
+/// Connections of one network that have shown no certificate, and of one who has.
+const NAMELESS_MAX: usize = 256;
+const NAMED_MAX: usize = 1024;
 /// How long a greeting may take.
 const GREETING_MAX: Duration = Duration::from_secs(5);
 /// Greeted connections that the server has not taken.
@@ -115,7 +116,7 @@ pub fn incoming(
                     continue;
                 }
             };
-            let place = room.place(address.ip());
+            let place = room.place(network(address.ip()));
             let config = tls.as_ref().map(|tls| tls.borrow().clone());
             let (greeted, seats) = (greeted.clone(), seats.clone());
             tokio::spawn(async move {
@@ -138,28 +139,42 @@ pub fn incoming(
     ReceiverStream::new(connections)
 }
 
-/// Who is connected without a certificate, by address.
-#[derive(Clone, Default)]
-struct Seats {
-    taken: Arc<Mutex<HashMap<IpAddr, usize>>>,
+/// What belongs to one customer of a provider: an address of IPv4, a /64 of IPv6.
+pub fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let mut octets = address.octets();
+            octets[8..].fill(0);
+            IpAddr::from(octets)
+        }
+        address => address,
+    }
 }
 
-/// The right to be connected without a certificate.
+/// How many connections somebody has, or a network those who show nothing.
+#[derive(Clone, Default)]
+struct Seats {
+    taken: Arc<Mutex<HashMap<String, usize>>>,
+}
+
+/// The right to be connected.
 struct Seat {
     seats: Seats,
-    address: IpAddr,
+    whose: String,
 }
 
 impl Seats {
-    fn take(&self, address: IpAddr) -> Option<Seat> {
+    fn take(&self, whose: &str, most: usize) -> Option<Seat> {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_address = taken.entry(address).or_insert(0);
-        if *of_address >= NAMELESS_PER_ADDRESS_MAX {
+        let own = taken.entry(whose.to_owned()).or_insert(0);
+        if *own >= most {
             return None;
         }
-        *of_address += 1;
-        let seats = self.clone();
-        Some(Seat { seats, address })
+        *own += 1;
+        Some(Seat {
+            seats: self.clone(),
+            whose: whose.to_owned(),
+        })
     }
 }
 
@@ -167,10 +182,10 @@ impl Drop for Seat {
     fn drop(&mut self) {
         let taken = self.seats.taken.lock();
         let mut taken = taken.unwrap_or_else(PoisonError::into_inner);
-        if let Some(of_address) = taken.get_mut(&self.address) {
-            *of_address -= 1;
-            if *of_address == 0 {
-                taken.remove(&self.address);
+        if let Some(own) = taken.get_mut(&self.whose) {
+            *own -= 1;
+            if *own == 0 {
+                taken.remove(&self.whose);
             }
         }
     }
@@ -246,11 +261,12 @@ async fn greet(
             Some(Arc::new(shown(der).ok_or_else(nobody)?))
         }
     };
-    let full = || io::Error::other("its address has too many connections without a certificate");
-    let seat = match &certificate {
-        Some(_) => None,
-        None => Some(seats.take(address.ip()).ok_or_else(full)?),
+    let (whose, most) = match &certificate {
+        Some(shown) => (shown.identity.to_string(), NAMED_MAX),
+        None => (network(address.ip()).to_string(), NAMELESS_MAX),
     };
+    let full = || io::Error::other(format!("{whose} has {most} connections already"));
+    let seat = Some(seats.take(&whose, most).ok_or_else(full)?);
     let peer = Peer {
         address: Some(address),
         certificate,
@@ -313,6 +329,29 @@ impl AsyncWrite for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_network_is_what_one_customer_has() {
+        let of = |text: &str| network(text.parse().unwrap());
+        assert_ne!(of("10.0.0.1"), of("10.0.0.2"));
+        assert_eq!(of("::ffff:10.0.0.1"), of("10.0.0.1"));
+        assert_eq!(of("2001:db8:1:2::3"), of("2001:db8:1:2:ffff::4"));
+        assert_ne!(of("2001:db8:1:2::3"), of("2001:db8:1:3::3"));
+    }
+
+    #[test]
+    fn a_seat_is_given_back_with_its_connection() {
+        let seats = Seats::default();
+        let mut taken: Vec<_> = (0..3)
+            .map(|_| seats.take("users/ada", 3).unwrap())
+            .collect();
+        assert!(seats.take("users/ada", 3).is_none());
+        assert!(seats.take("users/grace", 3).is_some());
+        taken.pop();
+        assert!(seats.take("users/ada", 3).is_some());
+        taken.clear();
+        assert!(seats.taken.lock().unwrap().is_empty());
+    }
 
     #[test]
     fn the_oldest_makes_room_for_the_newest() {

@@ -1,10 +1,13 @@
 //! When each node was last heard of by this replica. Not part of the State; a replica starts knowing nobody.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use batchai_common::time::{boot_time, now_millis};
+
+use tokio::time::Instant;
 
 use crate::scheduler::heard::Heard;
 
@@ -14,6 +17,8 @@ struct Contact {
     /// On the boot clock.
     last_ms: AtomicI64,
     live: AtomicBool,
+    /// When the reports so far would have come, had they come evenly.
+    even: Mutex<Option<Instant>>,
 }
 
 /// All nodes' contacts.
@@ -22,8 +27,13 @@ pub struct Contacts {
     nodes: Arc<Mutex<BTreeMap<String, Arc<Contact>>>>,
     /// What was heard when somebody last asked.
     lately: Arc<Mutex<Arc<Heard>>>,
+    /// The ids of data keys that cannot be opened here.
+    closed: Arc<Mutex<Arc<BTreeSet<String>>>>,
 }
 
+/// Reports of one node: so many a second, and so many at once.
+const REPORTS_PER_S: u32 = 20;
+const REPORTS_BURST: u32 = 100;
 /// What was heard is good enough for readers for so long.
 const LATELY_MS: i64 = 100;
 
@@ -36,6 +46,20 @@ impl Live {
     /// The node gave a sign of life.
     pub fn heard(&self) {
         self.contact.last_ms.store(boot_millis(), Ordering::Relaxed);
+    }
+
+    /// Waits until a report of the node may be taken in: each enters the log. It counts over its sessions.
+    pub async fn pace(&self) {
+        let until = {
+            let even = self.contact.even.lock();
+            let mut even = even.unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            let next = even.unwrap_or(now).max(now) + Duration::from_secs(1) / REPORTS_PER_S;
+            *even = Some(next);
+            let burst = Duration::from_secs(1) * REPORTS_BURST / REPORTS_PER_S;
+            next - burst.min(next - now)
+        };
+        tokio::time::sleep_until(until).await;
     }
 }
 
@@ -54,6 +78,11 @@ impl Contacts {
             return None;
         }
         Some(Live { contact })
+    }
+
+    /// From now on these data keys cannot be opened here.
+    pub fn close(&self, keys: Arc<BTreeSet<String>>) {
+        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = keys;
     }
 
     /// What was heard not long ago, for readers: they share it.
@@ -75,6 +104,11 @@ impl Contacts {
             now: boot_millis(),
             wall: now_millis(),
             last: last.filter(|(_, last)| *last > 0).collect(),
+            closed: self
+                .closed
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
             ..Heard::default()
         }
     }
@@ -87,6 +121,20 @@ fn boot_millis() -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn reports_beyond_a_burst_wait_whatever_session_they_come_in() {
+        let (contacts, begin) = (Contacts::default(), Instant::now());
+        for _ in 0..REPORTS_BURST + 10 {
+            contacts.claim("nodes/a").unwrap().pace().await;
+        }
+        let least = Duration::from_millis(10 * 1000 / u64::from(REPORTS_PER_S) - 50);
+        assert!(begin.elapsed() >= least);
+        assert!(
+            begin.elapsed() < Duration::from_secs(5),
+            "the burst did not"
+        );
+    }
 
     #[test]
     fn a_node_has_one_live_session_and_is_alive_once_heard() {

@@ -16,7 +16,6 @@ use batchai_proto::secrets;
 use batchai_proto::v1::{NodeFacts, ResourceError};
 use prost::Message as _;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
@@ -36,9 +35,6 @@ pub const OUTBOX_MAX: usize = 16;
 const TEXT_BYTES_MAX: usize = 1024;
 /// Certificates are looked at this often while a session lasts.
 const EXPIRY_LOOK_INTERVAL: Duration = Duration::from_secs(60);
-/// Reports of one node: so many a second, and so many at once.
-const REPORTS_PER_S: u32 = 20;
-const REPORTS_BURST: u32 = 100;
 const LIST_MAX: usize = 64;
 /// Where the secrets of a set-up task stand.
 const SETUP_TASK: &str = "node_setup.setup_task.";
@@ -75,6 +71,7 @@ impl Session {
             let why = "it has a live session already; a second agent must not use its name".into();
             return Err(ApiError::WrongState { name, why }.into());
         };
+        live.pace().await;
         let incarnation = format!("{}/{}", hello.journal_id, facts.boot_id);
         let uid = hello.uid.clone();
         let register = RegisterNode {
@@ -136,14 +133,13 @@ impl Session {
     }
 
     async fn take_in(&self, incoming: &mut Streaming<SessionRequest>) -> Result<(), Status> {
-        let mut pace = Pace::default();
         while let Some(request) = incoming.message().await? {
             self.live.heard();
             match request.message {
                 Some(session_request::Message::Heartbeat(_)) => {}
                 Some(session_request::Message::Report(report)) => {
-                    // Each enters the log. Who sends more waits, and nobody with him.
-                    pace.wait().await;
+                    // Who sends more waits, and nobody with him.
+                    self.live.pace().await;
                     self.report(report).await?;
                 }
                 Some(session_request::Message::Hello(_)) | None => {
@@ -253,28 +249,6 @@ impl Session {
                 }
             }
         }
-    }
-}
-
-/// How fast reports of one node are taken in: a burst, then evenly.
-struct Pace {
-    even: Instant,
-}
-
-impl Default for Pace {
-    fn default() -> Pace {
-        Pace {
-            even: Instant::now(),
-        }
-    }
-}
-
-impl Pace {
-    async fn wait(&mut self) {
-        let now = Instant::now();
-        self.even = self.even.max(now) + Duration::from_secs(1) / REPORTS_PER_S;
-        let burst = Duration::from_secs(1) * REPORTS_BURST / REPORTS_PER_S;
-        tokio::time::sleep_until(self.even - burst.min(self.even - now)).await;
     }
 }
 
@@ -445,25 +419,5 @@ fn check(hello: &Hello, facts: &NodeFacts) -> Result<Name, Status> {
     match (name, faults.is_empty()) {
         (Ok(name), true) => Ok(name),
         _ => Err(ApiError::Invalid(faults).into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn reports_beyond_a_burst_wait() {
-        let (mut pace, begin) = (Pace::default(), Instant::now());
-        for _ in 0..REPORTS_BURST + 10 {
-            pace.wait().await;
-        }
-        assert!(
-            begin.elapsed() >= Duration::from_millis(10 * 1000 / u64::from(REPORTS_PER_S) - 50)
-        );
-        assert!(
-            begin.elapsed() < Duration::from_secs(5),
-            "the burst did not"
-        );
     }
 }

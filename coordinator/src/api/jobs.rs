@@ -48,8 +48,9 @@ impl JobService for Api {
             uid: Uuid::new_v4().to_string(),
             ..job
         };
-        self.use_references(std::slice::from_ref(&job)).await?;
-        self.seal_job(&mut job, &once).await?;
+        let one = std::slice::from_mut(&mut job);
+        self.use_references(one).await?;
+        self.seal_jobs(one, &once).await?;
         let state = self.write_once(Kind::CreateJob(job), once).await?;
         self.show(&state, name.as_str())
     }
@@ -82,9 +83,7 @@ impl JobService for Api {
             .collect();
         faults.finish(parent)?;
         self.use_references(&jobs).await?;
-        for job in &mut jobs {
-            self.seal_job(job, &once).await?;
-        }
+        self.seal_jobs(&mut jobs, &once).await?;
         let names: Vec<_> = jobs.iter().map(|job| job.name.clone()).collect();
         let state = self
             .write_once(Kind::CreateJobs(CreateJobs { jobs }), once)

@@ -1,6 +1,7 @@
 //! Seals what is secret in new resources before it becomes a command.
 
 use batchai_common::error::ApiError;
+use batchai_common::names::Kind as Noun;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{DataKey, PutDataKey};
 use batchai_proto::secrets::{self, Place};
@@ -16,10 +17,14 @@ use crate::state::{Rejection, State};
 const TRIES_MAX: usize = 3;
 
 impl Api {
-    /// Seals the secrets of a new job.
-    pub(super) async fn seal_job(&self, job: &mut Job, once: &Once) -> Result<(), ApiError> {
-        let (name, uid) = (job.name.clone(), job.uid.clone());
-        self.seal(&name, &uid, secrets::of_job(job), once).await
+    /// Seals the secrets of new jobs of one workspace.
+    pub(super) async fn seal_jobs(&self, jobs: &mut [Job], once: &Once) -> Result<(), ApiError> {
+        let workspace = jobs.first().map(|job| workspace_of(&job.name).to_owned());
+        let resources = jobs.iter_mut().map(|job| {
+            let uid = job.uid.clone();
+            (uid, secrets::of_job(job))
+        });
+        self.seal(workspace, resources.collect(), once).await
     }
 
     /// Seals the secrets of a new cluster.
@@ -28,41 +33,51 @@ impl Api {
         cluster: &mut Cluster,
         once: &Once,
     ) -> Result<(), ApiError> {
-        let (name, uid) = (cluster.name.clone(), cluster.uid.clone());
-        let places = secrets::of_cluster(cluster);
-        self.seal(&name, &uid, places, once).await
+        let (workspace, uid) = (workspace_of(&cluster.name).to_owned(), cluster.uid.clone());
+        let resource = (uid, secrets::of_cluster(cluster));
+        self.seal(Some(workspace), vec![resource], once).await
     }
 
+    /// Seals the secrets of resources of a workspace, each with its UUID.
     async fn seal(
         &self,
-        name: &str,
-        uid: &str,
-        places: Vec<Place<'_>>,
+        workspace: Option<String>,
+        resources: Vec<(String, Vec<Place<'_>>)>,
         once: &Once,
     ) -> Result<(), ApiError> {
-        let secret = |(_, value): &Place<'_>| !value.is_empty();
-        if !places.iter().any(secret) {
+        let mut places = resources.iter().flat_map(|(_, places)| places);
+        let secret = places.any(|(_, value)| !value.is_empty());
+        let Some(workspace) = workspace.filter(|_| secret) else {
+            return Ok(());
+        };
+        // What is only tried is not kept.
+        if once.validate_only {
+            resources
+                .into_iter()
+                .for_each(|(_, places)| secrets::blank(places));
             return Ok(());
         }
-        let workspace = workspace_of(name);
-        // What is only tried is not kept; what lies nowhere will be refused.
-        let tried = once.validate_only;
-        if tried || !self.read().await?.workspaces.contains_key(workspace) {
-            secrets::blank(places);
-            return Ok(());
+        let key = self.data_key(&workspace).await?;
+        for (uid, places) in resources {
+            let sealed = self.vault.seal((&workspace, &key), &uid, places);
+            sealed.map_err(|error| ApiError::WrongState {
+                name: workspace.clone(),
+                why: error.to_string(),
+            })?;
         }
-        let key = self.data_key(workspace).await?;
-        let sealed = self.vault.seal((workspace, &key), uid, places);
-        sealed.map_err(|error| ApiError::WrongState {
-            name: workspace.to_owned(),
-            why: error.to_string(),
-        })
+        Ok(())
     }
 
     /// The key that seals the secrets of a workspace now; one is made where there is none.
     async fn data_key(&self, workspace: &str) -> Result<DataKey, ApiError> {
         for _ in 0..TRIES_MAX {
             let state = self.read().await?;
+            if !state.workspaces.contains_key(workspace) {
+                return Err(ApiError::NotFound {
+                    kind: Noun::Workspace,
+                    name: workspace.to_owned(),
+                });
+            }
             if let Some(key) = keys::current(&state, workspace) {
                 return Ok(key.clone());
             }

@@ -1,7 +1,7 @@
 //! PURE. Why a job waits, in words, from the same facts that scheduling uses.
 
 use crate::scheduler::heard::Heard;
-use crate::state::{Job, State, setup};
+use crate::state::{Job, State, keys, setup};
 use batchai_common::names::last_id;
 
 use super::fit::Free;
@@ -27,9 +27,14 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
              it cannot start unless the cluster is resized"
         );
     }
-    let first = order::candidates(state, cluster).next();
+    if let Some(key) = keys::closed(&job.spec.secrets, &heard.closed) {
+        return format!(
+            "its secrets cannot be opened: the coordinator's keyring lacks the key that wrapped data key {key}"
+        );
+    }
+    let first = order::candidates(state, heard, cluster).next();
     if let Some(first) = first.filter(|first| first.spec.name != job.spec.name) {
-        let ahead = order::candidates(state, cluster)
+        let ahead = order::candidates(state, heard, cluster)
             .take(COUNT_MAX)
             .take_while(|other| other.spec.name != job.spec.name)
             .count();

@@ -1,6 +1,7 @@
 //! PURE. What a replica heard of the nodes, and since when it has seen what: not part of the State.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use batchai_common::limits::SUSPECT_AFTER;
 
@@ -15,6 +16,8 @@ pub struct Heard {
     pub last: BTreeMap<String, i64>,
     /// Since when each attempt has been seen to prepare.
     pub preparing: BTreeMap<String, i64>,
+    /// The ids of data keys that cannot be opened here: what is sealed by them cannot run.
+    pub closed: Arc<BTreeSet<String>>,
 }
 
 impl Heard {

@@ -26,7 +26,7 @@ pub fn schedule(state: &State, heard: &Heard, log_home: i64) -> Vec<Place> {
         .filter(|cluster| !cluster.queue.is_empty() && cluster.deleting.is_none());
     for cluster in waiting {
         let mut free = fit::Free::of(state, heard, cluster);
-        for job in order::candidates(state, cluster) {
+        for job in order::candidates(state, heard, cluster) {
             if plan.len() >= PLACEMENTS_MAX {
                 return plan;
             }

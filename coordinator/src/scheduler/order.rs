@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use crate::state::{Cluster, Job, State};
+use crate::scheduler::heard::Heard;
+use crate::state::{Cluster, Job, State, keys};
 
 /// The queued jobs of a cluster in their order. A job that wants more nodes than the cluster shall ever have keeps
-/// nobody else waiting: it is passed over until the cluster is resized.
+/// nobody else waiting: it is passed over until the cluster is resized. So is one whose secrets cannot be opened.
 pub fn candidates<'a>(
     state: &'a State,
+    heard: &'a Heard,
     cluster: &'a Cluster,
 ) -> impl Iterator<Item = &'a Arc<Job>> {
     let reach = cluster.target();
@@ -15,5 +17,8 @@ pub fn candidates<'a>(
         .queue
         .iter()
         .filter_map(|key| state.jobs.get(&key.job));
-    queued.filter(move |job| usize::try_from(job.spec.node_count).is_ok_and(|n| n <= reach))
+    queued.filter(move |job| {
+        let fits = usize::try_from(job.spec.node_count).is_ok_and(|n| n <= reach);
+        fits && keys::closed(&job.spec.secrets, &heard.closed).is_none()
+    })
 }

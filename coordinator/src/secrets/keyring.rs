@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::{self, Read as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
@@ -15,6 +15,7 @@ use base64::prelude::BASE64_STANDARD;
 use batchai_common::names::hex;
 use batchai_common::tls::CredentialsError;
 use batchai_common::tls::credentials::write_private;
+use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
@@ -114,7 +115,8 @@ impl Source {
         }
     }
 
-    /// Makes the file with one key in it, where it is a file that does not exist.
+    /// Makes the file with one key in it, where it is a file that does not exist. For a new ensemble: in an old one it would hide
+    /// that the keys are lost.
     pub fn make(&self) -> Result<(), KeyringError> {
         match self {
             Source::File(path) if !path.exists() => Ok(write_private(path, &line(&Key::draw()))?),
@@ -127,21 +129,41 @@ impl Source {
         let Source::File(path) = self else {
             return Err(KeyringError::NoFile { ring: self.clone() });
         };
+        // One at a time: what another has written just now is not lost.
+        let lock = lock(path)?;
+        if !path.exists() {
+            return self.make();
+        }
         // What is there must be whole: a file that is not a keyring is not made one.
         let known = self.text()?;
         Keyring::parse(self, &known)?;
         let text = Zeroizing::new(format!("{}{}", *line(&Key::draw()), *known));
-        Ok(write_private(path, &text)?)
+        let owner = fs::metadata(path).map_err(at(path))?;
+        write_private(path, &text)?;
+        // Whoever rotates may be root; the coordinator reads it as its own user.
+        std::os::unix::fs::chown(path, Some(owner.uid()), Some(owner.gid())).map_err(at(path))?;
+        drop(lock);
+        Ok(())
+    }
+}
+
+fn lock(path: &Path) -> Result<Flock<fs::File>, KeyringError> {
+    let beside = path.with_extension("lock");
+    let file = fs::File::create(&beside).map_err(at(&beside))?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| at(&beside)(error.into()))
+}
+
+fn at(path: &Path) -> impl Fn(io::Error) -> KeyringError {
+    let path = path.to_owned();
+    move |source| KeyringError::File {
+        path: path.clone(),
+        source,
     }
 }
 
 fn read_private(path: &Path) -> Result<Zeroizing<String>, KeyringError> {
-    let at = |source| KeyringError::File {
-        path: path.to_owned(),
-        source,
-    };
-    let file = fs::File::open(path).map_err(at)?;
-    let mode = file.metadata().map_err(at)?.permissions().mode();
+    let file = fs::File::open(path).map_err(at(path))?;
+    let mode = file.metadata().map_err(at(path))?.permissions().mode();
     if mode & 0o077 != 0 {
         return Err(KeyringError::Open {
             path: path.to_owned(),
@@ -150,7 +172,7 @@ fn read_private(path: &Path) -> Result<Zeroizing<String>, KeyringError> {
     let mut text = Zeroizing::new(String::new());
     file.take(TEXT_BYTES_MAX)
         .read_to_string(&mut text)
-        .map_err(at)?;
+        .map_err(at(path))?;
     Ok(text)
 }
 

@@ -1,12 +1,13 @@
 //! Secrets: sealed before they enter the log, opened for the agent that needs them, and for nobody else.
 //!
 //! A secret is sealed (`seal`) by a data key of its workspace; data keys lie in the State, each wrapped by a key-encryption
-//! key of the keyring, which lies elsewhere (`keyring`). A workspace that is deleted takes its data keys along: what they
-//! sealed stays closed in every old copy of the log.
+//! key of the keyring, which lies elsewhere (`keyring`). What is forgotten or deleted is gone from the State; the log still has it,
+//! sealed, until it is compacted, and opens to whoever has both the log and the keyring.
 
 mod keyring;
 mod seal;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
@@ -14,6 +15,7 @@ use std::time::SystemTime;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{DataKey, PutDataKey};
 use batchai_proto::secrets::Place;
+use imbl::OrdMap;
 
 use crate::state::State;
 use crate::state::keys::{self, Sealed};
@@ -50,18 +52,28 @@ struct Latest {
     ring: Arc<Keyring>,
     /// When its file was last changed, where it is one.
     modified: Option<SystemTime>,
+    /// The data keys that were looked through last, and those of them that it does not open.
+    closed: Option<Closed>,
 }
 
+type Closed = (OrdMap<String, Arc<Vec<DataKey>>>, Arc<BTreeSet<String>>);
+
 impl Vault {
-    /// Reads the keyring; makes one where it is a file that is not there.
-    pub fn open(source: Source) -> Result<Vault, KeyringError> {
-        source.make()?;
+    /// Reads the keyring; a new ensemble gets one.
+    pub fn open(source: Source, new: bool) -> Result<Vault, KeyringError> {
+        if new {
+            source.make()?;
+        }
         let modified = modified(&source);
         let ring = Arc::new(source.read()?);
         tracing::info!(%source, key = ring.current().0, "keyring");
         Ok(Vault {
             source: Arc::new(source),
-            latest: Arc::new(Mutex::new(Latest { ring, modified })),
+            latest: Arc::new(Mutex::new(Latest {
+                ring,
+                modified,
+                closed: None,
+            })),
         })
     }
 
@@ -77,6 +89,7 @@ impl Vault {
         *self.latest() = Latest {
             ring,
             modified: now,
+            closed: None,
         };
         Ok(())
     }
@@ -154,8 +167,27 @@ impl Vault {
         Ok(())
     }
 
-    /// The data keys that an earlier key wrapped, wrapped by the current one; what cannot be opened stays as it is, and is
-    /// named in the log.
+    /// The ids of data keys that cannot be opened, because the keyring lacks what wrapped them. The same is not looked for twice.
+    pub fn closed(&self, state: &State) -> Arc<BTreeSet<String>> {
+        let mut latest = self.latest();
+        if let Some((keys, closed)) = &latest.closed
+            && keys.ptr_eq(&state.data_keys)
+        {
+            return closed.clone();
+        }
+        let keys = state.data_keys.values().flat_map(|keys| keys.iter());
+        let closed = keys.filter(|key| latest.ring.find(&key.wrapped_by).is_none());
+        let closed = Arc::new(closed.map(|key| key.id.clone()).collect());
+        latest.closed = Some((state.data_keys.clone(), Arc::clone(&closed)));
+        closed
+    }
+
+    /// The id of the key that wraps.
+    pub fn current(&self) -> String {
+        self.latest().ring.current().0.to_owned()
+    }
+
+    /// The data keys that an earlier key wrapped, wrapped by the current one; what cannot be opened stays as it is.
     pub fn rewrap(&self, state: &State) -> Vec<Kind> {
         let current = self.latest().ring.current().0.to_owned();
         let keys = state
@@ -167,10 +199,11 @@ impl Vault {
             Ok(opened) => Some(Kind::PutDataKey(PutDataKey {
                 workspace: workspace.clone(),
                 key: Some(self.wrap(workspace, key.id.clone(), &opened)),
-                follows: String::new(),
+                // Itself: where it is not there any more, it does not come back.
+                follows: key.id.clone(),
             })),
             Err(error) => {
-                tracing::error!(%error, workspace, "secrets are closed");
+                tracing::debug!(%error, workspace, "secrets are closed");
                 None
             }
         });
@@ -231,7 +264,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("keys");
         let source = Source::File(path.clone());
-        let vault = Vault::open(source.clone()).unwrap();
+        let vault = Vault::open(source.clone(), true).unwrap();
         let key = vault.draw(WORKSPACE);
         let mut sealed = job("hunter2");
         vault
@@ -269,11 +302,18 @@ mod tests {
         let text = fs::read_to_string(&path).unwrap();
         let newest = text.lines().next().unwrap();
         fs::write(&path, newest).unwrap();
-        let only = Vault::open(source).unwrap();
+        let only = Vault::open(source.clone(), false).unwrap();
         assert_eq!(open(&only, &after, "u").unwrap(), "hunter2");
         assert!(matches!(
             open(&only, &before, "u"),
             Err(VaultError::NoWrappingKey { .. })
         ));
+        assert_eq!(*only.closed(&before), [key.id].into());
+        assert!(only.closed(&after).is_empty());
+        fs::remove_file(&path).unwrap();
+        assert!(
+            Vault::open(source, false).is_err(),
+            "a lost keyring is not made anew"
+        );
     }
 }

@@ -224,12 +224,22 @@ fn secrets_are_sealed_and_forgotten(state: &State) -> Result<(), String> {
             return wrong(workspace);
         }
     }
-    for (name, job) in &state.jobs {
-        for secret in job.spec.secrets.iter().filter(|s| !s.value.is_empty()) {
+    let jobs = state.jobs.iter();
+    let jobs = jobs.map(|(name, job)| (name, &job.spec.secrets, !job.ended()));
+    let attempts = state.attempts.values().map(|attempt| {
+        let open = attempt.phase != Phase::Ended;
+        (&attempt.spec.name, &attempt.spec.secrets, open)
+    });
+    let clusters = state.clusters.iter().filter_map(|(name, cluster)| {
+        let task = cluster.spec.node_setup.as_ref()?.setup_task.as_ref()?;
+        Some((name, &task.secrets, true))
+    });
+    for (name, secrets, open) in jobs.chain(attempts).chain(clusters) {
+        for secret in secrets.iter().filter(|s| !s.value.is_empty()) {
             let workspace = keys::workspace_of(name);
             let sealed = keys::Sealed::parse(&secret.value);
             let key = sealed.and_then(|sealed| keys::find(state, workspace, &sealed.key));
-            if job.ended() || key.is_none() {
+            if !open || key.is_none() {
                 return wrong(name);
             }
         }

@@ -16,6 +16,9 @@ use super::{Rejection, State, Step, behind, check_stays, not_found};
 /// What every sealed secret begins with.
 const PREFIX: &str = "sealed";
 
+/// Data keys of one workspace: each of its secrets is looked for among them.
+const KEYS_MAX: usize = 32;
+
 /// A secret as it lies in the State, in the place of its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sealed {
@@ -65,6 +68,22 @@ pub fn find<'a>(state: &'a State, workspace: &str, id: &str) -> Option<&'a DataK
     keys.iter().find(|key| key.id == id)
 }
 
+/// The first of some keys that one of some secrets is sealed by.
+pub fn closed(
+    secrets: &[v1::EnvironmentVariableWithSecretValue],
+    keys: &BTreeSet<String>,
+) -> Option<String> {
+    if keys.is_empty() {
+        return None;
+    }
+    let sealed = secrets
+        .iter()
+        .filter_map(|secret| Sealed::parse(&secret.value));
+    sealed
+        .map(|sealed| sealed.key)
+        .find(|key| keys.contains(key))
+}
+
 pub(super) fn put(step: &mut Step<'_>, command: &PutDataKey) -> Result<(), Rejection> {
     let name = &command.workspace;
     if !step.state.workspaces.contains_key(name) {
@@ -89,6 +108,12 @@ pub(super) fn put(step: &mut Step<'_>, command: &PutDataKey) -> Result<(), Rejec
         let used = used(step.state, name);
         let mut place = 0..;
         keys.retain(|key| place.next().is_some_and(|i| i < 2) || used.contains(&key.id));
+        if keys.len() > KEYS_MAX {
+            return Err(Rejection::WrongState {
+                name: name.clone(),
+                why: format!("{KEYS_MAX} of its keys are in use by jobs that have not ended"),
+            });
+        }
     }
     step.state.data_keys.insert(name.clone(), Arc::new(keys));
     Ok(())
@@ -97,10 +122,11 @@ pub(super) fn put(step: &mut Step<'_>, command: &PutDataKey) -> Result<(), Rejec
 /// The keys that something of a workspace is sealed by.
 fn used(state: &State, workspace: &str) -> BTreeSet<String> {
     let below = format!("{workspace}/");
-    let jobs = behind(&state.jobs, &below, "");
+    let jobs = behind(&state.jobs, &below, "").filter(|(_, job)| !job.ended() && holds(&job.spec));
     let jobs = jobs.flat_map(|(_, job)| sealed_by(secrets::of_job(&mut (*job.spec).clone())));
     let clusters = behind(&state.clusters, &below, "");
     let clusters = clusters
+        .filter(|(_, cluster)| cluster.spec.node_setup.is_some())
         .flat_map(|(_, cluster)| sealed_by(secrets::of_cluster(&mut (*cluster.spec).clone())));
     jobs.chain(clusters).collect()
 }
@@ -112,13 +138,15 @@ fn sealed_by(places: Vec<secrets::Place<'_>>) -> Vec<String> {
 
 /// What is new has its secrets sealed by a key that is there: an open one never enters the State.
 pub(super) fn check_job(state: &State, spec: &v1::Job) -> Result<(), Rejection> {
-    let none = spec.secrets.is_empty()
-        && spec.mount_volumes.is_none()
-        && spec.container_settings.is_none();
-    if none {
-        return Ok(());
+    match holds(spec) {
+        true => check(state, &spec.name, secrets::of_job(&mut spec.clone())),
+        false => Ok(()),
     }
-    check(state, &spec.name, secrets::of_job(&mut spec.clone()))
+}
+
+/// Whether there may be secrets in a job: most have none, and are not copied to find out.
+fn holds(spec: &v1::Job) -> bool {
+    !spec.secrets.is_empty() || spec.mount_volumes.is_some() || spec.container_settings.is_some()
 }
 
 /// The same of a cluster.
@@ -143,6 +171,9 @@ fn check(state: &State, name: &str, places: Vec<secrets::Place<'_>>) -> Result<(
 
 /// What will not run again needs no secrets: their names stay.
 pub(super) fn forget(spec: &mut Arc<v1::Job>) {
+    if !holds(spec) {
+        return;
+    }
     let mut copy = (**spec).clone();
     let places = secrets::of_job(&mut copy);
     if places.iter().any(|(_, value)| !value.is_empty()) {

@@ -133,6 +133,9 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
         node.facts = facts;
         node.leaving |= misfit && node.cluster.is_some();
     });
+    if misfit {
+        setup::end_of(step, name);
+    }
     assign(step, name);
     free_if_leaving(step, name);
     Ok(())

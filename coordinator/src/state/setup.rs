@@ -4,7 +4,7 @@
 //! ```text
 //! (none) -> an attempt of its own -> done | failed
 //!   ^______________| infrastructure failed, as often as the bound allows
-//!   ^________________________________| the node has rebooted, or was given to a cluster anew
+//!   ^________________________________| the node has rebooted, unless it was lost too often, or was given to a cluster anew
 //! ```
 //! It is an attempt like those of jobs (see `attempts`), with one node and one process. When one is to begin is decided in
 //! `duties`.
@@ -41,10 +41,17 @@ fn task(cluster: &Cluster) -> Option<&v1::SetupTask> {
     cluster.spec.node_setup.as_ref()?.setup_task.as_ref()
 }
 
-/// What is known of this incarnation of a node.
+/// What is known of this incarnation of a node; or that its set-up was lost too often, in whatever incarnation: one that reboots its
+/// machine would go on for ever.
 fn current(node: &Node) -> Option<&Setup> {
     let setup = node.setup.as_ref();
-    setup.filter(|setup| setup.incarnation == node.incarnation)
+    setup.filter(|setup| setup.incarnation == node.incarnation || setup.given_up())
+}
+
+impl Setup {
+    fn given_up(&self) -> bool {
+        self.error.is_some() && self.retries >= INFRASTRUCTURE_RETRIES_MAX
+    }
 }
 
 /// Whether a node is as its cluster wants it.
@@ -63,6 +70,15 @@ pub fn error(node: &Node) -> Option<&v1::ResourceError> {
 pub fn is_due(state: &State, node: &Node) -> bool {
     let busy = node.attempt.is_some() || node.leaving || node.expelled;
     !busy && !is_done(state, node) && error(node).is_none()
+}
+
+/// The secrets that the set-up of a node takes.
+pub fn secrets<'a>(
+    state: &'a State,
+    node: &Node,
+) -> Option<&'a [v1::EnvironmentVariableWithSecretValue]> {
+    let cluster = state.clusters.get(node.cluster.as_ref()?)?;
+    Some(&task(cluster)?.secrets)
 }
 
 /// A new cluster, with what is its own.
@@ -94,7 +110,11 @@ pub(super) fn begin(step: &mut Step<'_>, command: &SetUpNode) -> Result<(), Reje
         return Err(Rejection::Overtaken { name, why });
     };
     let id = format!("{}-{}", state.epoch, state.revision);
-    let retries = current(&node).map_or(0, |setup| setup.retries);
+    let last = node
+        .setup
+        .as_ref()
+        .filter(|setup| !setup.done && setup.error.is_none());
+    let retries = last.map_or(0, |setup| setup.retries);
     let attempt = Attempt {
         id: id.clone(),
         number: retries + 1,
@@ -179,13 +199,20 @@ pub(super) fn end(step: &mut Step<'_>, cluster: &Cluster) -> bool {
     };
     let busy: Vec<_> = cluster.members.iter().filter(busy).cloned().collect();
     for name in &busy {
-        let node = step.state.nodes.get(name);
-        if let Some(attempt) = node.and_then(|node| node.attempt.clone()) {
-            nodes::change(step, name, |node| node.leaving = true);
-            attempts::decide(step, &attempt, Outcome::requeue_for_resize());
-        }
+        nodes::change(step, name, |node| node.leaving = true);
+        end_of(step, name);
     }
     !busy.is_empty()
+}
+
+/// Has the set-up of a node ended, if it is being set up.
+pub(super) fn end_of(step: &mut Step<'_>, name: &str) {
+    let node = step.state.nodes.get(name);
+    let attempt = node.and_then(|node| step.state.attempts.get(node.attempt.as_ref()?));
+    if let Some(attempt) = attempt.filter(|attempt| attempt.job().is_none()) {
+        let id = attempt.id.clone();
+        attempts::decide(step, &id, Outcome::requeue_for_resize());
+    }
 }
 
 /// A node belongs to no cluster any more, or begins anew: its last set-up is of no use.

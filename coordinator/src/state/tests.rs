@@ -558,11 +558,32 @@ fn a_workspace_keeps_the_data_keys_that_are_of_use() {
         name: job,
         ..Default::default()
     }));
+    // A cluster needs its key as long as it is there.
+    let task = v1::SetupTask {
+        secrets: vec![sealed_by("d")],
+        ..setup_task()
+    };
+    let with_task = format!("{WORKSPACE}/clusters/task");
+    e.ok(C::CreateCluster(v1::Cluster {
+        name: with_task.clone(),
+        node_setup: Some(v1::NodeSetup {
+            setup_task: Some(task),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }));
+    for id in ["e", "f", "g"] {
+        e.rotate(id);
+    }
+    assert_eq!(known(&e), ["g", "f", "d"]);
+    e.ok(force(&with_task));
     e.rotate("e");
-    assert_eq!(known(&e), ["e", "d"]);
+    assert_eq!(known(&e), ["e", "g"]);
     // Wrapped anew, wherever it stands.
-    e.ok(put_key("d", "whatever"));
-    assert_eq!(known(&e), ["e", "d"]);
+    e.ok(put_key("g", "g"));
+    assert_eq!(known(&e), ["e", "g"]);
+    // One that is gone does not come back.
+    assert!(e.try_apply(put_key("d", "d")).is_err());
     let delete = |name: &str| {
         C::Delete(Delete {
             name: name.into(),
@@ -836,6 +857,36 @@ fn a_set_up_that_fails_keeps_its_node_out_and_says_why() {
     let node = &e.state.nodes["nodes/n0"];
     assert_eq!(setup::error(node).unwrap().code, "NodeLost");
     assert_eq!(node.attempt, None);
+}
+
+#[test]
+fn what_is_of_no_use_leaves_first_and_what_does_not_fit_is_not_set_up() {
+    let mut e = Ensemble::to_set_up(3, 3);
+    e.set_up("nodes/n0", 3);
+    e.set_up("nodes/n1", 0);
+    e.ok(resize(2, Dealloc::Requeue));
+    e.settle();
+    assert!(e.state.nodes["nodes/n0"].is_free());
+    e.ok(resize(1, Dealloc::Requeue));
+    e.settle();
+    assert!(e.state.nodes["nodes/n2"].leaving);
+    assert_eq!(e.state.nodes["nodes/n1"].cluster.as_deref(), Some(CLUSTER));
+    // Another size, in the same incarnation, in the middle of it.
+    let mut e = Ensemble::to_set_up(1, 1);
+    e.register_as("nodes/n0", "1", "large");
+    let list = assignments::assignments(&e.state, "nodes/n0");
+    let stop = batchai_proto::agent::v1::assignment::Desired::Stop;
+    assert_eq!(list.assignments[0].desired(), stop);
+    e.see_setup("nodes/n0", P::Ended, None);
+    assert!(e.state.nodes["nodes/n0"].is_free());
+    // One that takes its machine down with it is not tried for ever.
+    let mut e = Ensemble::to_set_up(1, 1);
+    for boot in 2..20 {
+        e.register("nodes/n0", &boot.to_string());
+        e.settle();
+    }
+    assert!(setup::error(&e.state.nodes["nodes/n0"]).is_some());
+    assert_eq!(e.state.nodes["nodes/n0"].attempt, None);
 }
 
 #[test]

@@ -29,7 +29,11 @@ pub fn common(
         .collect();
     let mut env = facts.base_env.clone();
     if let Some(user) = user {
-        env.insert("HOME".into(), user.home.clone());
+        let home = match user.home.as_str() {
+            "" => &paths.job_temp,
+            _ => &user.home,
+        };
+        env.insert("HOME".into(), home.clone());
         env.insert("USER".into(), user.name.clone());
         env.insert("LOGNAME".into(), user.name.clone());
     }

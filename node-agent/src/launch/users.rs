@@ -52,7 +52,8 @@ impl JobUsers {
                     uid,
                     gid: uid,
                     groups: vec![uid],
-                    home: "/".to_owned(),
+                    // Where the job begins: it has no other home.
+                    home: String::new(),
                 }))
             }
         }

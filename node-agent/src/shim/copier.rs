@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -122,6 +123,8 @@ fn copy_file(
     // The first copy replaces what an earlier attempt of the job left there.
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(known.is_none());
+    // A link in a log file's place is nobody's wish.
+    options.custom_flags(OFlag::O_NOFOLLOW.bits());
     // The directory is the job's, and may lie where only its user writes.
     let target = to.join(entry.file_name());
     let mut target = with_files_of(user, || options.open(target))?;

@@ -8,6 +8,8 @@ use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
+use nix::unistd::geteuid;
+
 use super::root::MARKER;
 use super::share;
 use super::unpack::{bound_memory, unpack};
@@ -82,34 +84,31 @@ fn is_own(plan: &Preparation, path: &str) -> bool {
 
 /// Makes a directory of the job's below that of all jobs: its user's, and nobody else's to look into.
 fn make_own(root: &Path, path: &Path, plan: &Preparation) -> io::Result<()> {
-    let below = path.strip_prefix(root).map_err(io::Error::other)?;
-    let mut made = root.to_owned();
     fs::create_dir_all(root)?;
-    for part in below.components() {
-        made.push(part);
-        match fs::create_dir(&made) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
-            other => other?,
-        }
-        if let Some(user) = &plan.user {
-            std::os::unix::fs::chown(&made, Some(user.uid), Some(user.gid))?;
-            fs::set_permissions(&made, Permissions::from_mode(0o700))?;
-        }
+    match &plan.user {
+        Some(user) => share::make_for(root, path, user),
+        None => fs::create_dir_all(path),
     }
-    Ok(())
 }
 
-/// Where nothing is mounted jobs of any user have directories: what leads to them is everybody's, and nobody may take away or
-/// look into another's.
+/// Where nothing is mounted, what leads to the directories of jobs is root's, so that no job can take away, redirect or look into
+/// another's. The set-up of a node writes as root: nothing that leads there may be anybody else's, wherever it is.
 fn share_mount_root(plan: &Preparation) -> Result<(), FailureRecord> {
-    let (Some(user), Some(root)) = (&plan.user, plan.directories.first()) else {
+    let Some(root) = plan.directories.first().map(Path::new) else {
         return Ok(());
     };
-    let made = share::make_root(Path::new(root));
+    let made = fs::create_dir_all(root);
     made.map_err(|e| failure("make", "the mount root", &e, true))?;
-    for own in &plan.own {
-        let made = share::make_own(Path::new(root), Path::new(own), user);
-        made.map_err(|e| failure("make directory", own, &e, false))?;
+    if plan.user.is_some() {
+        let open = fs::set_permissions(root, Permissions::from_mode(0o755));
+        open.map_err(|e| failure("open", "the mount root", &e, true))?;
+        for own in &plan.own {
+            let made = share::make_own(root, Path::new(own), plan.user.as_ref());
+            made.map_err(|e| failure("make directory", own, &e, false))?;
+        }
+    } else if plan.may_gain && geteuid().is_root() {
+        let made = share::make_own(Path::new("/"), Path::new(&plan.copy_to), None);
+        made.map_err(|e| failure("make directory", &plan.copy_to, &e, false))?;
     }
     Ok(())
 }

@@ -1,88 +1,147 @@
-//! Directories in the mount root, where jobs of several users have theirs: made by root, step by step, and through no link.
+//! Directories that root makes where others have a say: step by step from one that is root's, through no link, and by what is
+//! open, never again by name.
 
-use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Component, Path};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open, openat};
-use nix::sys::stat::{Mode, fchmod, fstat, mkdirat};
+use nix::fcntl::{AtFlags, OFlag, open, openat};
+use nix::sys::stat::{FileStat, Mode, fchmod, fstat, fstatat, mkdirat};
 use nix::unistd::{Gid, Uid, fchown, geteuid};
 
 use crate::launch::JobUser;
 
-/// Everybody may make something in it, and take away only what is his.
-const SHARED: Mode = Mode::from_bits_truncate(0o1777);
+/// What leads to somebody's directory: everybody may pass.
+const WAY: Mode = Mode::from_bits_truncate(0o755);
+/// Somebody's directory: nobody else looks into it.
 const OWN: Mode = Mode::from_bits_truncate(0o700);
+const FLAGS: OFlag = OFlag::O_DIRECTORY
+    .union(OFlag::O_NOFOLLOW)
+    .union(OFlag::O_CLOEXEC);
 
-/// Makes the mount root.
-pub fn make_root(root: &Path) -> io::Result<()> {
-    fs::create_dir_all(root)?;
-    fs::set_permissions(root, Permissions::from_mode(SHARED.bits()))
+/// A step on the way to a directory.
+enum Step {
+    /// It was there.
+    Found(OwnedFd, FileStat),
+    /// It was not, and is now: root's, and closed.
+    Made(OwnedFd),
+    /// A link of somebody.
+    Link(u32),
 }
 
-/// Makes a user's own directory below the root, and what leads to it. Behind a link or in a mount nothing is made: there the
-/// user's own rights count.
-pub fn make_own(root: &Path, path: &Path, user: &JobUser) -> io::Result<()> {
-    let below = path.strip_prefix(root).map_err(io::Error::other)?;
-    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let mut dir = open(root, flags, Mode::empty())?;
-    let device = fstat(&dir)?.st_dev;
-    let mut names = below.components().peekable();
-    while let Some(Component::Normal(name)) = names.next() {
-        let last = names.peek().is_none();
-        let next = match openat(&dir, name, flags, Mode::empty()) {
-            Ok(next) => next,
-            Err(Errno::ENOENT) => make(&dir, Path::new(name), last.then_some(user))?,
-            Err(Errno::ELOOP | Errno::ENOTDIR) => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        let found = fstat(&next)?;
-        if found.st_dev != device {
-            return Ok(());
+fn step(dir: &OwnedFd, name: &Path) -> io::Result<Step> {
+    let made = match mkdirat(dir, name, OWN) {
+        Ok(()) => true,
+        Err(Errno::EEXIST) => false,
+        Err(error) => return Err(error.into()),
+    };
+    match openat(dir, name, FLAGS, Mode::empty()) {
+        Ok(next) => {
+            let found = fstat(&next)?;
+            // One that was made just now and is somebody else's was put in its place.
+            Ok(match made && is_ours(found.st_uid) {
+                true => Step::Made(next),
+                false => Step::Found(next, found),
+            })
         }
-        let own = found.st_uid == user.uid;
-        let shared = !last && found.st_uid == geteuid().as_raw();
-        if !own && !shared {
-            let why = format!(
-                "{} belongs to user {}",
-                Path::new(name).display(),
-                found.st_uid
-            );
-            return Err(io::Error::other(why));
+        Err(Errno::ELOOP | Errno::ENOTDIR) => {
+            let found = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+            match found.st_mode & nix::libc::S_IFMT == nix::libc::S_IFLNK {
+                true => Ok(Step::Link(found.st_uid)),
+                false => Err(refused(name, "is no directory")),
+            }
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn is_ours(uid: u32) -> bool {
+    uid == 0 || uid == geteuid().as_raw()
+}
+
+fn refused(name: &Path, why: &str) -> io::Error {
+    io::Error::other(format!("{} {why}", name.display()))
+}
+
+fn names(path: &Path) -> impl Iterator<Item = &Path> {
+    path.components().filter_map(|part| match part {
+        Component::Normal(name) => Some(Path::new(name)),
+        _ => None,
+    })
+}
+
+/// Makes a directory of a user's, or of root's where there is none, that nobody else can look into; what leads to it from
+/// `begin` is root's alone, so that nobody can put anything in its place. In a mount, or behind a link of root's, nothing is made
+/// for a user: there his own rights count.
+pub fn make_own(begin: &Path, path: &Path, user: Option<&JobUser>) -> io::Result<()> {
+    let below = path.strip_prefix(begin).map_err(io::Error::other)?;
+    let mut dir = open(begin, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let device = fstat(&dir)?.st_dev;
+    let mut names = names(below).peekable();
+    while let Some(name) = names.next() {
+        let last = names.peek().is_none();
+        let (next, owner) = match step(&dir, name)? {
+            Step::Made(next) => (next, None),
+            Step::Found(next, found) if found.st_dev == device => (next, Some(found.st_uid)),
+            // What is mounted there has rights of its own.
+            Step::Found(next, _) => match user {
+                Some(_) => return Ok(()),
+                None => {
+                    dir = next;
+                    continue;
+                }
+            },
+            Step::Link(owner) if is_ours(owner) && user.is_some() => return Ok(()),
+            Step::Link(_) => return Err(refused(name, "is a link")),
+        };
+        match (last, user, owner) {
+            (true, Some(user), Some(owner)) if owner == user.uid => {}
+            (_, _, Some(owner)) if !is_ours(owner) => {
+                return Err(refused(name, &format!("belongs to user {owner}")));
+            }
+            (true, Some(user), _) => give(&next, user)?,
+            (true, None, None) => fchmod(&next, OWN)?,
+            (false, _, None) => fchmod(&next, WAY)?,
+            _ => {}
         }
         dir = next;
     }
     Ok(())
 }
 
-fn make(dir: &OwnedFd, name: &Path, owner: Option<&JobUser>) -> io::Result<OwnedFd> {
-    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    match mkdirat(dir, name, OWN) {
-        Ok(()) | Err(Errno::EEXIST) => {}
-        Err(error) => return Err(error.into()),
+/// Makes a directory and what leads to it from `begin`, all of it a user's. They are given to him when all of them are made.
+pub fn make_for(begin: &Path, path: &Path, user: &JobUser) -> io::Result<()> {
+    let below = path.strip_prefix(begin).map_err(io::Error::other)?;
+    let mut dir = open(begin, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let mut made = Vec::new();
+    for name in names(below) {
+        let next = match step(&dir, name)? {
+            Step::Made(next) => {
+                made.push(next.try_clone()?);
+                next
+            }
+            Step::Found(next, found) if found.st_uid == user.uid => next,
+            Step::Found(_, found) => {
+                return Err(refused(name, &format!("belongs to user {}", found.st_uid)));
+            }
+            Step::Link(_) => return Err(refused(name, "is a link")),
+        };
+        dir = next;
     }
-    let made = openat(dir, name, flags, Mode::empty())?;
-    // Somebody else may have been faster: what is his stays his.
-    if fstat(&made)?.st_uid != geteuid().as_raw() {
-        return Ok(made);
-    }
-    match owner {
-        Some(user) => fchown(
-            &made,
-            Some(Uid::from_raw(user.uid)),
-            Some(Gid::from_raw(user.gid)),
-        )?,
-        None => fchmod(&made, SHARED)?,
-    }
-    Ok(made)
+    made.iter().rev().try_for_each(|dir| give(dir, user))
+}
+
+fn give(dir: &OwnedFd, user: &JobUser) -> io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    fchown(dir, Some(uid), Some(gid))?;
+    Ok(fchmod(dir, OWN)?)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt as _, symlink};
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt as _, chown, symlink};
 
     use super::*;
 
@@ -94,35 +153,68 @@ mod tests {
         }
     }
 
+    fn of(path: &Path) -> (u32, u32) {
+        let found = fs::metadata(path).unwrap();
+        (found.uid(), found.mode() & 0o7777)
+    }
+
     #[test]
-    fn what_leads_to_a_job_is_shared_and_what_is_its_own_is_not() {
+    fn what_leads_to_a_directory_is_roots_and_the_rest_is_its_users() {
         if !geteuid().is_root() {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("mounts");
-        make_root(&root).unwrap();
+        fs::create_dir(&root).unwrap();
+        let (one, two) = (user(71_001), user(71_002));
         let path = |name: &str| root.join("logs/e/g").join(name);
-        make_own(&root, &path("one"), &user(71_001)).unwrap();
-        make_own(&root, &path("two"), &user(71_002)).unwrap();
-        make_own(&root, &path("one"), &user(71_001)).unwrap();
-        let of = |path: &Path| {
-            let found = fs::metadata(path).unwrap();
-            (found.uid(), found.mode() & 0o7777)
-        };
-        for shared in ["", "logs", "logs/e", "logs/e/g"] {
-            assert_eq!(of(&root.join(shared)), (0, 0o1777), "{shared}");
+        make_own(&root, &path("one"), Some(&one)).unwrap();
+        make_own(&root, &path("two"), Some(&two)).unwrap();
+        make_own(&root, &path("one"), Some(&one)).unwrap();
+        for way in ["logs", "logs/e", "logs/e/g"] {
+            assert_eq!(of(&root.join(way)), (0, 0o755), "{way}");
         }
         assert_eq!(of(&path("one")), (71_001, 0o700));
         assert_eq!(of(&path("two")), (71_002, 0o700));
-        // Another's is not taken, and no way leads through it.
-        assert!(make_own(&root, &path("one"), &user(71_002)).is_err());
-        assert!(make_own(&root, &path("one/x"), &user(71_002)).is_err());
-        // Links lead nowhere.
+        // Another's is not taken, and no way leads through it, not even root's.
+        assert!(make_own(&root, &path("one"), Some(&two)).is_err());
+        assert!(make_own(&root, &path("one/x"), Some(&two)).is_err());
+        assert!(make_own(&root, &path("one/x"), None).is_err());
+        make_own(&root, &path("task"), None).unwrap();
+        assert_eq!(of(&path("task")), (0, 0o700));
+        // Links: root's own are followed by users with their rights only, those of others by nobody.
         let outside = dir.path().join("outside");
         fs::create_dir(&outside).unwrap();
         symlink(&outside, root.join("link")).unwrap();
-        make_own(&root, &root.join("link/x/y"), &user(71_001)).unwrap();
+        make_own(&root, &root.join("link/x/y"), Some(&one)).unwrap();
+        assert!(make_own(&root, &root.join("link/x/y"), None).is_err());
+        std::os::unix::fs::lchown(root.join("link"), Some(71_001), None).unwrap();
+        assert!(make_own(&root, &root.join("link/x/y"), Some(&one)).is_err());
         assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_users_directories_are_his_and_lead_nowhere_else() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (jobs, outside) = (dir.path().join("jobs"), dir.path().join("outside"));
+        fs::create_dir(&jobs).unwrap();
+        fs::create_dir(&outside).unwrap();
+        let one = user(71_001);
+        make_for(&jobs, &jobs.join("w/e/j"), &one).unwrap();
+        make_for(&jobs, &jobs.join("w/e/j/mounts"), &one).unwrap();
+        for path in ["w", "w/e", "w/e/j", "w/e/j/mounts"] {
+            assert_eq!(of(&jobs.join(path)), (71_001, 0o700), "{path}");
+        }
+        assert!(make_for(&jobs, &jobs.join("w/e/k"), &user(71_002)).is_err());
+        symlink(&outside, jobs.join("w/f")).unwrap();
+        assert!(make_for(&jobs, &jobs.join("w/f/j"), &one).is_err());
+        chown(&outside, Some(0), None).unwrap();
+        assert_eq!(
+            (of(&outside).0, fs::read_dir(&outside).unwrap().count()),
+            (0, 0)
+        );
     }
 }
