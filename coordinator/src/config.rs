@@ -42,6 +42,9 @@ pub struct Config {
     /// How many calls and streams each of them may have open.
     #[arg(long, default_value_t = 1024, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     pub calls_open: u32,
+    /// Take a snapshot, and forget the log before it, after so many entries; or 32 MiB of them.
+    #[arg(long, default_value_t = 20_000, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    pub snapshot_entries: u64,
     /// For tests only: listen in plain text and ask nobody who he is. Whoever reaches the address can run commands on every
     /// node, as root where agents are root.
     #[arg(long)]

@@ -31,6 +31,12 @@ pub fn log_records(mut bytes: &[u8]) {
     }
 }
 
+/// Snapshots: read whole, or refused.
+pub fn snapshots(mut bytes: &[u8]) {
+    // What passes its checksums was written by one of ours.
+    let _ = crate::replica::store::snapshot::decode(&mut bytes);
+}
+
 /// Commands, one after the other: whatever they are, every invariant holds.
 pub fn commands(mut bytes: &[u8]) {
     let mut state = State::default();
@@ -84,6 +90,7 @@ mod tests {
         #[test]
         fn no_bytes_bring_it_down(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             log_records(&bytes);
+            snapshots(&bytes);
             commands(&bytes);
             requests(&bytes);
             texts(&bytes);

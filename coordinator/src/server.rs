@@ -48,7 +48,7 @@ use crate::gate::quota::{Quota, Shares};
 use crate::leader;
 use crate::logs::LogStore;
 use crate::pki::{self, FIRST_REPLICA, Pki, PkiError};
-use crate::replica::core::{Core, CoreError};
+use crate::replica::core::{Core, CoreError, SnapshotPolicy};
 use crate::replica::store::disk::DiskStore;
 use crate::replica::store::{FORMAT, StoreError};
 use crate::replica::{self, Handle, Running};
@@ -218,11 +218,21 @@ fn start_replica(config: &Config) -> Result<Started, ServerError> {
     tracing::info!(
         ensemble = leader.ensemble,
         replica = leader.replica,
+        snapshot = recovered
+            .snapshot
+            .as_ref()
+            .map_or(0, |(mark, _)| mark.index),
         entries = recovered.entries.len(),
         "log opened"
     );
     let life = uuid::Uuid::new_v4().as_u64_pair().0;
-    let (handle, running) = replica::start(Core::new(store, recovered, life)?)?;
+    let policy = SnapshotPolicy {
+        entries: config.snapshot_entries,
+        kept: SnapshotPolicy::default().kept.min(config.snapshot_entries),
+        ..SnapshotPolicy::default()
+    };
+    let core = Core::new(store, recovered, life, policy)?;
+    let (handle, running) = replica::start(core)?;
     Ok((handle, running, leader))
 }
 

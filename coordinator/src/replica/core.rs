@@ -5,16 +5,16 @@
 
 use std::collections::BTreeMap;
 
-use batchai_proto::internal::v1::Command;
+use batchai_proto::internal::v1::{Command, SnapshotMark};
 use prost::Message as _;
 use protobuf::Message as _;
-use raft::eraftpb::{ConfChangeV2, Entry, EntryType, Message, MessageType};
-use raft::storage::MemStorage;
+use raft::eraftpb::{ConfChangeV2, ConfState, Entry, EntryType, Message, MessageType};
 use raft::{Config, RawNode, StateRole};
 
 use super::hub::Revision;
+use super::log::Log;
 use super::logger::logger;
-use super::store::{LogStore, Recovered, StoreError};
+use super::store::{LogStore, Recovered, Snapshots, StoreError};
 use crate::state::{Event, Rejection, State, apply};
 
 /// Ticks between heartbeats, and from the last one to an election. How long a tick is, the caller decides.
@@ -67,13 +67,38 @@ pub struct Output {
     pub revisions: Vec<Revision>,
 }
 
+/// When a snapshot is taken, and what stays of the log.
+#[derive(Clone, Copy, Debug)]
+pub struct SnapshotPolicy {
+    /// After so many entries, or so many bytes of them, whichever comes first.
+    pub entries: u64,
+    pub bytes: u64,
+    /// So many entries before it are kept, for followers that are a little behind.
+    pub kept: u64,
+}
+
+impl Default for SnapshotPolicy {
+    fn default() -> SnapshotPolicy {
+        SnapshotPolicy {
+            entries: 20_000,
+            bytes: 32 << 20,
+            kept: 1_000,
+        }
+    }
+}
+
 /// A replica.
 pub struct Core<S> {
     /// Tells the reads of this replica, in this life of it, from all others.
     life: [u8; 16],
-    raw: RawNode<MemStorage>,
+    raw: RawNode<Log>,
     store: S,
     state: State,
+    /// The index of the latest snapshot that the log relies on.
+    snapshot: u64,
+    /// How much was applied since.
+    unsaved_bytes: u64,
+    policy: SnapshotPolicy,
     /// Index -> term and ticket of what this replica proposed and has not seen applied.
     proposed: BTreeMap<u64, (u64, Ticket)>,
     /// Index -> reads that wait for it to be applied.
@@ -83,18 +108,28 @@ pub struct Core<S> {
 impl<S: LogStore> Core<S> {
     /// Starts a replica from what its store held. `life` is another number at every start. A committed
     /// prefix of the log is applied by the first `ready`s.
-    pub fn new(store: S, recovered: Recovered, life: u64) -> Result<Core<S>, CoreError> {
+    pub fn new(
+        store: S,
+        recovered: Recovered,
+        life: u64,
+        policy: SnapshotPolicy,
+    ) -> Result<Core<S>, CoreError> {
         let identity = &recovered.identity;
-        let memory = MemStorage::new_with_conf_state((identity.voters.clone(), vec![]));
-        let last = recovered.entries.last().map_or(0, |entry| entry.index);
-        {
-            let mut core = memory.wl();
-            core.append(&recovered.entries)?;
-            let mut hard_state = recovered.hard_state;
-            // The commit index is written without a sync of its own: it may be behind or ahead of what was synced.
-            hard_state.commit = hard_state.commit.min(last);
-            core.set_hardstate(hard_state);
-        }
+        let (mark, state) = recovered.snapshot.unwrap_or_default();
+        let conf_state = match mark.index {
+            0 => ConfState::from((identity.voters.clone(), vec![])),
+            _ => read_conf_state(&mark)?,
+        };
+        let last = recovered
+            .entries
+            .last()
+            .map_or(recovered.begin.index, |entry| entry.index);
+        let mut log = Log::new(recovered.begin, conf_state.clone());
+        log.append(&recovered.entries);
+        let mut hard_state = recovered.hard_state;
+        // The commit index is written without a sync of its own: it may be behind or ahead of what was synced.
+        hard_state.commit = hard_state.commit.clamp(mark.index, last);
+        log.set_hard_state(hard_state);
         let config = Config {
             id: identity.replica_id,
             election_tick: ELECTION_TICKS,
@@ -103,12 +138,13 @@ impl<S: LogStore> Core<S> {
             max_uncommitted_size: UNCOMMITTED_BYTES_MAX,
             max_committed_size_per_ready: COMMITTED_BYTES_MAX,
             max_inflight_msgs: INFLIGHT_MESSAGES_MAX,
+            applied: mark.index,
             check_quorum: true,
             pre_vote: true,
             ..Config::default()
         };
-        let mut raw = RawNode::new(&config, memory, &logger())?;
-        if identity.voters == [identity.replica_id] {
+        let mut raw = RawNode::new(&config, log, &logger())?;
+        if conf_state.voters == [identity.replica_id] {
             // Nobody to wait for.
             raw.campaign()?;
         }
@@ -119,7 +155,10 @@ impl<S: LogStore> Core<S> {
             life: own,
             raw,
             store,
-            state: State::default(),
+            state,
+            snapshot: mark.index,
+            unsaved_bytes: 0,
+            policy,
             proposed: BTreeMap::new(),
             reading: BTreeMap::new(),
         })
@@ -133,6 +172,49 @@ impl<S: LogStore> Core<S> {
     /// Whether this replica leads, and has applied everything that was committed before it did.
     pub fn leads(&self) -> bool {
         self.raw.raft.state == StateRole::Leader && self.raw.raft.apply_to_current_term()
+    }
+
+    /// What a snapshot would stand for now, and the State; none where it is too early. The caller has it written and says so
+    /// by `compact`, or asks again.
+    pub fn snapshot_due(&self) -> Option<(SnapshotMark, State)> {
+        let index = self.raw.raft.raft_log.applied;
+        let due = index.saturating_sub(self.snapshot) >= self.policy.entries
+            || self.unsaved_bytes >= self.policy.bytes;
+        let entry = self
+            .raw
+            .store()
+            .entry(index)
+            .filter(|_| due && index > self.snapshot)?;
+        let conf_state = self.raw.store().conf_state().write_to_bytes();
+        let mark = SnapshotMark {
+            index,
+            term: entry.term,
+            conf_state: conf_state.expect("what is in memory can be encoded"),
+        };
+        Some((mark, self.state.clone()))
+    }
+
+    /// A snapshot was written: the log before it may go, but for what is kept.
+    ///
+    /// # Errors
+    /// The replica must stop: what is on disk is not known.
+    pub fn compact(&mut self, mark: &SnapshotMark) -> Result<(), CoreError> {
+        let until = mark.index.saturating_sub(self.policy.kept);
+        let begin = self.raw.store().entry(until).unwrap_or_default();
+        let begin = match begin.index {
+            // It begins behind that already.
+            0 => self.raw.store().begin(),
+            _ => begin,
+        };
+        self.store.compact(mark, begin)?;
+        self.raw.mut_store().begin_behind(begin);
+        (self.snapshot, self.unsaved_bytes) = (mark.index, 0);
+        Ok(())
+    }
+
+    /// Who writes snapshots.
+    pub fn snapshots(&self) -> Box<dyn Snapshots> {
+        self.store.snapshots()
     }
 
     /// The raft id of the leader, as far as it is known.
@@ -241,17 +323,15 @@ impl<S: LogStore> Core<S> {
         if ready.must_sync() {
             self.store.append(ready.entries(), ready.hs())?;
         }
-        {
-            let mut memory = self.raw.mut_store().wl();
-            memory.append(ready.entries())?;
-            if let Some(hard_state) = ready.hs() {
-                memory.set_hardstate(hard_state.clone());
-            }
+        let log = self.raw.mut_store();
+        log.append(ready.entries());
+        if let Some(hard_state) = ready.hs() {
+            log.set_hard_state(hard_state.clone());
         }
         send(ready.take_persisted_messages());
         let mut light = self.raw.advance(ready);
         if let Some(commit) = light.commit_index() {
-            self.raw.mut_store().wl().mut_hard_state().commit = commit;
+            self.raw.mut_store().set_commit(commit);
         }
         send(light.take_messages());
         // With one voter this is where new entries are committed.
@@ -269,6 +349,7 @@ impl<S: LogStore> Core<S> {
 
     fn apply(&mut self, entries: Vec<Entry>, output: &mut Output) -> Result<(), CoreError> {
         for entry in entries {
+            self.unsaved_bytes += entry.data.len() as u64;
             let result = match entry.entry_type {
                 EntryType::EntryNormal if entry.data.is_empty() => None,
                 EntryType::EntryNormal => Some(self.apply_command(&entry)?),
@@ -323,7 +404,7 @@ impl<S: LogStore> Core<S> {
                 why: e.to_string(),
             })?;
         let conf_state = self.raw.apply_conf_change(&change)?;
-        self.raw.mut_store().wl().set_conf_state(conf_state);
+        self.raw.mut_store().set_conf_state(conf_state);
         Ok(())
     }
 
@@ -336,6 +417,16 @@ impl<S: LogStore> Core<S> {
                 .extend(lost.into_values().map(|(_, t)| (t, Proposed::Unknown)));
         }
     }
+}
+
+fn read_conf_state(mark: &SnapshotMark) -> Result<ConfState, CoreError> {
+    let mut conf_state = ConfState::default();
+    let read = conf_state.merge_from_bytes(&mark.conf_state);
+    read.map_err(|error| CoreError::Entry {
+        index: mark.index,
+        why: error.to_string(),
+    })?;
+    Ok(conf_state)
 }
 
 #[cfg(test)]

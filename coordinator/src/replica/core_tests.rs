@@ -40,7 +40,12 @@ fn start(store: &MemoryStore, id: u64, voters: &[u64]) -> Core<MemoryStore> {
         replica_id: id,
         voters: voters.to_vec(),
     };
-    Core::new(store.clone(), store.recover(identity), 7).unwrap()
+    let policy = SnapshotPolicy {
+        entries: 10,
+        kept: 3,
+        ..SnapshotPolicy::default()
+    };
+    Core::new(store.clone(), store.recover(identity), 7, policy).unwrap()
 }
 
 impl Core<MemoryStore> {
@@ -134,6 +139,58 @@ fn one_voter_leads_at_once_and_applies_what_it_is_told() {
     let mut again = start(&store, 1, &[1]);
     again.all_ready(&mut |_| {}).unwrap();
     assert_eq!(again.state(), core.state(), "a restart finds everything");
+}
+
+/// Writes the snapshot that is due, as another thread would.
+fn take_snapshot(core: &mut Core<MemoryStore>) -> Option<u64> {
+    let (mark, state) = core.snapshot_due()?;
+    core.snapshots().write(&mark, &state).unwrap();
+    core.compact(&mark).unwrap();
+    Some(mark.index)
+}
+
+#[test]
+fn a_replica_begins_from_its_snapshot_and_what_came_behind_it() {
+    let store = MemoryStore::default();
+    let mut core = start(&store, 1, &[1]);
+    core.all_ready(&mut |_| {}).unwrap();
+    core.propose(&[(0, init())]);
+    let mut taken = Vec::new();
+    for i in 1..40 {
+        assert!(core.propose(&[(i, group(&i.to_string()))]).is_empty());
+        core.all_ready(&mut |_| {}).unwrap();
+        taken.extend(take_snapshot(&mut core));
+    }
+    assert_eq!(taken, [10, 20, 30, 40], "every ten entries");
+    let recovered = store.recover(ReplicaIdentity::default());
+    assert_eq!(recovered.begin.index, 37, "three are kept");
+    let indexes: Vec<_> = recovered.entries.iter().map(|entry| entry.index).collect();
+    assert_eq!(indexes, (38..=41).collect::<Vec<_>>());
+    let (mark, state) = recovered.snapshot.unwrap();
+    assert_eq!((mark.index, state.applied_index), (40, 40));
+
+    let mut again = start(&store, 1, &[1]);
+    again.all_ready(&mut |_| {}).unwrap();
+    assert_eq!(again.state(), core.state());
+    assert!(again.leads());
+    again.propose(&[(1, group("more"))]);
+    let output = again.all_ready(&mut |_| {}).unwrap();
+    assert!(matches!(
+        output.proposals[..],
+        [(1, Proposed::Applied(Ok(_)))]
+    ));
+    // One that was written and not relied on yet is as if it were not there.
+    let (mark, state) = (0..20)
+        .find_map(|i| {
+            again.propose(&[(i, group(&format!("again-{i}")))]);
+            again.all_ready(&mut |_| {}).unwrap();
+            again.snapshot_due()
+        })
+        .unwrap();
+    again.snapshots().write(&mark, &state).unwrap();
+    let mut third = start(&store, 1, &[1]);
+    third.all_ready(&mut |_| {}).unwrap();
+    assert_eq!(third.state(), again.state());
 }
 
 #[test]

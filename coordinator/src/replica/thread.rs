@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use batchai_common::limits::CALL_TIMEOUT;
 use batchai_common::time;
 use batchai_proto::internal::v1::command::Kind;
-use batchai_proto::internal::v1::{Command, RequestKey};
+use batchai_proto::internal::v1::{Command, RequestKey, SnapshotMark};
 use raft::eraftpb::Message;
 use tokio::sync::{oneshot, watch};
 
 use super::core::{Core, CoreError, Proposed, Ticket};
 use super::hub::Hub;
-use super::store::LogStore;
+use super::store::{LogStore, StoreError};
 use crate::state::{Rejection, State};
 
 /// A tick; an election times out after ten to twenty.
@@ -26,6 +26,8 @@ const TICK: Duration = Duration::from_millis(50);
 const TICKS_AT_ONCE_MAX: u32 = 3;
 /// Requests that may wait for the loop.
 const REQUESTS_MAX: usize = 4096;
+/// After a snapshot that could not be written.
+const SNAPSHOT_PAUSE: Duration = Duration::from_secs(60);
 /// Proposals that share one sync.
 const BATCH_MAX: usize = 1024;
 
@@ -60,6 +62,8 @@ type Reply<T> = oneshot::Sender<Result<T, ReplicaError>>;
 enum Request {
     Propose(Box<Command>, Reply<i64>),
     Read(Reply<()>),
+    /// A snapshot was written, or could not be.
+    Snapshot(Result<SnapshotMark, StoreError>),
     Stop,
 }
 
@@ -172,6 +176,7 @@ pub fn start<S: LogStore + 'static>(core: Core<S>) -> std::io::Result<(Handle, R
     let (publisher, published) = watch::channel(Published::default());
     let (failure, failed) = oneshot::channel();
     let hub = Arc::new(Hub::default());
+    let own = requests.clone();
     let handle = Handle {
         requests,
         published,
@@ -185,6 +190,10 @@ pub fn start<S: LogStore + 'static>(core: Core<S>) -> std::io::Result<(Handle, R
         next_ticket: 0,
         proposing: HashMap::new(),
         reading: HashMap::new(),
+        requests: own,
+        writing: false,
+        written: None,
+        not_before: Instant::now(),
     };
     let thread = std::thread::Builder::new()
         .name("replica".into())
@@ -206,6 +215,14 @@ struct Loop<S> {
     next_ticket: Ticket,
     proposing: HashMap<Ticket, Reply<i64>>,
     reading: HashMap<Ticket, Reply<()>>,
+    /// By which the thread that writes snapshots reaches this one.
+    requests: SyncSender<Request>,
+    /// A snapshot is being written.
+    writing: bool,
+    /// It was, and this came of it.
+    written: Option<Result<SnapshotMark, StoreError>>,
+    /// After one that failed.
+    not_before: Instant,
 }
 
 impl<S: LogStore> Loop<S> {
@@ -230,6 +247,7 @@ impl<S: LogStore> Loop<S> {
             };
             next_tick = self.tick(next_tick);
             self.settle()?;
+            self.see_to_snapshots()?;
             if stop {
                 return Ok(());
             }
@@ -271,6 +289,7 @@ impl<S: LogStore> Loop<S> {
                     self.reading.insert(self.next_ticket, reply);
                 }
                 Request::Read(reply) => answer(reply, Err(ReplicaError::NotLeader)),
+                Request::Snapshot(written) => self.written = Some(written),
                 Request::Stop => stop = true,
             }
         }
@@ -280,6 +299,47 @@ impl<S: LogStore> Loop<S> {
             }
         }
         stop
+    }
+
+    /// Has a snapshot written, on a thread of its own, where one is due; and the log compacted when it was.
+    fn see_to_snapshots(&mut self) -> Result<(), CoreError> {
+        match self.written.take() {
+            Some(Ok(mark)) => {
+                self.core.compact(&mark)?;
+                tracing::info!(index = mark.index, "snapshot taken");
+                self.writing = false;
+            }
+            // The log has everything that the snapshot would: the replica goes on, and tries again later.
+            Some(Err(error)) => {
+                tracing::error!(%error, "a snapshot cannot be written");
+                self.writing = false;
+                self.not_before = Instant::now() + SNAPSHOT_PAUSE;
+            }
+            None => {}
+        }
+        if self.writing || Instant::now() < self.not_before {
+            return Ok(());
+        }
+        let Some((mark, state)) = self.core.snapshot_due() else {
+            return Ok(());
+        };
+        let (mut snapshots, requests) = (self.core.snapshots(), self.requests.clone());
+        let write = move || {
+            let written = snapshots.write(&mark, &state).map(|()| mark);
+            // The loop may have ended.
+            let _ = requests.send(Request::Snapshot(written));
+        };
+        let thread = std::thread::Builder::new()
+            .name("snapshot".into())
+            .spawn(write);
+        match thread {
+            Ok(_) => self.writing = true,
+            Err(error) => {
+                tracing::error!(%error, "a snapshot cannot be written");
+                self.not_before = Instant::now() + SNAPSHOT_PAUSE;
+            }
+        }
+        Ok(())
     }
 
     /// Lets the core do its work until there is none.

@@ -10,14 +10,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use batchai_proto::internal::v1::ReplicaIdentity;
+use batchai_proto::internal::v1::{ReplicaIdentity, SnapshotMark};
 use prost::Message as _;
 use protobuf::Message as _;
 use raft::eraftpb::{Entry, HardState};
 
 use super::chunk::{self, Record};
 use super::witness::{Mark, Witness};
-use super::{FORMAT, LogStore, Recovered, StoreError};
+use super::{Begin, FORMAT, LogStore, Recovered, Snapshots, StoreError, snapshot};
+use crate::state::State;
 
 /// Values of 20 KB stay inside the database's one file only with segments of this size.
 const SEGMENT_BYTES: usize = 8 << 20;
@@ -28,6 +29,12 @@ const LOCK_WAIT_STEP: Duration = Duration::from_millis(5);
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(5);
 const HARD_STATE_KEY: &[u8] = b"H";
 const IDENTITY_KEY: &[u8] = b"I";
+const BEGIN_KEY: &[u8] = b"B";
+const SNAPSHOT_KEY: &[u8] = b"S";
+/// Where snapshots lie.
+const SNAPSHOTS: &str = "snapshots";
+/// Chunks of the forgotten prefix that go with one append: many at once would hold it up.
+const FORGOTTEN_AT_ONCE: usize = 8;
 
 /// A log on disk.
 pub struct DiskStore {
@@ -39,6 +46,8 @@ pub struct DiskStore {
     mark: Mark,
     /// First index -> last index and number of parts.
     chunks: BTreeMap<u64, (u64, u16)>,
+    /// What is up to here may go.
+    begin: Begin,
 }
 
 impl DiskStore {
@@ -64,7 +73,7 @@ impl DiskStore {
         let db = open_database(&log)?;
         // Iterating damaged pages may panic inside the database.
         let read = catch_unwind(AssertUnwindSafe(|| read_all(path, &db)));
-        let (identity, hard_state, records) =
+        let (identity, hard_state, log, records) =
             read.unwrap_or_else(|_| Err(damaged(path, "the database panics when it is read")))?;
         if identity.format != FORMAT {
             return Err(StoreError::Format {
@@ -72,10 +81,13 @@ impl DiskStore {
                 found: identity.format,
             });
         }
-        let entries = chunk::unpack(&records).map_err(|why| damaged(path, &why))?;
-        compare(path, mark, &identity, &hard_state, &entries)?;
-        let file = File::open(log.join("db")).map_err(io(&log))?;
+        let entries = chunk::unpack_from(first_of(&records), &records);
+        let entries = entries.map_err(|why| damaged(path, &why))?;
         let chunks = index(&entries, &records);
+        let (begin, snapshot) = (log.begin, read_snapshot(path, log.mark)?);
+        let entries = behind(path, begin, &snapshot, entries)?;
+        compare(path, mark, &identity, &hard_state, (begin, &entries))?;
+        let file = File::open(path.join("log/db")).map_err(io(path))?;
         let store = DiskStore {
             path: path.to_owned(),
             db,
@@ -83,12 +95,15 @@ impl DiskStore {
             witness,
             mark,
             chunks,
+            begin,
         };
         Ok((
             store,
             Recovered {
                 identity,
                 hard_state,
+                snapshot,
+                begin,
                 entries,
             },
         ))
@@ -156,6 +171,22 @@ impl DiskStore {
         }
     }
 
+    /// Removes some of what the log need not have any more: whole chunks, the oldest first.
+    fn forget(&mut self, batch: &mut sled::Batch) {
+        let begin = self.begin.index;
+        let old = self
+            .chunks
+            .iter()
+            .take_while(|(_, (last, _))| *last <= begin);
+        let old: Vec<_> = old
+            .take(FORGOTTEN_AT_ONCE)
+            .map(|(first, (_, parts))| (*first, *parts))
+            .collect();
+        for (first, parts) in old {
+            self.remove(first, parts, batch);
+        }
+    }
+
     fn remove(&mut self, first: u64, parts: u16, batch: &mut sled::Batch) {
         self.chunks.remove(&first);
         for part in 0..parts {
@@ -184,6 +215,7 @@ impl LogStore for DiskStore {
         if let Some(hard_state) = hard_state {
             batch.insert(HARD_STATE_KEY, encode(hard_state));
         }
+        self.forget(&mut batch);
         self.commit(batch)?;
         let before = self.mark;
         if let Some(last) = entries.last() {
@@ -196,6 +228,35 @@ impl LogStore for DiskStore {
             self.witness.write(self.mark).map_err(io(&self.path))?;
         }
         Ok(())
+    }
+
+    fn snapshots(&self) -> Box<dyn Snapshots> {
+        Box::new(Files {
+            path: self.path.clone(),
+        })
+    }
+
+    fn compact(&mut self, mark: &SnapshotMark, begin: Begin) -> Result<(), StoreError> {
+        let mut batch = sled::Batch::default();
+        batch.insert(SNAPSHOT_KEY, mark.encode_to_vec());
+        batch.insert(BEGIN_KEY, begin.encode_to_vec());
+        self.begin = begin;
+        self.commit(batch)?;
+        // Only now: until then the log relied on an earlier one.
+        let dir = self.path.join(SNAPSHOTS);
+        snapshot::sweep(&dir, mark.index).map_err(io(&dir))
+    }
+}
+
+/// Writes snapshots beside the log.
+struct Files {
+    path: PathBuf,
+}
+
+impl Snapshots for Files {
+    fn write(&mut self, mark: &SnapshotMark, state: &State) -> Result<(), StoreError> {
+        let dir = self.path.join(SNAPSHOTS);
+        snapshot::write(&dir, mark, state).map_err(io(&dir))
     }
 }
 
@@ -288,7 +349,66 @@ fn create(path: &Path, identity: &ReplicaIdentity) -> Result<(), StoreError> {
     path.parent().map_or(Ok(()), sync)
 }
 
-type Contents = (ReplicaIdentity, HardState, Vec<Record>);
+/// What is kept of the log's beginning.
+struct LogStart {
+    begin: Begin,
+    mark: Option<SnapshotMark>,
+}
+
+type Contents = (ReplicaIdentity, HardState, LogStart, Vec<Record>);
+
+fn first_of(records: &[Record]) -> u64 {
+    let first = records
+        .first()
+        .and_then(|(key, _)| chunk::read_key(key).ok());
+    first.map_or(1, |(first, _)| first)
+}
+
+fn read_snapshot(
+    path: &Path,
+    mark: Option<SnapshotMark>,
+) -> Result<Option<(SnapshotMark, State)>, StoreError> {
+    let Some(mark) = mark else {
+        return Ok(None);
+    };
+    let file = snapshot::path(&path.join(SNAPSHOTS), mark.index);
+    let (found, state) = snapshot::read(&file).map_err(|why| {
+        let name = file
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        damaged(path, &format!("the snapshot {name}: {why}"))
+    })?;
+    match found == mark {
+        true => Ok(Some((found, state))),
+        false => Err(damaged(
+            path,
+            "the snapshot is not the one that the log relies on",
+        )),
+    }
+}
+
+/// What the log has: behind its begin, and without a gap to the snapshot.
+fn behind(
+    path: &Path,
+    begin: Begin,
+    snapshot: &Option<(SnapshotMark, State)>,
+    mut entries: Vec<Entry>,
+) -> Result<Vec<Entry>, StoreError> {
+    // The prefix goes bit by bit: some of it may be there still.
+    entries.retain(|entry| entry.index > begin.index);
+    let first = entries.first().map_or(begin.index + 1, |entry| entry.index);
+    let last = entries.last().map_or(begin.index, |entry| entry.index);
+    let known = snapshot.as_ref().map_or(0, |(mark, _)| mark.index);
+    if first != begin.index + 1 || known < begin.index || last < known {
+        let why = format!(
+            "the log has {first} to {last}, and its snapshot stands for what is up to {known}"
+        );
+        return Err(damaged(path, &why));
+    }
+    Ok(entries)
+}
 
 fn read_all(path: &Path, db: &sled::Db) -> Result<Contents, StoreError> {
     let get = |key: &[u8], what: &str| {
@@ -300,12 +420,24 @@ fn read_all(path: &Path, db: &sled::Db) -> Result<Contents, StoreError> {
         .map_err(|_| unreadable("the identity"))?;
     let hard_state = HardState::parse_from_bytes(&get(HARD_STATE_KEY, "the hard state")?)
         .map_err(|_| unreadable("the hard state"))?;
+    let optional = |key: &[u8]| db.get(key).map_err(|e| damaged(path, &e.to_string()));
+    let begin = match optional(BEGIN_KEY)? {
+        Some(bytes) => Begin::decode(&*bytes).map_err(|_| unreadable("the log's begin"))?,
+        None => Begin::default(),
+    };
+    let mark = match optional(SNAPSHOT_KEY)? {
+        Some(bytes) => {
+            let mark = SnapshotMark::decode(&*bytes);
+            Some(mark.map_err(|_| unreadable("the mark of the snapshot"))?)
+        }
+        None => None,
+    };
     let mut records = Vec::new();
     for record in db.scan_prefix(chunk::prefix()) {
         let (key, value) = record.map_err(|e| damaged(path, &e.to_string()))?;
         records.push((key.to_vec(), value.to_vec()));
     }
-    Ok((identity, hard_state, records))
+    Ok((identity, hard_state, LogStart { begin, mark }, records))
 }
 
 /// The log may hold more than the witness knows of, after a crash between the two syncs; never less.
@@ -314,9 +446,9 @@ fn compare(
     mark: Mark,
     identity: &ReplicaIdentity,
     hard_state: &HardState,
-    entries: &[Entry],
+    (begin, entries): (Begin, &[Entry]),
 ) -> Result<(), StoreError> {
-    let last = entries.last().map_or(0, |entry| entry.index);
+    let last = entries.last().map_or(begin.index, |entry| entry.index);
     if mark.replica != identity.replica_id {
         return Err(damaged(path, "log and witness are of different replicas"));
     }

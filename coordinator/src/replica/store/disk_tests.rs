@@ -157,3 +157,115 @@ fn another_format_is_refused() {
     let error = DiskStore::open(&at(&dir), &later).err().unwrap();
     assert!(matches!(error, StoreError::Format { found, .. } if found == FORMAT + 1));
 }
+
+fn state(index: u64) -> State {
+    State {
+        applied_index: index,
+        ..State::default()
+    }
+}
+
+fn mark(index: u64) -> SnapshotMark {
+    SnapshotMark {
+        index,
+        term: 1,
+        conf_state: vec![],
+    }
+}
+
+fn begin(index: u64) -> Begin {
+    Begin { index, term: 1 }
+}
+
+/// A store with entries 1 to 200, of which those up to 150 are in a snapshot and those up to 140 may go.
+fn compacted(dir: &tempfile::TempDir) -> DiskStore {
+    let (mut store, _) = open(&at(dir));
+    for i in 1..=200 {
+        store
+            .append(&[entry(i, 1, 100)], Some(&hard_state(1, 1)))
+            .unwrap();
+    }
+    store.snapshots().write(&mark(150), &state(150)).unwrap();
+    store.compact(&mark(150), begin(140)).unwrap();
+    store
+}
+
+#[test]
+fn a_log_begins_behind_its_snapshot_and_its_prefix_goes_bit_by_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = compacted(&dir);
+    let check = |indexes: std::ops::RangeInclusive<u64>| {
+        let (store, recovered) = open(&at(&dir));
+        let found: Vec<_> = recovered.entries.iter().map(|e| e.index).collect();
+        assert_eq!(found, indexes.collect::<Vec<_>>());
+        assert_eq!(recovered.begin, begin(140));
+        assert_eq!(recovered.snapshot, Some((mark(150), state(150))));
+        store
+    };
+    let before = store.chunks.len();
+    drop(store);
+    store = check(141..=200);
+    for i in 201..=203 {
+        store.append(&[entry(i, 1, 100)], None).unwrap();
+        let gone = before + (i - 200) as usize - store.chunks.len();
+        assert_eq!(gone, FORGOTTEN_AT_ONCE * (i - 200) as usize);
+    }
+    drop(store);
+    store = check(141..=203);
+    for i in 204..=230 {
+        store.append(&[entry(i, 1, 100)], None).unwrap();
+    }
+    assert_eq!(store.chunks.len(), 90, "one a chunk, from 141 on");
+    // A conflict behind the begin.
+    store
+        .append(&[entry(160, 2, 7)], Some(&hard_state(2, 1)))
+        .unwrap();
+    drop(store);
+    store = check(141..=160);
+    // The next snapshot takes the one before along.
+    store.snapshots().write(&mark(160), &state(160)).unwrap();
+    assert!(snapshot::path(&at(&dir).join(SNAPSHOTS), 150).exists());
+    store.compact(&mark(160), begin(160)).unwrap();
+    assert!(!snapshot::path(&at(&dir).join(SNAPSHOTS), 150).exists());
+    drop(store);
+    let (_, recovered) = open(&at(&dir));
+    assert_eq!((recovered.begin, recovered.entries.len()), (begin(160), 0));
+}
+
+#[test]
+fn a_snapshot_that_is_damaged_missing_or_another_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(compacted(&dir));
+    let file = snapshot::path(&at(&dir).join(SNAPSHOTS), 150);
+    let whole = fs::read(&file).unwrap();
+    let refused = |why: &str| {
+        let error = DiskStore::open(&at(&dir), &identity())
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(error.contains("damaged") && error.contains(why), "{error}");
+    };
+    let mut flipped = whole.clone();
+    flipped[30] ^= 1;
+    fs::write(&file, flipped).unwrap();
+    refused("checksum");
+    fs::write(&file, &whole[..whole.len() - 1]).unwrap();
+    refused("too early");
+    fs::remove_file(&file).unwrap();
+    refused("No such file");
+    let other = SnapshotMark {
+        term: 9,
+        ..mark(150)
+    };
+    snapshot::write(&at(&dir).join(SNAPSHOTS), &other, &state(150)).unwrap();
+    refused("not the one");
+    fs::write(&file, whole).unwrap();
+    open(&at(&dir));
+    // A log whose middle is missing.
+    let (mut store, _) = open(&at(&dir));
+    let mut batch = sled::Batch::default();
+    store.remove(145, 1, &mut batch);
+    store.commit(batch).unwrap();
+    drop(store);
+    refused("145 is missing");
+}

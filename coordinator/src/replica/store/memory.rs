@@ -1,31 +1,44 @@
 //! A store in memory: the twin of the disk's for tests and simulations.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use batchai_proto::internal::v1::ReplicaIdentity;
+use batchai_proto::internal::v1::{ReplicaIdentity, SnapshotMark};
 use raft::eraftpb::{Entry, HardState};
 
-use super::{LogStore, Recovered, StoreError};
+use super::{Begin, LogStore, Recovered, Snapshots, StoreError};
+use crate::state::State;
 
 /// Keeps everything in memory. A clone is the same disk, so that a test can restart a replica on it.
 #[derive(Clone, Default)]
 pub struct MemoryStore {
-    kept: Arc<Mutex<(HardState, Vec<Entry>)>>,
+    kept: Arc<Mutex<Kept>>,
+}
+
+#[derive(Clone, Default)]
+struct Kept {
+    hard_state: HardState,
+    entries: Vec<Entry>,
+    begin: Begin,
+    /// The latest that was written, and the one that the log relies on.
+    written: Option<(SnapshotMark, State)>,
+    snapshot: Option<(SnapshotMark, State)>,
 }
 
 impl MemoryStore {
     /// What was kept.
     pub fn recover(&self, identity: ReplicaIdentity) -> Recovered {
-        let (hard_state, entries) = self
-            .kept
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let kept = self.kept().clone();
         Recovered {
             identity,
-            hard_state,
-            entries,
+            hard_state: kept.hard_state,
+            snapshot: kept.snapshot,
+            begin: kept.begin,
+            entries: kept.entries,
         }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -35,14 +48,34 @@ impl LogStore for MemoryStore {
         entries: &[Entry],
         hard_state: Option<&HardState>,
     ) -> Result<(), StoreError> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.kept();
         if let Some(hard_state) = hard_state {
-            kept.0 = hard_state.clone();
+            kept.hard_state = hard_state.clone();
         }
         if let Some(first) = entries.first() {
-            kept.1.retain(|entry| entry.index < first.index);
-            kept.1.extend_from_slice(entries);
+            kept.entries.retain(|entry| entry.index < first.index);
+            kept.entries.extend_from_slice(entries);
         }
+        Ok(())
+    }
+
+    fn snapshots(&self) -> Box<dyn Snapshots> {
+        Box::new(self.clone())
+    }
+
+    fn compact(&mut self, mark: &SnapshotMark, begin: Begin) -> Result<(), StoreError> {
+        let mut kept = self.kept();
+        let written = kept.written.clone().filter(|(known, _)| known == mark);
+        kept.snapshot = written.or(kept.snapshot.take());
+        kept.entries.retain(|entry| entry.index > begin.index);
+        kept.begin = begin;
+        Ok(())
+    }
+}
+
+impl Snapshots for MemoryStore {
+    fn write(&mut self, mark: &SnapshotMark, state: &State) -> Result<(), StoreError> {
+        self.kept().written = Some((mark.clone(), state.clone()));
         Ok(())
     }
 }

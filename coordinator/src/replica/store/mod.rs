@@ -1,17 +1,21 @@
 //! Where a replica's log, vote and identity live: behind [`LogStore`], on disk ([`disk`]) or, in tests, in memory.
 //!
-//! A store only keeps what it is given and gives back what it kept. It knows nothing of leaders, commands or State;
-//! it does not compact, and it takes no snapshots yet.
+//! A store only keeps what it is given and gives back what it kept. It knows nothing of leaders or commands, and does not decide
+//! when a snapshot is taken. A snapshot ([`snapshot`]) is written beside the log, by whoever has the time; only then is the log told
+//! that it may forget.
 
 pub mod chunk;
 pub mod disk;
 pub mod memory;
+pub mod snapshot;
 pub mod witness;
 
 use std::path::PathBuf;
 
-use batchai_proto::internal::v1::ReplicaIdentity;
+use batchai_proto::internal::v1::{LogBegin, ReplicaIdentity, SnapshotMark};
 use raft::eraftpb::{Entry, HardState};
+
+use crate::state::State;
 
 /// The only format that this version reads: the one before it, never released, used the numbers of commands otherwise.
 pub const FORMAT: i64 = 2;
@@ -44,9 +48,16 @@ pub enum StoreError {
 pub struct Recovered {
     pub identity: ReplicaIdentity,
     pub hard_state: HardState,
-    /// Without gaps, from index 1.
+    /// The latest snapshot.
+    pub snapshot: Option<(SnapshotMark, State)>,
+    /// The entry before the first.
+    pub begin: Begin,
+    /// Without gaps.
     pub entries: Vec<Entry>,
 }
+
+/// The last entry that the log has no more; 0 where it has all of them.
+pub type Begin = LogBegin;
 
 /// Keeps the log.
 pub trait LogStore: Send {
@@ -56,4 +67,17 @@ pub trait LogStore: Send {
         entries: &[Entry],
         hard_state: Option<&HardState>,
     ) -> Result<(), StoreError>;
+
+    /// Who writes snapshots: somewhere else, so that the log goes on meanwhile.
+    fn snapshots(&self) -> Box<dyn Snapshots>;
+
+    /// Forgets the log up to an entry, which a snapshot that was written stands for. What is forgotten goes bit by bit, with what is
+    /// appended later.
+    fn compact(&mut self, mark: &SnapshotMark, begin: Begin) -> Result<(), StoreError>;
+}
+
+/// Writes snapshots.
+pub trait Snapshots: Send {
+    /// Writes one. When it returns it survives a power cut.
+    fn write(&mut self, mark: &SnapshotMark, state: &State) -> Result<(), StoreError>;
 }
