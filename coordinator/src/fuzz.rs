@@ -22,12 +22,12 @@ pub fn log_records(mut bytes: &[u8]) {
     while let (Some(key), Some(value)) = (piece(), piece()) {
         records.push((key, value));
     }
-    if let Ok(entries) = chunk::unpack(&records) {
+    if let Ok(entries) = chunk::unpack_behind(0, &records) {
         let again: Vec<_> = chunk::pack(&entries)
             .into_iter()
             .flat_map(|c| c.records)
             .collect();
-        assert_eq!(chunk::unpack(&again).as_ref(), Ok(&entries));
+        assert_eq!(chunk::unpack_behind(0, &again).as_ref(), Ok(&entries));
     }
 }
 

@@ -7,3 +7,4 @@ pub mod ensemble;
 pub mod process;
 pub mod raw;
 pub mod requirement;
+pub mod sim;

@@ -8,18 +8,18 @@ use std::collections::BTreeMap;
 use batchai_proto::internal::v1::{Command, SnapshotMark};
 use prost::Message as _;
 use protobuf::Message as _;
-use raft::eraftpb::{ConfChangeV2, ConfState, Entry, EntryType, Message, MessageType};
+use raft::eraftpb::{ConfChangeV2, ConfState, Entry, EntryType, Message, MessageType, Snapshot};
 use raft::{Config, RawNode, StateRole};
 
 use super::hub::Revision;
 use super::log::Log;
 use super::logger::logger;
-use super::store::{LogStore, Recovered, Snapshots, StoreError};
+use super::store::{Begin, LogStore, Recovered, Snapshots, StoreError, snapshot};
 use crate::state::{Event, Rejection, State, apply};
 
 /// Ticks between heartbeats, and from the last one to an election. How long a tick is, the caller decides.
 const HEARTBEAT_TICKS: usize = 2;
-const ELECTION_TICKS: usize = 10;
+pub const ELECTION_TICKS: usize = 10;
 /// Below what either end of a connection takes, headers and all.
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 /// What may be proposed and not yet committed.
@@ -40,8 +40,8 @@ pub enum CoreError {
     Raft(#[from] raft::Error),
     #[error("log entry {index} is not a command: {why}")]
     Entry { index: u64, why: String },
-    #[error("a snapshot came; this version cannot take one")]
-    Snapshot,
+    #[error("a snapshot came that cannot be taken: {why}")]
+    Snapshot { why: String },
     #[error("log entry {index}: {source}")]
     Unknown { index: u64, source: Rejection },
 }
@@ -63,6 +63,8 @@ pub struct Output {
     pub proposals: Vec<(Ticket, Proposed)>,
     /// Reads that may now be answered from the State.
     pub reads: Vec<Ticket>,
+    /// The revision that the State jumped to, by a snapshot; what changed came after that.
+    pub jumped: Option<i64>,
     /// What changed, in order.
     pub revisions: Vec<Revision>,
 }
@@ -126,6 +128,9 @@ impl<S: LogStore> Core<S> {
             .map_or(recovered.begin.index, |entry| entry.index);
         let mut log = Log::new(recovered.begin, conf_state.clone());
         log.append(&recovered.entries);
+        if mark.index > 0 {
+            log.set_snapshot(mark.clone(), state.clone());
+        }
         let mut hard_state = recovered.hard_state;
         // The commit index is written without a sync of its own: it may be behind or ahead of what was synced.
         hard_state.commit = hard_state.commit.clamp(mark.index, last);
@@ -198,7 +203,7 @@ impl<S: LogStore> Core<S> {
     ///
     /// # Errors
     /// The replica must stop: what is on disk is not known.
-    pub fn compact(&mut self, mark: &SnapshotMark) -> Result<(), CoreError> {
+    pub fn compact(&mut self, mark: &SnapshotMark, state: State) -> Result<(), CoreError> {
         let until = mark.index.saturating_sub(self.policy.kept);
         let begin = self.raw.store().entry(until).unwrap_or_default();
         let begin = match begin.index {
@@ -207,7 +212,9 @@ impl<S: LogStore> Core<S> {
             _ => begin,
         };
         self.store.compact(mark, begin)?;
-        self.raw.mut_store().begin_behind(begin);
+        let log = self.raw.mut_store();
+        log.begin_behind(begin);
+        log.set_snapshot(mark.clone(), state);
         (self.snapshot, self.unsaved_bytes) = (mark.index, 0);
         Ok(())
     }
@@ -220,6 +227,22 @@ impl<S: LogStore> Core<S> {
     /// The raft id of the leader, as far as it is known.
     pub fn leader(&self) -> Option<u64> {
         Some(self.raw.raft.leader_id).filter(|id| *id != 0)
+    }
+
+    /// Has the next election begin after so many ticks without a leader, at least as many as an election takes and less than twice
+    /// that: for simulations, which draw it from their seed.
+    pub fn set_election_timeout(&mut self, ticks: usize) {
+        self.raw.raft.set_randomized_election_timeout(ticks);
+    }
+
+    /// The term that it is in, and whether it leads there.
+    pub fn term(&self) -> (u64, bool) {
+        (self.raw.raft.term, self.raw.raft.state == StateRole::Leader)
+    }
+
+    /// How far the log is applied.
+    pub fn applied(&self) -> u64 {
+        self.raw.raft.raft_log.applied
     }
 
     /// One tick of the clock.
@@ -317,7 +340,8 @@ impl<S: LogStore> Core<S> {
             }
         }
         if !ready.snapshot().is_empty() {
-            return Err(CoreError::Snapshot);
+            self.install(ready.snapshot())?;
+            output.jumped = Some(self.state.revision);
         }
         self.apply(ready.take_committed_entries(), output)?;
         if ready.must_sync() {
@@ -344,6 +368,29 @@ impl<S: LogStore> Core<S> {
                 .into_values()
                 .flatten(),
         );
+        Ok(())
+    }
+
+    /// Takes a snapshot in, in place of everything that was there.
+    fn install(&mut self, snapshot: &Snapshot) -> Result<(), CoreError> {
+        let refuse = |why: String| CoreError::Snapshot { why };
+        let (mark, state) = snapshot::decode(&mut &snapshot.data[..]).map_err(refuse)?;
+        let meta = snapshot.get_metadata();
+        if (mark.index, mark.term) != (meta.index, meta.term) {
+            return Err(refuse("it is not the one that was announced".to_owned()));
+        }
+        self.store.snapshots().write(&mark, &state)?;
+        let begin = Begin {
+            index: mark.index,
+            term: mark.term,
+        };
+        self.store.install(&mark, begin)?;
+        let log = self.raw.mut_store();
+        log.restart(begin, meta.get_conf_state().clone());
+        log.set_snapshot(mark, state.clone());
+        self.state = state;
+        (self.snapshot, self.unsaved_bytes) = (begin.index, 0);
+        // Who waits for what is in it learns that it may have been applied.
         Ok(())
     }
 

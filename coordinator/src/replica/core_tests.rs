@@ -55,6 +55,7 @@ impl Core<MemoryStore> {
             let more = self.ready(send)?;
             all.proposals.extend(more.proposals);
             all.reads.extend(more.reads);
+            all.jumped = more.jumped.or(all.jumped);
             all.revisions.extend(more.revisions);
         }
         Ok(all)
@@ -91,6 +92,7 @@ impl Net {
                 let kept = self.outputs.entry(*id).or_default();
                 kept.proposals.append(&mut output.proposals);
                 kept.reads.append(&mut output.reads);
+                kept.jumped = output.jumped.or(kept.jumped);
             }
             messages.retain(|m| !self.cut.contains(&m.to) && !self.cut.contains(&m.from));
             if messages.is_empty() {
@@ -145,7 +147,7 @@ fn one_voter_leads_at_once_and_applies_what_it_is_told() {
 fn take_snapshot(core: &mut Core<MemoryStore>) -> Option<u64> {
     let (mark, state) = core.snapshot_due()?;
     core.snapshots().write(&mark, &state).unwrap();
-    core.compact(&mark).unwrap();
+    core.compact(&mark, state).unwrap();
     Some(mark.index)
 }
 
@@ -243,4 +245,33 @@ fn three_voters_agree_and_a_cut_off_leader_does_not_pretend() {
         !output.reads.contains(&5),
         "a leader without a quorum answers no read"
     );
+}
+
+#[test]
+fn a_follower_that_is_far_behind_gets_a_snapshot() {
+    let mut net = Net::new(&[1, 2, 3]);
+    let leader = net.elect();
+    let behind = *net.cores.keys().find(|id| **id != leader).unwrap();
+    net.cut = vec![behind];
+    net.cores.get_mut(&leader).unwrap().propose(&[(1, init())]);
+    for i in 0..50 {
+        let lead = net.cores.get_mut(&leader).unwrap();
+        lead.propose(&[(i + 2, group(&i.to_string()))]);
+        net.settle();
+        take_snapshot(net.cores.get_mut(&leader).unwrap());
+    }
+    assert!(net.cores[&behind].state().ensemble.is_empty());
+    net.cut.clear();
+    for _ in 0..4 * ELECTION_TICKS {
+        net.cores.values_mut().for_each(Core::tick);
+        net.settle();
+    }
+    let (state, applied) = (
+        net.cores[&leader].state().clone(),
+        net.cores[&leader].applied(),
+    );
+    assert_eq!(net.cores[&behind].state(), &state);
+    assert_eq!(net.cores[&behind].applied(), applied);
+    let jumped = net.outputs[&behind].jumped;
+    assert!(jumped.is_some_and(|revision| revision > 30), "{jumped:?}");
 }

@@ -145,6 +145,15 @@ impl Hub {
         follower.revisions.is_empty().then_some(inner.latest)
     }
 
+    /// Called when the State has jumped, by a snapshot, to a revision: what led there is not known. Whoever follows begins anew.
+    pub fn jump(&self, revision: i64) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.topics.clear();
+        inner.history.clear();
+        inner.history_bytes = 0;
+        (inner.latest, inner.forgotten) = (revision, revision);
+    }
+
     /// Called when nothing will change any more: whoever follows learns it.
     pub fn close(&self) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

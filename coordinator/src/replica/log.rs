@@ -1,20 +1,25 @@
 //! The log as raft sees it: in memory, from behind what a snapshot stands for to its end.
 //!
-//! What is in it is in the store as well; this is what raft reads. There are no peers yet that could need a snapshot.
+//! What is in it is in the store as well; this is what raft reads. A follower that is too far behind for what is there gets the
+//! latest snapshot.
 
+use batchai_proto::internal::v1::SnapshotMark;
+use protobuf::Message as _;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Result, Storage, StorageError};
 
-use super::store::Begin;
+use super::store::{Begin, snapshot};
+use crate::state::State;
 
 /// The log in memory.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Log {
     hard_state: HardState,
     conf_state: ConfState,
     /// The entry before the first.
     begin: Begin,
     entries: Vec<Entry>,
+    snapshot: Option<(SnapshotMark, State)>,
 }
 
 impl Log {
@@ -70,6 +75,20 @@ impl Log {
         self.begin = begin;
     }
 
+    /// Begins anew behind an entry, and has none.
+    pub fn restart(&mut self, begin: Begin, conf_state: ConfState) {
+        self.entries.clear();
+        self.begin = begin;
+        self.conf_state = conf_state;
+        self.hard_state.commit = self.hard_state.commit.max(begin.index);
+        self.hard_state.term = self.hard_state.term.max(begin.term);
+    }
+
+    /// What followers that are behind get from now on.
+    pub fn set_snapshot(&mut self, mark: SnapshotMark, state: State) {
+        self.snapshot = Some((mark, state));
+    }
+
     fn last(&self) -> u64 {
         self.begin.index + self.entries.len() as u64
     }
@@ -118,8 +137,24 @@ impl Storage for Log {
         Ok(self.last())
     }
 
-    fn snapshot(&self, _request_index: u64, _to: u64) -> Result<Snapshot> {
-        Err(StorageError::SnapshotTemporarilyUnavailable.into())
+    fn snapshot(&self, request_index: u64, _to: u64) -> Result<Snapshot> {
+        let unavailable = || StorageError::SnapshotTemporarilyUnavailable;
+        let latest = self.snapshot.as_ref();
+        let latest = latest.filter(|(mark, _)| mark.index >= request_index);
+        let (mark, state) = latest.ok_or_else(unavailable)?;
+        let mut conf_state = ConfState::default();
+        let read = conf_state.merge_from_bytes(&mark.conf_state);
+        let mut bytes = Vec::new();
+        let written = snapshot::encode(&mut bytes, mark, state);
+        if read.is_err() || written.is_err() {
+            return Err(unavailable().into());
+        }
+        let mut snapshot = Snapshot::default();
+        let meta = snapshot.mut_metadata();
+        (meta.index, meta.term) = (mark.index, mark.term);
+        meta.set_conf_state(conf_state);
+        snapshot.data = bytes.into();
+        Ok(snapshot)
     }
 }
 

@@ -176,6 +176,7 @@ pub fn start<S: LogStore + 'static>(core: Core<S>) -> std::io::Result<(Handle, R
     let (publisher, published) = watch::channel(Published::default());
     let (failure, failed) = oneshot::channel();
     let hub = Arc::new(Hub::default());
+    hub.jump(core.state().revision);
     let own = requests.clone();
     let handle = Handle {
         requests,
@@ -191,7 +192,7 @@ pub fn start<S: LogStore + 'static>(core: Core<S>) -> std::io::Result<(Handle, R
         proposing: HashMap::new(),
         reading: HashMap::new(),
         requests: own,
-        writing: false,
+        writing: None,
         written: None,
         not_before: Instant::now(),
     };
@@ -217,8 +218,8 @@ struct Loop<S> {
     reading: HashMap<Ticket, Reply<()>>,
     /// By which the thread that writes snapshots reaches this one.
     requests: SyncSender<Request>,
-    /// A snapshot is being written.
-    writing: bool,
+    /// What is being written as a snapshot.
+    writing: Option<State>,
     /// It was, and this came of it.
     written: Option<Result<SnapshotMark, StoreError>>,
     /// After one that failed.
@@ -305,24 +306,25 @@ impl<S: LogStore> Loop<S> {
     fn see_to_snapshots(&mut self) -> Result<(), CoreError> {
         match self.written.take() {
             Some(Ok(mark)) => {
-                self.core.compact(&mark)?;
+                let state = self.writing.take().unwrap_or_default();
+                self.core.compact(&mark, state)?;
                 tracing::info!(index = mark.index, "snapshot taken");
-                self.writing = false;
             }
             // The log has everything that the snapshot would: the replica goes on, and tries again later.
             Some(Err(error)) => {
                 tracing::error!(%error, "a snapshot cannot be written");
-                self.writing = false;
+                self.writing = None;
                 self.not_before = Instant::now() + SNAPSHOT_PAUSE;
             }
             None => {}
         }
-        if self.writing || Instant::now() < self.not_before {
+        if self.writing.is_some() || Instant::now() < self.not_before {
             return Ok(());
         }
         let Some((mark, state)) = self.core.snapshot_due() else {
             return Ok(());
         };
+        let kept = state.clone();
         let (mut snapshots, requests) = (self.core.snapshots(), self.requests.clone());
         let write = move || {
             let written = snapshots.write(&mark, &state).map(|()| mark);
@@ -333,7 +335,7 @@ impl<S: LogStore> Loop<S> {
             .name("snapshot".into())
             .spawn(write);
         match thread {
-            Ok(_) => self.writing = true,
+            Ok(_) => self.writing = Some(kept),
             Err(error) => {
                 tracing::error!(%error, "a snapshot cannot be written");
                 self.not_before = Instant::now() + SNAPSHOT_PAUSE;
@@ -371,6 +373,9 @@ impl<S: LogStore> Loop<S> {
             }
             changed
         });
+        if let Some(revision) = output.jumped {
+            self.hub.jump(revision);
+        }
         self.hub.notify(output.revisions);
         for (ticket, outcome) in output.proposals {
             self.answer_proposal(ticket, outcome);

@@ -84,15 +84,37 @@ pub fn prefix() -> [u8; 1] {
     [KEY_PREFIX]
 }
 
-/// Reads all records of a database, in the order of their keys, back into entries without gaps.
+/// Reads records of a database, in the order of their keys, back into the entries behind an index, without gaps. What lies
+/// before that is passed over, gaps and all.
 ///
 /// # Errors
 /// Says what is damaged.
-pub fn unpack(records: &[Record]) -> Result<Vec<Entry>, String> {
-    unpack_from(1, records)
+pub fn unpack_behind(begin: u64, records: &[Record]) -> Result<Vec<Entry>, String> {
+    let mut entries: Vec<Entry> = Vec::new();
+    let mut rest = records;
+    while let Some((key, _)) = rest.first() {
+        let (first, _) = read_key(key)?;
+        let same = |(key, _): &&Record| read_key(key).is_ok_and(|(other, _)| other == first);
+        let (chunk, behind) = rest.split_at(rest.iter().take_while(same).count());
+        rest = behind;
+        for entry in unpack_from(first, chunk)? {
+            let expected = entries.last().map_or(begin + 1, |last| last.index + 1);
+            if entry.index <= begin {
+                continue;
+            }
+            if entry.index != expected {
+                return Err(format!(
+                    "entry {expected} is missing: {} follows",
+                    entry.index
+                ));
+            }
+            entries.push(entry);
+        }
+    }
+    Ok(entries)
 }
 
-/// As [`unpack`], for records whose first entry has the given index.
+/// Reads records whose first entry has the given index.
 pub fn unpack_from(begin: u64, records: &[Record]) -> Result<Vec<Entry>, String> {
     let mut entries: Vec<Entry> = Vec::new();
     let mut rest = records;
@@ -205,7 +227,7 @@ mod tests {
             vec![3_000_000, 5, 70_000, 5],
         ] {
             let records = records(&sizes);
-            assert_eq!(unpack(&records).unwrap(), entries(&sizes));
+            assert_eq!(unpack_behind(0, &records).unwrap(), entries(&sizes));
             assert!(
                 records
                     .iter()
@@ -223,11 +245,11 @@ mod tests {
             missing.remove(i);
             // The last chunk can be absent without a trace here: the witness is what knows the last index.
             let last = i == whole.len() - 1;
-            assert_eq!(unpack(&missing).is_err(), !last, "record {i}");
+            assert_eq!(unpack_behind(0, &missing).is_err(), !last, "record {i}");
             for bit in (0..whole[i].1.len() * 8).step_by(97) {
                 let mut flipped = whole.clone();
                 flipped[i].1[bit / 8] ^= 1 << (bit % 8);
-                assert!(unpack(&flipped).is_err(), "record {i} bit {bit}");
+                assert!(unpack_behind(0, &flipped).is_err(), "record {i} bit {bit}");
             }
         }
     }

@@ -1,3 +1,5 @@
+use std::fs;
+
 use super::*;
 
 fn identity() -> ReplicaIdentity {
@@ -268,4 +270,34 @@ fn a_snapshot_that_is_damaged_missing_or_another_is_refused() {
     store.commit(batch).unwrap();
     drop(store);
     refused("145 is missing");
+}
+
+#[test]
+fn a_snapshot_from_a_peer_takes_the_place_of_the_log() {
+    for (index, why) in [(150, "in the middle"), (230, "behind the end")] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = compacted(&dir);
+        let mark = SnapshotMark {
+            term: 2,
+            ..mark(index)
+        };
+        let begin = Begin { index, term: 2 };
+        store.snapshots().write(&mark, &state(index)).unwrap();
+        store.install(&mark, begin).unwrap();
+        drop(store);
+        let (mut store, recovered) = open(&at(&dir));
+        assert_eq!(
+            (recovered.begin, recovered.entries.len()),
+            (begin, 0),
+            "{why}"
+        );
+        assert_eq!(recovered.snapshot, Some((mark, state(index))));
+        store
+            .append(&[entry(index + 1, 2, 9)], Some(&hard_state(2, 1)))
+            .unwrap();
+        drop(store);
+        let (_, recovered) = open(&at(&dir));
+        let indexes: Vec<_> = recovered.entries.iter().map(|entry| entry.index).collect();
+        assert_eq!(indexes, [index + 1], "{why}");
+    }
 }

@@ -71,6 +71,11 @@ impl LogStore for MemoryStore {
         kept.begin = begin;
         Ok(())
     }
+
+    fn install(&mut self, mark: &SnapshotMark, begin: Begin) -> Result<(), StoreError> {
+        self.kept().entries.clear();
+        self.compact(mark, begin)
+    }
 }
 
 impl Snapshots for MemoryStore {

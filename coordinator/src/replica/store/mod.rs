@@ -7,6 +7,7 @@
 pub mod chunk;
 pub mod disk;
 pub mod memory;
+mod open;
 pub mod snapshot;
 pub mod witness;
 
@@ -74,6 +75,9 @@ pub trait LogStore: Send {
     /// Forgets the log up to an entry, which a snapshot that was written stands for. What is forgotten goes bit by bit, with what is
     /// appended later.
     fn compact(&mut self, mark: &SnapshotMark, begin: Begin) -> Result<(), StoreError>;
+
+    /// Begins behind a snapshot that came from a peer and was written: nothing of the log before or behind it stays.
+    fn install(&mut self, mark: &SnapshotMark, begin: Begin) -> Result<(), StoreError>;
 }
 
 /// Writes snapshots.

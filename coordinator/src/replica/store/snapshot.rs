@@ -48,7 +48,8 @@ pub fn write(dir: &Path, mark: &SnapshotMark, state: &State) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-fn encode(out: &mut impl Write, mark: &SnapshotMark, state: &State) -> io::Result<()> {
+/// The bytes of a snapshot.
+pub fn encode(out: &mut impl Write, mark: &SnapshotMark, state: &State) -> io::Result<()> {
     out.write_all(MAGIC)?;
     out.write_all(&FORMAT.to_le_bytes())?;
     let mut checksum = crc32fast::Hasher::new();

@@ -1,0 +1,347 @@
+//! Machines and their agents: production's `reconcile` over a journal and processes that are played here.
+
+use std::collections::BTreeMap;
+
+use batchai_coordinator::replica::core::Proposed;
+use batchai_coordinator::state::assignments::assignments;
+use batchai_node_agent::reconcile::{Action, Local, actions, observations};
+use batchai_node_agent::status::{Phase, RankStatus, Status};
+use batchai_proto::agent::v1::{AssignmentList, AttemptObservation, Report};
+use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{RecordReport, RegisterNode};
+use batchai_proto::v1;
+
+use super::{Asked, Sim};
+
+/// What an agent is doing with a coordinator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Talk {
+    None,
+    /// It said hello to a replica.
+    Registering(u64),
+    /// It has a session.
+    Open(u64),
+}
+
+/// A machine with an agent.
+pub struct Agent {
+    number: usize,
+    boot: u64,
+    /// The agent is not there until then; the processes of its jobs are.
+    down_until: u64,
+    /// It reaches nobody until then.
+    cut_until: u64,
+    talk: Talk,
+    /// What is answered in an earlier one is heard by nobody.
+    conversation: u64,
+    list: Option<AssignmentList>,
+    /// The journal: attempts, and the job of each.
+    local: BTreeMap<String, (Local, String)>,
+    /// What was reported, and whether that is on its way.
+    reported: Option<Vec<AttemptObservation>>,
+    reporting: Option<Vec<AttemptObservation>>,
+}
+
+impl Agent {
+    pub fn new(number: usize) -> Agent {
+        Agent {
+            number,
+            boot: 1,
+            down_until: 0,
+            cut_until: 0,
+            talk: Talk::None,
+            conversation: 0,
+            list: None,
+            local: BTreeMap::new(),
+            reported: None,
+            reporting: None,
+        }
+    }
+
+    pub fn name(&self) -> String {
+        format!("nodes/n{}", self.number)
+    }
+
+    fn uid(&self) -> String {
+        format!("uid-{}", self.number)
+    }
+
+    fn incarnation(&self) -> String {
+        format!("journal/boot-{}", self.boot)
+    }
+
+    /// The attempts whose processes may run here, and of which job they are.
+    pub fn running(&self) -> impl Iterator<Item = (&str, &str)> {
+        let live = self.local.values().filter(|(local, _)| {
+            let ended = local
+                .status
+                .as_ref()
+                .is_some_and(|s| s.phase == Phase::Ended);
+            local.started && local.shim && !ended
+        });
+        live.map(|(local, job)| (local.attempt.as_str(), job.as_str()))
+    }
+
+    fn hang_up(&mut self) {
+        self.talk = Talk::None;
+        self.conversation += 1;
+        self.list = None;
+        (self.reported, self.reporting) = (None, None);
+    }
+
+    /// What became of what it sent.
+    pub fn answer(&mut self, conversation: u64, proposed: &Proposed) {
+        if conversation != self.conversation {
+            return;
+        }
+        match (proposed, self.talk) {
+            (Proposed::Applied(Ok(_)), Talk::Registering(id)) => self.talk = Talk::Open(id),
+            (Proposed::Applied(Ok(_)), Talk::Open(_)) => {
+                if let Some(reporting) = self.reporting.take() {
+                    self.reported = Some(reporting);
+                }
+            }
+            // It comes again with all that it knows.
+            _ => self.hang_up(),
+        }
+    }
+
+    /// What the processes of its attempts do by themselves.
+    fn work(&mut self, random: &mut fastrand::Rng) {
+        for (local, _) in self.local.values_mut().filter(|(local, _)| local.shim) {
+            let mut status = local.status.take().unwrap_or_default();
+            let soon = random.f64() < 0.1;
+            match status.phase {
+                Phase::Preparing | Phase::Ready | Phase::Running if local.stop_written && soon => {
+                    status.phase = Phase::Ended;
+                }
+                // Whoever is to stop does nothing else any more.
+                _ if local.stop_written => {}
+                Phase::Preparing if soon => status.phase = Phase::Ready,
+                Phase::Running if soon => {
+                    if let Some(rank) = status.ranks.first_mut() {
+                        rank.exit_code = Some(i32::from(random.f64() < 0.2));
+                    }
+                    status.phase = Phase::Ended;
+                }
+                _ => {}
+            }
+            if status.phase == Phase::Ended {
+                local.shim = false;
+                local.shipped = true;
+            }
+            local.status = Some(status);
+        }
+    }
+
+    fn act(&mut self, action: &Action) {
+        match action {
+            Action::Start(id) => {
+                let job = self.list.iter().flat_map(|list| &list.assignments);
+                let job = job
+                    .filter(|a| &a.attempt == id)
+                    .filter_map(|a| a.job.as_ref());
+                let job = job.map(|job| job.name.clone()).next().unwrap_or_default();
+                let local = Local {
+                    attempt: id.clone(),
+                    shim: true,
+                    started: true,
+                    status: Some(Status::default()),
+                    ..Local::default()
+                };
+                self.local.insert(id.clone(), (local, job));
+            }
+            Action::Launch(id) => {
+                let master = self.list.iter().flat_map(|list| &list.assignments);
+                let master = master
+                    .filter(|a| &a.attempt == id)
+                    .any(|a| a.host_index == 0);
+                if let Some((local, _)) = self.local.get_mut(id) {
+                    local.launch_written = true;
+                    let status = local.status.get_or_insert_default();
+                    status.phase = Phase::Running;
+                    let rank = RankStatus {
+                        rank: 0,
+                        pid: 1,
+                        exit_code: None,
+                    };
+                    status.ranks = if master { vec![rank] } else { Vec::new() };
+                }
+            }
+            Action::Stop(id) => {
+                if let Some((local, _)) = self.local.get_mut(id) {
+                    local.stop_written = true;
+                }
+            }
+            Action::Sweep(id) => {
+                if let Some((local, _)) = self.local.get_mut(id) {
+                    (local.swept, local.shipped) = (true, true);
+                }
+            }
+            Action::Forget(id) => {
+                self.local.remove(id);
+            }
+        }
+    }
+}
+
+impl Sim {
+    pub(super) fn fail_agents(&mut self) {
+        let i = self.random.usize(..self.agents.len());
+        let step = self.step;
+        if self.random.f64() < self.options.agent_crash {
+            let until = step + self.random.u64(1..100);
+            let agent = &mut self.agents[i];
+            agent.hang_up();
+            agent.down_until = until;
+            if agent.running().next().is_some() {
+                self.checks.saw("an agent is killed amid a job");
+            }
+        }
+        if self.random.f64() < self.options.reboot {
+            let agent = &mut self.agents[i];
+            if agent.running().next().is_some() {
+                self.checks.saw("a machine reboots amid a job");
+            }
+            agent.hang_up();
+            // What ran is gone, and what lay on the disk of the journal is not: what had ended is known still.
+            agent.boot += 1;
+            for (local, _) in agent.local.values_mut() {
+                local.shim = false;
+            }
+        }
+        if self.random.f64() < self.options.cut {
+            let until = step + self.random.u64(1..300);
+            self.agents[i].cut_until = until;
+            self.agents[i].hang_up();
+        }
+        if self.random.f64() < self.options.crash {
+            // A shim dies, and its processes with it.
+            let running: Vec<_> = self.agents[i]
+                .running()
+                .map(|(id, _)| id.to_owned())
+                .collect();
+            if let Some(id) = self.random.choice(&running)
+                && let Some((local, _)) = self.agents[i].local.get_mut(id)
+            {
+                local.shim = false;
+                self.checks.saw("a shim dies amid a job");
+            }
+        }
+    }
+
+    pub(super) fn heal_agents(&mut self) {
+        for agent in &mut self.agents {
+            (agent.down_until, agent.cut_until) = (0, 0);
+        }
+    }
+
+    pub(super) fn step_agents(&mut self) {
+        for i in 0..self.agents.len() {
+            self.agents[i].work(&mut self.random);
+            let agent = &self.agents[i];
+            if agent.down_until > self.step {
+                continue;
+            }
+            if agent.cut_until <= self.step {
+                self.talk(i);
+            }
+            // Also where nobody is reached: what is wanted is known.
+            let agent = &mut self.agents[i];
+            let Some(list) = agent.list.clone() else {
+                continue;
+            };
+            let local: Vec<_> = agent
+                .local
+                .values()
+                .map(|(local, _)| local.clone())
+                .collect();
+            for action in actions(&list.assignments, &local) {
+                agent.act(&action);
+            }
+        }
+    }
+
+    fn talk(&mut self, i: usize) {
+        let (name, now) = (self.agents[i].name(), self.now());
+        let talk = self.agents[i].talk;
+        let leads = |sim: &Sim, id: u64| {
+            let core = sim.replicas[&id].core.as_ref();
+            sim.is_up(id) && core.is_some_and(|core| core.leads())
+        };
+        match talk {
+            Talk::None => {
+                let Some(id) = self.find_leader() else {
+                    return;
+                };
+                let agent = &mut self.agents[i];
+                agent.talk = Talk::Registering(id);
+                let asked = Asked::Agent(i, agent.conversation);
+                let register = RegisterNode {
+                    name,
+                    uid: agent.uid(),
+                    incarnation: agent.incarnation(),
+                    facts: Some(v1::NodeFacts {
+                        vm_size: "small".into(),
+                        boot_id: format!("{}-{}", agent.number, agent.boot),
+                        first_port: 20_000,
+                        last_port: 20_099,
+                        ..Default::default()
+                    }),
+                };
+                if !self.propose(id, Kind::RegisterNode(register), None, asked) {
+                    self.agents[i].hang_up();
+                }
+            }
+            // A session ends with its replica, and with that one's leadership.
+            Talk::Registering(id) | Talk::Open(id) if !leads(self, id) => {
+                self.agents[i].hang_up();
+            }
+            Talk::Registering(_) => {}
+            Talk::Open(id) => {
+                let state = self.core(id).state().clone();
+                let assigned = state.nodes.get(&name).map_or(0, |node| node.assigned);
+                let replica = self.replicas.get_mut(&id).expect("it is one of them");
+                replica.heard.last.insert(name.clone(), now);
+                let agent = &mut self.agents[i];
+                let known = agent.list.as_ref().map(|list| list.revision);
+                if known.is_none_or(|known| assigned > known) {
+                    agent.list = Some(assignments(&state, &name));
+                }
+                self.report(i, id);
+            }
+        }
+    }
+
+    fn report(&mut self, i: usize, id: u64) {
+        let agent = &mut self.agents[i];
+        if agent.reporting.is_some() {
+            return;
+        }
+        let desired = agent
+            .list
+            .as_ref()
+            .map(|list| list.assignments.clone())
+            .unwrap_or_default();
+        let local: Vec<_> = agent
+            .local
+            .values()
+            .map(|(local, _)| local.clone())
+            .collect();
+        let seen = observations(&desired, &local);
+        if agent.reported.as_ref() == Some(&seen) {
+            return;
+        }
+        agent.reporting = Some(seen.clone());
+        let asked = Asked::Agent(i, agent.conversation);
+        let report = RecordReport {
+            node: agent.name(),
+            uid: agent.uid(),
+            incarnation: agent.incarnation(),
+            report: Some(Report { attempts: seen }),
+        };
+        if !self.propose(id, Kind::RecordReport(report), None, asked) {
+            self.agents[i].hang_up();
+        }
+    }
+}
