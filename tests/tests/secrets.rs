@@ -133,7 +133,15 @@ fn secret(name: &str, value: &str) -> v1::EnvironmentVariableWithSecretValue {
 
 #[test]
 fn a_marked_secret_reaches_the_job_and_is_found_nowhere_else() {
-    let mut e = Ensemble::with_cluster(2);
+    let mut e = Ensemble::without_daemons();
+    // The state is written down beside the log all the time, also while the secret is in use.
+    e.coordinator_args = ["--snapshot-entries", "3"].map(str::to_owned).into();
+    e.start_coordinator();
+    for (name, alive) in [("a1", 1), ("a2", 2)] {
+        e.start_agent(name);
+        e.until_alive(alive);
+    }
+    e.create_cluster(2);
     e.start_agent("a3");
     e.until_alive(3);
     let api = Api::start(e);
@@ -215,6 +223,14 @@ fn a_marked_secret_reaches_the_job_and_is_found_nowhere_else() {
         let job = api.e.job("open");
         (job["state"] == "RUNNING" && job["attempt"]["nodes"][0]["phase"] == "RUNNING")
             .then_some(())
+    });
+    let snapshots = api.e.path().join("coordinator/replica/snapshots");
+    until("a snapshot with the job in it", || {
+        let mut files = fs::read_dir(&snapshots).ok()?.flatten();
+        files.find_map(|file| {
+            let bytes = fs::read(file.path()).ok()?;
+            bytes.windows(5).any(|part| part == b"TOKEN").then_some(())
+        })
     });
     assert_hidden(&api.e);
     for node in ["a1", "a2"] {
