@@ -8,6 +8,7 @@ use batchai_tests::api::Api;
 use batchai_tests::ensemble::Ensemble;
 use batchai_tests::process::until;
 use serde_json::json;
+use tonic::Code;
 
 const ENTRIES: usize = 40;
 
@@ -79,6 +80,17 @@ fn what_was_acknowledged_is_there_after_every_kill_and_the_log_stays_short() {
     // What is kept, what may come before the next one is due, and what came while the last was written.
     assert!((entries as usize) < 4 * ENTRIES, "{entries}");
     assert!((1..=2).contains(&snapshots(&e).len()));
+    // What the snapshot swallowed cannot be watched any more: that is said, and nothing is missed.
+    let api = Api::start(e);
+    let watch = |revision| {
+        let name = "resourceGroups/-".to_owned();
+        let request = v1::WatchResourceGroupRequest { name, revision };
+        let begun = api.call(api.groups().watch_resource_group(request));
+        begun.map(|_| ()).map_err(|refused| refused.code())
+    };
+    assert_eq!(watch(5), Err(Code::OutOfRange));
+    assert_eq!(watch(0), Ok(()));
+    e = api.e;
     assert_eq!(e.wait("sleeps"), 0);
     assert_eq!(e.log("sleeps", "stdout.txt"), "done\n");
     // Old state and new: what a snapshot brought back can be changed and deleted.
