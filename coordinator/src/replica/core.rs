@@ -240,11 +240,6 @@ impl<S: LogStore> Core<S> {
         (self.raw.raft.term, self.raw.raft.state == StateRole::Leader)
     }
 
-    /// How far the log is applied.
-    pub fn applied(&self) -> u64 {
-        self.raw.raft.raft_log.applied
-    }
-
     /// One tick of the clock.
     pub fn tick(&mut self) {
         self.raw.tick();

@@ -268,10 +268,10 @@ fn a_follower_that_is_far_behind_gets_a_snapshot() {
     }
     let (state, applied) = (
         net.cores[&leader].state().clone(),
-        net.cores[&leader].applied(),
+        net.cores[&leader].raw.raft.raft_log.applied,
     );
     assert_eq!(net.cores[&behind].state(), &state);
-    assert_eq!(net.cores[&behind].applied(), applied);
+    assert_eq!(net.cores[&behind].raw.raft.raft_log.applied, applied);
     let jumped = net.outputs[&behind].jumped;
     assert!(jumped.is_some_and(|revision| revision > 30), "{jumped:?}");
 }

@@ -109,7 +109,7 @@ impl Checks {
     }
 
     /// After every step.
-    pub fn step(&mut self, _: &BTreeMap<u64, Replica>, agents: &[Agent]) -> Result<(), String> {
+    pub fn step(&self, agents: &[Agent]) -> Result<(), String> {
         let mut attempts: BTreeMap<&str, &str> = BTreeMap::new();
         for agent in agents {
             let running: Vec<_> = agent.running().collect();

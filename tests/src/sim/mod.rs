@@ -183,7 +183,7 @@ impl Sim {
                 self.settle(id)?;
             }
         }
-        self.checks.step(&self.replicas, &self.agents)
+        self.checks.step(&self.agents)
     }
 
     fn now(&self) -> i64 {
