@@ -1,11 +1,13 @@
 //! The connection to a coordinator.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use batchai_common::limits::{CALL_TIMEOUT, MESSAGE_BYTES_MAX};
+use batchai_common::tls::Route;
 use batchai_common::tls::{Connector, Credentials};
 use batchai_proto::v1::access_service_client::AccessServiceClient;
+use batchai_proto::v1::admin_service_client::AdminServiceClient;
 use batchai_proto::v1::bundle_service_client::BundleServiceClient;
 use batchai_proto::v1::cluster_service_client::ClusterServiceClient;
 use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
@@ -20,20 +22,19 @@ use tokio::sync::watch;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use crate::error::CliError;
 
-/// A stream that broke is opened again so often before the command gives up; each try waits a little.
-const RETRIES_MAX: u32 = 150;
+/// What broke is tried again for so long before the command gives up; each try waits a little.
+const RETRY_MAX: Duration = Duration::from_secs(30);
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// What goes away in its own time is looked for this often.
 pub const LOOK_PAUSE: Duration = Duration::from_millis(100);
 
 /// What calls are made over.
-pub type Secured = InterceptedService<Channel, Bearer>;
+pub type Secured = InterceptedService<Route, Bearer>;
 
 /// A connection.
 #[derive(Clone)]
@@ -126,6 +127,10 @@ impl Client {
         JobServiceClient::new(self.secured.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
+    pub fn admin(&self) -> AdminServiceClient<Secured> {
+        AdminServiceClient::new(self.secured.clone())
+    }
+
     pub fn access(&self) -> AccessServiceClient<Secured> {
         AccessServiceClient::new(self.secured.clone())
     }
@@ -164,16 +169,16 @@ pub fn request<T>(message: T) -> tonic::Request<T> {
     request
 }
 
-/// Counts how often a stream was opened again in a row.
+/// Knows since when nothing has worked.
 #[derive(Default)]
 pub struct Retry {
-    failures: u32,
+    since: Option<Instant>,
 }
 
 impl Retry {
     /// It worked.
     pub fn reset(&mut self) {
-        self.failures = 0;
+        self.since = None;
     }
 
     /// Waits a little where trying again makes sense, else gives the error back.
@@ -186,10 +191,10 @@ impl Retry {
         let again = status
             .get_details_error_info()
             .is_some_and(|info| ["OUTCOME_UNKNOWN", "BUSY"].contains(&info.reason.as_str()));
-        if !(broken || again) || self.failures >= RETRIES_MAX {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        if !(broken || again) || since.elapsed() > RETRY_MAX {
             return Err(status.into());
         }
-        self.failures += 1;
         tokio::time::sleep(RETRY_PAUSE).await;
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! process, which then ends them in order: agents with their jobs first. If this process is killed, the kernel tells
 //! them.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
@@ -109,7 +110,12 @@ impl Ensemble {
         );
         let credentials = data.join(batchai_coordinator::ADMIN_FILE);
         if !credentials.exists() {
-            batchai_coordinator::init(&data, &[], ADMIN)?;
+            let begin = batchai_coordinator::Begin {
+                names: Vec::new(),
+                admin: ADMIN.to_owned(),
+                replicas: BTreeMap::new(),
+            };
+            batchai_coordinator::init(&data, begin)?;
         }
         self.target.credentials = Some(credentials);
         let mut child = daemon("coordinator", &log)?

@@ -12,6 +12,7 @@ macro_rules! say {
 }
 
 mod access;
+mod admin;
 mod args;
 mod bundle;
 mod client;
@@ -97,6 +98,7 @@ async fn run(command: Command, global: &args::Global) -> Result<ExitCode, CliErr
         Command::Node(command) => machines::node(command, context).await,
         Command::Role(command) => access::roles(command, context).await,
         Command::User(command) => access::user(command, context).await,
+        Command::Admin(command) => admin::admin(command, context).await,
         Command::Audit(command) => access::audit(command, context).await,
         Command::VmSize(command) => machines::vm_size(command, context).await,
         Command::ListUsages { location } => machines::list_usages(location, context).await,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::secrets::Source;
 
 /// The file of keys that protect secrets, in the data directory.
-const SECRETS_KEY_FILE: &str = "secrets.key";
+pub const SECRETS_KEY_FILE: &str = "secrets.key";
 
 /// Runs a coordinator: it keeps the resource model, schedules jobs and tells node agents what to do.
 #[derive(Clone, Debug, clap::Args)]
@@ -15,6 +15,13 @@ pub struct Config {
     /// says which.
     #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDR")]
     pub listen: SocketAddr,
+    /// Where the other replicas reach this one, where that is another address than its ensemble began with.
+    #[arg(long, value_name = "URL", value_parser = endpoint)]
+    pub advertise: Option<String>,
+    /// How many milliseconds without a leader an election waits for, at least; up to twice as many. At least ten times what the
+    /// disk takes to sync: more on slow disks.
+    #[arg(long, default_value_t = 500, value_name = "MS", value_parser = clap::value_parser!(u64).range(100..=60_000))]
+    pub election_timeout: u64,
     /// The directory for the replicated log and for job logs. It is made where it does not exist.
     #[arg(
         long,
@@ -83,6 +90,24 @@ pub enum Part {
         /// The name of the administrator.
         #[arg(long, default_value = "admin", value_name = "NAME")]
         admin: String,
+        /// A replica of the ensemble: its number, and where the others reach it. Given once for each, three or five, this machine's
+        /// first. For each other one a data directory is made below `replicas`: take it to that machine, and remove it here.
+        #[arg(long = "replica", value_name = "ID=URL", value_parser = crate::ensemble::replica)]
+        replicas: Vec<(u64, String)>,
+    },
+    /// Make the data directory of a replica that joins later, below `replicas`: take it to its machine, start it there, and let it
+    /// in by `batchai admin replica add`.
+    AddReplica {
+        /// The data directory of the coordinator.
+        #[arg(
+            long,
+            default_value = "/var/lib/batchai/coordinator",
+            value_name = "DIR"
+        )]
+        data: PathBuf,
+        /// Its number: one that no replica of the ensemble ever had.
+        #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u64).range(1..))]
+        id: u64,
     },
     /// Put a new key before the others in the file of keys that protect secrets. The coordinator reads it within ten seconds and
     /// wraps all data keys by it; when its log says so, the older keys can be taken out of the file. Where there is no file, one
@@ -122,4 +147,8 @@ pub enum Part {
 pub fn keys(given: Option<&Source>, data: &Path) -> Source {
     let own = || Source::File(data.join(SECRETS_KEY_FILE));
     given.cloned().unwrap_or_else(own)
+}
+
+fn endpoint(text: &str) -> Result<String, String> {
+    crate::ensemble::check_endpoint(text).map(|()| text.to_owned())
 }

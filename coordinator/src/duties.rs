@@ -7,7 +7,7 @@ use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::terminate_job::Cause;
 use batchai_proto::internal::v1::{
-    AllocateNode, Delete, FailAttempt, InitEnsemble, ReleaseNode, SetUpNode, TerminateJob,
+    AllocateNode, Delete, FailAttempt, InitEnsemble, ReleaseNode, Replica, SetUpNode, TerminateJob,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
@@ -33,17 +33,25 @@ pub struct Leader {
     pub replica: i64,
     /// The ensemble's UUID, for its first command.
     pub ensemble: String,
+    /// The replicas that it begins with.
+    pub replicas: Vec<Replica>,
 }
 
 /// The commands that bring the State closer to what it should be.
 pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     if state.ensemble.is_empty() {
         let ensemble = leader.ensemble.clone();
-        return vec![Kind::InitEnsemble(InitEnsemble { ensemble, epoch: 1 })];
+        let replicas = leader.replicas.clone();
+        return vec![Kind::InitEnsemble(InitEnsemble {
+            ensemble,
+            epoch: 1,
+            replicas,
+        })];
     }
     // Each duty has room of its own: a large deletion must not keep clusters waiting.
     let mut commands = Vec::new();
     drive_clusters(state, heard, &mut commands);
+    commands.extend(acquaintances(state, heard));
     commands.extend(deletions(state));
     let late = attempts::live(state).filter_map(|attempt| late(heard, attempt));
     commands.extend(late.take(COMMANDS_MAX));
@@ -51,6 +59,18 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     let placements = scheduler::schedule(state, heard, leader.replica);
     commands.extend(placements.into_iter().map(Kind::Place));
     commands
+}
+
+/// What the State does not know yet of the replicas that were met.
+fn acquaintances(state: &State, heard: &Heard) -> Vec<Kind> {
+    let news = heard.replicas.iter().filter(|met| {
+        let known = state.replicas.get(&met.id);
+        known.is_some_and(|known| {
+            let moved = !met.endpoint.is_empty() && known.endpoint != met.endpoint;
+            known.store.is_empty() || (moved && known.store == met.store)
+        })
+    });
+    news.cloned().map(Kind::RecordReplica).collect()
 }
 
 /// Takes away what is to go with all that it holds or that needs it, from the bottom up.

@@ -47,6 +47,10 @@ const AGENTS: [&str; 2] = [
     "/batchai.agent.v1.AgentService/",
     "/batchai.agent.v1.JoinService/",
 ];
+/// Calls for replicas.
+const PEERS: &str = "/batchai.internal.v1.PeerService/";
+/// What they take, as errors call it.
+const ENSEMBLE: &str = "to be a replica";
 /// Before a message in a body: whether it is compressed, and its length.
 const FRAME_BYTES: usize = 5;
 /// So much of a name is repeated to who may not have what has it.
@@ -247,6 +251,10 @@ impl Gate {
             None if ticket.is_for_agents() => match &caller.who {
                 Who::Lab | Who::Known(Identity::Node { .. }) => Ok(caller),
                 _ => Err(forbidden(&caller, WORK, "")),
+            },
+            None if ticket.path.starts_with(PEERS) => match &caller.who {
+                Who::Lab | Who::Known(Identity::Replica { .. }) => Ok(caller),
+                _ => Err(forbidden(&caller, ENSEMBLE, "")),
             },
             None if caller.who == Who::Nobody => Err(unknown()),
             None => Ok(caller),

@@ -14,6 +14,7 @@ use crate::bundles::BundleStore;
 use crate::duties::{Leader, duties};
 use crate::logs::LogStore;
 use crate::replica::Handle;
+use crate::replica::peers::Peers;
 use crate::secrets::Vault;
 use crate::state::State;
 use crate::state::attempts::{self, Phase};
@@ -30,7 +31,7 @@ pub async fn run(
     logs: LogStore,
     bundles: BundleStore,
     vault: Vault,
-    leader: Leader,
+    (leader, peers): (Leader, Peers),
     shutdown: CancellationToken,
 ) {
     let mut published = replica.published();
@@ -59,6 +60,7 @@ pub async fn run(
         let mut heard = contacts.heard();
         heard.preparing = preparing.look(&state, heard.now);
         heard.closed = vault.closed(&state);
+        heard.replicas = peers.records();
         for result in replica.propose_all(duties(&state, &heard, &leader)).await {
             if let Err(error) = result {
                 tracing::debug!(%error, "a duty was overtaken");

@@ -11,11 +11,13 @@ pub mod access;
 pub mod agents;
 pub mod api;
 mod audit;
+mod boot;
 mod bundles;
 mod call;
 mod config;
 mod custody;
 pub mod duties;
+mod ensemble;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod gate;
@@ -33,13 +35,21 @@ use std::process::ExitCode;
 use batchai_common::{shutdown, telemetry};
 
 pub use config::{Cli, Config};
-pub use pki::{ADMIN_FILE, PkiError, init};
+pub use pki::{ADMIN_FILE, Begin, PkiError, init};
 
 /// A coordinator as a process: runs until a signal, says on standard error why it could not.
 pub fn main(cli: Cli) -> ExitCode {
     let config = match cli.part {
         None => cli.config,
-        Some(config::Part::Init { data, names, admin }) => return init_main(&data, &names, &admin),
+        Some(config::Part::Init {
+            data,
+            names,
+            admin,
+            replicas,
+        }) => return init_main(&data, names, admin, replicas),
+        Some(config::Part::AddReplica { data, id }) => {
+            return done(pki::add_replica(&data, id).map(|path| take_there(&path)));
+        }
         Some(config::Part::Certify { data, user, to }) => {
             return done(pki::certify(&data, &user, &to));
         }
@@ -56,7 +66,7 @@ pub fn main(cli: Cli) -> ExitCode {
         .enable_all()
         .build();
     let ended = runtime
-        .map_err(server::ServerError::System)
+        .map_err(boot::ServerError::System)
         .and_then(|runtime| {
             runtime.block_on(async { server::run(config, shutdown::on_signal()?).await })
         });
@@ -69,11 +79,37 @@ pub fn main(cli: Cli) -> ExitCode {
     }
 }
 
-fn init_main(data: &std::path::Path, names: &[String], admin: &str) -> ExitCode {
-    done(init(data, names, admin).map(|file| {
+fn init_main(
+    data: &std::path::Path,
+    names: Vec<String>,
+    admin: String,
+    replicas: Vec<(u64, String)>,
+) -> ExitCode {
+    let count = replicas.len();
+    let replicas: std::collections::BTreeMap<_, _> = replicas.into_iter().collect();
+    if replicas.len() != count {
+        return done(Err("--replica: each has a number of its own"));
+    }
+    let others: Vec<_> = replicas.keys().skip(1).copied().collect();
+    let begin = Begin {
+        names,
+        admin,
+        replicas,
+    };
+    done(init(data, begin).map(|file| {
         let file = file.display();
         println!("the administrator's credentials: {file}\nkeep them: batchai config set credentials {file}");
+        for id in others {
+            take_there(&data.join("replicas").join(id.to_string()));
+        }
     }))
+}
+
+fn take_there(path: &std::path::Path) {
+    println!(
+        "take {} to the machine of that replica as its data directory, and remove it here: there are keys in it",
+        path.display()
+    );
 }
 
 fn done<E: std::fmt::Display>(result: Result<(), E>) -> ExitCode {

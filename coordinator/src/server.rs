@@ -1,9 +1,8 @@
 //! A coordinator from its configuration to its end: storage, replica, servers, signal, drain.
 
-use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use batchai_common::limits;
@@ -13,8 +12,9 @@ use batchai_common::limits::{
 use batchai_common::tls::acceptor::incoming;
 use batchai_proto::agent::v1::agent_service_server::AgentServiceServer;
 use batchai_proto::agent::v1::join_service_server::JoinServiceServer;
-use batchai_proto::internal::v1::ReplicaIdentity;
+use batchai_proto::internal::v1::peer_service_server::PeerServiceServer;
 use batchai_proto::v1::access_service_server::AccessServiceServer;
+use batchai_proto::v1::admin_service_server::AdminServiceServer;
 use batchai_proto::v1::bundle_service_server::BundleServiceServer;
 use batchai_proto::v1::cluster_service_server::ClusterServiceServer;
 use batchai_proto::v1::experiment_service_server::ExperimentServiceServer;
@@ -25,10 +25,9 @@ use batchai_proto::v1::node_service_server::NodeServiceServer;
 use batchai_proto::v1::resource_group_service_server::ResourceGroupServiceServer;
 use batchai_proto::v1::vm_size_service_server::VmSizeServiceServer;
 use batchai_proto::v1::workspace_service_server::WorkspaceServiceServer;
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic_health::server::HealthReporter;
@@ -39,6 +38,7 @@ use crate::agents::join::Join;
 use crate::agents::service::Agents;
 use crate::api::Api;
 use crate::audit::Audit;
+use crate::boot::{self, ServerError};
 use crate::bundles::BundleStore;
 use crate::config::{self, Config};
 use crate::custody;
@@ -47,12 +47,12 @@ use crate::gate::Gate;
 use crate::gate::quota::{Quota, Shares};
 use crate::leader;
 use crate::logs::LogStore;
-use crate::pki::{self, FIRST_REPLICA, Pki, PkiError};
-use crate::replica::core::{Core, CoreError, SnapshotPolicy};
-use crate::replica::store::disk::DiskStore;
-use crate::replica::store::{FORMAT, StoreError};
-use crate::replica::{self, Handle, Running};
-use crate::secrets::{KeyringError, Vault};
+use crate::pki::{self, Pki};
+use crate::replica::Handle;
+use crate::replica::core::CoreError;
+use crate::replica::peers::{Lanes, PEER_BYTES_MAX, PeerDesk, Peers};
+use crate::replica::store::Snapshots;
+use crate::secrets::Vault;
 
 /// How long open calls may take to end when the coordinator does.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
@@ -64,176 +64,100 @@ const STREAMS_PER_CONNECTION_MAX: u32 = 1024;
 const NAMED_MAX: Duration = Duration::from_secs(10);
 const HEADER_BYTES_MAX: u32 = 16 << 10;
 
-/// Why a coordinator does not start or cannot go on.
-#[derive(Debug, thiserror::Error)]
-pub enum ServerError {
-    #[error(transparent)]
-    Pki(#[from] PkiError),
-    #[error("--admin: {0}")]
-    Admin(#[from] batchai_common::tls::IdentityError),
-    #[error("cannot listen on {address}: {source}")]
-    Bind {
-        address: SocketAddr,
-        source: io::Error,
-    },
-    #[error("{path}: {source}", path = .path.display())]
-    Data { path: PathBuf, source: io::Error },
-    #[error("{path}: another coordinator uses this data directory", path = .path.display())]
-    Locked { path: PathBuf },
-    #[error(transparent)]
-    Keyring(#[from] KeyringError),
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    #[error(transparent)]
-    Replica(#[from] CoreError),
-    #[error("the replica's thread panicked; its last words are in the log above")]
-    ReplicaPanicked,
-    #[error("serving failed: {0}")]
-    Serve(#[from] tonic::transport::Error),
-    #[error("reflection: {0}")]
-    Reflection(#[from] tonic_reflection::server::Error),
-    #[error("{0}")]
-    System(#[from] io::Error),
-}
-
-/// Runs until the token is cancelled.
-pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ServerError> {
+/// Runs until the token is cancelled; then hands over what it leads, and ends.
+pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerError> {
+    let shutdown = CancellationToken::new();
     let pki = open_pki(&config)?;
     match limits::raise_open_files() {
         Ok((_, limit)) => tracing::info!(limit, "open files"),
         Err(error) => tracing::warn!(%error, "the limit of open files cannot be raised"),
     }
-    let _lock = lock(&config.data)?;
-    let logs = in_data(&config, "logs", LogStore::new)?;
-    let bundles = in_data(&config, "bundles", BundleStore::new)?;
-    let audit = in_data(&config, "audit", Audit::new)?;
+    let _lock = boot::lock(&config.data)?;
+    let logs = boot::in_data(&config, "logs", LogStore::new)?;
+    let bundles = boot::in_data(&config, "bundles", BundleStore::new)?;
+    let audit = boot::in_data(&config, "audit", Audit::new)?;
     let new = !config.data.join("replica").exists();
     let vault = Vault::open(config::keys(config.secrets_key.as_ref(), &config.data), new)?;
-    let (replica, running, leader) = start_replica(&config)?;
-    let mut failed = running.failed;
+    let started = boot::start_replica(&config)?;
+    let replica = started.handle.clone();
+    let failed = started.running.failed;
     let bound = TcpListener::bind(config.listen).await;
     let listener = bound.map_err(|source| ServerError::Bind {
         address: config.listen,
         source,
     })?;
     let address = listener.local_addr()?;
-    let (contacts, desk) = (Contacts::default(), FileDesk::default());
     let (health, health_service) = tonic_health::server::health_reporter();
-    let duties = tokio::spawn(leader::run(
-        replica.clone(),
-        contacts.clone(),
-        logs.clone(),
-        bundles.clone(),
-        vault.clone(),
-        leader,
-        shutdown.clone(),
-    ));
-    let keys = tokio::spawn(custody::run(
-        replica.clone(),
-        contacts.clone(),
-        vault.clone(),
-        shutdown.clone(),
-    ));
-    let watch = tokio::spawn(report_health(health, replica.clone(), shutdown.clone()));
     let shared = Shared {
+        peers: started.peers.clone(),
         replica: replica.clone(),
-        contacts,
+        contacts: Contacts::default(),
         logs,
         bundles,
-        desk,
+        desk: FileDesk::default(),
         audit,
         vault,
         shutdown: shutdown.clone(),
     };
+    let lanes = Lanes {
+        peers: started.peers.clone(),
+        replica: replica.clone(),
+        first: started.ensemble.first.clone(),
+        credentials: pki.as_ref().map(Pki::client),
+    };
+    let mut tasks = shared.tasks(started.leader, lanes);
+    tasks.push(tokio::spawn(farewell(
+        replica.clone(),
+        told,
+        shutdown.clone(),
+    )));
+    tasks.push(tokio::spawn(report_health(
+        health,
+        replica.clone(),
+        shutdown.clone(),
+    )));
+    let desk_of_peers = shared.desk_of_peers(started.snapshots);
     let connections = incoming(listener, pki.as_ref().map(Pki::server));
     let serve = shared
         .routes(pki.as_ref(), &config)?
+        .add_service(desk_of_peers)
         .add_service(health_service)
         .serve_with_incoming_shutdown(connections, shutdown.clone().cancelled_owned());
-    let fresh = tokio::spawn(keep_fresh(pki, shutdown.clone()));
-    until_named(&replica, &mut failed, &shutdown).await?;
-    announce(address)?;
-    let end = until_drained(serve, failed, shutdown.clone()).await;
+    tasks.push(tokio::spawn(keep_fresh(pki, shutdown.clone())));
+    let ready = tokio::spawn(ready(replica.clone(), address));
+    let removed = started.peers.removed();
+    let end = tokio::select! {
+        end = until_drained(serve, failed, shutdown.clone()) => end,
+        () = removed.cancelled() => Err(ServerError::Removed),
+    };
     shutdown.cancel();
+    ready.abort();
     replica.stop();
-    for task in [duties, keys, watch, fresh] {
+    for task in tasks {
         if let Err(error) = task.await {
             tracing::error!(%error, "a task of the coordinator failed");
         }
     }
     // The directory's lock must outlive whoever writes into it. A panic was reported where it happened.
-    let _ = tokio::task::spawn_blocking(move || running.thread.join()).await;
+    let _ = tokio::task::spawn_blocking(move || started.running.thread.join()).await;
     end
 }
 
-/// Opens what lies in a directory of the data directory.
-fn in_data<T>(
-    config: &Config,
-    name: &str,
-    open: impl FnOnce(PathBuf) -> io::Result<T>,
-) -> Result<T, ServerError> {
-    let path = config.data.join(name);
-    open(path.clone()).map_err(|source| ServerError::Data { path, source })
-}
-
-/// One process per data directory. The lock goes with the process.
-fn lock(data: &PathBuf) -> Result<Flock<File>, ServerError> {
-    let failed = |source| ServerError::Data {
-        path: data.clone(),
-        source,
-    };
-    let data = &std::path::absolute(data).map_err(failed)?;
-    let new = data.ancestors().take_while(|dir| !dir.exists()).count();
-    fs::create_dir_all(data).map_err(failed)?;
-    // The way to a new directory must survive a power cut as what is written into it does.
-    for dir in data.ancestors().skip(1).take(new) {
-        File::open(dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(failed)?;
+/// Hands the leadership over before it goes, so that nobody has to miss this replica first.
+async fn farewell(replica: Handle, told: CancellationToken, shutdown: CancellationToken) {
+    tokio::select! {
+        () = told.cancelled() => {}
+        () = shutdown.cancelled() => return,
     }
-    // Environments of jobs, logs and keys: nobody else's business.
-    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-    fs::set_permissions(data, private).map_err(failed)?;
-    let file = File::create(data.join("lock")).map_err(failed)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
-        Errno::EWOULDBLOCK => ServerError::Locked { path: data.clone() },
-        error => failed(error.into()),
-    })
-}
-
-type Started = (Handle, Running, Leader);
-
-fn start_replica(config: &Config) -> Result<Started, ServerError> {
-    let new = ReplicaIdentity {
-        format: FORMAT,
-        ensemble: uuid::Uuid::new_v4().to_string(),
-        replica_id: FIRST_REPLICA,
-        voters: vec![FIRST_REPLICA],
-    };
-    let (store, recovered) = DiskStore::open(&config.data.join("replica"), &new)?;
-    let leader = Leader {
-        replica: recovered.identity.replica_id as i64,
-        ensemble: recovered.identity.ensemble.clone(),
-    };
-    tracing::info!(
-        ensemble = leader.ensemble,
-        replica = leader.replica,
-        snapshot = recovered
-            .snapshot
-            .as_ref()
-            .map_or(0, |(mark, _)| mark.index),
-        entries = recovered.entries.len(),
-        "log opened"
-    );
-    let life = uuid::Uuid::new_v4().as_u64_pair().0;
-    let policy = SnapshotPolicy {
-        entries: config.snapshot_entries,
-        kept: SnapshotPolicy::default().kept.min(config.snapshot_entries),
-        ..SnapshotPolicy::default()
-    };
-    let core = Core::new(store, recovered, life, policy)?;
-    let (handle, running) = replica::start(core)?;
-    Ok((handle, running, leader))
+    let leads = replica.role().borrow().leads;
+    let others = replica.published().borrow().state.replicas.len() > 1;
+    if leads && others {
+        match replica.hand_over(None).await {
+            Ok(()) => tracing::info!("another replica leads now"),
+            Err(error) => tracing::warn!(%error, "nobody else leads yet"),
+        }
+    }
+    shutdown.cancel();
 }
 
 async fn keep_fresh(pki: Option<Pki>, shutdown: CancellationToken) {
@@ -247,6 +171,7 @@ type Routes =
 
 /// What services are made of.
 struct Shared {
+    peers: Peers,
     replica: Handle,
     contacts: Contacts,
     logs: LogStore,
@@ -258,6 +183,44 @@ struct Shared {
 }
 
 impl Shared {
+    /// What goes on beside the calls, until shutdown.
+    fn tasks(&self, leader: Leader, lanes: Lanes) -> Vec<JoinHandle<()>> {
+        let duties = leader::run(
+            self.replica.clone(),
+            self.contacts.clone(),
+            self.logs.clone(),
+            self.bundles.clone(),
+            self.vault.clone(),
+            (leader, self.peers.clone()),
+            self.shutdown.clone(),
+        );
+        let keys = custody::run(
+            self.replica.clone(),
+            self.contacts.clone(),
+            self.vault.clone(),
+            self.shutdown.clone(),
+        );
+        let lanes = lanes.run(self.shutdown.clone());
+        vec![
+            tokio::spawn(duties),
+            tokio::spawn(keys),
+            tokio::spawn(lanes),
+        ]
+    }
+
+    fn desk_of_peers(
+        &self,
+        snapshots: Arc<Mutex<Box<dyn Snapshots>>>,
+    ) -> PeerServiceServer<PeerDesk> {
+        let desk = PeerDesk {
+            peers: self.peers.clone(),
+            replica: self.replica.clone(),
+            snapshots,
+            shutdown: self.shutdown.clone(),
+        };
+        PeerServiceServer::new(desk).max_decoding_message_size(PEER_BYTES_MAX)
+    }
+
     fn routes(self, pki: Option<&Pki>, config: &Config) -> Result<Routes, ServerError> {
         let authority = pki.and_then(|pki| pki.authority.clone());
         let shares = Shares {
@@ -277,6 +240,7 @@ impl Shared {
             authority: authority.clone(),
         };
         let api = Api {
+            peers: self.peers,
             replica: self.replica.clone(),
             contacts: self.contacts.clone(),
             logs: self.logs.clone(),
@@ -345,6 +309,7 @@ fn routes(gate: Gate, api: Api, agents: Agents, join: Join) -> Result<Routes, Se
         .add_service(limited!(InformationServiceServer, api.clone()))
         .add_service(limited!(NodeServiceServer, api.clone()))
         .add_service(limited!(AccessServiceServer, api.clone()))
+        .add_service(limited!(AdminServiceServer, api.clone()))
         .add_service(limited!(JobServiceServer, api))
         .add_service(limited!(AgentServiceServer, agents))
         .add_service(limited!(JoinServiceServer, join))
@@ -380,25 +345,21 @@ async fn until_drained(
     }
 }
 
-/// Nobody meets an ensemble without a name, if this replica can give it one soon; where it cannot, because it is not
-/// alone and there is no leader yet, calls are answered UNAVAILABLE until there is.
-async fn until_named(
-    replica: &Handle,
-    failed: &mut oneshot::Receiver<CoreError>,
-    shutdown: &CancellationToken,
-) -> Result<(), ServerError> {
+/// Nobody is called to an ensemble without a name, if this replica can give it one soon; where it cannot, because it is not
+/// alone and there is no leader yet, calls are answered UNAVAILABLE until there is. It serves its peers from the first.
+async fn ready(replica: Handle, address: SocketAddr) {
     let mut published = replica.published();
     let named = published.wait_for(|published| !published.state.ensemble.is_empty());
-    tokio::select! {
-        _ = tokio::time::timeout(NAMED_MAX, named) => Ok(()),
-        () = shutdown.cancelled() => Ok(()),
-        ended = failed => Err(ended.map_or(ServerError::ReplicaPanicked, Into::into)),
+    // Where the replica ends first, that is said elsewhere.
+    let _ = tokio::time::timeout(NAMED_MAX, named).await;
+    if let Err(error) = announce(address) {
+        tracing::warn!(%error, "nobody reads that this coordinator is ready");
     }
 }
 
 /// "" says that the process serves; the name of a service, that the service can do its work here and now.
 async fn report_health(health: HealthReporter, replica: Handle, shutdown: CancellationToken) {
-    let mut published = replica.published();
+    let mut published = replica.role();
     loop {
         let known = published.borrow_and_update().leader.is_some();
         match known {

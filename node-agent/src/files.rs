@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use batchai_common::error::causes;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
 use batchai_common::tls::Connector;
+use batchai_common::tls::Route;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::answer_file_request::Part;
 use batchai_proto::agent::v1::file_request::Kind;
@@ -29,7 +30,6 @@ use bytes::Bytes;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
 
 use crate::launch::{HostFacts, output_directory};
 
@@ -95,7 +95,7 @@ impl Answerer {
 }
 
 async fn answer(
-    channel: Channel,
+    channel: Route,
     hello: AnswerHello,
     question: FileRequest,
     facts: HostFacts,

@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use batchai_common::error::causes;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
 use batchai_common::tls::Connector;
+use batchai_common::tls::Route;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
     LogChunk, LogHello, ShipLogsRequest, ShipLogsResponse, ship_logs_request,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
 
 use crate::journal::{AttemptDir, Journal, JournalError, LOGS};
 use crate::session::backoff;
@@ -120,7 +120,7 @@ impl Shipper {
     }
 
     /// Ships on one connection; returns why it ended.
-    async fn ship(&self, channel: Channel, failures: &mut u32) -> String {
+    async fn ship(&self, channel: Route, failures: &mut u32) -> String {
         let (outbox, requests) = mpsc::channel(WINDOW);
         let hello = ship_logs_request::Message::Hello(self.hello.clone());
         // The channel has room: nothing was sent yet.

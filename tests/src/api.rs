@@ -4,6 +4,7 @@ use std::future::Future;
 
 use std::path::Path;
 
+use batchai_common::tls::Route;
 use batchai_common::tls::{Connector, Credentials};
 use batchai_proto::v1;
 use batchai_proto::v1::access_service_client::AccessServiceClient;
@@ -16,7 +17,6 @@ use batchai_proto::v1::node_service_client::NodeServiceClient;
 use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient;
 use batchai_proto::v1::vm_size_service_client::VmSizeServiceClient;
 use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
-use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 use tonic_types::StatusExt as _;
 
@@ -31,11 +31,11 @@ pub const CLUSTER: &str = "resourceGroups/g/workspaces/w/clusters/c";
 pub struct Api {
     pub e: Ensemble,
     pub runtime: tokio::runtime::Runtime,
-    pub channel: Channel,
+    pub channel: Route,
 }
 
 /// A connection to an ensemble's coordinator, as its administrator.
-pub fn connect(runtime: &tokio::runtime::Runtime, e: &Ensemble) -> Channel {
+pub fn connect(runtime: &tokio::runtime::Runtime, e: &Ensemble) -> Route {
     let channel = runtime.block_on(connector(&e.endpoint, &e.credentials()).connect());
     channel.expect("the coordinator listens")
 }
@@ -63,7 +63,7 @@ impl Api {
     }
 
     /// Another connection.
-    pub fn connect(&self) -> Channel {
+    pub fn connect(&self) -> Route {
         connect(&self.runtime, &self.e)
     }
 
@@ -75,43 +75,43 @@ impl Api {
         self.runtime.block_on(call).map(Response::into_inner)
     }
 
-    pub fn groups(&self) -> ResourceGroupServiceClient<Channel> {
+    pub fn groups(&self) -> ResourceGroupServiceClient<Route> {
         ResourceGroupServiceClient::new(self.channel.clone())
     }
 
-    pub fn workspaces(&self) -> WorkspaceServiceClient<Channel> {
+    pub fn workspaces(&self) -> WorkspaceServiceClient<Route> {
         WorkspaceServiceClient::new(self.channel.clone())
     }
 
-    pub fn clusters(&self) -> ClusterServiceClient<Channel> {
+    pub fn clusters(&self) -> ClusterServiceClient<Route> {
         ClusterServiceClient::new(self.channel.clone())
     }
 
-    pub fn file_servers(&self) -> FileServerServiceClient<Channel> {
+    pub fn file_servers(&self) -> FileServerServiceClient<Route> {
         FileServerServiceClient::new(self.channel.clone())
     }
 
-    pub fn experiments(&self) -> ExperimentServiceClient<Channel> {
+    pub fn experiments(&self) -> ExperimentServiceClient<Route> {
         ExperimentServiceClient::new(self.channel.clone())
     }
 
-    pub fn jobs(&self) -> JobServiceClient<Channel> {
+    pub fn jobs(&self) -> JobServiceClient<Route> {
         JobServiceClient::new(self.channel.clone())
     }
 
-    pub fn nodes(&self) -> NodeServiceClient<Channel> {
+    pub fn nodes(&self) -> NodeServiceClient<Route> {
         NodeServiceClient::new(self.channel.clone())
     }
 
-    pub fn vm_sizes(&self) -> VmSizeServiceClient<Channel> {
+    pub fn vm_sizes(&self) -> VmSizeServiceClient<Route> {
         VmSizeServiceClient::new(self.channel.clone())
     }
 
-    pub fn access(&self) -> AccessServiceClient<Channel> {
+    pub fn access(&self) -> AccessServiceClient<Route> {
         AccessServiceClient::new(self.channel.clone())
     }
 
-    pub fn information(&self) -> InformationServiceClient<Channel> {
+    pub fn information(&self) -> InformationServiceClient<Route> {
         InformationServiceClient::new(self.channel.clone())
     }
 

@@ -105,6 +105,9 @@ fn one(
         Kind::Int64 => prop_oneof![any::<i64>(), -2..5_i64]
             .prop_map(Value::I64)
             .boxed(),
+        Kind::Uint64 => prop_oneof![any::<u64>(), 0..5_u64]
+            .prop_map(Value::U64)
+            .boxed(),
         Kind::Enum(values) => {
             let numbers: Vec<_> = values.values().map(|value| value.number()).collect();
             prop::sample::select(numbers)

@@ -4,7 +4,9 @@
 pub mod api;
 pub mod arbitrary;
 pub mod ensemble;
+pub mod etcd;
 pub mod process;
 pub mod raw;
+pub mod replicas;
 pub mod requirement;
 pub mod sim;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use batchai_common::tls::Route;
 use batchai_proto::reflect::pool;
 use bytes::{Buf as _, BufMut as _, Bytes};
 use prost::Message as _;
@@ -9,7 +10,6 @@ use prost_reflect::{DynamicMessage, MethodDescriptor};
 use serde_json::Value;
 use tonic::client::Grpc;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
-use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 /// Sends bytes as they are.
@@ -61,7 +61,7 @@ pub fn methods(package: &str) -> Vec<MethodDescriptor> {
 
 /// Makes a call; returns its answer, or the first of them. Where the other end sends nothing, it is nothing.
 pub async fn first(
-    channel: Channel,
+    channel: Route,
     method: &MethodDescriptor,
     mut request: Request<Bytes>,
 ) -> Result<Bytes, Status> {
@@ -77,13 +77,13 @@ pub async fn first(
 }
 
 /// The same in JSON.
-pub async fn json(channel: Channel, method: &str, request: Value) -> Result<Value, Status> {
+pub async fn json(channel: Route, method: &str, request: Value) -> Result<Value, Status> {
     json_with(channel, method, request, |_| ()).await
 }
 
 /// The same with something said beside the request.
 pub async fn json_with(
-    channel: Channel,
+    channel: Route,
     method: &str,
     request: Value,
     change: impl FnOnce(&mut Request<Bytes>),

@@ -4,12 +4,14 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use batchai_common::tls::Route;
 use batchai_common::tls::{Authority, Identity};
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
     AttemptObservation, FetchBundleRequest, Hello, LogChunk, LogHello, Report, SessionRequest,
     ShipLogsRequest, session_request, ship_logs_request,
 };
+use batchai_proto::internal::v1::{PeerHello, PeerRequest};
 use batchai_proto::v1;
 use batchai_proto::v1::role_binding::Role;
 use batchai_tests::api::{Api, EXPERIMENT, GROUP, WORKSPACE, connector, refusal};
@@ -21,19 +23,18 @@ use prost::Message as _;
 use prost_reflect::{DynamicMessage, MethodDescriptor, ReflectMessage as _, Value};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
-use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
 const OTHER: &str = "resourceGroups/g/workspaces/other";
 
 /// Somebody with some credentials.
-fn connect(api: &Api, credentials: &std::path::Path) -> Channel {
+fn connect(api: &Api, credentials: &std::path::Path) -> Route {
     let connector = connector(&api.e.endpoint, credentials);
     api.runtime.block_on(connector.connect()).unwrap()
 }
 
-fn user(api: &Api, name: &str) -> Channel {
+fn user(api: &Api, name: &str) -> Route {
     let identity = Identity::user(name).unwrap();
     connect(api, &api.e.credentials_of(&identity))
 }
@@ -76,7 +77,7 @@ fn set(message: &mut DynamicMessage, path: &[&str], text: &str) {
 }
 
 /// Whether the gate let a call pass: whatever became of it then.
-fn passes(api: &Api, channel: &Channel, method: &MethodDescriptor, body: Vec<u8>) -> bool {
+fn passes(api: &Api, channel: &Route, method: &MethodDescriptor, body: Vec<u8>) -> bool {
     let call = raw::first(channel.clone(), method, Request::new(Bytes::from(body)));
     let call = async { tokio::time::timeout(Duration::from_secs(3), call).await };
     match api.runtime.block_on(call) {
@@ -157,12 +158,43 @@ fn every_call_is_for_those_only_that_its_rule_names() {
     }
 }
 
+/// What replicas say to each other is for them only.
+#[test]
+fn nobody_but_a_replica_speaks_to_a_replica() {
+    let api = Api::start(Ensemble::start(0));
+    let node = "6c98e5a2-45c8-4cc2-975b-c7ef73faf83b";
+    let node = api.e.credentials_of(&Identity::node("n", node).unwrap());
+    let replica = api.e.credentials_of(&Identity::Replica { id: 2 });
+    let methods = raw::methods("batchai.internal.v1");
+    assert_eq!(methods.len(), 2);
+    for method in methods {
+        let none = Vec::new();
+        assert!(!passes(&api, &api.channel, &method, none.clone()));
+        assert!(!passes(&api, &connect(&api, &node), &method, none.clone()));
+        assert!(!passes(&api, &nobody(&api), &method, none.clone()));
+        let own = connect(&api, &replica);
+        assert!(passes(&api, &own, &method, none));
+        // Nor does one of them speak for another.
+        let hello = PeerHello {
+            from: 3,
+            to: 1,
+            ..PeerHello::default()
+        };
+        // In both, it is the first field.
+        let request = PeerRequest {
+            hello: Some(hello),
+            messages: Vec::new(),
+        };
+        assert!(!passes(&api, &own, &method, request.encode_to_vec()));
+    }
+}
+
 /// What roles are documented to do, told in another way than the coordinator does.
 fn may(role: Role, permission: &str) -> bool {
     let parts: Vec<_> = permission.split('/').collect();
     let reads = parts.last() == Some(&"read");
     match parts[1] {
-        "tokens" | "certificates" | "audit" => role == Role::Admin,
+        "tokens" | "certificates" | "audit" | "replicas" => role == Role::Admin,
         "roleBindings" => role >= Role::Owner,
         "resourceGroups" => reads || role >= Role::Owner,
         "workspaces" | "bundles" => reads || role >= Role::Contributor,
@@ -173,13 +205,13 @@ fn may(role: Role, permission: &str) -> bool {
 }
 
 /// With trust in the authority, and nothing to show.
-fn nobody(api: &Api) -> Channel {
+fn nobody(api: &Api) -> Route {
     let path = api.e.path().join("nobody.pem");
     std::fs::copy(api.e.path().join("coordinator/pki/ca.pem"), &path).unwrap();
     connect(api, &path)
 }
 
-fn get_group(api: &Api, channel: Channel, bearer: Option<&str>) -> Result<(), Status> {
+fn get_group(api: &Api, channel: Route, bearer: Option<&str>) -> Result<(), Status> {
     let mut client = v1::resource_group_service_client::ResourceGroupServiceClient::new(channel);
     let name = GROUP.to_owned();
     let mut request = Request::new(v1::GetResourceGroupRequest { name });

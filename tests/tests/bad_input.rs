@@ -4,6 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::Duration;
 
+use batchai_common::tls::Route;
 use batchai_proto::v1;
 use batchai_proto::v1::job_service_client::JobServiceClient;
 use batchai_proto::v1::node_service_client::NodeServiceClient;
@@ -11,7 +12,6 @@ use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient
 use batchai_tests::ensemble::{Ensemble, IN};
 use batchai_tests::process::Process;
 use serde_json::json;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
@@ -20,7 +20,7 @@ const EXPERIMENT: &str = "resourceGroups/g/workspaces/w/experiments/e";
 struct Api {
     e: Ensemble,
     runtime: tokio::runtime::Runtime,
-    channel: Channel,
+    channel: Route,
 }
 
 impl Api {

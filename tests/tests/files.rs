@@ -1,5 +1,6 @@
 //! What is sent along with jobs, and what they leave behind.
 
+use batchai_common::tls::Route;
 use batchai_proto::v1;
 use batchai_proto::v1::job_file::FileType;
 use batchai_proto::v1::job_service_client::JobServiceClient;
@@ -12,7 +13,6 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 const JOB: &str = "resourceGroups/g/workspaces/w/experiments/e/jobs/j";
@@ -182,7 +182,7 @@ fn a_file_in_an_output_directory_is_followed_to_the_end_of_the_job() {
 /// Begins to read a file of an output directory.
 fn open(
     api: &Api,
-    channel: Channel,
+    channel: Route,
     file: &str,
     follow: bool,
 ) -> tonic::Streaming<v1::StreamJobLogsResponse> {

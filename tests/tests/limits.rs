@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use batchai_common::tls::Route;
 use batchai_common::tls::credentials::write_private;
 use batchai_common::tls::{Authority, Credentials, Identity, shown};
 use batchai_proto::v1;
@@ -16,10 +17,9 @@ use batchai_tests::api::{Api, connector};
 use batchai_tests::ensemble::Ensemble;
 use batchai_tests::process::until;
 use tonic::Code;
-use tonic::transport::Channel;
 use tonic_types::StatusExt as _;
 
-type Groups = ResourceGroupServiceClient<Channel>;
+type Groups = ResourceGroupServiceClient<Route>;
 
 fn limited(args: &[&str]) -> Api {
     let mut e = Ensemble::without_daemons();

@@ -41,9 +41,10 @@ const PURE: [&str; 10] = [
 ];
 
 /// Arrows point down: a module may name those of lower levels only. Modules of one level do not name each other.
-const COORDINATOR: [&[&str]; 11] = [
+const COORDINATOR: [&[&str]; 13] = [
     &["state"],
     &["access", "scheduler", "secrets"],
+    &["ensemble"],
     &["call", "config", "duties"],
     &["replica"],
     &["logs"],
@@ -51,7 +52,8 @@ const COORDINATOR: [&[&str]; 11] = [
     &["agents"],
     &["api"],
     &["custody", "gate", "leader", "pki"],
-    &["fuzz", "server"],
+    &["boot", "fuzz"],
+    &["server"],
     &["lib", "main"],
 ];
 const NODE_AGENT: [&[&str]; 10] = [

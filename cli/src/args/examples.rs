@@ -173,6 +173,26 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("config unset", "batchai config unset workspace"),
     ("config show", "batchai config show"),
     ("completion", "batchai completion bash"),
+    ("admin status", "batchai admin status"),
+    ("admin take-snapshot", "batchai admin take-snapshot"),
+    ("admin replica list", "batchai admin replica list -o table"),
+    (
+        "admin replica add",
+        "batchai admin replica add --id 4 --at https://c4.lab.example:7070",
+    ),
+    (
+        "admin replica promote",
+        "batchai admin replica promote --id 4",
+    ),
+    (
+        "admin replica remove",
+        "batchai admin replica remove --id 2 -y",
+    ),
+    ("admin replica lead", "batchai admin replica lead --id 3"),
+    (
+        "coordinator add-replica",
+        "batchai coordinator add-replica --id 4",
+    ),
     (
         "coordinator rotate-key",
         "batchai coordinator rotate-key --data /var/lib/batchai/coordinator",

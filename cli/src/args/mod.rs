@@ -1,6 +1,7 @@
 //! The command line. What each verb takes is in `resources` and `jobs`; an example of each is in `examples`.
 
 mod access;
+mod admin;
 mod examples;
 mod jobs;
 mod resources;
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 pub use access::{Audit, Certificate, NodeToken, Role, RoleCommand, Scope, User, UserToken};
+pub use admin::{Admin, Replica};
 pub use jobs::{Job, JobCreate, JobFile, JobNode, OfJob, Run, Variables};
 pub use resources::{
     Cluster, ClusterCreate, ClusterFile, ClusterNode, Experiment, FileServer, FileServerCreate,
@@ -46,7 +48,7 @@ impl Cli {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Global {
-    /// Where the coordinator listens.
+    /// Where the coordinator listens; of several, with commas between them.
     #[arg(
         long,
         global = true,
@@ -121,6 +123,9 @@ pub enum Command {
     /// Who did what, or was not let.
     #[command(subcommand)]
     Audit(Audit),
+    /// The ensemble itself: its replicas.
+    #[command(subcommand)]
+    Admin(Admin),
     /// VM sizes: what kinds of machines there are, and other names for them.
     #[command(subcommand)]
     VmSize(VmSize),

@@ -1,7 +1,7 @@
 //! Makes connections to a coordinator.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
@@ -11,9 +11,11 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_rustls::TlsConnector;
 use tokio_util::either::Either;
+use tonic::Status;
 use tonic::transport::{Channel, Endpoint, Error, Uri};
 use tower::service_fn;
 
+use super::route::{self, Route};
 use crate::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -21,7 +23,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Why no connection can even be tried.
 #[derive(Debug, thiserror::Error)]
 pub enum TargetError {
-    #[error("{url:?} is not where a coordinator listens: use https://ADDRESS:PORT")]
+    #[error(
+        "{url:?} is not where a coordinator listens: use https://ADDRESS:PORT, several with commas between them"
+    )]
     Url { url: String },
     #[error(
         "{url} has TLS, and there are no credentials: give --credentials FILE, set BATCHAI_CREDENTIALS, or keep it: \
@@ -30,70 +34,138 @@ pub enum TargetError {
     NoCredentials { url: String },
 }
 
-/// Where a coordinator listens, and how to come to it.
+/// Where coordinators listen, and how to come to them. Clones share which of them was the right one lately.
 #[derive(Clone, Debug)]
 pub struct Connector {
-    endpoint: Endpoint,
+    /// As they were given.
+    urls: Arc<[String]>,
+    /// The one that is tried first.
+    first: Arc<Mutex<String>>,
     /// The latest credentials; none where the connection is plain.
     tls: Option<watch::Receiver<Arc<ClientConfig>>>,
 }
 
 impl Connector {
-    /// Whether a URL is one of a lab, without TLS.
-    pub fn is_plain(url: &str) -> bool {
-        let uri: Result<Uri, _> = url.parse();
-        uri.is_ok_and(|uri| uri.scheme_str() == Some("http"))
+    /// Whether a URL, or each of a list, is one of a lab, without TLS.
+    pub fn is_plain(urls: &str) -> bool {
+        let plain = |url: &str| {
+            let uri: Result<Uri, _> = url.trim().parse();
+            uri.is_ok_and(|uri| uri.scheme_str() == Some("http"))
+        };
+        urls.split(',').all(plain)
     }
 
-    /// Takes `https://ADDRESS:PORT` with credentials, which may be renewed, or `http://ADDRESS:PORT` of a lab.
+    /// Whether a text is one that `new` takes.
+    pub fn check(urls: &str) -> Result<(), TargetError> {
+        match Connector::new(urls, None) {
+            Ok(_) | Err(TargetError::NoCredentials { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes `https://ADDRESS:PORT` with credentials, which may be renewed, or `http://ADDRESS:PORT` of a lab; several, with
+    /// commas between them, where the ensemble has several replicas.
     pub fn new(
-        url: &str,
+        urls: &str,
         credentials: Option<watch::Receiver<Arc<ClientConfig>>>,
     ) -> Result<Connector, TargetError> {
-        let bad = || TargetError::Url {
-            url: url.to_owned(),
-        };
-        let uri: Uri = url.parse().map_err(|_| bad())?;
-        let authority = uri.authority().ok_or_else(bad)?;
-        let bare = matches!(uri.path(), "" | "/") && authority.as_str().find('@').is_none();
-        let tls = match (uri.scheme_str(), credentials) {
-            (Some("https"), Some(credentials)) => Some(credentials),
-            (Some("https"), None) => {
-                return Err(TargetError::NoCredentials {
-                    url: url.to_owned(),
-                });
-            }
-            (Some("http"), _) => None,
-            _ => return Err(bad()),
-        };
-        if !bare || authority.port_u16().is_none() {
-            return Err(bad());
+        let given: Vec<_> = urls.split(',').map(|url| url.trim().to_owned()).collect();
+        for url in &given {
+            endpoint(url)?;
         }
-        // What is below makes the connection secure: for the client it is one like any other.
-        let endpoint = Endpoint::from_shared(format!("http://{authority}")).map_err(|_| bad())?;
-        let endpoint = endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .keep_alive_while_idle(true);
-        Ok(Connector { endpoint, tls })
+        let tls = credentials.filter(|_| !Connector::is_plain(urls));
+        if tls.is_none()
+            && let Some(url) = given.iter().find(|url| !Connector::is_plain(url))
+        {
+            return Err(TargetError::NoCredentials { url: url.clone() });
+        }
+        Ok(Connector {
+            first: Arc::new(Mutex::new(given[0].clone())),
+            urls: given.into(),
+            tls,
+        })
     }
 
-    /// Connects.
-    pub async fn connect(&self) -> Result<Channel, Error> {
-        self.endpoint
-            .connect_with_connector(service_fn(self.dial()))
-            .await
+    /// Connects to the first of them that is reached.
+    pub async fn connect(&self) -> Result<Route, Error> {
+        let mut url = self.first().clone();
+        let mut last = None;
+        for _ in 0..=self.urls.len() {
+            let Some(channel) = self.endpoint(&url) else {
+                url = self.after(&url, None);
+                continue;
+            };
+            let dial = service_fn(self.dial(&url));
+            match channel.connect_with_connector(dial).await {
+                Ok(channel) => return Ok(Route::new(self.clone(), url, channel)),
+                Err(error) => last = Some(error),
+            }
+            let next = self.after(&url, None);
+            if next == url {
+                break;
+            }
+            url = next;
+        }
+        Err(last.expect("the first one was tried, and those given are addresses"))
     }
 
     /// Connects when something is to be sent, and again when the connection broke.
-    pub fn connect_lazy(&self) -> Channel {
-        self.endpoint
-            .connect_with_connector_lazy(service_fn(self.dial()))
+    pub fn connect_lazy(&self) -> Route {
+        let url = self.first().clone();
+        let channel = self.lazy(&url).or_else(|| self.lazy(&self.urls[0]));
+        let channel = channel.expect("those given are addresses");
+        Route::new(self.clone(), url, channel)
     }
 
-    fn dial(&self) -> impl Fn(Uri) -> Dialing + Clone + Send + 'static {
-        let tls = self.tls.clone();
+    /// A replica that was talked to says, in the course of a stream, that another one leads.
+    pub fn learn(&self, status: &Status) {
+        if let Some(leader) = route::leader(status) {
+            let from = self.first().clone();
+            self.after(&from, leader);
+        }
+    }
+
+    /// Where to go after one that is not the right one: to the leader that it named, or to the next of those given. From now on
+    /// that is tried first.
+    pub(super) fn after(&self, from: &str, leader: Option<String>) -> String {
+        // One without TLS is no way for who has it.
+        let fits =
+            |url: &String| endpoint(url).is_ok() && Connector::is_plain(url) == self.tls.is_none();
+        let at = self.urls.iter().position(|url| url == from);
+        let next = at.map_or(0, |at| at + 1) % self.urls.len();
+        let next = leader
+            .filter(fits)
+            .unwrap_or_else(|| self.urls[next].clone());
+        let mut first = self.first();
+        // Who comes late does not turn back those who have turned.
+        if *first == from {
+            first.clone_from(&next);
+        }
+        next
+    }
+
+    fn first(&self) -> MutexGuard<'_, String> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn endpoint(&self, url: &str) -> Option<Endpoint> {
+        let endpoint = endpoint(url).ok()?;
+        Some(
+            endpoint
+                .connect_timeout(CONNECT_TIMEOUT)
+                .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+                .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+                .keep_alive_while_idle(true),
+        )
+    }
+
+    pub(super) fn lazy(&self, url: &str) -> Option<Channel> {
+        let endpoint = self.endpoint(url)?;
+        Some(endpoint.connect_with_connector_lazy(service_fn(self.dial(url))))
+    }
+
+    fn dial(&self, url: &str) -> impl Fn(Uri) -> Dialing + Clone + Send + 'static {
+        let tls = self.tls.clone().filter(|_| !Connector::is_plain(url));
         move |uri| {
             let config = tls.as_ref().map(|tls| tls.borrow().clone());
             Box::pin(async move {
@@ -102,6 +174,21 @@ impl Connector {
             })
         }
     }
+}
+
+/// An address, for a client that knows nothing of TLS: what is below makes the connection secure.
+fn endpoint(url: &str) -> Result<Endpoint, TargetError> {
+    let bad = || TargetError::Url {
+        url: url.to_owned(),
+    };
+    let uri: Uri = url.parse().map_err(|_| bad())?;
+    let authority = uri.authority().ok_or_else(bad)?;
+    let bare = matches!(uri.path(), "" | "/") && authority.as_str().find('@').is_none();
+    let known = matches!(uri.scheme_str(), Some("http" | "https"));
+    if !known || !bare || authority.port_u16().is_none() {
+        return Err(bad());
+    }
+    Endpoint::from_shared(format!("http://{authority}")).map_err(|_| bad())
 }
 
 type Stream = TokioIo<Either<TcpStream, Box<tokio_rustls::client::TlsStream<TcpStream>>>>;

@@ -220,7 +220,9 @@ impl Caller {
 pub fn allows(role: Role, permission: &str) -> bool {
     let reads = permission.ends_with("/read");
     let within = |part: &str| permission.starts_with(&format!("batchai/{part}/"));
-    let administrates = within("tokens") || within("certificates") || within("audit");
+    let administrates = ["tokens", "certificates", "audit", "replicas"]
+        .into_iter()
+        .any(within);
     let binds = within("roleBindings");
     match role {
         Role::Unspecified => false,

@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status};
 
 use crate::access::{TokenFault, Who, find_token};
 use crate::call::caller;
+use crate::replica::handle::unavailable;
 use crate::replica::{Handle, ReplicaError};
 use crate::state::Rejection;
 
@@ -40,7 +41,11 @@ impl JoinService for Join {
         let known = find_token(&state, &request.token, millis(&now()));
         // One that was made just now may not be known here yet. What is no token at all costs no round of the replicas.
         let state = match known {
-            Err(TokenFault::Unknown) => self.replica.read().await.map_err(status)?,
+            Err(TokenFault::Unknown) => self
+                .replica
+                .read()
+                .await
+                .map_err(|error| status(&self.replica, error))?,
             _ => state,
         };
         let token = find_token(&state, &request.token, millis(&now())).map_err(|error| {
@@ -57,10 +62,8 @@ impl JoinService for Join {
             uid: request.uid,
             digest: Sha256::digest(&request.certificate_request).to_vec(),
         };
-        self.replica
-            .propose(Kind::UseToken(used))
-            .await
-            .map_err(status)?;
+        let used = self.replica.propose(Kind::UseToken(used)).await;
+        used.map_err(|error| status(&self.replica, error))?;
         tracing::info!(node = %identity, token = token.name, "joined");
         Ok(Response::new(JoinResponse {
             certificate,
@@ -80,7 +83,11 @@ impl JoinService for Join {
             return Err(ApiError::Unauthenticated { why }.into());
         };
         // As things are now that the whole request is here, whenever it was begun.
-        let state = self.replica.read().await.map_err(status)?;
+        let state = self
+            .replica
+            .read()
+            .await
+            .map_err(|error| status(&self.replica, error))?;
         if let Some(refusal) = caller.refusal(&state) {
             return Err(refusal.into());
         }
@@ -116,7 +123,7 @@ fn invalid(field: &str, error: &dyn std::fmt::Display) -> ApiError {
     ApiError::Invalid(vec![Fault::new(field, error.to_string())])
 }
 
-fn status(error: ReplicaError) -> ApiError {
+fn status(replica: &Handle, error: ReplicaError) -> ApiError {
     match error {
         ReplicaError::Rejected(Rejection::WrongState { name, why }) => {
             ApiError::WrongState { name, why }
@@ -124,9 +131,6 @@ fn status(error: ReplicaError) -> ApiError {
         ReplicaError::Rejected(_) => ApiError::Unauthenticated {
             why: "the token is not good: it was revoked just now",
         },
-        error => ApiError::Unavailable {
-            why: error.to_string(),
-            leader: None,
-        },
+        error => unavailable(replica, &error),
     }
 }

@@ -11,7 +11,7 @@ use tonic::{Status, Streaming};
 use super::service::check_owner;
 use crate::access::Caller;
 use crate::logs::{FileKey, LogStore};
-use crate::replica::Handle;
+use crate::replica::{Handle, ReplicaError, handle};
 
 /// Answers that the agent has not taken: it reads them as it sends.
 pub const OUTBOX_MAX: usize = 64;
@@ -42,6 +42,7 @@ impl Intake {
     ) {
         let end = tokio::select! {
             end = self.take_in(&mut incoming, &outbox) => end,
+            () = self.replica.deposed() => Err(handle::unavailable(&self.replica, &ReplicaError::NotLeader).into()),
             () = shutdown.cancelled() => Err(ApiError::Unavailable {
                 why: "the coordinator is shutting down".into(),
                 leader: None,

@@ -24,7 +24,8 @@ use crate::access::{Caller, WORK};
 use crate::bundles::BundleStore;
 use crate::call::caller;
 use crate::logs::LogStore;
-use crate::replica::Handle;
+use crate::replica::handle::unavailable;
+use crate::replica::{Handle, ReplicaError};
 use crate::secrets::Vault;
 
 /// Serves node agents.
@@ -51,6 +52,7 @@ impl AgentService for Agents {
         &self,
         request: Request<Streaming<SessionRequest>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
+        self.replica.must_lead()?;
         let mut incoming = request.into_inner();
         let first = incoming
             .message()
@@ -73,6 +75,7 @@ impl AgentService for Agents {
         &self,
         request: Request<Streaming<ShipLogsRequest>>,
     ) -> Result<Response<Self::ShipLogsStream>, Status> {
+        self.replica.must_lead()?;
         let (outbox, replies) = mpsc::channel(log_intake::OUTBOX_MAX);
         let intake = log_intake::Intake::new(self.replica.clone(), self.logs.clone(), caller());
         let incoming = request.into_inner();
@@ -86,6 +89,7 @@ impl AgentService for Agents {
         &self,
         request: Request<Streaming<AnswerFileRequest>>,
     ) -> Result<Response<Self::AnswerFileStream>, Status> {
+        self.replica.must_lead()?;
         let incoming = request.into_inner();
         let (outbox, replies) = mpsc::channel(1);
         let caller = caller();
@@ -100,6 +104,7 @@ impl AgentService for Agents {
             };
             let end = tokio::select! {
                 end = desk.take_in(registered, incoming) => end,
+                () = replica.deposed() => Err(unavailable(&replica, &ReplicaError::NotLeader).into()),
                 () = shutdown.cancelled() => Ok(()),
             };
             if let Err(status) = end {

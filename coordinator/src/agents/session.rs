@@ -23,6 +23,7 @@ use super::contacts::Live;
 use super::service::Agents;
 use crate::access::Caller;
 use crate::call::caller;
+use crate::replica::handle;
 use crate::replica::hub::Topic;
 use crate::replica::{Handle, ReplicaError};
 use crate::secrets::Vault;
@@ -87,10 +88,8 @@ impl Session {
                 && Some(&*known.facts) == register.facts.as_ref()
         });
         if !unchanged {
-            replica
-                .propose(Kind::RegisterNode(register))
-                .await
-                .map_err(status)?;
+            let registered = replica.propose(Kind::RegisterNode(register)).await;
+            registered.map_err(|error| status(&replica, error))?;
         }
         let questions = Some(desk.attend(&name));
         let session = Session {
@@ -120,6 +119,9 @@ impl Session {
         let end = tokio::select! {
             end = self.take_in(&mut incoming) => end,
             end = self.send_out(&outbox, questions) => end,
+            () = self.replica.deposed() => {
+                Err(handle::unavailable(&self.replica, &ReplicaError::NotLeader).into())
+            }
             () = shutdown.cancelled() => Err(unavailable("the coordinator is shutting down")),
         };
         match end {
@@ -163,10 +165,8 @@ impl Session {
             incarnation: self.incarnation.clone(),
             report: Some(report),
         };
-        self.replica
-            .propose(Kind::RecordReport(command))
-            .await
-            .map_err(status)?;
+        let recorded = self.replica.propose(Kind::RecordReport(command)).await;
+        recorded.map_err(|error| status(&self.replica, error))?;
         Ok(())
     }
 
@@ -287,12 +287,12 @@ fn unavailable(why: &str) -> Status {
 }
 
 /// Where a report cannot be recorded the session ends: the agent comes again with all it knows.
-fn status(error: ReplicaError) -> Status {
+fn status(replica: &Handle, error: ReplicaError) -> Status {
     match error {
         ReplicaError::Rejected(Rejection::WrongState { name, why }) => {
             ApiError::WrongState { name, why }.into()
         }
-        error => unavailable(&error.to_string()),
+        error => handle::unavailable(replica, &error).into(),
     }
 }
 

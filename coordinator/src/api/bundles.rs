@@ -30,6 +30,7 @@ impl BundleService for Api {
         &self,
         request: Request<Streaming<UploadBundleRequest>>,
     ) -> Result<Response<Self::UploadBundleStream>, Status> {
+        self.replica.must_lead()?;
         let incoming = request.into_inner();
         let permit = self.bundles.transfer()?;
         let (outbox, replies) = mpsc::channel(1);
@@ -53,6 +54,7 @@ impl BundleService for Api {
         &self,
         request: Request<GetBundleRequest>,
     ) -> Result<Response<Bundle>, Status> {
+        self.replica.must_lead()?;
         let name = parse(Noun::Bundle, &request.get_ref().name)?;
         // Who asks is about to name it in a job: it must not be swept before.
         let (store, digest) = (self.bundles.clone(), name.id().to_owned());

@@ -174,6 +174,7 @@ impl JobService for Api {
         &self,
         request: Request<ListJobFilesRequest>,
     ) -> Result<Response<ListJobFilesResponse>, Status> {
+        self.replica.must_lead()?;
         Ok(Response::new(self.list_files(request.into_inner()).await?))
     }
 

@@ -2,6 +2,7 @@
 //! what the State says becomes the reply. Nothing is decided here.
 
 mod access;
+mod admin;
 mod bundles;
 mod cluster_spec;
 mod clusters;
@@ -47,6 +48,8 @@ use crate::audit::Audit;
 use crate::bundles::BundleStore;
 use crate::call::{caller, led_to};
 use crate::logs::LogStore;
+use crate::replica::handle::unavailable;
+use crate::replica::peers::Peers;
 use crate::replica::{Handle, ReplicaError};
 use crate::secrets::Vault;
 use crate::state::{Rejection, State, apply};
@@ -61,6 +64,7 @@ type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 /// What all services share. Cheap to clone.
 #[derive(Clone)]
 pub struct Api {
+    pub peers: Peers,
     pub replica: Handle,
     pub contacts: Contacts,
     pub logs: LogStore,
@@ -134,9 +138,18 @@ impl Api {
         Ok(Response::new(found))
     }
 
+    /// Nodes are heard of by the leader: what they do now, and what jobs and clusters wait for, only it can say.
+    fn may_show(&self, kind: Noun) -> Result<(), ApiError> {
+        match kind {
+            Noun::Node | Noun::Job | Noun::Cluster => self.replica.must_lead(),
+            _ => Ok(()),
+        }
+    }
+
     /// One resource.
     async fn get<R: Resource>(&self, name: &str) -> Result<Response<R>, Status> {
         let name = parse(R::KIND, name)?;
+        self.may_show(R::KIND)?;
         self.show(&self.read().await?, name.as_str())
     }
 
@@ -148,6 +161,7 @@ impl Api {
         filter: &str,
     ) -> Result<(Vec<R>, String), ApiError> {
         let query = Query::new((R::KIND, R::MESSAGE), parent, page, filter)?;
+        self.may_show(R::KIND)?;
         let (state, heard) = (self.read().await?, self.contacts.heard_lately());
         query.check_parent(&state)?;
         // It may look at many: others of this thread go on elsewhere.
@@ -183,20 +197,15 @@ impl Api {
                 why: error.to_string(),
             },
             ReplicaError::NotLeader | ReplicaError::Stopped => self.unavailable(&error),
+            ReplicaError::Refused(why) => ApiError::WrongState {
+                name: "the replica".to_owned(),
+                why,
+            },
         }
     }
 
     fn unavailable(&self, error: &ReplicaError) -> ApiError {
-        let leader = self
-            .replica
-            .published()
-            .borrow()
-            .leader
-            .map(|id| id.to_string());
-        ApiError::Unavailable {
-            why: error.to_string(),
-            leader,
-        }
+        unavailable(&self.replica, error)
     }
 }
 

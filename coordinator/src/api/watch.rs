@@ -78,11 +78,21 @@ impl Api {
         // Room for the last word to who takes nothing.
         let last = outbox.clone().reserve_owned().await;
         let last = last.map_err(|_| Status::cancelled("the watcher is gone"))?;
-        let shutdown = self.shutdown.clone();
+        let (api, shutdown) = (self.clone(), self.shutdown.clone());
+        api.may_show(M::KIND)?;
         tokio::spawn(async move {
+            let deposed = async {
+                api.replica.deposed().await;
+                // Watches of what needs no leader go on.
+                match api.may_show(M::KIND) {
+                    Err(error) => error,
+                    Ok(()) => std::future::pending().await,
+                }
+            };
             let end = tokio::select! {
                 end = watcher.run(state, backlog, &outbox) => end,
                 () = outbox.closed() => return,
+                error = deposed => Err(error),
                 () = shutdown.cancelled() => Err(super::draining()),
             };
             if let Err(error) = end {

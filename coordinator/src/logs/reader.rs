@@ -173,6 +173,9 @@ impl Reader {
                     });
                 }
             }
+            if let Some(home) = self.home(attempt.as_deref()) {
+                return Err(home);
+            }
             // Only a job that has ended gets no other attempt.
             announced = match self.job_ended() {
                 true => announced.or_else(|| Some(Instant::now())),
@@ -208,6 +211,20 @@ impl Reader {
             .as_ref()
             .and_then(|id| state.attempts.get(id))
             .cloned())
+    }
+
+    /// Where the file lies, if that is not here and no more of it comes.
+    fn home(&self, attempt: Option<&Attempt>) -> Option<ApiError> {
+        let home = attempt.filter(|_| self.job_ended())?.log_home as u64;
+        let published = self.replica.published();
+        let state = &published.borrow().state;
+        let known = state.replicas.get(&home);
+        let elsewhere =
+            known.filter(|known| home != self.replica.id() && !known.endpoint.is_empty());
+        elsewhere.map(|known| ApiError::Unavailable {
+            why: format!("replica {home} has the logs of this attempt"),
+            leader: Some(known.endpoint.clone()),
+        })
     }
 
     /// The file may exist one day: the job goes on, or one of its nodes has named it and is yet to send it.

@@ -3,12 +3,14 @@
 //! What is in it is in the store as well; this is what raft reads. A follower that is too far behind for what is there gets the
 //! latest snapshot.
 
+use std::cell::Cell;
+
 use batchai_proto::internal::v1::SnapshotMark;
 use protobuf::Message as _;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Result, Storage, StorageError};
 
-use super::store::{Begin, snapshot};
+use super::store::Begin;
 use crate::state::State;
 
 /// The log in memory.
@@ -20,6 +22,8 @@ pub struct Log {
     begin: Begin,
     entries: Vec<Entry>,
     snapshot: Option<(SnapshotMark, State)>,
+    /// Somebody needs a later one.
+    wanted: Cell<bool>,
 }
 
 impl Log {
@@ -86,7 +90,26 @@ impl Log {
 
     /// What followers that are behind get from now on.
     pub fn set_snapshot(&mut self, mark: SnapshotMark, state: State) {
+        self.wanted.set(false);
         self.snapshot = Some((mark, state));
+    }
+
+    /// What followers that are behind get now.
+    pub fn latest_snapshot(&self) -> Option<&(SnapshotMark, State)> {
+        self.snapshot.as_ref()
+    }
+
+    /// Whether a follower waits for a later one.
+    pub fn wants_snapshot(&self) -> bool {
+        self.wanted.get()
+    }
+
+    /// Bytes of the entries.
+    pub fn bytes(&self) -> u64 {
+        self.entries
+            .iter()
+            .map(|entry| entry.data.len() as u64)
+            .sum()
     }
 
     fn last(&self) -> u64 {
@@ -137,25 +160,36 @@ impl Storage for Log {
         Ok(self.last())
     }
 
-    fn snapshot(&self, request_index: u64, _to: u64) -> Result<Snapshot> {
-        let unavailable = || StorageError::SnapshotTemporarilyUnavailable;
+    fn snapshot(&self, request_index: u64, to: u64) -> Result<Snapshot> {
         let latest = self.snapshot.as_ref();
-        let latest = latest.filter(|(mark, _)| mark.index >= request_index);
-        let (mark, state) = latest.ok_or_else(unavailable)?;
-        let mut conf_state = ConfState::default();
-        let read = conf_state.merge_from_bytes(&mark.conf_state);
-        let mut bytes = Vec::new();
-        let written = snapshot::encode(&mut bytes, mark, state);
-        if read.is_err() || written.is_err() {
-            return Err(unavailable().into());
-        }
+        let fits = latest.filter(|(mark, _)| mark.index >= request_index);
+        let fits = fits.and_then(|(mark, _)| {
+            let mut conf_state = ConfState::default();
+            conf_state.merge_from_bytes(&mark.conf_state).ok()?;
+            // Who finds himself not among its replicas would not take it.
+            has(&conf_state, to).then_some((mark, conf_state))
+        });
+        let Some((mark, conf_state)) = fits else {
+            self.wanted.set(true);
+            return Err(StorageError::SnapshotTemporarilyUnavailable.into());
+        };
         let mut snapshot = Snapshot::default();
         let meta = snapshot.mut_metadata();
         (meta.index, meta.term) = (mark.index, mark.term);
         meta.set_conf_state(conf_state);
-        snapshot.data = bytes.into();
+        // Its bytes are made elsewhere, as they are sent.
         Ok(snapshot)
     }
+}
+
+fn has(conf_state: &ConfState, id: u64) -> bool {
+    let known = [
+        &conf_state.voters,
+        &conf_state.learners,
+        &conf_state.voters_outgoing,
+        &conf_state.learners_next,
+    ];
+    known.into_iter().any(|ids| ids.contains(&id))
 }
 
 #[cfg(test)]

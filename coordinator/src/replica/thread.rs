@@ -5,23 +5,20 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use batchai_common::limits::CALL_TIMEOUT;
-use batchai_common::time;
-use batchai_proto::internal::v1::command::Kind;
-use batchai_proto::internal::v1::{Command, RequestKey, SnapshotMark};
-use raft::eraftpb::Message;
+use batchai_proto::internal::v1::SnapshotMark;
+use raft::eraftpb::{Message, MessageType};
 use tokio::sync::{oneshot, watch};
 
-use super::core::{Core, CoreError, Proposed, Ticket};
+use super::core::{Core, CoreError, ELECTION_TICKS, Proposed, Ticket};
+use super::handle::{Handle, Published, ReplicaError, Reply, Request, Role};
 use super::hub::Hub;
+use super::peers::Peers;
 use super::store::{LogStore, StoreError};
-use crate::state::{Rejection, State};
+use crate::state::State;
 
-/// A tick; an election times out after ten to twenty.
-const TICK: Duration = Duration::from_millis(50);
 /// Ticks that were missed, after a slow sync, are not all made up for: that would be an election.
 const TICKS_AT_ONCE_MAX: u32 = 3;
 /// Requests that may wait for the loop.
@@ -30,138 +27,8 @@ const REQUESTS_MAX: usize = 4096;
 const SNAPSHOT_PAUSE: Duration = Duration::from_secs(60);
 /// Proposals that share one sync.
 const BATCH_MAX: usize = 1024;
-
-/// Why a request got no answer from the State.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum ReplicaError {
-    #[error(transparent)]
-    Rejected(#[from] Rejection),
-    #[error("this replica does not lead")]
-    NotLeader,
-    #[error("the leadership changed or the replica ended before the log decided")]
-    Unknown,
-    #[error("no answer in time: there may be no quorum")]
-    TimedOut,
-    #[error("the replica's queue is full")]
-    Busy,
-    #[error("the replica has stopped")]
-    Stopped,
-}
-
-/// The State as everyone but the replica sees it.
-#[derive(Clone, Debug, Default)]
-pub struct Published {
-    pub state: State,
-    /// This replica leads and has applied all that was committed before it did.
-    pub leads: bool,
-    pub leader: Option<u64>,
-}
-
-type Reply<T> = oneshot::Sender<Result<T, ReplicaError>>;
-
-enum Request {
-    Propose(Box<Command>, Reply<i64>),
-    Read(Reply<()>),
-    /// A snapshot was written, or could not be.
-    Snapshot(Result<SnapshotMark, StoreError>),
-    Stop,
-}
-
-/// What others hold of a replica.
-#[derive(Clone)]
-pub struct Handle {
-    requests: SyncSender<Request>,
-    published: watch::Receiver<Published>,
-    hub: Arc<Hub>,
-}
-
-impl Handle {
-    /// Has a command applied. Returns the revision it was applied at; the published State has it by then.
-    pub async fn propose(&self, kind: Kind) -> Result<i64, ReplicaError> {
-        self.answer(self.send(kind, None)?).await
-    }
-
-    /// The same for a request that has a name; if it was carried out before, nothing is applied.
-    pub async fn propose_once(&self, kind: Kind, request: RequestKey) -> Result<i64, ReplicaError> {
-        self.answer(self.send(kind, Some(request))?).await
-    }
-
-    /// Has commands applied, sharing one write where they can; the answers are in their order.
-    pub async fn propose_all(&self, kinds: Vec<Kind>) -> Vec<Result<i64, ReplicaError>> {
-        let sent: Vec<_> = kinds
-            .into_iter()
-            .map(|kind| self.send(kind, None))
-            .collect();
-        let mut answers = Vec::with_capacity(sent.len());
-        for reply in sent {
-            answers.push(match reply {
-                Ok(reply) => self.answer(reply).await,
-                Err(error) => Err(error),
-            });
-        }
-        answers
-    }
-
-    /// A State that has everything that was acknowledged, by any replica, before this call.
-    pub async fn read(&self) -> Result<State, ReplicaError> {
-        let (reply, answer) = oneshot::channel();
-        self.request(Request::Read(reply))?;
-        self.answer(answer).await?;
-        Ok(self.published.borrow().state.clone())
-    }
-
-    /// The State as it is now on this replica.
-    pub fn published(&self) -> watch::Receiver<Published> {
-        self.published.clone()
-    }
-
-    /// Where to wait for changes.
-    pub fn hub(&self) -> &Hub {
-        &self.hub
-    }
-
-    /// Ends the replica's loop after what is queued before this.
-    pub fn stop(&self) {
-        // A full queue is worked off: blocking here is short. A loop that is gone needs no stop.
-        let _ = self.requests.send(Request::Stop);
-    }
-
-    fn send(
-        &self,
-        kind: Kind,
-        request: Option<RequestKey>,
-    ) -> Result<oneshot::Receiver<Result<i64, ReplicaError>>, ReplicaError> {
-        let (reply, answer) = oneshot::channel();
-        let command = Box::new(Command {
-            time: Some(time::now()),
-            request,
-            kind: Some(kind),
-        });
-        self.request(Request::Propose(command, reply))?;
-        Ok(answer)
-    }
-
-    fn request(&self, request: Request) -> Result<(), ReplicaError> {
-        self.requests
-            .try_send(request)
-            .map_err(|error| match error {
-                TrySendError::Full(_) => ReplicaError::Busy,
-                TrySendError::Disconnected(_) => ReplicaError::Stopped,
-            })
-    }
-
-    async fn answer<T>(
-        &self,
-        reply: oneshot::Receiver<Result<T, ReplicaError>>,
-    ) -> Result<T, ReplicaError> {
-        match tokio::time::timeout(CALL_TIMEOUT / 2, reply).await {
-            Ok(Ok(answer)) => answer,
-            // It was taken in, and the replica ended before it said what became of it.
-            Ok(Err(_)) => Err(ReplicaError::Unknown),
-            Err(_) => Err(ReplicaError::TimedOut),
-        }
-    }
-}
+/// Ticks after which leave to read is asked for again: a leader that was just elected does not answer.
+const READ_AGAIN_TICKS: u32 = 4;
 
 /// The thread of a replica.
 pub struct Running {
@@ -170,23 +37,33 @@ pub struct Running {
     pub thread: std::thread::JoinHandle<()>,
 }
 
-/// Starts a replica's loop.
-pub fn start<S: LogStore + 'static>(core: Core<S>) -> std::io::Result<(Handle, Running)> {
+/// Starts a replica's loop. An election begins when no leader was heard of for one to two times `election`.
+pub fn start<S: LogStore + 'static>(
+    core: Core<S>,
+    peers: Peers,
+    election: Duration,
+) -> std::io::Result<(Handle, Running)> {
     let (requests, receiver) = sync_channel(REQUESTS_MAX);
     let (publisher, published) = watch::channel(Published::default());
+    let (role_sender, role) = watch::channel(Role::default());
     let (failure, failed) = oneshot::channel();
     let hub = Arc::new(Hub::default());
     hub.jump(core.state().revision);
     let own = requests.clone();
     let handle = Handle {
+        id: core.status().id,
         requests,
         published,
+        role,
         hub: hub.clone(),
     };
     let replica = Loop {
         core,
         receiver,
+        peers,
+        tick: election / ELECTION_TICKS as u32,
         publisher,
+        role: role_sender,
         hub,
         next_ticket: 0,
         proposing: HashMap::new(),
@@ -194,6 +71,7 @@ pub fn start<S: LogStore + 'static>(core: Core<S>) -> std::io::Result<(Handle, R
         requests: own,
         writing: None,
         written: None,
+        saving: Vec::new(),
         not_before: Instant::now(),
     };
     let thread = std::thread::Builder::new()
@@ -211,17 +89,23 @@ pub fn start<S: LogStore + 'static>(core: Core<S>) -> std::io::Result<(Handle, R
 struct Loop<S> {
     core: Core<S>,
     receiver: Receiver<Request>,
+    peers: Peers,
+    tick: Duration,
     publisher: watch::Sender<Published>,
+    role: watch::Sender<Role>,
     hub: Arc<Hub>,
     next_ticket: Ticket,
     proposing: HashMap<Ticket, Reply<i64>>,
-    reading: HashMap<Ticket, Reply<()>>,
+    /// Who waits for leave to read, together, and since when, in ticks.
+    reading: HashMap<Ticket, (Vec<Reply<()>>, u32)>,
     /// By which the thread that writes snapshots reaches this one.
     requests: SyncSender<Request>,
     /// What is being written as a snapshot.
-    writing: Option<State>,
+    writing: Option<(State, Vec<Reply<()>>)>,
     /// It was, and this came of it.
     written: Option<Result<SnapshotMark, StoreError>>,
+    /// Who asked for a snapshot: those wait for the next one that is begun.
+    saving: Vec<Reply<()>>,
     /// After one that failed.
     not_before: Instant,
 }
@@ -235,18 +119,16 @@ impl<S: LogStore> Loop<S> {
     }
 
     fn work(&mut self) -> Result<(), CoreError> {
-        let mut next_tick = Instant::now() + TICK;
+        let mut next_tick = Instant::now() + self.tick;
         self.settle()?;
         loop {
-            let stop = match self
-                .receiver
-                .recv_timeout(next_tick - Instant::now().min(next_tick))
-            {
+            let wait = next_tick - Instant::now().min(next_tick);
+            let stop = match self.receiver.recv_timeout(wait) {
                 Ok(first) => self.take(first),
                 Err(RecvTimeoutError::Timeout) => false,
                 Err(RecvTimeoutError::Disconnected) => true,
             };
-            next_tick = self.tick(next_tick);
+            next_tick = self.tick_until_now(next_tick);
             self.settle()?;
             self.see_to_snapshots()?;
             if stop {
@@ -255,43 +137,57 @@ impl<S: LogStore> Loop<S> {
         }
     }
 
-    fn tick(&mut self, mut next: Instant) -> Instant {
+    fn tick_until_now(&mut self, mut next: Instant) -> Instant {
         let now = Instant::now();
         if next <= now {
             // Those who no longer wait for an answer need none.
             self.proposing.retain(|_, reply| !reply.is_closed());
-            self.reading.retain(|_, reply| !reply.is_closed());
+            self.read_again();
         }
         for _ in 0..TICKS_AT_ONCE_MAX {
             if next > now {
                 return next;
             }
             self.core.tick();
-            next += TICK;
+            next += self.tick;
         }
         next.max(now)
     }
 
+    /// Messages get lost, and so may the leave to read.
+    fn read_again(&mut self) {
+        let core = &mut self.core;
+        self.reading.retain(|ticket, (replies, ticks)| {
+            replies.retain(|reply| !reply.is_closed());
+            *ticks += 1;
+            if !replies.is_empty() && ticks.is_multiple_of(READ_AGAIN_TICKS) && !core.read(*ticket)
+            {
+                for reply in replies.drain(..) {
+                    answer(reply, Err(ReplicaError::NotLeader));
+                }
+            }
+            !replies.is_empty()
+        });
+    }
+
     /// Takes a request and all that wait behind it. `true` where one of them says stop.
     fn take(&mut self, first: Request) -> bool {
-        let mut commands = Vec::new();
+        let (mut commands, mut reads) = (Vec::new(), Vec::new());
         let mut stop = false;
         let waiting = std::iter::once(first)
             .chain(self.receiver.try_iter())
             .take(BATCH_MAX);
         for request in waiting.collect::<Vec<_>>() {
-            self.next_ticket += 1;
             match request {
                 Request::Propose(command, reply) => {
+                    self.next_ticket += 1;
                     self.proposing.insert(self.next_ticket, reply);
                     commands.push((self.next_ticket, *command));
                 }
-                Request::Read(reply) if self.core.read(self.next_ticket) => {
-                    self.reading.insert(self.next_ticket, reply);
-                }
-                Request::Read(reply) => answer(reply, Err(ReplicaError::NotLeader)),
+                Request::Read(reply) => reads.push(reply),
                 Request::Snapshot(written) => self.written = Some(written),
                 Request::Stop => stop = true,
+                other => self.take_rare(other),
             }
         }
         if !commands.is_empty() {
@@ -299,32 +195,99 @@ impl<S: LogStore> Loop<S> {
                 self.answer_proposal(ticket, outcome);
             }
         }
+        if !reads.is_empty() {
+            self.next_ticket += 1;
+            if self.core.read(self.next_ticket) {
+                self.reading.insert(self.next_ticket, (reads, 0));
+            } else {
+                for reply in reads {
+                    answer(reply, Err(ReplicaError::NotLeader));
+                }
+            }
+        }
         stop
+    }
+
+    /// What is of peers and administrators.
+    fn take_rare(&mut self, request: Request) {
+        let stepped = match request {
+            Request::Step(message) => self.core.step(*message),
+            Request::StepSnapshot(came) => {
+                let (message, mark, state) = *came;
+                self.core.step_snapshot(message, mark, state)
+            }
+            Request::Unreachable(peer) => {
+                self.core.unreachable(peer);
+                Ok(())
+            }
+            Request::SnapshotSent(peer, arrived) => {
+                self.core.snapshot_sent(peer, arrived);
+                Ok(())
+            }
+            Request::Change(command, change, reply) => {
+                self.next_ticket += 1;
+                self.proposing.insert(self.next_ticket, reply);
+                let refused = self.core.change(self.next_ticket, &command, &change);
+                if let Some((ticket, outcome)) = refused {
+                    self.answer_proposal(ticket, outcome);
+                }
+                Ok(())
+            }
+            Request::Status(reply) => {
+                answer(reply, Ok(self.core.status()));
+                Ok(())
+            }
+            Request::HandOver(to, reply) => {
+                let heir = to.or_else(|| self.core.heir());
+                let heir = heir.ok_or("no other replica could lead".to_owned());
+                let asked = heir.and_then(|heir| self.core.hand_over(heir));
+                answer(reply, asked.map_err(ReplicaError::Refused));
+                Ok(())
+            }
+            Request::Save(reply) => {
+                self.saving.push(reply);
+                Ok(())
+            }
+            _ => Ok(()),
+        };
+        if let Err(error) = stepped {
+            tracing::debug!(%error, "a message of a peer is refused");
+        }
     }
 
     /// Has a snapshot written, on a thread of its own, where one is due; and the log compacted when it was.
     fn see_to_snapshots(&mut self) -> Result<(), CoreError> {
         match self.written.take() {
             Some(Ok(mark)) => {
-                let state = self.writing.take().unwrap_or_default();
+                let (state, waiting) = self.writing.take().unwrap_or_default();
                 self.core.compact(&mark, state)?;
                 tracing::info!(index = mark.index, "snapshot taken");
+                for reply in waiting {
+                    answer(reply, Ok(()));
+                }
             }
             // The log has everything that the snapshot would: the replica goes on, and tries again later.
             Some(Err(error)) => {
                 tracing::error!(%error, "a snapshot cannot be written");
-                self.writing = None;
+                for reply in self.writing.take().unwrap_or_default().1 {
+                    answer(reply, Err(ReplicaError::Refused(error.to_string())));
+                }
                 self.not_before = Instant::now() + SNAPSHOT_PAUSE;
             }
             None => {}
         }
-        if self.writing.is_some() || Instant::now() < self.not_before {
+        let asked = !self.saving.is_empty();
+        if self.writing.is_some() || (!asked && Instant::now() < self.not_before) {
             return Ok(());
         }
-        let Some((mark, state)) = self.core.snapshot_due() else {
+        let Some((mark, state)) = self.core.snapshot_due(asked) else {
+            // There is one already that says the same.
+            for reply in self.saving.drain(..) {
+                answer(reply, Ok(()));
+            }
             return Ok(());
         };
-        let kept = state.clone();
+        let kept = (state.clone(), std::mem::take(&mut self.saving));
         let (mut snapshots, requests) = (self.core.snapshots(), self.requests.clone());
         let write = move || {
             let written = snapshots.write(&mark, &state).map(|()| mark);
@@ -355,10 +318,27 @@ impl<S: LogStore> Loop<S> {
 
     /// Lets the core do a part of its work, publishes the State, then answers: who got an answer finds it in the State.
     fn settle_once(&mut self) -> Result<(), CoreError> {
-        // With one voter there are no peers; a transport will take these.
-        let output = self
-            .core
-            .ready(&mut |messages: Vec<Message>| debug_assert!(messages.is_empty()))?;
+        let (peers, mut lost, mut snapshots) = (&self.peers, Vec::new(), Vec::new());
+        let output = self.core.ready(&mut |messages: Vec<Message>| {
+            for message in messages {
+                let to = message.to;
+                if message.get_msg_type() == MessageType::MsgSnapshot {
+                    snapshots.push(message);
+                } else if !peers.send(message) {
+                    lost.push(to);
+                }
+            }
+        })?;
+        for message in snapshots {
+            let to = message.to;
+            let named = self.core.snapshot_of(&message);
+            if !named.is_some_and(|named| self.peers.send_snapshot(message, named)) {
+                self.core.snapshot_sent(to, false);
+            }
+        }
+        for peer in lost {
+            self.core.unreachable(peer);
+        }
         let core = &self.core;
         self.publisher.send_if_modified(|published| {
             let (leads, leader) = (core.leads(), core.leader());
@@ -373,6 +353,15 @@ impl<S: LogStore> Loop<S> {
             }
             changed
         });
+        let role = Role {
+            leads: core.leads(),
+            leader: core.leader(),
+        };
+        self.role.send_if_modified(|known| {
+            let changed = *known != role;
+            *known = role;
+            changed
+        });
         if let Some(revision) = output.jumped {
             self.hub.jump(revision);
         }
@@ -381,7 +370,7 @@ impl<S: LogStore> Loop<S> {
             self.answer_proposal(ticket, outcome);
         }
         for ticket in output.reads {
-            if let Some(reply) = self.reading.remove(&ticket) {
+            for reply in self.reading.remove(&ticket).unwrap_or_default().0 {
                 answer(reply, Ok(()));
             }
         }

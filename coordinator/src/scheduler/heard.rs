@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use batchai_common::limits::SUSPECT_AFTER;
+use batchai_proto::internal::v1::RecordReplica;
 
 /// All times are milliseconds of the boot clock of the machine that asks, so that no jump of its wall clock matters;
 /// only `wall` is for people.
@@ -16,6 +17,8 @@ pub struct Heard {
     pub last: BTreeMap<String, i64>,
     /// Since when each attempt has been seen to prepare.
     pub preparing: BTreeMap<String, i64>,
+    /// The replicas that were met, this one included.
+    pub replicas: Vec<RecordReplica>,
     /// The ids of data keys that cannot be opened here: what is sealed by them cannot run.
     pub closed: Arc<BTreeSet<String>>,
 }

@@ -124,6 +124,14 @@ impl Source {
         }
     }
 
+    /// Copies the file of keys; what comes from elsewhere comes from there on every machine.
+    pub fn copy_to(&self, copy: &Path) -> Result<(), KeyringError> {
+        match self {
+            Source::File(path) => Ok(write_private(copy, &read_private(path)?)?),
+            Source::Variable(_) | Source::Command(_) => Ok(()),
+        }
+    }
+
     /// Puts a new key before the others in the file.
     pub fn rotate(&self) -> Result<(), KeyringError> {
         let Source::File(path) = self else {

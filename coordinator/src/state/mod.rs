@@ -15,6 +15,7 @@ pub mod invariants;
 pub mod jobs;
 pub mod keys;
 pub mod nodes;
+pub mod replicas;
 pub mod requests;
 pub mod setup;
 pub mod snapshot;
@@ -25,7 +26,9 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use batchai_common::names::{self, Kind};
-use batchai_proto::internal::v1::{Command, DataKey, Delete, Update, command::Kind as CommandKind};
+use batchai_proto::internal::v1::{
+    Command, DataKey, Delete, Replica, Update, command::Kind as CommandKind,
+};
 use batchai_proto::v1;
 use imbl::{OrdMap, OrdSet};
 use prost_types::Timestamp;
@@ -52,6 +55,8 @@ pub struct State {
     pub ensemble: String,
     /// Rises with every restore from a backup.
     pub epoch: i64,
+    /// Who belongs to the ensemble, and who did, by raft id.
+    pub replicas: OrdMap<u64, Arc<Replica>>,
     pub resource_groups: OrdMap<String, Arc<v1::ResourceGroup>>,
     pub workspaces: OrdMap<String, Arc<v1::Workspace>>,
     pub clusters: OrdMap<String, Arc<Cluster>>,
@@ -234,7 +239,9 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         });
     }
     match command.kind.as_ref().ok_or(Rejection::Unknown)? {
-        CommandKind::InitEnsemble(c) => init_ensemble(step.state, &c.ensemble, c.epoch),
+        CommandKind::InitEnsemble(c) => replicas::init_ensemble(step.state, c),
+        CommandKind::ChangeReplica(c) => replicas::change(step, c),
+        CommandKind::RecordReplica(c) => replicas::record(step, c),
         CommandKind::CreateResourceGroup(c) => holders::create(step, c),
         CommandKind::CreateWorkspace(c) => holders::create(step, c),
         CommandKind::CreateCluster(c) => clusters::create(step, c),
@@ -297,19 +304,6 @@ fn not_for(name: &str) -> Rejection {
         name: name.to_owned(),
         why: "resources of its kind are not changed or deleted like that".to_owned(),
     }
-}
-
-fn init_ensemble(state: &mut State, ensemble: &str, epoch: i64) -> Result<(), Rejection> {
-    if !state.ensemble.is_empty() {
-        let why = "the ensemble has its name already".to_owned();
-        return Err(Rejection::Overtaken {
-            name: state.ensemble.clone(),
-            why,
-        });
-    }
-    state.ensemble = ensemble.to_owned();
-    state.epoch = epoch;
-    Ok(())
 }
 
 /// Checks the etag a request expects; an empty one expects nothing.

@@ -48,7 +48,13 @@ pub fn records(state: &State) -> impl Iterator<Item = SnapshotRecord> + '_ {
         .chain(resources(state))
         .chain(work(state))
         .chain(access(state))
+        .chain(replicas(state))
         .map(one)
+}
+
+fn replicas(state: &State) -> impl Iterator<Item = Record> + '_ {
+    let replicas = state.replicas.values();
+    replicas.map(|replica| Record::Replica((**replica).clone()))
 }
 
 fn resources(state: &State) -> impl Iterator<Item = Record> + '_ {
@@ -259,6 +265,9 @@ impl Builder {
             Record::Request(stored) => state
                 .requests
                 .restore(&required(stored.key, "request")?, stored.time),
+            Record::Replica(replica) => {
+                state.replicas.insert(replica.id, Arc::new(replica));
+            }
             other => add_access(state, other),
         }
         Ok(())

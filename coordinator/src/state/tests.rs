@@ -51,7 +51,11 @@ impl Ensemble {
             index: 0,
         };
         let ensemble = "00000000-0000-0000-0000-000000000001".to_owned();
-        e.ok(C::InitEnsemble(InitEnsemble { ensemble, epoch: 1 }));
+        e.ok(C::InitEnsemble(InitEnsemble {
+            ensemble,
+            epoch: 1,
+            replicas: Vec::new(),
+        }));
         e.make_what_holds_jobs(target);
         e
     }
@@ -176,6 +180,7 @@ impl Ensemble {
         let leader = Leader {
             replica: 1,
             ensemble: "unused".into(),
+            replicas: Vec::new(),
         };
         for _ in 0..100 {
             let commands = duties(&self.state, &self.heard, &leader);

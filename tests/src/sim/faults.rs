@@ -1,9 +1,9 @@
 //! What goes wrong in a world, and how often; the network between the replicas, which is where most of it does.
 
 use batchai_coordinator::replica::core::Core;
-use raft::eraftpb::Message;
+use batchai_coordinator::replica::store::snapshot;
 
-use super::Sim;
+use super::{Sent, Sim};
 
 /// What a world is like, and how often what goes wrong: chances for each message, or in each step.
 #[derive(Clone, Debug)]
@@ -111,19 +111,41 @@ impl Sim {
 
     pub(super) fn deliver(&mut self) {
         let later = self.messages.split_off(&(self.step + 1, 0));
-        for message in std::mem::replace(&mut self.messages, later).into_values() {
-            if self.cut.contains_key(&(message.from, message.to)) || !self.is_up(message.to) {
+        for Sent { message, snapshot } in std::mem::replace(&mut self.messages, later).into_values()
+        {
+            let (from, to) = (message.from, message.to);
+            if self.cut.contains_key(&(from, to)) || !self.is_up(to) {
+                self.tell(from, to, snapshot.is_some(), false);
                 continue;
             }
             // One that came too late is refused, as on a real network.
-            let _ = self.core(message.to).step(message);
+            let Some(bytes) = snapshot else {
+                let _ = self.core(to).step(message);
+                continue;
+            };
+            let (mark, state) = snapshot::decode(&mut &bytes[..]).expect("it was just made");
+            let core = self.core(to);
+            let written = core.snapshots().write(&mark, &state);
+            written.expect("memory is there");
+            let _ = core.step_snapshot(message, mark, state);
+            self.tell(from, to, true, true);
         }
     }
 
-    pub(super) fn send(&mut self, message: Message) {
+    /// Who sent a snapshot learns what became of it.
+    fn tell(&mut self, from: u64, to: u64, snapshot: bool, arrived: bool) {
+        if snapshot && self.replicas[&from].core.is_some() {
+            self.core(from).snapshot_sent(to, arrived);
+        }
+    }
+
+    pub(super) fn send(&mut self, message: Sent) {
         let copies = 1 + usize::from(self.random.f64() < self.options.duplicate);
         for _ in 0..copies {
-            if self.random.f64() >= self.options.loss {
+            let (from, to) = (message.message.from, message.message.to);
+            if self.random.f64() < self.options.loss {
+                self.tell(from, to, message.snapshot.is_some(), false);
+            } else {
                 self.sent += 1;
                 let arrival = self.step + self.random.u64(1..=self.options.delay);
                 self.messages.insert((arrival, self.sent), message.clone());

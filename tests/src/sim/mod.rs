@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use batchai_coordinator::duties::{Heard, Leader, duties};
 use batchai_coordinator::replica::core::{Core, ELECTION_TICKS, Proposed, SnapshotPolicy};
 use batchai_coordinator::replica::store::memory::MemoryStore;
-use batchai_coordinator::replica::store::{FORMAT, LogStore as _};
+use batchai_coordinator::replica::store::{FORMAT, LogStore as _, snapshot};
 use batchai_coordinator::scheduler::explain::pending_reason;
 use batchai_coordinator::state::attempts::{self, Phase};
 use batchai_proto::internal::v1::command::Kind;
@@ -55,6 +55,13 @@ enum Asked {
     Duty,
 }
 
+/// A message on its way, and the snapshot that goes with it.
+#[derive(Clone)]
+struct Sent {
+    message: Message,
+    snapshot: Option<Vec<u8>>,
+}
+
 /// One replica: its disk, and its process, if it runs.
 struct Replica {
     store: MemoryStore,
@@ -79,7 +86,7 @@ pub struct Sim {
     step: u64,
     replicas: BTreeMap<u64, Replica>,
     /// By the step in which they arrive.
-    messages: BTreeMap<(u64, u64), Message>,
+    messages: BTreeMap<(u64, u64), Sent>,
     sent: u64,
     tickets: u64,
     /// From, to, and until when nothing gets through.
@@ -213,6 +220,7 @@ impl Sim {
             ensemble: ENSEMBLE.into(),
             replica_id: id,
             voters,
+            store: format!("store-{id}"),
         });
         if recovered.snapshot.is_some() {
             self.checks.saw("a replica starts from a snapshot");
@@ -273,8 +281,16 @@ impl Sim {
             let output = core.ready(&mut |mut sent| messages.append(&mut sent));
             let output = output.map_err(|error| format!("replica {id}: {error}"))?;
             let more = core.has_ready();
-            for message in messages {
-                self.send(message);
+            let sent = messages.into_iter().map(|message| Sent {
+                snapshot: core.snapshot_of(&message).map(|(mark, state)| {
+                    let mut bytes = Vec::new();
+                    snapshot::encode(&mut bytes, &mark, &state).expect("memory is there");
+                    bytes
+                }),
+                message,
+            });
+            for sent in sent.collect::<Vec<_>>() {
+                self.send(sent);
             }
             if output.jumped.is_some() {
                 self.checks.saw("a follower gets a snapshot");
@@ -339,6 +355,7 @@ impl Sim {
             let leader = Leader {
                 replica: id as i64,
                 ensemble: ENSEMBLE.into(),
+                replicas: Vec::new(),
             };
             kinds = duties(state, &replica.heard, &leader);
         }
@@ -359,7 +376,7 @@ impl Sim {
         match replica.writing.take() {
             Some((due, mark, state)) if due <= step => {
                 // A snapshot from a peer may have come first.
-                if core.snapshot_due().is_some() {
+                if core.snapshot_due(false).is_some() {
                     replica
                         .store
                         .snapshots()
@@ -370,7 +387,7 @@ impl Sim {
             }
             Some(later) => replica.writing = Some(later),
             None => {
-                let due = core.snapshot_due();
+                let due = core.snapshot_due(false);
                 replica.writing = due.map(|(mark, state)| (done, mark, state));
             }
         }

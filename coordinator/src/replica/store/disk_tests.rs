@@ -8,6 +8,7 @@ fn identity() -> ReplicaIdentity {
         ensemble: "e".into(),
         replica_id: 1,
         voters: vec![1],
+        store: "one".into(),
     }
 }
 

@@ -18,8 +18,8 @@ use raft::eraftpb::{Entry, HardState};
 
 use crate::state::State;
 
-/// The only format that this version reads: the one before it, never released, used the numbers of commands otherwise.
-pub const FORMAT: i64 = 2;
+/// The only format that this version reads: those before it, never released, knew nothing of the ensemble's replicas.
+pub const FORMAT: i64 = 3;
 
 /// Why a store cannot be opened or written. After a failed write the replica stops: what is on disk is not known.
 #[derive(Debug, thiserror::Error)]

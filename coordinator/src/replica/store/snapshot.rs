@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use batchai_proto::internal::v1::{SnapshotMark, SnapshotRecord};
 use prost::Message as _;
@@ -34,8 +35,12 @@ pub fn path(dir: &Path, index: u64) -> PathBuf {
     dir.join(name(index))
 }
 
+/// One is written at a time: an own one, or one that comes from a peer.
+static WRITING: Mutex<()> = Mutex::new(());
+
 /// Writes a snapshot, and has it survive a power cut.
 pub fn write(dir: &Path, mark: &SnapshotMark, state: &State) -> io::Result<()> {
+    let _writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
     fs::create_dir_all(dir)?;
     let (path, part) = (path(dir, mark.index), dir.join("part"));
     let file = File::create(&part)?;

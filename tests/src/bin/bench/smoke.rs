@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use batchai_common::tls::Route;
 use batchai_proto::v1;
 use batchai_proto::v1::cluster_service_client::ClusterServiceClient;
 use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
@@ -16,7 +17,6 @@ use batchai_tests::api::connector;
 use batchai_tests::process::{processes_of, sweep, under_test, until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tonic::transport::Channel;
 
 use crate::measure::{Better, print, private_mib, quantile};
 
@@ -167,7 +167,7 @@ fn memory(dir: &Path, name: &str, program: &str, goal: f64) {
 }
 
 /// Milliseconds from before the call to when the process ran, by its own clock, which is this machine's.
-async fn one_job(channel: &Channel, dir: &Path, id: &str) -> f64 {
+async fn one_job(channel: &Route, dir: &Path, id: &str) -> f64 {
     let stamp = dir.join(format!("{id}.stamp"));
     let command = format!("echo $EPOCHREALTIME > {}", stamp.display());
     let mut client = JobServiceClient::new(channel.clone());
@@ -214,7 +214,7 @@ fn job(dir: &Path, id: &str, command_line: &str) -> v1::CreateJobRequest {
     }
 }
 
-async fn create(channel: &Channel) -> Result<(), tonic::Status> {
+async fn create(channel: &Route) -> Result<(), tonic::Status> {
     let group = v1::CreateResourceGroupRequest {
         resource_group_id: "g".to_owned(),
         resource_group: None,

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use batchai_common::tls::Route;
 use batchai_common::tls::{Authority, Connector, Credentials, Identity};
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{Hello, SessionRequest, SessionResponse, session_request};
@@ -17,7 +18,6 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
-use tonic::transport::Channel;
 
 use super::measure::{Better, print, private_mib, quantile};
 
@@ -147,7 +147,7 @@ async fn measure(coordinator: &Coordinator) {
     sessions(coordinator).await;
 }
 
-async fn upload(channel: Channel) -> f64 {
+async fn upload(channel: Route) -> f64 {
     let mut bytes = vec![0; BUNDLE_BYTES];
     for (at, byte) in bytes.iter_mut().enumerate() {
         *byte = (at.wrapping_mul(2_654_435_761) >> 13) as u8;

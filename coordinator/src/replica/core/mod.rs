@@ -2,20 +2,30 @@
 //!
 //! It does not know time (it is ticked), threads or the network (messages go in and out as values). What it does with
 //! a Ready follows the order that the raft crate documents, step by step, in [`Core::ready`].
+//!
+//! Messages of one peer must come in their order: raft 0.7.0 takes a MsgAppend that was overtaken for a sign that a follower is
+//! further behind than it is, and its bookkeeping (`next` at or below `matched`) then fails an assertion; the mend is in no
+//! released version, so others keep a fork. Here the transport has one ordered stream for each direction. A snapshot travels
+//! beside its message: the message names it, [`Core::step_snapshot`] brings it.
+
+mod members;
+mod snapshots;
 
 use std::collections::BTreeMap;
 
 use batchai_proto::internal::v1::{Command, SnapshotMark};
 use prost::Message as _;
-use protobuf::Message as _;
-use raft::eraftpb::{ConfChangeV2, ConfState, Entry, EntryType, Message, MessageType, Snapshot};
+use raft::eraftpb::{ConfState, Entry, EntryType, Message, MessageType};
 use raft::{Config, RawNode, StateRole};
 
 use super::hub::Revision;
 use super::log::Log;
 use super::logger::logger;
-use super::store::{Begin, LogStore, Recovered, Snapshots, StoreError, snapshot};
+use super::store::{LogStore, Recovered, StoreError};
 use crate::state::{Event, Rejection, State, apply};
+
+pub use members::{Member, Status};
+use snapshots::read_conf_state;
 
 /// Ticks between heartbeats, and from the last one to an election. How long a tick is, the caller decides.
 const HEARTBEAT_TICKS: usize = 2;
@@ -105,6 +115,8 @@ pub struct Core<S> {
     proposed: BTreeMap<u64, (u64, Ticket)>,
     /// Index -> reads that wait for it to be applied.
     reading: BTreeMap<u64, Vec<Ticket>>,
+    /// A snapshot that came and was written, until raft takes it or goes past it.
+    came: Option<(SnapshotMark, State)>,
 }
 
 impl<S: LogStore> Core<S> {
@@ -149,7 +161,7 @@ impl<S: LogStore> Core<S> {
             ..Config::default()
         };
         let mut raw = RawNode::new(&config, log, &logger())?;
-        if conf_state.voters == [identity.replica_id] {
+        if conf_state.voters == [identity.replica_id] && conf_state.voters_outgoing.is_empty() {
             // Nobody to wait for.
             raw.campaign()?;
         }
@@ -166,6 +178,7 @@ impl<S: LogStore> Core<S> {
             policy,
             proposed: BTreeMap::new(),
             reading: BTreeMap::new(),
+            came: None,
         })
     }
 
@@ -177,51 +190,6 @@ impl<S: LogStore> Core<S> {
     /// Whether this replica leads, and has applied everything that was committed before it did.
     pub fn leads(&self) -> bool {
         self.raw.raft.state == StateRole::Leader && self.raw.raft.apply_to_current_term()
-    }
-
-    /// What a snapshot would stand for now, and the State; none where it is too early. The caller has it written and says so
-    /// by `compact`, or asks again.
-    pub fn snapshot_due(&self) -> Option<(SnapshotMark, State)> {
-        let index = self.raw.raft.raft_log.applied;
-        let due = index.saturating_sub(self.snapshot) >= self.policy.entries
-            || self.unsaved_bytes >= self.policy.bytes;
-        let entry = self
-            .raw
-            .store()
-            .entry(index)
-            .filter(|_| due && index > self.snapshot)?;
-        let conf_state = self.raw.store().conf_state().write_to_bytes();
-        let mark = SnapshotMark {
-            index,
-            term: entry.term,
-            conf_state: conf_state.expect("what is in memory can be encoded"),
-        };
-        Some((mark, self.state.clone()))
-    }
-
-    /// A snapshot was written: the log before it may go, but for what is kept.
-    ///
-    /// # Errors
-    /// The replica must stop: what is on disk is not known.
-    pub fn compact(&mut self, mark: &SnapshotMark, state: State) -> Result<(), CoreError> {
-        let until = mark.index.saturating_sub(self.policy.kept);
-        let begin = self.raw.store().entry(until).unwrap_or_default();
-        let begin = match begin.index {
-            // It begins behind that already.
-            0 => self.raw.store().begin(),
-            _ => begin,
-        };
-        self.store.compact(mark, begin)?;
-        let log = self.raw.mut_store();
-        log.begin_behind(begin);
-        log.set_snapshot(mark.clone(), state);
-        (self.snapshot, self.unsaved_bytes) = (mark.index, 0);
-        Ok(())
-    }
-
-    /// Who writes snapshots.
-    pub fn snapshots(&self) -> Box<dyn Snapshots> {
-        self.store.snapshots()
     }
 
     /// The raft id of the leader, as far as it is known.
@@ -246,7 +214,14 @@ impl<S: LogStore> Core<S> {
     }
 
     /// A message of a peer.
+    ///
+    /// # Errors
+    /// It was refused, and nothing came of it: the replica goes on.
     pub fn step(&mut self, message: Message) -> Result<(), CoreError> {
+        if message.get_msg_type() == MessageType::MsgSnapshot {
+            let why = "it came without what it names".to_owned();
+            return Err(CoreError::Snapshot { why });
+        }
         Ok(self.raw.step(message)?)
     }
 
@@ -366,29 +341,6 @@ impl<S: LogStore> Core<S> {
         Ok(())
     }
 
-    /// Takes a snapshot in, in place of everything that was there.
-    fn install(&mut self, snapshot: &Snapshot) -> Result<(), CoreError> {
-        let refuse = |why: String| CoreError::Snapshot { why };
-        let (mark, state) = snapshot::decode(&mut &snapshot.data[..]).map_err(refuse)?;
-        let meta = snapshot.get_metadata();
-        if (mark.index, mark.term) != (meta.index, meta.term) {
-            return Err(refuse("it is not the one that was announced".to_owned()));
-        }
-        self.store.snapshots().write(&mark, &state)?;
-        let begin = Begin {
-            index: mark.index,
-            term: mark.term,
-        };
-        self.store.install(&mark, begin)?;
-        let log = self.raw.mut_store();
-        log.restart(begin, meta.get_conf_state().clone());
-        log.set_snapshot(mark, state.clone());
-        self.state = state;
-        (self.snapshot, self.unsaved_bytes) = (begin.index, 0);
-        // Who waits for what is in it learns that it may have been applied.
-        Ok(())
-    }
-
     fn apply(&mut self, entries: Vec<Entry>, output: &mut Output) -> Result<(), CoreError> {
         for entry in entries {
             self.unsaved_bytes += entry.data.len() as u64;
@@ -396,8 +348,7 @@ impl<S: LogStore> Core<S> {
                 EntryType::EntryNormal if entry.data.is_empty() => None,
                 EntryType::EntryNormal => Some(self.apply_command(&entry)?),
                 EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => {
-                    self.apply_membership(&entry)?;
-                    None
+                    self.apply_membership(&entry)?
                 }
             };
             let revision = self.state.revision;
@@ -437,19 +388,6 @@ impl<S: LogStore> Core<S> {
         }
     }
 
-    fn apply_membership(&mut self, entry: &Entry) -> Result<(), CoreError> {
-        let mut change = ConfChangeV2::default();
-        change
-            .merge_from_bytes(&entry.data)
-            .map_err(|e| CoreError::Entry {
-                index: entry.index,
-                why: e.to_string(),
-            })?;
-        let conf_state = self.raw.apply_conf_change(&change)?;
-        self.raw.mut_store().set_conf_state(conf_state);
-        Ok(())
-    }
-
     /// What was proposed under an earlier leadership may or may not be applied some day: whoever waits must know.
     fn fail_what_lost_its_leader(&mut self, output: &mut Output) {
         if self.raw.raft.state != StateRole::Leader && !self.proposed.is_empty() {
@@ -461,16 +399,5 @@ impl<S: LogStore> Core<S> {
     }
 }
 
-fn read_conf_state(mark: &SnapshotMark) -> Result<ConfState, CoreError> {
-    let mut conf_state = ConfState::default();
-    let read = conf_state.merge_from_bytes(&mark.conf_state);
-    read.map_err(|error| CoreError::Entry {
-        index: mark.index,
-        why: error.to_string(),
-    })?;
-    Ok(conf_state)
-}
-
 #[cfg(test)]
-#[path = "core_tests.rs"]
 mod tests;

@@ -25,6 +25,7 @@ fn init() -> Command {
     let init = InitEnsemble {
         ensemble: "e".into(),
         epoch: 1,
+        replicas: Vec::new(),
     };
     Command {
         time: None,
@@ -39,6 +40,7 @@ fn start(store: &MemoryStore, id: u64, voters: &[u64]) -> Core<MemoryStore> {
         ensemble: "e".into(),
         replica_id: id,
         voters: voters.to_vec(),
+        store: String::new(),
     };
     let policy = SnapshotPolicy {
         entries: 10,
@@ -84,7 +86,7 @@ impl Net {
 
     fn settle(&mut self) {
         loop {
-            let mut messages = Vec::new();
+            let (mut messages, mut named) = (Vec::new(), BTreeMap::new());
             for (id, core) in &mut self.cores {
                 let mut output = core
                     .all_ready(&mut |mut sent| messages.append(&mut sent))
@@ -93,6 +95,11 @@ impl Net {
                 kept.proposals.append(&mut output.proposals);
                 kept.reads.append(&mut output.reads);
                 kept.jumped = output.jumped.or(kept.jumped);
+                for message in messages.iter().filter(|m: &&Message| m.from == *id) {
+                    if let Some(snapshot) = core.snapshot_of(message) {
+                        named.insert(message.get_snapshot().get_metadata().index, snapshot);
+                    }
+                }
             }
             messages.retain(|m| !self.cut.contains(&m.to) && !self.cut.contains(&m.from));
             if messages.is_empty() {
@@ -100,7 +107,15 @@ impl Net {
             }
             for message in messages {
                 // A message for a core that has since moved on is refused, as on a real network.
-                let _ = self.cores.get_mut(&message.to).unwrap().step(message);
+                let core = self.cores.get_mut(&message.to).unwrap();
+                if message.get_msg_type() != MessageType::MsgSnapshot {
+                    let _ = core.step(message);
+                    continue;
+                }
+                let index = message.get_snapshot().get_metadata().index;
+                let (mark, state) = named[&index].clone();
+                core.snapshots().write(&mark, &state).unwrap();
+                core.step_snapshot(message, mark, state).unwrap();
             }
         }
     }
@@ -145,7 +160,7 @@ fn one_voter_leads_at_once_and_applies_what_it_is_told() {
 
 /// Writes the snapshot that is due, as another thread would.
 fn take_snapshot(core: &mut Core<MemoryStore>) -> Option<u64> {
-    let (mark, state) = core.snapshot_due()?;
+    let (mark, state) = core.snapshot_due(false)?;
     core.snapshots().write(&mark, &state).unwrap();
     core.compact(&mark, state).unwrap();
     Some(mark.index)
@@ -186,7 +201,7 @@ fn a_replica_begins_from_its_snapshot_and_what_came_behind_it() {
         .find_map(|i| {
             again.propose(&[(i, group(&format!("again-{i}")))]);
             again.all_ready(&mut |_| {}).unwrap();
-            again.snapshot_due()
+            again.snapshot_due(false)
         })
         .unwrap();
     again.snapshots().write(&mark, &state).unwrap();

@@ -1,0 +1,177 @@
+//! What a coordinator does before it serves: its data directory, its store, its replica.
+
+use std::fs::{self, File};
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use batchai_proto::internal::v1::{PeerHello, ReplicaIdentity};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::config::Config;
+use crate::duties::Leader;
+use crate::ensemble::{Ensemble, EnsembleError};
+use crate::pki::PkiError;
+use crate::replica::core::{Core, CoreError, SnapshotPolicy};
+use crate::replica::peers::Peers;
+use crate::replica::store::disk::DiskStore;
+use crate::replica::store::{FORMAT, Snapshots, StoreError};
+use crate::replica::{self, Handle, Running};
+use crate::secrets::KeyringError;
+
+/// Why a coordinator does not start or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    #[error("--admin: {0}")]
+    Admin(#[from] batchai_common::tls::IdentityError),
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    #[error("{path}: {source}", path = .path.display())]
+    Data { path: PathBuf, source: io::Error },
+    #[error("{path}: another coordinator uses this data directory", path = .path.display())]
+    Locked { path: PathBuf },
+    #[error(transparent)]
+    Ensemble(#[from] EnsembleError),
+    #[error(
+        "{path}: the log in it is of replica {found}, and its ensemble.json says that this is replica {told}; they must not be mixed",
+        path = .path.display()
+    )]
+    OtherReplica {
+        path: PathBuf,
+        told: u64,
+        found: u64,
+    },
+    #[error(
+        "the ensemble has removed this replica; to have it back, join under a new id with an empty data directory"
+    )]
+    Removed,
+    #[error(transparent)]
+    Keyring(#[from] KeyringError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Replica(#[from] CoreError),
+    #[error("the replica's thread panicked; its last words are in the log above")]
+    ReplicaPanicked,
+    #[error("serving failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+/// Opens what lies in a directory of the data directory.
+pub fn in_data<T>(
+    config: &Config,
+    name: &str,
+    open: impl FnOnce(PathBuf) -> io::Result<T>,
+) -> Result<T, ServerError> {
+    let path = config.data.join(name);
+    open(path.clone()).map_err(|source| ServerError::Data { path, source })
+}
+
+/// One process per data directory. The lock goes with the process.
+pub fn lock(data: &PathBuf) -> Result<Flock<File>, ServerError> {
+    let failed = |source| ServerError::Data {
+        path: data.clone(),
+        source,
+    };
+    let data = &std::path::absolute(data).map_err(failed)?;
+    let new = data.ancestors().take_while(|dir| !dir.exists()).count();
+    fs::create_dir_all(data).map_err(failed)?;
+    // The way to a new directory must survive a power cut as what is written into it does.
+    for dir in data.ancestors().skip(1).take(new) {
+        File::open(dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(failed)?;
+    }
+    // Environments of jobs, logs and keys: nobody else's business.
+    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    fs::set_permissions(data, private).map_err(failed)?;
+    let file = File::create(data.join("lock")).map_err(failed)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+        Errno::EWOULDBLOCK => ServerError::Locked { path: data.clone() },
+        error => failed(error.into()),
+    })
+}
+
+/// A replica that runs, and what belongs to it.
+pub struct Started {
+    pub handle: Handle,
+    pub running: Running,
+    pub leader: Leader,
+    pub peers: Peers,
+    pub snapshots: Arc<Mutex<Box<dyn Snapshots>>>,
+    pub ensemble: Ensemble,
+}
+
+/// Starts the replica whose store lies in the data directory, or a new one.
+pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
+    let ensemble = Ensemble::read(&config.data)?;
+    let new = ReplicaIdentity {
+        format: FORMAT,
+        ensemble: ensemble.uuid.clone(),
+        replica_id: ensemble.replica,
+        voters: ensemble.voters(),
+        store: uuid::Uuid::new_v4().to_string(),
+    };
+    let (store, recovered) = DiskStore::open(&config.data.join("replica"), &new)?;
+    let identity = &recovered.identity;
+    if identity.replica_id != ensemble.replica {
+        return Err(ServerError::OtherReplica {
+            path: config.data.clone(),
+            told: ensemble.replica,
+            found: identity.replica_id,
+        });
+    }
+    let leader = Leader {
+        replica: identity.replica_id as i64,
+        ensemble: identity.ensemble.clone(),
+        replicas: ensemble.replicas(),
+    };
+    let endpoint = config.advertise.clone();
+    let first = ensemble.first.get(&identity.replica_id).cloned();
+    let peers = Peers::new(PeerHello {
+        ensemble: identity.ensemble.clone(),
+        from: identity.replica_id,
+        to: 0,
+        store: identity.store.clone(),
+        endpoint: endpoint.or(first).unwrap_or_default(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    });
+    let snapshot = recovered.snapshot.as_ref();
+    tracing::info!(
+        ensemble = leader.ensemble,
+        replica = leader.replica,
+        snapshot = snapshot.map_or(0, |(mark, _)| mark.index),
+        entries = recovered.entries.len(),
+        "log opened"
+    );
+    let life = uuid::Uuid::new_v4().as_u64_pair().0;
+    let policy = SnapshotPolicy {
+        entries: config.snapshot_entries,
+        kept: SnapshotPolicy::default().kept.min(config.snapshot_entries),
+        ..SnapshotPolicy::default()
+    };
+    let core = Core::new(store, recovered, life, policy)?;
+    let snapshots = Arc::new(Mutex::new(core.snapshots()));
+    let election = Duration::from_millis(config.election_timeout);
+    let (handle, running) = replica::start(core, peers.clone(), election)?;
+    Ok(Started {
+        handle,
+        running,
+        leader,
+        peers,
+        snapshots,
+        ensemble,
+    })
+}

@@ -1,0 +1,241 @@
+//! Who belongs to the ensemble, as raft sees it: how that is changed, and how each of them is.
+
+use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::replica::Role;
+use batchai_proto::internal::v1::{ChangeReplica, Command};
+use prost::Message as _;
+use protobuf::Message as _;
+use raft::eraftpb::{
+    ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, Entry, EntryType,
+    Message, MessageType,
+};
+use raft::{ProgressState, SnapshotStatus, StateRole};
+
+use super::{Core, CoreError, Proposed, Ticket};
+use crate::replica::store::LogStore;
+use crate::state::{Event, Rejection, apply, replicas};
+
+/// A replica that is to get a vote may be so many entries behind: a vote that it cannot use would only raise the majority.
+const BEHIND_MAX: u64 = 100;
+
+/// How a replica is, as the leader sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub id: u64,
+    pub votes: bool,
+    /// Up to where it is known to have the log.
+    pub matched: u64,
+    /// It was heard of since the last time that the leader asked itself.
+    pub active: bool,
+    /// It is being sent a snapshot.
+    pub in_snapshot: bool,
+}
+
+/// How a replica and its log are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    pub id: u64,
+    pub leader: Option<u64>,
+    pub term: u64,
+    pub committed: u64,
+    pub applied: u64,
+    pub first: u64,
+    pub last: u64,
+    /// Bytes of the entries in memory.
+    pub log_bytes: u64,
+    pub snapshot: u64,
+    /// Known to the leader only.
+    pub members: Vec<Member>,
+}
+
+impl<S: LogStore> Core<S> {
+    /// How it is.
+    pub fn status(&self) -> Status {
+        let log = &self.raw.raft.raft_log;
+        let leads = self.raw.raft.state == StateRole::Leader;
+        let voters = self.raw.raft.prs().conf().voters();
+        let members = self.raw.raft.prs().iter().map(|(id, progress)| Member {
+            id: *id,
+            votes: voters.contains(*id),
+            matched: progress.matched,
+            active: progress.recent_active || *id == self.raw.raft.id,
+            in_snapshot: progress.state == ProgressState::Snapshot,
+        });
+        let mut members: Vec<_> = members.filter(|_| leads).collect();
+        members.sort_by_key(|member| member.id);
+        Status {
+            id: self.raw.raft.id,
+            leader: self.leader(),
+            term: self.raw.raft.term,
+            committed: log.committed,
+            applied: log.applied,
+            first: log.first_index(),
+            last: log.last_index(),
+            log_bytes: self.raw.store().bytes(),
+            snapshot: self.snapshot,
+            members,
+        }
+    }
+
+    /// Proposes another membership. What cannot be proposed comes back at once.
+    pub fn change(
+        &mut self,
+        ticket: Ticket,
+        command: &Command,
+        change: &ChangeReplica,
+    ) -> Option<(Ticket, Proposed)> {
+        if !self.leads() {
+            return Some((ticket, Proposed::NotLeader));
+        }
+        if let Some(why) = self.objection(change) {
+            let name = replicas::name(change.id);
+            let rejected = Err(Rejection::WrongState { name, why });
+            return Some((ticket, Proposed::Applied(rejected)));
+        }
+        let single = ConfChangeSingle {
+            change_type: match change.role() {
+                Role::Learner => ConfChangeType::AddLearnerNode,
+                Role::Voter => ConfChangeType::AddNode,
+                Role::Removed | Role::Unspecified => ConfChangeType::RemoveNode,
+            },
+            node_id: change.id,
+            ..ConfChangeSingle::default()
+        };
+        let transition = match change.role() {
+            // No majority changes.
+            Role::Learner => ConfChangeTransition::Auto,
+            // By joint consensus, which the leader ends by itself.
+            _ => ConfChangeTransition::Implicit,
+        };
+        let change = ConfChangeV2 {
+            transition,
+            changes: vec![single].into(),
+            ..ConfChangeV2::default()
+        };
+        let entry = Entry {
+            entry_type: EntryType::EntryConfChangeV2,
+            data: encoded(&change).into(),
+            context: command.encode_to_vec().into(),
+            ..Entry::default()
+        };
+        let mut message = Message::default();
+        message.set_msg_type(MessageType::MsgPropose);
+        message.from = self.raw.raft.id;
+        message.entries = vec![entry].into();
+        let (index, term) = (self.raw.raft.raft_log.last_index() + 1, self.raw.raft.term);
+        if let Err(error) = self.raw.step(message) {
+            tracing::debug!(%error, "a change of membership refused");
+            return Some((ticket, Proposed::NotLeader));
+        }
+        self.proposed.insert(index, (term, ticket));
+        None
+    }
+
+    /// Why the membership should not be changed like that now; what the State says of it comes later.
+    fn objection(&self, change: &ChangeReplica) -> Option<String> {
+        let raft = &self.raw.raft;
+        let joint = !raft.prs().conf().to_conf_state().voters_outgoing.is_empty();
+        if raft.has_pending_conf() || joint {
+            return Some("another change of membership is under way; try again soon".to_owned());
+        }
+        let progress = raft.prs().get(change.id);
+        let matched = progress.map_or(0, |progress| progress.matched);
+        let behind = raft.raft_log.committed.saturating_sub(matched);
+        let role = change.role();
+        if role == Role::Voter && progress.is_some() && behind > BEHIND_MAX {
+            return Some(format!(
+                "it is {behind} entries behind; it gets a vote when it is at most {BEHIND_MAX} behind"
+            ));
+        }
+        if role == Role::Removed && change.id == raft.id {
+            let why = "it leads; hand the leadership over first: batchai admin replica lead";
+            return Some(why.to_owned());
+        }
+        let voters = raft.prs().conf().voters();
+        let stay = raft
+            .prs()
+            .iter()
+            .filter(|(id, _)| voters.contains(**id) && **id != change.id);
+        let (mut all, mut active) = (0, 0);
+        for (id, progress) in stay {
+            all += 1;
+            active += usize::from(progress.recent_active || *id == raft.id);
+        }
+        if role == Role::Removed && voters.contains(change.id) && active <= all / 2 {
+            return Some(format!(
+                "of the {all} that would stay {active} are in contact: that is no majority"
+            ));
+        }
+        None
+    }
+
+    /// Applies a change of membership and what comes with it, both or neither.
+    pub(super) fn apply_membership(
+        &mut self,
+        entry: &Entry,
+    ) -> Result<Option<Result<Vec<Event>, Rejection>>, CoreError> {
+        let index = entry.index;
+        let bad = |why: String| CoreError::Entry { index, why };
+        let mut change = ConfChangeV2::default();
+        let read = change.merge_from_bytes(&entry.data);
+        read.map_err(|error| bad(error.to_string()))?;
+        let mut result = None;
+        if !entry.context.is_empty() {
+            let command = Command::decode(&*entry.context);
+            let command = command.map_err(|error| bad(error.to_string()))?;
+            if !matches!(command.kind, Some(Kind::ChangeReplica(_))) {
+                return Err(bad("it is no change of membership".to_owned()));
+            }
+            let applied = apply(&mut self.state, index, &command);
+            if applied.is_err() {
+                return Ok(Some(applied));
+            }
+            result = Some(applied);
+        }
+        let conf_state = self.raw.apply_conf_change(&change)?;
+        self.raw.mut_store().set_conf_state(conf_state);
+        Ok(result)
+    }
+
+    /// Asks a voter to lead instead. Whether it does is seen by the leader's id.
+    ///
+    /// # Errors
+    /// Says why it cannot.
+    pub fn hand_over(&mut self, to: u64) -> Result<(), String> {
+        let raft = &self.raw.raft;
+        if raft.state != StateRole::Leader {
+            return Err("this replica does not lead".to_owned());
+        }
+        if !raft.prs().conf().voters().contains(to) {
+            return Err("it has no vote".to_owned());
+        }
+        self.raw.transfer_leader(to);
+        Ok(())
+    }
+
+    /// Who could lead instead of this replica: the voter that has most of the log, of those in contact.
+    pub fn heir(&self) -> Option<u64> {
+        let members = self.status().members.into_iter();
+        let others = members.filter(|m| m.votes && m.active && m.id != self.raw.raft.id);
+        others.max_by_key(|member| member.matched).map(|m| m.id)
+    }
+
+    /// A peer was not reached.
+    pub fn unreachable(&mut self, peer: u64) {
+        self.raw.report_unreachable(peer);
+    }
+
+    /// A snapshot came to a peer, or did not.
+    pub fn snapshot_sent(&mut self, peer: u64, arrived: bool) {
+        let status = match arrived {
+            true => SnapshotStatus::Finish,
+            false => SnapshotStatus::Failure,
+        };
+        self.raw.report_snapshot(peer, status);
+    }
+}
+
+fn encoded(message: &impl protobuf::Message) -> Vec<u8> {
+    let bytes = message.write_to_bytes();
+    bytes.expect("what is in memory can be encoded")
+}

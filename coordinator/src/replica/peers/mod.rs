@@ -1,0 +1,217 @@
+//! Lanes to the other replicas, and theirs to this one.
+//!
+//! Each lane is a bounded queue and a task that empties it into one ordered stream. What finds no room, or cannot be sent, is lost:
+//! raft sends it again. A snapshot goes beside the stream, over a connection of its own. Nothing here decides who belongs to the
+//! ensemble: that stands in the State.
+
+mod lane;
+mod service;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use batchai_common::error::ApiError;
+use batchai_proto::internal::v1::replica::Role;
+use batchai_proto::internal::v1::{PeerHello, RecordReplica, SnapshotMark};
+use raft::eraftpb::{Message, MessageType};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::Handle;
+use crate::state::{State, replicas};
+
+pub use lane::Lanes;
+pub use service::PeerDesk;
+
+/// The largest message of a stream: a batch and one entry, which may be as large as a request.
+pub const PEER_BYTES_MAX: usize = 8 << 20;
+
+enum Outgoing {
+    Message(Message),
+    Snapshot(Box<(Message, SnapshotMark, State)>),
+}
+
+/// What is known of a replica that was met.
+#[derive(Clone, Debug)]
+pub struct Met {
+    pub hello: PeerHello,
+    pub last: Instant,
+}
+
+/// The lanes. Cheap to clone.
+#[derive(Clone)]
+pub struct Peers {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    own: PeerHello,
+    lanes: Mutex<BTreeMap<u64, mpsc::Sender<Outgoing>>>,
+    met: Mutex<BTreeMap<u64, Met>>,
+    /// The latest stream of each peer: what an earlier one still brings comes too late.
+    turns: Mutex<BTreeMap<u64, u64>>,
+    /// The ensemble has removed this replica.
+    removed: CancellationToken,
+}
+
+impl Peers {
+    /// Lanes of a replica to nobody yet.
+    pub fn new(own: PeerHello) -> Peers {
+        Peers {
+            shared: Arc::new(Shared {
+                own,
+                lanes: Mutex::default(),
+                met: Mutex::default(),
+                turns: Mutex::default(),
+                removed: CancellationToken::new(),
+            }),
+        }
+    }
+
+    /// Who this replica says it is.
+    pub fn own(&self) -> &PeerHello {
+        &self.shared.own
+    }
+
+    /// Cancelled when another replica says that this one was removed.
+    pub fn removed(&self) -> &CancellationToken {
+        &self.shared.removed
+    }
+
+    /// Sends a message; `false` where it is lost already.
+    pub fn send(&self, message: Message) -> bool {
+        self.queue(message.to, Outgoing::Message(message))
+    }
+
+    /// Sends a message and the snapshot that it names; what becomes of it is told to the replica.
+    pub fn send_snapshot(&self, message: Message, (mark, state): (SnapshotMark, State)) -> bool {
+        let to = message.to;
+        self.queue(to, Outgoing::Snapshot(Box::new((message, mark, state))))
+    }
+
+    fn queue(&self, to: u64, outgoing: Outgoing) -> bool {
+        let lanes = held(&self.shared.lanes);
+        lanes
+            .get(&to)
+            .is_some_and(|lane| lane.try_send(outgoing).is_ok())
+    }
+
+    /// What was learned of the other replicas, by raft id.
+    pub fn met(&self) -> BTreeMap<u64, Met> {
+        held(&self.shared.met).clone()
+    }
+
+    /// What the State should know of the replicas, this one included.
+    pub fn records(&self) -> Vec<RecordReplica> {
+        let met = self.met();
+        let known = met.values().map(|met| &met.hello).chain([&self.shared.own]);
+        known
+            .map(|hello| RecordReplica {
+                id: hello.from,
+                endpoint: hello.endpoint.clone(),
+                store: hello.store.clone(),
+            })
+            .collect()
+    }
+
+    /// A peer was heard of.
+    pub fn heard(&self, hello: &PeerHello) {
+        let last = Instant::now();
+        let hello = hello.clone();
+        held(&self.shared.met).insert(hello.from, Met { hello, last });
+    }
+
+    /// Begins a stream of a peer: from now on earlier ones bring nothing.
+    pub fn turn(&self, peer: u64) -> u64 {
+        let mut turns = held(&self.shared.turns);
+        let turn = turns.entry(peer).or_insert(0);
+        *turn += 1;
+        *turn
+    }
+
+    /// Hands over what a stream brings; `false` where it is not the latest of its peer.
+    pub fn deliver(
+        &self,
+        (peer, turn): (u64, u64),
+        replica: &Handle,
+        messages: Vec<Message>,
+    ) -> bool {
+        let turns = held(&self.shared.turns);
+        if turns.get(&peer) != Some(&turn) {
+            return false;
+        }
+        for message in messages {
+            replica.step(message);
+        }
+        true
+    }
+
+    /// Whether somebody who says hello is who the ensemble knows.
+    ///
+    /// # Errors
+    /// Says why he is not.
+    pub fn check(&self, state: &State, hello: &PeerHello) -> Result<(), ApiError> {
+        let own = &self.shared.own;
+        let name = replicas::name(hello.from);
+        let refuse = |why: String| {
+            let name = name.clone();
+            Err(ApiError::WrongState { name, why })
+        };
+        if hello.ensemble != own.ensemble {
+            return refuse(format!(
+                "it is of ensemble {}, and this one is {}",
+                hello.ensemble, own.ensemble
+            ));
+        }
+        if hello.to != own.from || hello.from == own.from {
+            return refuse(format!(
+                "it looks for {}, and this is {}",
+                hello.to, own.from
+            ));
+        }
+        if state.ensemble.is_empty() {
+            // Nobody is known yet.
+            return Ok(());
+        }
+        let Some(known) = state.replicas.get(&hello.from) else {
+            return refuse(
+                "it does not belong to the ensemble, as far as this replica knows".into(),
+            );
+        };
+        if known.role() == Role::Removed {
+            return Err(ApiError::Expelled { name });
+        }
+        if !known.store.is_empty() && known.store != hello.store {
+            return refuse(
+                "it comes with another store than it had: what it had promised may be forgotten. Remove it, and have it \
+                 join under a new id"
+                    .into(),
+            );
+        }
+        Ok(())
+    }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a peer may say. The rest is for a replica's own use, or comes on another way.
+pub fn is_of_peers(message: &Message, hello: &PeerHello) -> bool {
+    let kind = matches!(
+        message.get_msg_type(),
+        MessageType::MsgAppend
+            | MessageType::MsgAppendResponse
+            | MessageType::MsgRequestVote
+            | MessageType::MsgRequestVoteResponse
+            | MessageType::MsgRequestPreVote
+            | MessageType::MsgRequestPreVoteResponse
+            | MessageType::MsgHeartbeat
+            | MessageType::MsgHeartbeatResponse
+            | MessageType::MsgReadIndex
+            | MessageType::MsgReadIndexResp
+            | MessageType::MsgTimeoutNow
+    );
+    kind && (message.from, message.to) == (hello.from, hello.to)
+}

@@ -1,0 +1,232 @@
+//! What other replicas say to this one.
+
+use std::io::Read;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use batchai_common::error::{ApiError, Fault};
+use batchai_common::tls::Identity;
+use batchai_proto::internal::v1::peer_service_server::PeerService;
+use batchai_proto::internal::v1::{
+    PeerHello, PeerRequest, PeerWelcome, SnapshotMark, SnapshotPiece, SnapshotTaken,
+};
+use bytes::{Buf as _, Bytes};
+use protobuf::Message as _;
+use raft::eraftpb::{Message, MessageType};
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Peers, is_of_peers};
+use crate::access::Who;
+use crate::call::caller;
+use crate::replica::Handle;
+use crate::replica::store::{Snapshots, snapshot};
+use crate::state::State;
+
+/// Pieces of a snapshot that are not read yet.
+const PIECES_MAX: usize = 4;
+
+/// Serves other replicas.
+pub struct PeerDesk {
+    pub peers: Peers,
+    pub replica: Handle,
+    /// Who writes what comes: one at a time.
+    pub snapshots: Arc<Mutex<Box<dyn Snapshots>>>,
+    pub shutdown: CancellationToken,
+}
+
+#[tonic::async_trait]
+impl PeerService for PeerDesk {
+    type ExchangeStream = Pin<Box<dyn Stream<Item = Result<PeerWelcome, Status>> + Send>>;
+
+    async fn exchange(
+        &self,
+        request: Request<Streaming<PeerRequest>>,
+    ) -> Result<Response<Self::ExchangeStream>, Status> {
+        let mut incoming = request.into_inner();
+        let first = incoming.message().await?;
+        let hello = self.check(first.and_then(|first| first.hello))?;
+        let (outbox, replies) = mpsc::channel(1);
+        let welcome = PeerWelcome {
+            hello: Some(PeerHello {
+                to: hello.from,
+                ..self.peers.own().clone()
+            }),
+        };
+        // It has room: nothing was sent yet.
+        let _ = outbox.try_send(Ok(welcome));
+        let turn = (hello.from, self.peers.turn(hello.from));
+        let (peers, replica, shutdown) = (
+            self.peers.clone(),
+            self.replica.clone(),
+            self.shutdown.clone(),
+        );
+        tokio::spawn(async move {
+            let end = tokio::select! {
+                end = take_in(&peers, &replica, &hello, turn, incoming) => end,
+                () = shutdown.cancelled() => Err(Status::unavailable("it is shutting down")),
+                () = outbox.closed() => Ok(()),
+            };
+            if let Err(status) = end {
+                tracing::debug!(
+                    replica = hello.from,
+                    reason = status.message(),
+                    "a peer's stream ended"
+                );
+                // It may be gone.
+                let _ = outbox.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+
+    type SendSnapshotStream = Pin<Box<dyn Stream<Item = Result<SnapshotTaken, Status>> + Send>>;
+
+    async fn send_snapshot(
+        &self,
+        request: Request<Streaming<SnapshotPiece>>,
+    ) -> Result<Response<Self::SendSnapshotStream>, Status> {
+        let mut incoming = request.into_inner();
+        let first = incoming.message().await?.unwrap_or_default();
+        let hello = self.check(first.hello)?;
+        let message = Message::parse_from_bytes(&first.message).map_err(|_| invalid("message"))?;
+        let named = message.get_msg_type() == MessageType::MsgSnapshot;
+        if !named || (message.from, message.to) != (hello.from, hello.to) {
+            return Err(invalid("message"));
+        }
+        let (outbox, replies) = mpsc::channel(1);
+        let (snapshots, replica, shutdown) = (
+            self.snapshots.clone(),
+            self.replica.clone(),
+            self.shutdown.clone(),
+        );
+        tokio::spawn(async move {
+            let taken = tokio::select! {
+                taken = take_snapshot(snapshots, &replica, message, incoming) => taken,
+                () = shutdown.cancelled() => Err(Status::unavailable("it is shutting down")),
+            };
+            if let Err(status) = &taken {
+                let why = status.message();
+                tracing::error!(why, replica = hello.from, "a snapshot is not taken in");
+            }
+            // It may be gone.
+            let _ = outbox.send(taken.map(|()| SnapshotTaken {})).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+}
+
+impl PeerDesk {
+    fn check(&self, hello: Option<PeerHello>) -> Result<PeerHello, Status> {
+        let hello = hello.ok_or_else(|| invalid("hello"))?;
+        let caller = caller();
+        let shown = match &caller.who {
+            Who::Lab => true,
+            Who::Known(Identity::Replica { id }) => *id == hello.from,
+            _ => false,
+        };
+        if !shown {
+            return Err(ApiError::Forbidden {
+                caller: caller.label(),
+                permission: "to speak for a replica".to_owned(),
+                name: crate::state::replicas::name(hello.from),
+            }
+            .into());
+        }
+        let state = self.replica.published().borrow().state.clone();
+        self.peers.check(&state, &hello)?;
+        self.peers.heard(&hello);
+        Ok(hello)
+    }
+}
+
+async fn take_in(
+    peers: &Peers,
+    replica: &Handle,
+    hello: &PeerHello,
+    turn: (u64, u64),
+    mut incoming: Streaming<PeerRequest>,
+) -> Result<(), Status> {
+    while let Some(request) = incoming.message().await? {
+        let mut messages = Vec::with_capacity(request.messages.len());
+        for bytes in &request.messages {
+            let message = Message::parse_from_bytes(bytes).map_err(|_| invalid("messages"))?;
+            if !is_of_peers(&message, hello) {
+                return Err(invalid("messages"));
+            }
+            messages.push(message);
+        }
+        // It may have been removed since it said hello.
+        peers.check(&replica.published().borrow().state, hello)?;
+        peers.heard(hello);
+        if !peers.deliver(turn, replica, messages) {
+            return Err(Status::aborted("a later stream has begun"));
+        }
+    }
+    Ok(())
+}
+
+fn invalid(field: &str) -> Status {
+    ApiError::Invalid(vec![Fault::new(field, "is not what a replica sends")]).into()
+}
+
+/// Reads a snapshot as it comes, and writes it: it survives a power cut before the replica is told of it.
+async fn take_snapshot(
+    snapshots: Arc<Mutex<Box<dyn Snapshots>>>,
+    replica: &Handle,
+    message: Message,
+    mut incoming: Streaming<SnapshotPiece>,
+) -> Result<(), Status> {
+    let (sender, pieces) = mpsc::channel(PIECES_MAX);
+    let write = tokio::task::spawn_blocking(move || write(&snapshots, pieces));
+    while let Some(piece) = incoming.message().await? {
+        if sender.send(piece.data).await.is_err() {
+            // It was refused: why, is said below.
+            break;
+        }
+    }
+    drop(sender);
+    let written = write.await;
+    let written = written.map_err(|error| Status::internal(error.to_string()))?;
+    let (mark, state) = written.map_err(Status::data_loss)?;
+    tracing::info!(index = mark.index, "snapshot came");
+    let stepped = replica.step_snapshot(message, mark, state);
+    stepped.map_err(|error| Status::unavailable(error.to_string()))
+}
+
+fn write(
+    snapshots: &Mutex<Box<dyn Snapshots>>,
+    pieces: mpsc::Receiver<Bytes>,
+) -> Result<(SnapshotMark, State), String> {
+    let mut snapshots = snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut pieces = Pieces {
+        pieces,
+        rest: Bytes::new(),
+    };
+    let (mark, state) = snapshot::decode(&mut pieces)?;
+    let written = snapshots.write(&mark, &state);
+    written.map_err(|error| error.to_string())?;
+    Ok((mark, state))
+}
+
+struct Pieces {
+    pieces: mpsc::Receiver<Bytes>,
+    rest: Bytes,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        while self.rest.is_empty() {
+            match self.pieces.blocking_recv() {
+                Some(piece) => self.rest = piece,
+                None => return Ok(0),
+            }
+        }
+        let length = into.len().min(self.rest.len());
+        self.rest.copy_to_slice(&mut into[..length]);
+        Ok(length)
+    }
+}

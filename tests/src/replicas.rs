@@ -1,0 +1,260 @@
+//! An ensemble of several coordinators, as processes of their own on loopback, and agents that know all of them.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::ensemble::{IN, SIZE};
+use crate::process::{Process, sweep, under_test, until};
+
+/// Several coordinators.
+pub struct Replicas {
+    dir: TempDir,
+    endpoints: BTreeMap<u64, String>,
+    args: Vec<String>,
+    pub processes: BTreeMap<u64, Process>,
+    pub agents: BTreeMap<String, Process>,
+    token: String,
+}
+
+impl Replicas {
+    /// Starts so many, numbered from 1 on, each with these arguments.
+    pub fn start(count: u64, args: &[&str]) -> Replicas {
+        let dir = tempfile::Builder::new()
+            .prefix("batchai-test-")
+            .tempdir()
+            .expect("a directory");
+        let mut replicas = Replicas {
+            dir,
+            endpoints: BTreeMap::new(),
+            args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+            processes: BTreeMap::new(),
+            agents: BTreeMap::new(),
+            token: String::new(),
+        };
+        let mut init = vec!["coordinator".to_owned(), "init".to_owned()];
+        init.extend(["--data".to_owned(), replicas.data(1).display().to_string()]);
+        for id in 1..=count {
+            let endpoint = replicas.draw(id);
+            init.extend(["--replica".to_owned(), format!("{id}={endpoint}")]);
+        }
+        let made = Command::new(under_test()).args(&init).output();
+        let made = made.expect("the command under test can be started");
+        assert!(made.status.success(), "{made:?}");
+        for id in 2..=count {
+            replicas.take_there(id);
+        }
+        for id in 1..=count {
+            replicas.begin(id);
+        }
+        for id in 1..=count {
+            replicas.ready(id);
+        }
+        replicas
+    }
+
+    /// Draws an address for a replica: a port that was free a moment ago, kept over its restarts.
+    pub fn draw(&mut self, id: u64) -> String {
+        let probe = TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
+        let address = probe.local_addr().expect("it is bound");
+        let endpoint = format!("https://{address}");
+        self.endpoints.insert(id, endpoint.clone());
+        endpoint
+    }
+
+    /// Takes the data directory that was made for a replica to its place.
+    pub fn take_there(&self, id: u64) {
+        let made = self.data(1).join("replicas").join(id.to_string());
+        std::fs::rename(made, self.data(id)).expect("it was made");
+    }
+
+    pub fn data(&self, id: u64) -> PathBuf {
+        self.dir.path().join(id.to_string())
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn endpoint(&self, id: u64) -> &str {
+        &self.endpoints[&id]
+    }
+
+    /// Starts the process of a replica, and does not wait.
+    pub fn begin(&mut self, id: u64) {
+        let log = self.dir.path().join(format!("replica-{id}.log"));
+        let listen = self.endpoints[&id]
+            .trim_start_matches("https://")
+            .to_owned();
+        let data = self.data(id).display().to_string();
+        let args = ["coordinator", "--listen", &listen, "--data", &data];
+        let more = self.args.iter().map(String::as_str);
+        let process = Process::start(args.into_iter().chain(more), &log);
+        self.processes.insert(id, process);
+    }
+
+    /// Waits until it serves.
+    pub fn ready(&mut self, id: u64) {
+        let process = self.processes.get_mut(&id).expect("it was started");
+        process.line("ready ");
+    }
+
+    pub fn restart(&mut self, id: u64) {
+        self.begin(id);
+        self.ready(id);
+    }
+
+    pub fn kill(&mut self, id: u64) {
+        let mut process = self.processes.remove(&id).expect("it runs");
+        process.kill();
+    }
+
+    /// All endpoints, as clients are given them.
+    pub fn list(&self) -> String {
+        let all: Vec<_> = self.endpoints.values().cloned().collect();
+        all.join(",")
+    }
+
+    pub fn command_at(&self, endpoint: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(under_test());
+        command
+            .args(args)
+            .env("BATCHAI_ENDPOINT", endpoint)
+            .env("BATCHAI_CREDENTIALS", self.data(1).join("admin.pem"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn output(&self, endpoint: &str, args: &[&str]) -> Output {
+        let output = self.command_at(endpoint, args).output();
+        output.expect("the command under test can be started")
+    }
+
+    /// Runs the command with all endpoints and expects success; returns what it printed.
+    pub fn ok(&self, args: &[&str]) -> String {
+        self.ok_at(&self.list(), args)
+    }
+
+    pub fn ok_at(&self, endpoint: &str, args: &[&str]) -> String {
+        let output = self.output(endpoint, args);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {error}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Runs it and expects failure; returns what it said.
+    pub fn fails(&self, args: &[&str]) -> String {
+        self.fails_at(&self.list(), args)
+    }
+
+    pub fn fails_at(&self, endpoint: &str, args: &[&str]) -> String {
+        let output = self.output(endpoint, args);
+        assert!(!output.status.success(), "{args:?} succeeded");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    pub fn json_at(&self, endpoint: &str, args: &[&str]) -> Value {
+        serde_json::from_slice(&self.output(endpoint, args).stdout).unwrap_or(Value::Null)
+    }
+
+    /// How the ensemble is, as a replica sees it.
+    pub fn status_of(&self, id: u64) -> Value {
+        self.json_at(&self.endpoints[&id], &["admin", "status"])
+    }
+
+    /// The replica that leads, as all that run agree.
+    pub fn leader(&self) -> u64 {
+        until("a leader", || {
+            let seen: Vec<_> = self
+                .processes
+                .keys()
+                .map(|id| self.status_of(*id)["leaderId"].as_str().map(str::to_owned))
+                .collect();
+            let first: u64 = seen.first()?.as_ref()?.parse().ok()?;
+            let agreed = seen.iter().all(|other| other == &seen[0]);
+            (agreed && self.processes.contains_key(&first)).then_some(first)
+        })
+    }
+
+    /// Starts an agent that knows all replicas.
+    pub fn start_agent(&mut self, name: &str) {
+        if self.token.is_empty() {
+            let token = ["node", "token", "create", "-n", "test", "--uses", "1000"];
+            self.token = self.ok(&token).trim().to_owned();
+        }
+        let dir = |what: &str| self.dir.path().join(what).join(name).display().to_string();
+        let (data, root, list) = (dir("agents"), dir("nodes"), self.list());
+        let args = [
+            "node-agent",
+            "--coordinator",
+            &list,
+            "--name",
+            name,
+            "--data",
+            &data,
+            "--root",
+            &root,
+            "--vm-size",
+            SIZE,
+            "--job-user",
+            "self",
+        ];
+        let log = self.dir.path().join(format!("{name}.log"));
+        let process = Process::start_with(args, &[("BATCHAI_JOIN_TOKEN", &self.token)], &log);
+        self.agents.insert(name.to_owned(), process);
+    }
+
+    /// Creates a cluster `c` of so many nodes, and what it lies in.
+    pub fn create_cluster(&self, nodes: usize) {
+        self.ok(&["group", "create", "-n", "g"]);
+        self.ok(&["workspace", "create", "-g", "g", "-n", "w"]);
+        self.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
+        let target = nodes.to_string();
+        self.ok(&[
+            "cluster", "create", "-g", "g", "-w", "w", "-n", "c", "-s", SIZE, "-t", &target,
+        ]);
+    }
+
+    /// Submits a job of one process.
+    pub fn submit(&self, name: &str, command: &str) {
+        let properties = serde_json::json!({
+            "nodeCount": 1,
+            "customToolkitSettings": { "commandLine": command },
+            "stdOutErrPathPrefix": self.path().join("out"),
+        });
+        let path = self.path().join(format!("{name}.json"));
+        let file = serde_json::json!({ "$schema": "job.json", "properties": properties });
+        std::fs::write(&path, file.to_string()).expect("the directory is writable");
+        let path = path.display().to_string();
+        let mut args = vec!["job", "create", "-n", name, "-c", "c", "-f", &path];
+        args.extend(IN);
+        self.ok(&args);
+    }
+
+    pub fn job(&self, name: &str) -> Value {
+        let mut args = vec!["job", "show", "-n", name];
+        args.extend(IN);
+        self.json_at(&self.list(), &args)
+    }
+
+    /// Ends an agent or a replica as an administrator does; returns whether it ended well.
+    pub fn stop(&mut self, id: u64) -> bool {
+        let mut process = self.processes.remove(&id).expect("it runs");
+        process.signal(Signal::SIGTERM);
+        process.wait().success()
+    }
+}
+
+impl Drop for Replicas {
+    fn drop(&mut self) {
+        self.agents.clear();
+        self.processes.clear();
+        // Shims outlive their agents by design.
+        sweep(self.dir.path());
+    }
+}
