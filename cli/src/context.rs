@@ -18,6 +18,14 @@ const ENDPOINT_DEFAULT: &str = "https://127.0.0.1:7070";
 /// A token to show, without which others on this machine see it: it is no option.
 const TOKEN: &str = "BATCHAI_TOKEN";
 
+/// The file of credentials, where none is typed.
+const CREDENTIALS: &str = "BATCHAI_CREDENTIALS";
+
+fn credentials() -> Option<PathBuf> {
+    let path = std::env::var_os(CREDENTIALS).filter(|path| !path.is_empty());
+    path.map(PathBuf::from)
+}
+
 /// What is kept, by setting.
 type Kept = BTreeMap<String, String>;
 
@@ -34,7 +42,7 @@ impl Context {
         Ok(Context {
             printer: Printer::new(global.output, global.query.as_deref())?,
             endpoint: global.endpoint.clone(),
-            credentials: global.credentials.clone(),
+            credentials: global.credentials.clone().or_else(credentials),
             kept: read()?,
         })
     }

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use batchai_common::tls::CredentialsError;
+use batchai_common::tls::credentials::write_private;
 use batchai_proto::internal::v1::{PeerHello, ReplicaIdentity};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -21,6 +23,9 @@ use crate::replica::store::disk::DiskStore;
 use crate::replica::store::{FORMAT, Snapshots, StoreError};
 use crate::replica::{self, Handle, Running};
 use crate::secrets::KeyringError;
+
+/// Says which store this data directory has had: beside it, so that it does not go with it.
+const BEGUN: &str = "begun";
 
 /// Why a coordinator does not start or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +58,15 @@ pub enum ServerError {
         "the ensemble has removed this replica; to have it back, join under a new id with an empty data directory"
     )]
     Removed,
+    #[error(
+        "{path}: the store that this replica had is not there, and what it promised with it. Bring it back from where it is; or \
+         remove this replica, and have it join under a new id with an empty data directory. One that is alone and is to begin \
+         anew takes an empty data directory as well",
+        path = .path.display()
+    )]
+    Gone { path: PathBuf },
+    #[error(transparent)]
+    Mark(#[from] CredentialsError),
     #[error(transparent)]
     Keyring(#[from] KeyringError),
     #[error(transparent)]
@@ -124,8 +138,27 @@ pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
         voters: ensemble.voters(),
         store: uuid::Uuid::new_v4().to_string(),
     };
-    let (store, recovered) = DiskStore::open(&config.data.join("replica"), &new)?;
+    let (path, begun) = (config.data.join("replica"), config.data.join(BEGUN));
+    let known = match fs::read_to_string(&begun) {
+        Ok(store) => Some(store),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(source) => {
+            return Err(ServerError::Data {
+                path: begun,
+                source,
+            });
+        }
+    };
+    if known.is_some() && !path.exists() {
+        return Err(ServerError::Gone { path });
+    }
+    let (store, recovered) = DiskStore::open(&path, &new)?;
     let identity = &recovered.identity;
+    match known {
+        None => write_private(&begun, &identity.store)?,
+        Some(store) if store == identity.store => {}
+        Some(_) => return Err(ServerError::Gone { path }),
+    }
     if identity.replica_id != ensemble.replica {
         return Err(ServerError::OtherReplica {
             path: config.data.clone(),

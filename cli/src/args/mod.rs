@@ -58,13 +58,8 @@ pub struct Global {
     )]
     pub endpoint: Option<String>,
     /// PEM file with your certificate, its key, and whom you trust.
-    #[arg(
-        long,
-        global = true,
-        env = "BATCHAI_CREDENTIALS",
-        value_name = "FILE",
-        hide_env = true
-    )]
+    // The variable for it is read elsewhere: daemons have an option of this name, and it is not for them.
+    #[arg(long, global = true, value_name = "FILE")]
     pub credentials: Option<PathBuf>,
     /// How to print; jsonc is in colours, tsv has tabs between values.
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Json)]

@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt as _, Full};
 use tonic::body::Body;
 use tonic::transport::{Channel, Error};
@@ -63,21 +63,33 @@ impl Route {
             std::future::poll_fn(|context| channel.poll_ready(context)).await?;
             channel.call(request).await
         };
-        let answer = sent.await;
-        let not_done = match &answer {
-            Ok(response) => match refusal(response) {
-                None => false,
+        match sent.await {
+            Ok(response) => match refusal(response.headers()) {
+                None => (Ok(self.listening(url, response)), false),
                 Some(leader) => {
                     self.go_on(&url, leader);
-                    true
+                    (Ok(response), true)
                 }
             },
             Err(error) => {
                 self.go_on(&url, None);
-                was_not_sent(error)
+                let not_sent = was_not_sent(&error);
+                (Err(error), not_sent)
             }
-        };
-        (answer, not_done)
+        }
+    }
+
+    /// A stream may end with the word that another one leads: the next call goes there.
+    fn listening(&self, url: String, response: Response<Body>) -> Response<Body> {
+        let (parts, body) = response.into_parts();
+        let route = self.clone();
+        let body = body.map_frame(move |frame| {
+            if let Some(leader) = frame.trailers_ref().and_then(refusal) {
+                route.go_on(&url, leader);
+            }
+            frame
+        });
+        Response::from_parts(parts, Body::new(body))
     }
 
     /// Turns from a replica to the one that it names, or to the next.
@@ -145,9 +157,8 @@ impl Service<Request<Body>> for Route {
 }
 
 /// Whether a replica says that it cannot do what is asked, and has done nothing; and who can, if it knows.
-fn refusal(response: &Response<Body>) -> Option<Option<String>> {
-    let status = Status::from_header_map(response.headers())?;
-    leader(&status)
+fn refusal(headers: &HeaderMap) -> Option<Option<String>> {
+    leader(&Status::from_header_map(headers)?)
 }
 
 /// The same of a status that came in the course of a stream.

@@ -173,8 +173,8 @@ impl Reader {
                     });
                 }
             }
-            if let Some(home) = self.home(attempt.as_deref()) {
-                return Err(home);
+            if let Some(elsewhere) = self.elsewhere(attempt.as_deref()) {
+                return Err(elsewhere);
             }
             // Only a job that has ended gets no other attempt.
             announced = match self.job_ended() {
@@ -213,15 +213,21 @@ impl Reader {
             .cloned())
     }
 
-    /// Where the file lies, if that is not here and no more of it comes.
-    fn home(&self, attempt: Option<&Attempt>) -> Option<ApiError> {
-        let home = attempt.filter(|_| self.job_ended())?.log_home as u64;
+    /// Where to ask for a file that is not here: the leader gets what is still written; of what has ended, the replica that led
+    /// when it began has it as well.
+    fn elsewhere(&self, attempt: Option<&Attempt>) -> Option<ApiError> {
+        let home = attempt.map_or(0, |attempt| attempt.log_home as u64);
+        let ended = self.job_ended();
+        if ended && home == self.replica.id() {
+            return None;
+        }
+        if let Err(error) = self.replica.must_lead() {
+            return Some(error);
+        }
         let published = self.replica.published();
-        let state = &published.borrow().state;
-        let known = state.replicas.get(&home);
-        let elsewhere =
-            known.filter(|known| home != self.replica.id() && !known.endpoint.is_empty());
-        elsewhere.map(|known| ApiError::Unavailable {
+        let known = published.borrow().state.replicas.get(&home).cloned();
+        let known = known.filter(|known| ended && !known.endpoint.is_empty());
+        known.map(|known| ApiError::Unavailable {
             why: format!("replica {home} has the logs of this attempt"),
             leader: Some(known.endpoint.clone()),
         })

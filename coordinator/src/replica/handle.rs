@@ -1,6 +1,7 @@
 //! What others hold of a replica: they ask, and its loop answers.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
@@ -15,8 +16,11 @@ use tokio::sync::{oneshot, watch};
 use super::core::Status;
 use super::hub::Hub;
 use super::store::StoreError;
+use super::thread::REQUESTS_MAX;
 use crate::state::{Rejection, State};
 
+/// Requests of clients that may wait.
+const CLIENTS_MAX: usize = REQUESTS_MAX / 4 * 3;
 /// How long another replica may take to lead after it was asked to.
 const HAND_OVER_MAX: Duration = Duration::from_secs(2);
 
@@ -79,6 +83,7 @@ pub(super) enum Request {
 #[derive(Clone)]
 pub struct Handle {
     pub(super) id: u64,
+    pub(super) clients: Arc<AtomicUsize>,
     pub(super) requests: SyncSender<Request>,
     pub(super) published: watch::Receiver<Published>,
     pub(super) role: watch::Receiver<Role>,
@@ -120,7 +125,7 @@ impl Handle {
     /// A State that has everything that was acknowledged, by any replica, before this call.
     pub async fn read(&self) -> Result<State, ReplicaError> {
         let (reply, answer) = oneshot::channel();
-        self.request(Request::Read(reply))?;
+        self.of_client(Request::Read(reply))?;
         self.answer(answer).await?;
         Ok(self.published.borrow().state.clone())
     }
@@ -177,7 +182,8 @@ impl Handle {
         self.answer(answer).await?;
         let done = role.wait_for(|role| !role.leads && role.leader.is_some());
         match tokio::time::timeout(HAND_OVER_MAX, done).await {
-            Ok(Ok(_)) => Ok(()),
+            Ok(Ok(role)) if to.is_none_or(|to| role.leader == Some(to)) => Ok(()),
+            Ok(Ok(_)) => Err(ReplicaError::Refused("another one leads now".to_owned())),
             Ok(Err(_)) => Err(ReplicaError::Stopped),
             Err(_) => Err(ReplicaError::TimedOut),
         }
@@ -239,8 +245,21 @@ impl Handle {
             request,
             kind: Some(kind),
         });
-        self.request(Request::Propose(command, reply))?;
+        self.of_client(Request::Propose(command, reply))?;
         Ok(answer)
+    }
+
+    /// Takes a place among the clients' requests: however many there are, they leave room for what peers say.
+    fn of_client(&self, request: Request) -> Result<(), ReplicaError> {
+        if self.clients.fetch_add(1, Ordering::Relaxed) >= CLIENTS_MAX {
+            self.clients.fetch_sub(1, Ordering::Relaxed);
+            return Err(ReplicaError::Busy);
+        }
+        let sent = self.request(request);
+        if sent.is_err() {
+            self.clients.fetch_sub(1, Ordering::Relaxed);
+        }
+        sent
     }
 
     fn request(&self, request: Request) -> Result<(), ReplicaError> {

@@ -49,6 +49,10 @@ impl Log {
         self.hard_state = hard_state;
     }
 
+    pub fn hard_state(&self) -> &HardState {
+        &self.hard_state
+    }
+
     pub fn set_commit(&mut self, commit: u64) {
         self.hard_state.commit = commit;
     }

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use crate::state::State;
 /// Ticks that were missed, after a slow sync, are not all made up for: that would be an election.
 const TICKS_AT_ONCE_MAX: u32 = 3;
 /// Requests that may wait for the loop.
-const REQUESTS_MAX: usize = 4096;
+pub(super) const REQUESTS_MAX: usize = 4096;
 /// After a snapshot that could not be written.
 const SNAPSHOT_PAUSE: Duration = Duration::from_secs(60);
 /// Proposals that share one sync.
@@ -52,6 +53,7 @@ pub fn start<S: LogStore + 'static>(
     let own = requests.clone();
     let handle = Handle {
         id: core.status().id,
+        clients: Arc::default(),
         requests,
         published,
         role,
@@ -61,6 +63,7 @@ pub fn start<S: LogStore + 'static>(
         core,
         receiver,
         peers,
+        clients: handle.clients.clone(),
         tick: election / ELECTION_TICKS as u32,
         publisher,
         role: role_sender,
@@ -90,6 +93,8 @@ struct Loop<S> {
     core: Core<S>,
     receiver: Receiver<Request>,
     peers: Peers,
+    /// Requests of clients that wait.
+    clients: Arc<AtomicUsize>,
     tick: Duration,
     publisher: watch::Sender<Published>,
     role: watch::Sender<Role>,
@@ -178,6 +183,9 @@ impl<S: LogStore> Loop<S> {
             .chain(self.receiver.try_iter())
             .take(BATCH_MAX);
         for request in waiting.collect::<Vec<_>>() {
+            if matches!(request, Request::Propose(..) | Request::Read(_)) {
+                self.clients.fetch_sub(1, Ordering::Relaxed);
+            }
             match request {
                 Request::Propose(command, reply) => {
                     self.next_ticket += 1;
@@ -301,6 +309,9 @@ impl<S: LogStore> Loop<S> {
             Ok(_) => self.writing = Some(kept),
             Err(error) => {
                 tracing::error!(%error, "a snapshot cannot be written");
+                for reply in kept.1 {
+                    answer(reply, Err(ReplicaError::Refused(error.to_string())));
+                }
                 self.not_before = Instant::now() + SNAPSHOT_PAUSE;
             }
         }

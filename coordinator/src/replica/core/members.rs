@@ -25,7 +25,7 @@ pub struct Member {
     pub votes: bool,
     /// Up to where it is known to have the log.
     pub matched: u64,
-    /// It was heard of since the last time that the leader asked itself.
+    /// It was heard of lately.
     pub active: bool,
     /// It is being sent a snapshot.
     pub in_snapshot: bool,
@@ -58,7 +58,7 @@ impl<S: LogStore> Core<S> {
             id: *id,
             votes: voters.contains(*id),
             matched: progress.matched,
-            active: progress.recent_active || *id == self.raw.raft.id,
+            active: self.is_active(*id),
             in_snapshot: progress.state == ProgressState::Snapshot,
         });
         let mut members: Vec<_> = members.filter(|_| leads).collect();
@@ -101,14 +101,10 @@ impl<S: LogStore> Core<S> {
             node_id: change.id,
             ..ConfChangeSingle::default()
         };
-        let transition = match change.role() {
-            // No majority changes.
-            Role::Learner => ConfChangeTransition::Auto,
-            // By joint consensus, which the leader ends by itself.
-            _ => ConfChangeTransition::Implicit,
-        };
         let change = ConfChangeV2 {
-            transition,
+            // One at a time: any majority before has a member in any majority after, so that no joint configuration is needed, which
+            // the one that goes would have to help to leave.
+            transition: ConfChangeTransition::Auto,
             changes: vec![single].into(),
             ..ConfChangeV2::default()
         };
@@ -138,35 +134,41 @@ impl<S: LogStore> Core<S> {
         if raft.has_pending_conf() || joint {
             return Some("another change of membership is under way; try again soon".to_owned());
         }
-        let progress = raft.prs().get(change.id);
-        let matched = progress.map_or(0, |progress| progress.matched);
-        let behind = raft.raft_log.committed.saturating_sub(matched);
-        let role = change.role();
-        if role == Role::Voter && progress.is_some() && behind > BEHIND_MAX {
-            return Some(format!(
-                "it is {behind} entries behind; it gets a vote when it is at most {BEHIND_MAX} behind"
-            ));
-        }
+        let (role, progress) = (change.role(), raft.prs().get(change.id));
         if role == Role::Removed && change.id == raft.id {
             let why = "it leads; hand the leadership over first: batchai admin replica lead";
             return Some(why.to_owned());
         }
+        if role == Role::Voter
+            && let Some(progress) = progress
+        {
+            let behind = raft.raft_log.committed.saturating_sub(progress.matched);
+            if !self.is_active(change.id) || progress.matched == 0 {
+                return Some(
+                    "it is not in contact: look at its log, and at its address".to_owned(),
+                );
+            }
+            if behind > BEHIND_MAX {
+                return Some(format!(
+                    "it is {behind} entries behind; it gets a vote when it is at most {BEHIND_MAX} behind"
+                ));
+            }
+        }
         let voters = raft.prs().conf().voters();
-        let stay = raft
-            .prs()
-            .iter()
-            .filter(|(id, _)| voters.contains(**id) && **id != change.id);
         let (mut all, mut active) = (0, 0);
-        for (id, progress) in stay {
-            all += 1;
-            active += usize::from(progress.recent_active || *id == raft.id);
+        for (id, _) in raft.prs().iter() {
+            let votes = match *id == change.id {
+                true => role == Role::Voter,
+                false => voters.contains(*id),
+            };
+            all += usize::from(votes);
+            active += usize::from(votes && self.is_active(*id));
         }
-        if role == Role::Removed && voters.contains(change.id) && active <= all / 2 {
-            return Some(format!(
-                "of the {all} that would stay {active} are in contact: that is no majority"
-            ));
-        }
-        None
+        // A learner, who comes or goes, changes no majority.
+        let changes = role == Role::Voter || voters.contains(change.id);
+        (changes && active <= all / 2).then(|| {
+            format!("of the {all} that would vote {active} are in contact: that is no majority")
+        })
     }
 
     /// Applies a change of membership and what comes with it, both or neither.
@@ -192,6 +194,12 @@ impl<S: LogStore> Core<S> {
             }
             result = Some(applied);
         }
+        // A replica that starts again must not count by an older membership: it looks for changes among what it knows to be decided,
+        // and what is decided is otherwise not written for its own sake.
+        let mut hard_state = self.raw.store().hard_state().clone();
+        hard_state.commit = hard_state.commit.max(index);
+        self.store.append(&[], Some(&hard_state))?;
+        self.raw.mut_store().set_hard_state(hard_state);
         let conf_state = self.raw.apply_conf_change(&change)?;
         self.raw.mut_store().set_conf_state(conf_state);
         Ok(result)
@@ -208,6 +216,13 @@ impl<S: LogStore> Core<S> {
         }
         if !raft.prs().conf().voters().contains(to) {
             return Err("it has no vote".to_owned());
+        }
+        let known = raft.prs().get(to);
+        let behind = known.map_or(u64::MAX, |p| {
+            raft.raft_log.committed.saturating_sub(p.matched)
+        });
+        if behind > BEHIND_MAX || !self.is_active(to) {
+            return Err("it is not in contact, or far behind".to_owned());
         }
         self.raw.transfer_leader(to);
         Ok(())

@@ -111,12 +111,15 @@ pub struct Core<S> {
     /// How much was applied since.
     unsaved_bytes: u64,
     policy: SnapshotPolicy,
+    /// Ticks since it began, and when each peer was last heard of: raft's own notes of that are forgotten at every look.
+    ticks: u64,
+    heard: BTreeMap<u64, u64>,
     /// Index -> term and ticket of what this replica proposed and has not seen applied.
     proposed: BTreeMap<u64, (u64, Ticket)>,
     /// Index -> reads that wait for it to be applied.
     reading: BTreeMap<u64, Vec<Ticket>>,
-    /// A snapshot that came and was written, until raft takes it or goes past it.
-    came: Option<(SnapshotMark, State)>,
+    /// Snapshots that came and were written, until raft has taken one of them, or none.
+    came: Vec<(SnapshotMark, State)>,
 }
 
 impl<S: LogStore> Core<S> {
@@ -176,9 +179,11 @@ impl<S: LogStore> Core<S> {
             snapshot: mark.index,
             unsaved_bytes: 0,
             policy,
+            ticks: 0,
+            heard: BTreeMap::new(),
             proposed: BTreeMap::new(),
             reading: BTreeMap::new(),
-            came: None,
+            came: Vec::new(),
         })
     }
 
@@ -210,6 +215,7 @@ impl<S: LogStore> Core<S> {
 
     /// One tick of the clock.
     pub fn tick(&mut self) {
+        self.ticks += 1;
         self.raw.tick();
     }
 
@@ -222,7 +228,15 @@ impl<S: LogStore> Core<S> {
             let why = "it came without what it names".to_owned();
             return Err(CoreError::Snapshot { why });
         }
+        self.heard.insert(message.from, self.ticks);
         Ok(self.raw.step(message)?)
+    }
+
+    /// A replica was heard of within the time in which an election begins.
+    fn is_active(&self, id: u64) -> bool {
+        let last = self.heard.get(&id);
+        let lately = |last: &u64| self.ticks - last < 2 * ELECTION_TICKS as u64;
+        id == self.raw.raft.id || last.is_some_and(lately)
     }
 
     /// Proposes commands, all in one message: they share a write and a sync. Returns those that cannot be proposed.
@@ -313,6 +327,7 @@ impl<S: LogStore> Core<S> {
             self.install(ready.snapshot())?;
             output.jumped = Some(self.state.revision);
         }
+        self.came.clear();
         self.apply(ready.take_committed_entries(), output)?;
         if ready.must_sync() {
             self.store.append(ready.entries(), ready.hs())?;

@@ -75,7 +75,7 @@ impl<S: LogStore> Core<S> {
             let why = "it is not the one that was announced".to_owned();
             return Err(CoreError::Snapshot { why });
         }
-        self.came = Some((mark, state));
+        self.came.push((mark, state));
         Ok(self.raw.step(message)?)
     }
 
@@ -89,8 +89,8 @@ impl<S: LogStore> Core<S> {
     /// Takes a snapshot in, in place of everything that was there.
     pub(super) fn install(&mut self, snapshot: &Snapshot) -> Result<(), CoreError> {
         let meta = snapshot.get_metadata();
-        let came = self.came.take();
-        let came = came.filter(|(mark, _)| (mark.index, mark.term) == (meta.index, meta.term));
+        let mut came = self.came.drain(..);
+        let came = came.find(|(mark, _)| (mark.index, mark.term) == (meta.index, meta.term));
         let (mark, state) = came.ok_or_else(|| CoreError::Snapshot {
             why: "what raft wants to take is not what came".to_owned(),
         })?;

@@ -1,7 +1,8 @@
 use std::collections::BTreeMap;
 
 use batchai_proto::internal::v1::command::Kind;
-use batchai_proto::internal::v1::{InitEnsemble, ReplicaIdentity};
+use batchai_proto::internal::v1::replica::Role;
+use batchai_proto::internal::v1::{ChangeReplica, InitEnsemble, ReplicaIdentity};
 use batchai_proto::v1;
 
 use super::*;
@@ -289,4 +290,84 @@ fn a_follower_that_is_far_behind_gets_a_snapshot() {
     assert_eq!(net.cores[&behind].raw.raft.raft_log.applied, applied);
     let jumped = net.outputs[&behind].jumped;
     assert!(jumped.is_some_and(|revision| revision > 30), "{jumped:?}");
+}
+
+fn join(id: u64, role: Role) -> (Command, ChangeReplica) {
+    let change = ChangeReplica {
+        id,
+        role: role as i32,
+        endpoint: "https://a:1".into(),
+    };
+    let command = Command {
+        time: None,
+        request: None,
+        kind: Some(Kind::ChangeReplica(change.clone())),
+    };
+    (command, change)
+}
+
+/// Found by reading: a replica that began alone and has grown to three must not lead by itself when it starts again.
+#[test]
+fn who_began_alone_does_not_lead_alone_after_others_joined() {
+    let store = MemoryStore::default();
+    let mut net = Net::new(&[1]);
+    net.cores.insert(1, start(&store, 1, &[1]));
+    net.elect();
+    let refused = net.cores.get_mut(&1).unwrap().propose(&[(1, init())]);
+    assert!(refused.is_empty());
+    net.settle();
+    for id in [2, 3] {
+        net.cores
+            .insert(id, start(&MemoryStore::default(), id, &[1]));
+        for role in [Role::Learner, Role::Voter] {
+            let (command, change) = join(id, role);
+            let refused = net.cores.get_mut(&1).unwrap().change(9, &command, &change);
+            assert!(refused.is_none(), "{refused:?}");
+            // It answers the leader before it gets a vote.
+            for _ in 0..5 {
+                net.settle();
+                net.cores.values_mut().for_each(Core::tick);
+            }
+            net.settle();
+        }
+    }
+    assert_eq!(net.cores[&1].status().members.len(), 3);
+    let mut alone = start(&store, 1, &[1]);
+    alone.all_ready(&mut |_| {}).unwrap();
+    for _ in 0..100 {
+        alone.tick();
+        alone.all_ready(&mut |_| {}).unwrap();
+        assert!(!alone.leads(), "it knows that others vote");
+    }
+    assert_eq!(alone.state().replicas.len(), 2);
+}
+
+#[test]
+fn a_vote_is_given_only_where_a_majority_stays_in_contact() {
+    let mut net = Net::new(&[1]);
+    net.elect();
+    assert!(
+        net.cores
+            .get_mut(&1)
+            .unwrap()
+            .propose(&[(1, init())])
+            .is_empty()
+    );
+    net.settle();
+    let (command, change) = join(2, Role::Learner);
+    let core = net.cores.get_mut(&1).unwrap();
+    assert!(core.change(2, &command, &change).is_none());
+    core.all_ready(&mut |_| {}).unwrap();
+    // Nobody ever heard of it.
+    let (command, change) = join(2, Role::Voter);
+    let refused = core.change(3, &command, &change);
+    let Some((3, Proposed::Applied(Err(rejection)))) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(
+        rejection.to_string().contains("not in contact"),
+        "{rejection}"
+    );
+    core.all_ready(&mut |_| {}).unwrap();
+    assert!(core.leads());
 }

@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::Handle;
+use crate::ensemble::check_endpoint;
 use crate::state::{State, replicas};
 
 pub use lane::Lanes;
@@ -26,6 +27,10 @@ pub use service::PeerDesk;
 
 /// The largest message of a stream: a batch and one entry, which may be as large as a request.
 pub const PEER_BYTES_MAX: usize = 8 << 20;
+
+/// Texts of a replica about itself are short.
+const ENDPOINT_BYTES_MAX: usize = 300;
+const VERSION_BYTES_MAX: usize = 100;
 
 enum Outgoing {
     Message(Message),
@@ -169,6 +174,12 @@ impl Peers {
                 "it looks for {}, and this is {}",
                 hello.to, own.from
             ));
+        }
+        let named = hello.endpoint.is_empty() || check_endpoint(&hello.endpoint).is_ok();
+        let sized =
+            hello.endpoint.len() <= ENDPOINT_BYTES_MAX && hello.version.len() <= VERSION_BYTES_MAX;
+        if !named || !sized || uuid::Uuid::try_parse(&hello.store).is_err() {
+            return refuse("what it says of itself is not what a replica says".to_owned());
         }
         if state.ensemble.is_empty() {
             // Nobody is known yet.

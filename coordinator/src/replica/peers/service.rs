@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::tls::Identity;
@@ -12,7 +13,7 @@ use batchai_proto::internal::v1::{
 };
 use bytes::{Buf as _, Bytes};
 use protobuf::Message as _;
-use raft::eraftpb::{Message, MessageType};
+use raft::eraftpb::{ConfState, Message, MessageType};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -24,8 +25,9 @@ use crate::access::Who;
 use crate::call::caller;
 use crate::replica::Handle;
 use crate::replica::store::{Snapshots, snapshot};
-use crate::state::State;
 
+/// How long the next piece of a snapshot may take.
+const STALL_MAX: Duration = Duration::from_secs(30);
 /// Pieces of a snapshot that are not read yet.
 const PIECES_MAX: usize = 4;
 
@@ -181,35 +183,53 @@ async fn take_snapshot(
     mut incoming: Streaming<SnapshotPiece>,
 ) -> Result<(), Status> {
     let (sender, pieces) = mpsc::channel(PIECES_MAX);
-    let write = tokio::task::spawn_blocking(move || write(&snapshots, pieces));
-    while let Some(piece) = incoming.message().await? {
+    let read = tokio::task::spawn_blocking(move || {
+        let rest = Bytes::new();
+        snapshot::decode(&mut Pieces { pieces, rest })
+    });
+    loop {
+        let piece = tokio::time::timeout(STALL_MAX, incoming.message()).await;
+        let piece = piece.map_err(|_| Status::deadline_exceeded("no more of it comes"))?;
+        let Some(piece) = piece? else {
+            break;
+        };
         if sender.send(piece.data).await.is_err() {
             // It was refused: why, is said below.
             break;
         }
     }
     drop(sender);
-    let written = write.await;
+    let read = read.await;
+    let read = read.map_err(|error| Status::internal(error.to_string()))?;
+    let (mark, state) = read.map_err(Status::data_loss)?;
+    check_mark(&message, &mark).map_err(Status::data_loss)?;
+    let known = replica.status().await;
+    let known = known.map_err(|error| Status::unavailable(error.to_string()))?;
+    if known.applied >= mark.index || known.snapshot >= mark.index {
+        // The log went past it meanwhile: it must not take the place of the one that the log relies on.
+        return Ok(());
+    }
+    let written = tokio::task::spawn_blocking(move || {
+        let mut snapshots = snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+        snapshots.write(&mark, &state).map(|()| (mark, state))
+    });
+    let written = written.await;
     let written = written.map_err(|error| Status::internal(error.to_string()))?;
-    let (mark, state) = written.map_err(Status::data_loss)?;
+    let (mark, state) = written.map_err(|error| Status::data_loss(error.to_string()))?;
     tracing::info!(index = mark.index, "snapshot came");
     let stepped = replica.step_snapshot(message, mark, state);
     stepped.map_err(|error| Status::unavailable(error.to_string()))
 }
 
-fn write(
-    snapshots: &Mutex<Box<dyn Snapshots>>,
-    pieces: mpsc::Receiver<Bytes>,
-) -> Result<(SnapshotMark, State), String> {
-    let mut snapshots = snapshots.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut pieces = Pieces {
-        pieces,
-        rest: Bytes::new(),
-    };
-    let (mark, state) = snapshot::decode(&mut pieces)?;
-    let written = snapshots.write(&mark, &state);
-    written.map_err(|error| error.to_string())?;
-    Ok((mark, state))
+/// What came is what the message announces, to the replicas that vote.
+fn check_mark(message: &Message, mark: &SnapshotMark) -> Result<(), String> {
+    let meta = message.get_snapshot().get_metadata();
+    let conf_state = ConfState::parse_from_bytes(&mark.conf_state);
+    let same = conf_state.is_ok_and(|conf_state| &conf_state == meta.get_conf_state());
+    match same && (mark.index, mark.term) == (meta.index, meta.term) {
+        true => Ok(()),
+        false => Err("it is not the one that was announced".to_owned()),
+    }
 }
 
 struct Pieces {

@@ -28,7 +28,7 @@ fn main() -> ExitCode {
 
 /// How many leaders to cut down.
 fn kills() -> usize {
-    let given = std::env::args().skip(2).skip_while(|arg| arg != "--kills");
-    let given = given.skip(1).next().and_then(|text| text.parse().ok());
+    let mut given = std::env::args().skip(2).skip_while(|arg| arg != "--kills");
+    let given = given.nth(1).and_then(|text| text.parse().ok());
     given.unwrap_or(100)
 }
