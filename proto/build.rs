@@ -38,8 +38,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".batchai.v1.UploadBundleRequest.data")
         .bytes(".batchai.agent.v1.AnswerFileRequest.data")
         .bytes(".batchai.agent.v1.FetchBundleResponse.data")
-        .bytes(".batchai.internal.v1.PeerRequest.messages")
-        .bytes(".batchai.internal.v1.SnapshotPiece.data")
+        .bytes(".batchai.internal.v1.ExchangeRequest.messages")
+        .bytes(".batchai.internal.v1.SendSnapshotRequest.data")
         .compile_fds(compiler.file_descriptor_set())?;
     Ok(())
 }

@@ -1,11 +1,13 @@
 //! What meets bytes from outside, each as a function that no bytes may bring down: for fuzzers and tests, in no program.
 
-use batchai_proto::internal::v1::Command;
+use batchai_proto::internal::v1::{Command, ExchangeRequest};
 use batchai_proto::v1::{CreateClusterRequest, CreateJobRequest};
 use prost::Message as _;
+use protobuf::Message as _;
 
 use crate::access::{rules, scope};
 use crate::api::fuzz as api;
+use crate::replica::peers::is_of_peers;
 use crate::replica::store::chunk;
 use crate::state::keys::Sealed;
 use crate::state::{State, apply, invariants};
@@ -35,6 +37,21 @@ pub fn log_records(mut bytes: &[u8]) {
 pub fn snapshots(mut bytes: &[u8]) {
     // What passes its checksums was written by one of ours.
     let _ = crate::replica::store::snapshot::decode(&mut bytes);
+}
+
+/// What replicas say to each other, as far as it is read before the replica is asked.
+pub fn peer_messages(bytes: &[u8]) {
+    let Ok(request) = ExchangeRequest::decode(bytes) else {
+        return;
+    };
+    let hello = request.hello.unwrap_or_default();
+    for bytes in &request.messages {
+        if let Ok(message) = raft::eraftpb::Message::parse_from_bytes(bytes) {
+            // A message of another pair is never one of this.
+            let named = (message.from, message.to) == (hello.from, hello.to);
+            assert!(named || !is_of_peers(&message, &hello));
+        }
+    }
 }
 
 /// Commands, one after the other: whatever they are, every invariant holds.
@@ -91,6 +108,7 @@ mod tests {
         fn no_bytes_bring_it_down(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             log_records(&bytes);
             snapshots(&bytes);
+            peer_messages(&bytes);
             commands(&bytes);
             requests(&bytes);
             texts(&bytes);

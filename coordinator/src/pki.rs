@@ -61,6 +61,11 @@ pub enum PkiError {
     Ensemble(#[from] EnsembleError),
     #[error(transparent)]
     Keyring(#[from] KeyringError),
+    #[error(
+        "{path}: its certificate is not that of replica {id}, and the other replicas know each by it: it must name batchai:replicas/{id}",
+        path = .path.display()
+    )]
+    NotReplica { path: PathBuf, id: u64 },
     #[error("replica {id} is there already: {path}", path = .path.display())]
     Replica { id: u64, path: PathBuf },
 }
@@ -232,12 +237,16 @@ impl Pki {
                 dir.join(SERVER_FILE),
             ),
         };
+        let ensemble = Ensemble::read(&config.data)?;
+        if ensemble.first.len() > 1 {
+            check_replica(&path, ensemble.replica)?;
+        }
         let (server, client, modified, not_after) = read(&path)?;
         let mut pki = Pki {
             authority,
             server: watch::Sender::new(server),
             client: watch::Sender::new(client),
-            replica: Ensemble::read(&config.data)?.replica,
+            replica: ensemble.replica,
             path,
             modified,
             not_after,
@@ -297,6 +306,22 @@ impl Pki {
         self.client.send_replace(client);
         (self.modified, self.not_after) = (modified, not_after);
         Ok(())
+    }
+}
+
+/// Whether a file of credentials is of a replica.
+fn check_replica(path: &Path, id: u64) -> Result<(), PkiError> {
+    let read = Credentials::read(path).map_err(|source| PkiError::Credentials {
+        path: path.to_owned(),
+        source,
+    })?;
+    let named = read.certificate().and_then(shown);
+    match named.is_some_and(|shown| shown.identity == Identity::Replica { id }) {
+        true => Ok(()),
+        false => Err(PkiError::NotReplica {
+            path: path.to_owned(),
+            id,
+        }),
     }
 }
 

@@ -11,7 +11,7 @@ use batchai_proto::agent::v1::{
     AttemptObservation, FetchBundleRequest, Hello, LogChunk, LogHello, Report, SessionRequest,
     ShipLogsRequest, session_request, ship_logs_request,
 };
-use batchai_proto::internal::v1::{PeerHello, PeerRequest};
+use batchai_proto::internal::v1::{ExchangeRequest, PeerHello};
 use batchai_proto::v1;
 use batchai_proto::v1::role_binding::Role;
 use batchai_tests::api::{Api, EXPERIMENT, GROUP, WORKSPACE, connector, refusal};
@@ -181,7 +181,7 @@ fn nobody_but_a_replica_speaks_to_a_replica() {
             ..PeerHello::default()
         };
         // In both, it is the first field.
-        let request = PeerRequest {
+        let request = ExchangeRequest {
             hello: Some(hello),
             messages: Vec::new(),
         };

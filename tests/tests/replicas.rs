@@ -210,6 +210,13 @@ fn a_replica_that_lost_its_store_is_refused() {
     assert!(!process.wait().success());
     let said = process.log_text();
     assert!(said.contains("join under a new id"), "{said}");
+    // Nor does it come with a certificate that is not its own.
+    let data = e.data(wiped).display().to_string();
+    let other = e.data(wiped % 3 + 1).join("pki/coordinator.pem");
+    let other = other.display().to_string();
+    let args = ["coordinator", "--data", &data, "--credentials", &other];
+    let said = e.fails(&args);
+    assert!(said.contains("not that of replica"), "{said}");
     // Also where nothing at all is left, and it comes as on its first day.
     std::fs::remove_file(e.data(wiped).join("begun")).unwrap();
     e.begin(wiped);

@@ -9,7 +9,7 @@ use batchai_common::error::{ApiError, NODE_EXPELLED, causes};
 use batchai_common::tls::Connector;
 use batchai_proto::internal::v1::peer_service_client::PeerServiceClient;
 use batchai_proto::internal::v1::{
-    PeerHello, PeerRequest, PeerWelcome, SnapshotMark, SnapshotPiece, replica::Role,
+    ExchangeRequest, PeerHello, PeerWelcome, SendSnapshotRequest, SnapshotMark, replica::Role,
 };
 use bytes::Bytes;
 use protobuf::Message as _;
@@ -208,7 +208,7 @@ impl Lane {
             if messages.is_empty() {
                 continue;
             }
-            let request = PeerRequest {
+            let request = ExchangeRequest {
                 hello: None,
                 messages,
             };
@@ -221,11 +221,11 @@ impl Lane {
 
     async fn greet(
         &self,
-    ) -> Result<(mpsc::Sender<PeerRequest>, Streaming<PeerWelcome>), LaneError> {
+    ) -> Result<(mpsc::Sender<ExchangeRequest>, Streaming<PeerWelcome>), LaneError> {
         let channel = self.connector.connect().await?;
         let mut client = PeerServiceClient::new(channel).max_encoding_message_size(PEER_BYTES_MAX);
         let (outbox, requests) = mpsc::channel(OUTBOX_MAX);
-        let hello = PeerRequest {
+        let hello = ExchangeRequest {
             hello: Some(self.hello.clone()),
             messages: Vec::new(),
         };
@@ -303,7 +303,7 @@ async fn send_snapshot(
 ) -> Result<(), LaneError> {
     let channel = connector.connect().await?;
     let (outbox, pieces) = mpsc::channel(PIECES_MAX);
-    let first = SnapshotPiece {
+    let first = SendSnapshotRequest {
         hello: Some(hello),
         message: message
             .write_to_bytes()
@@ -325,15 +325,15 @@ async fn send_snapshot(
 
 /// Sends what is written, in pieces.
 struct Pieces {
-    outbox: mpsc::Sender<SnapshotPiece>,
+    outbox: mpsc::Sender<SendSnapshotRequest>,
 }
 
 impl std::io::Write for Pieces {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let bytes = &bytes[..bytes.len().min(PIECE_BYTES)];
-        let piece = SnapshotPiece {
+        let piece = SendSnapshotRequest {
             data: Bytes::copy_from_slice(bytes),
-            ..SnapshotPiece::default()
+            ..SendSnapshotRequest::default()
         };
         let sent = self.outbox.blocking_send(piece);
         sent.map_err(|_| std::io::ErrorKind::BrokenPipe)?;

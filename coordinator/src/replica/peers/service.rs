@@ -9,7 +9,7 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::tls::Identity;
 use batchai_proto::internal::v1::peer_service_server::PeerService;
 use batchai_proto::internal::v1::{
-    PeerHello, PeerRequest, PeerWelcome, SnapshotMark, SnapshotPiece, SnapshotTaken,
+    ExchangeRequest, PeerHello, PeerWelcome, SendSnapshotRequest, SnapshotMark, SnapshotTaken,
 };
 use bytes::{Buf as _, Bytes};
 use protobuf::Message as _;
@@ -46,7 +46,7 @@ impl PeerService for PeerDesk {
 
     async fn exchange(
         &self,
-        request: Request<Streaming<PeerRequest>>,
+        request: Request<Streaming<ExchangeRequest>>,
     ) -> Result<Response<Self::ExchangeStream>, Status> {
         let mut incoming = request.into_inner();
         let first = incoming.message().await?;
@@ -89,7 +89,7 @@ impl PeerService for PeerDesk {
 
     async fn send_snapshot(
         &self,
-        request: Request<Streaming<SnapshotPiece>>,
+        request: Request<Streaming<SendSnapshotRequest>>,
     ) -> Result<Response<Self::SendSnapshotStream>, Status> {
         let mut incoming = request.into_inner();
         let first = incoming.message().await?.unwrap_or_default();
@@ -150,7 +150,7 @@ async fn take_in(
     replica: &Handle,
     hello: &PeerHello,
     turn: (u64, u64),
-    mut incoming: Streaming<PeerRequest>,
+    mut incoming: Streaming<ExchangeRequest>,
 ) -> Result<(), Status> {
     while let Some(request) = incoming.message().await? {
         let mut messages = Vec::with_capacity(request.messages.len());
@@ -180,7 +180,7 @@ async fn take_snapshot(
     snapshots: Arc<Mutex<Box<dyn Snapshots>>>,
     replica: &Handle,
     message: Message,
-    mut incoming: Streaming<SnapshotPiece>,
+    mut incoming: Streaming<SendSnapshotRequest>,
 ) -> Result<(), Status> {
     let (sender, pieces) = mpsc::channel(PIECES_MAX);
     let read = tokio::task::spawn_blocking(move || {
