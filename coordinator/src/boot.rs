@@ -20,7 +20,7 @@ use crate::pki::PkiError;
 use crate::replica::core::{Core, CoreError, SnapshotPolicy};
 use crate::replica::peers::Peers;
 use crate::replica::store::disk::DiskStore;
-use crate::replica::store::{FORMAT, Snapshots, StoreError};
+use crate::replica::store::{FORMAT, Recovered, Snapshots, StoreError};
 use crate::replica::{self, Handle, Running};
 use crate::secrets::KeyringError;
 
@@ -128,9 +128,8 @@ pub struct Started {
     pub ensemble: Ensemble,
 }
 
-/// Starts the replica whose store lies in the data directory, or a new one.
-pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
-    let ensemble = Ensemble::read(&config.data)?;
+/// Opens the store, or makes one where there never was one.
+fn open_store(config: &Config, ensemble: &Ensemble) -> Result<(DiskStore, Recovered), ServerError> {
     let new = ReplicaIdentity {
         format: FORMAT,
         ensemble: ensemble.uuid.clone(),
@@ -153,12 +152,19 @@ pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
         return Err(ServerError::Gone { path });
     }
     let (store, recovered) = DiskStore::open(&path, &new)?;
-    let identity = &recovered.identity;
     match known {
-        None => write_private(&begun, &identity.store)?,
-        Some(store) if store == identity.store => {}
+        None => write_private(&begun, &recovered.identity.store)?,
+        Some(store) if store == recovered.identity.store => {}
         Some(_) => return Err(ServerError::Gone { path }),
     }
+    Ok((store, recovered))
+}
+
+/// Starts the replica whose store lies in the data directory, or a new one.
+pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
+    let ensemble = Ensemble::read(&config.data)?;
+    let (store, recovered) = open_store(config, &ensemble)?;
+    let identity = &recovered.identity;
     if identity.replica_id != ensemble.replica {
         return Err(ServerError::OtherReplica {
             path: config.data.clone(),
