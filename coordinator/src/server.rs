@@ -68,10 +68,7 @@ const HEADER_BYTES_MAX: u32 = 16 << 10;
 pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerError> {
     let shutdown = CancellationToken::new();
     let pki = open_pki(&config)?;
-    match limits::raise_open_files() {
-        Ok((_, limit)) => tracing::info!(limit, "open files"),
-        Err(error) => tracing::warn!(%error, "the limit of open files cannot be raised"),
-    }
+    raise_open_files();
     let _lock = boot::lock(&config.data)?;
     let logs = boot::in_data(&config, "logs", LogStore::new)?;
     let bundles = boot::in_data(&config, "bundles", BundleStore::new)?;
@@ -133,14 +130,25 @@ pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerEr
     shutdown.cancel();
     ready.abort();
     replica.stop();
+    end_all(tasks).await;
+    // The directory's lock must outlive whoever writes into it. A panic was reported where it happened.
+    let _ = tokio::task::spawn_blocking(move || started.running.thread.join()).await;
+    end
+}
+
+async fn end_all(tasks: Vec<JoinHandle<()>>) {
     for task in tasks {
         if let Err(error) = task.await {
             tracing::error!(%error, "a task of the coordinator failed");
         }
     }
-    // The directory's lock must outlive whoever writes into it. A panic was reported where it happened.
-    let _ = tokio::task::spawn_blocking(move || started.running.thread.join()).await;
-    end
+}
+
+fn raise_open_files() {
+    match limits::raise_open_files() {
+        Ok((_, limit)) => tracing::info!(limit, "open files"),
+        Err(error) => tracing::warn!(%error, "the limit of open files cannot be raised"),
+    }
 }
 
 /// Hands the leadership over before it goes, so that nobody has to miss this replica first.
