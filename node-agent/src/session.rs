@@ -81,9 +81,6 @@ impl Session {
                 }
                 Err(error) => error,
             };
-            if let SessionError::Refused(status) = &error {
-                self.connector.learn(status);
-            }
             // The same reason again and again is said once.
             let text = error.to_string();
             if said != text {

@@ -19,6 +19,51 @@ pub const IN: [&str; 6] = ["-g", "g", "-w", "w", "-e", "e"];
 /// The VM size that test agents register.
 pub const SIZE: &str = "test-size";
 
+/// Creates a resource group `g`, a workspace `w`, an experiment `e` and a cluster `c` of so many nodes.
+pub fn create_cluster(nodes: usize, ok: impl Fn(&[&str]) -> String) {
+    ok(&["group", "create", "-n", "g"]);
+    ok(&["workspace", "create", "-g", "g", "-n", "w"]);
+    ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
+    let target = nodes.to_string();
+    ok(&[
+        "cluster", "create", "-g", "g", "-w", "w", "-n", "c", "-s", SIZE, "-t", &target,
+    ]);
+}
+
+/// What an agent is told whose directories lie below one.
+pub fn agent_args(below: &Path, coordinator: &str, name: &str, user: &str) -> Vec<String> {
+    let dir = |what: &str| below.join(what).join(name).to_string_lossy().into_owned();
+    let (data, root) = (dir("agents"), dir("nodes"));
+    let args = [
+        "node-agent",
+        "--coordinator",
+        coordinator,
+        "--name",
+        name,
+        "--data",
+        &data,
+        "--root",
+        &root,
+        "--vm-size",
+        SIZE,
+        "--job-user",
+        user,
+    ];
+    args.map(str::to_owned).to_vec()
+}
+
+/// Writes a job.json with these properties.
+pub fn job_file(below: &Path, name: &str, mut properties: Value) -> PathBuf {
+    if properties.get("stdOutErrPathPrefix").is_none() {
+        let logs = below.join("out");
+        properties["stdOutErrPathPrefix"] = logs.to_string_lossy().into_owned().into();
+    }
+    let path = below.join(format!("{name}.json"));
+    let file = serde_json::json!({ "$schema": "job.json", "properties": properties });
+    std::fs::write(&path, file.to_string()).expect("the directory is writable");
+    path
+}
+
 /// A coordinator, agents and their directory.
 pub struct Ensemble {
     dir: TempDir,
@@ -75,14 +120,7 @@ impl Ensemble {
 
     /// Creates what `with_cluster` has.
     pub fn create_cluster(&self, agents: usize) {
-        let ensemble = self;
-        ensemble.ok(&["group", "create", "-n", "g"]);
-        ensemble.ok(&["workspace", "create", "-g", "g", "-n", "w"]);
-        ensemble.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
-        let target = agents.to_string();
-        ensemble.ok(&[
-            "cluster", "create", "-g", "g", "-w", "w", "-n", "c", "-s", SIZE, "-t", &target,
-        ]);
+        create_cluster(agents, |args| self.ok(args));
     }
 
     pub fn path(&self) -> &Path {
@@ -120,29 +158,7 @@ impl Ensemble {
     /// The same; its jobs run as a user.
     pub fn start_agent_as(&mut self, name: &str, user: &str) {
         let log = self.path().join(format!("{name}.log"));
-        let dir = |what: &str| {
-            self.path()
-                .join(what)
-                .join(name)
-                .to_string_lossy()
-                .into_owned()
-        };
-        let (data, root) = (dir("agents"), dir("nodes"));
-        let args = [
-            "node-agent",
-            "--coordinator",
-            &self.endpoint,
-            "--name",
-            name,
-            "--data",
-            &data,
-            "--root",
-            &root,
-            "--vm-size",
-            SIZE,
-            "--job-user",
-            user,
-        ];
+        let args = agent_args(self.path(), &self.endpoint, name, user);
         let process = Process::start_with(args, &self.join_token(), &log);
         self.agents.insert(name.to_owned(), process);
     }
@@ -222,15 +238,8 @@ impl Ensemble {
     }
 
     /// Writes a job.json with these properties.
-    pub fn job_file(&self, name: &str, mut properties: Value) -> PathBuf {
-        if properties.get("stdOutErrPathPrefix").is_none() {
-            let logs = self.path().join("out");
-            properties["stdOutErrPathPrefix"] = logs.to_string_lossy().into_owned().into();
-        }
-        let path = self.path().join(format!("{name}.json"));
-        let file = serde_json::json!({ "$schema": "job.json", "properties": properties });
-        std::fs::write(&path, file.to_string()).expect("the directory is writable");
-        path
+    pub fn job_file(&self, name: &str, properties: Value) -> PathBuf {
+        job_file(self.path(), name, properties)
     }
 
     /// Submits a job to the cluster `c`.

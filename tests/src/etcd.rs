@@ -1,4 +1,4 @@
-//! Three members of etcd on loopback, for comparison: as Debian ships it, with TLS on both sides between all of them.
+//! Three members of etcd on loopback, for comparison: as Debian ships it, in plain text.
 
 use std::net::TcpListener;
 use std::path::Path;

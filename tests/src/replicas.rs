@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::ensemble::{IN, SIZE};
+use crate::ensemble::{IN, agent_args, create_cluster, job_file};
 use crate::process::{Process, sweep, under_test, until};
 
 /// Several coordinators.
@@ -187,37 +187,15 @@ impl Replicas {
             let token = ["node", "token", "create", "-n", "test", "--uses", "1000"];
             self.token = self.ok(&token).trim().to_owned();
         }
-        let dir = |what: &str| self.dir.path().join(what).join(name).display().to_string();
-        let (data, root, list) = (dir("agents"), dir("nodes"), self.list());
-        let args = [
-            "node-agent",
-            "--coordinator",
-            &list,
-            "--name",
-            name,
-            "--data",
-            &data,
-            "--root",
-            &root,
-            "--vm-size",
-            SIZE,
-            "--job-user",
-            "self",
-        ];
         let log = self.dir.path().join(format!("{name}.log"));
+        let args = agent_args(self.path(), &self.list(), name, "self");
         let process = Process::start_with(args, &[("BATCHAI_JOIN_TOKEN", &self.token)], &log);
         self.agents.insert(name.to_owned(), process);
     }
 
     /// Creates a cluster `c` of so many nodes, and what it lies in.
     pub fn create_cluster(&self, nodes: usize) {
-        self.ok(&["group", "create", "-n", "g"]);
-        self.ok(&["workspace", "create", "-g", "g", "-n", "w"]);
-        self.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
-        let target = nodes.to_string();
-        self.ok(&[
-            "cluster", "create", "-g", "g", "-w", "w", "-n", "c", "-s", SIZE, "-t", &target,
-        ]);
+        create_cluster(nodes, |args| self.ok(args));
     }
 
     /// Submits a job of one process.
@@ -225,11 +203,8 @@ impl Replicas {
         let properties = serde_json::json!({
             "nodeCount": 1,
             "customToolkitSettings": { "commandLine": command },
-            "stdOutErrPathPrefix": self.path().join("out"),
         });
-        let path = self.path().join(format!("{name}.json"));
-        let file = serde_json::json!({ "$schema": "job.json", "properties": properties });
-        std::fs::write(&path, file.to_string()).expect("the directory is writable");
+        let path = job_file(self.path(), name, properties);
         let path = path.display().to_string();
         let mut args = vec!["job", "create", "-n", name, "-c", "c", "-f", &path];
         args.extend(IN);

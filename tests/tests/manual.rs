@@ -134,3 +134,22 @@ fn the_linter_of_the_field_finds_nothing() {
         String::from_utf8_lossy(&output.stderr)
     );
 }
+
+/// What is sent again must be whole before it is sent: a request that is a stream never is.
+#[test]
+fn clients_know_which_requests_are_streams() {
+    let pool = batchai_proto::reflect::pool();
+    let ours = pool
+        .services()
+        .filter(|service| service.package_name().starts_with("batchai."));
+    let methods = ours.flat_map(|service| service.methods().collect::<Vec<_>>());
+    let streamed = methods.filter(|method| method.is_client_streaming());
+    let mut streamed: Vec<_> = streamed
+        .map(|method| {
+            let service = method.parent_service().full_name().to_owned();
+            format!("/{service}/{}", method.name())
+        })
+        .collect();
+    streamed.sort();
+    assert_eq!(streamed, batchai_common::tls::STREAMED);
+}

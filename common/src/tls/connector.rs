@@ -11,11 +11,10 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_rustls::TlsConnector;
 use tokio_util::either::Either;
-use tonic::Status;
 use tonic::transport::{Channel, Endpoint, Error, Uri};
 use tower::service_fn;
 
-use super::route::{self, Route};
+use super::Route;
 use crate::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -91,12 +90,8 @@ impl Connector {
         let mut url = self.first().clone();
         let mut last = None;
         for _ in 0..=self.urls.len() {
-            let Some(channel) = self.endpoint(&url) else {
-                url = self.after(&url, None);
-                continue;
-            };
             let dial = service_fn(self.dial(&url));
-            match channel.connect_with_connector(dial).await {
+            match self.endpoint(&url).connect_with_connector(dial).await {
                 Ok(channel) => return Ok(Route::new(self.clone(), url, channel)),
                 Err(error) => last = Some(error),
             }
@@ -106,23 +101,14 @@ impl Connector {
             }
             url = next;
         }
-        Err(last.expect("the first one was tried, and those given are addresses"))
+        Err(last.expect("one was tried"))
     }
 
     /// Connects when something is to be sent, and again when the connection broke.
     pub fn connect_lazy(&self) -> Route {
         let url = self.first().clone();
-        let channel = self.lazy(&url).or_else(|| self.lazy(&self.urls[0]));
-        let channel = channel.expect("those given are addresses");
+        let channel = self.lazy(&url);
         Route::new(self.clone(), url, channel)
-    }
-
-    /// A replica that was talked to says, in the course of a stream, that another one leads.
-    pub fn learn(&self, status: &Status) {
-        if let Some(leader) = route::leader(status) {
-            let from = self.first().clone();
-            self.after(&from, leader);
-        }
     }
 
     /// Where to go after one that is not the right one: to the leader that it named, or to the next of those given. From now on
@@ -148,20 +134,18 @@ impl Connector {
         self.first.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn endpoint(&self, url: &str) -> Option<Endpoint> {
-        let endpoint = endpoint(url).ok()?;
-        Some(
-            endpoint
-                .connect_timeout(CONNECT_TIMEOUT)
-                .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-                .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-                .keep_alive_while_idle(true),
-        )
+    fn endpoint(&self, url: &str) -> Endpoint {
+        let endpoint = endpoint(url).expect("no other URL is kept");
+        endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+            .keep_alive_while_idle(true)
     }
 
-    pub(super) fn lazy(&self, url: &str) -> Option<Channel> {
-        let endpoint = self.endpoint(url)?;
-        Some(endpoint.connect_with_connector_lazy(service_fn(self.dial(url))))
+    pub(super) fn lazy(&self, url: &str) -> Channel {
+        let dial = service_fn(self.dial(url));
+        self.endpoint(url).connect_with_connector_lazy(dial)
     }
 
     fn dial(&self, url: &str) -> impl Fn(Uri) -> Dialing + Clone + Send + 'static {

@@ -8,7 +8,7 @@ pub mod authority;
 pub mod connector;
 pub mod credentials;
 mod identity;
-pub mod route;
+mod route;
 mod trust;
 
 use std::sync::Arc;
@@ -18,7 +18,7 @@ pub use authority::Authority;
 pub use connector::Connector;
 pub use credentials::{Credentials, CredentialsError};
 pub use identity::{Identity, IdentityError};
-pub use route::Route;
+pub use route::{Route, STREAMED};
 
 use rustls::crypto::CryptoProvider;
 use sha2::{Digest as _, Sha256};

@@ -22,13 +22,12 @@ use super::Connector;
 use crate::error::DOMAIN;
 
 /// Calls whose requests are streams: those cannot be made again.
-pub const STREAMED: [&str; 7] = [
+pub const STREAMED: [&str; 6] = [
     "/batchai.agent.v1.AgentService/AnswerFile",
     "/batchai.agent.v1.AgentService/Session",
     "/batchai.agent.v1.AgentService/ShipLogs",
     "/batchai.internal.v1.PeerService/Exchange",
     "/batchai.internal.v1.PeerService/SendSnapshot",
-    "/batchai.v1.AdminService/RestoreSnapshot",
     "/batchai.v1.BundleService/UploadBundle",
 ];
 /// How long somebody who leads is looked for.
@@ -97,10 +96,8 @@ impl Route {
         let next = self.connector.after(from, leader);
         let mut current = self.current();
         // Another call may have turned already.
-        if current.0 == from
-            && next != from
-            && let Some(channel) = self.connector.lazy(&next)
-        {
+        if current.0 == from && next != from {
+            let channel = self.connector.lazy(&next);
             *current = (next, channel);
         }
     }
@@ -113,8 +110,10 @@ impl Route {
         let (parts, body) = request.into_parts();
         // It is in memory already: clients encode a message whole.
         let Ok(collected) = body.collect().await else {
-            let request = Request::from_parts(parts, Body::empty());
-            return self.once(request).await.0;
+            // What cannot be encoded is refused by who gets nothing.
+            return self
+                .call_once(Request::from_parts(parts, Body::empty()))
+                .await;
         };
         let (bytes, begun) = (collected.to_bytes(), Instant::now());
         let mut pause = PAUSE_FIRST;
@@ -158,11 +157,7 @@ impl Service<Request<Body>> for Route {
 
 /// Whether a replica says that it cannot do what is asked, and has done nothing; and who can, if it knows.
 fn refusal(headers: &HeaderMap) -> Option<Option<String>> {
-    leader(&Status::from_header_map(headers)?)
-}
-
-/// The same of a status that came in the course of a stream.
-pub fn leader(status: &Status) -> Option<Option<String>> {
+    let status = Status::from_header_map(headers)?;
     if status.code() != Code::Unavailable {
         return None;
     }

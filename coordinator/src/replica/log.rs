@@ -187,13 +187,7 @@ impl Storage for Log {
 }
 
 fn has(conf_state: &ConfState, id: u64) -> bool {
-    let known = [
-        &conf_state.voters,
-        &conf_state.learners,
-        &conf_state.voters_outgoing,
-        &conf_state.learners_next,
-    ];
-    known.into_iter().any(|ids| ids.contains(&id))
+    conf_state.voters.contains(&id) || conf_state.learners.contains(&id)
 }
 
 #[cfg(test)]

@@ -130,8 +130,7 @@ impl<S: LogStore> Core<S> {
     /// Why the membership should not be changed like that now; what the State says of it comes later.
     fn objection(&self, change: &ChangeReplica) -> Option<String> {
         let raft = &self.raw.raft;
-        let joint = !raft.prs().conf().to_conf_state().voters_outgoing.is_empty();
-        if raft.has_pending_conf() || joint {
+        if raft.has_pending_conf() {
             return Some("another change of membership is under way; try again soon".to_owned());
         }
         let (role, progress) = (change.role(), raft.prs().get(change.id));

@@ -164,7 +164,7 @@ impl<S: LogStore> Core<S> {
             ..Config::default()
         };
         let mut raw = RawNode::new(&config, log, &logger())?;
-        if conf_state.voters == [identity.replica_id] && conf_state.voters_outgoing.is_empty() {
+        if conf_state.voters == [identity.replica_id] {
             // Nobody to wait for.
             raw.campaign()?;
         }

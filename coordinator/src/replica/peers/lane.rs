@@ -56,9 +56,9 @@ impl Lanes {
     /// Keeps a lane to every replica of the ensemble until the token is cancelled.
     pub async fn run(self, shutdown: CancellationToken) {
         let mut open: BTreeMap<u64, (String, CancellationToken)> = BTreeMap::new();
-        let mut published = self.replica.published();
+        let published = self.replica.published();
         loop {
-            let state = published.borrow_and_update().state.clone();
+            let state = published.borrow().state.clone();
             let book = self.book(&state);
             open.retain(|id, (endpoint, end)| {
                 let stays = book.get(id) == Some(endpoint);

@@ -123,8 +123,15 @@ impl Peers {
     /// A peer was heard of.
     pub fn heard(&self, hello: &PeerHello) {
         let last = Instant::now();
-        let hello = hello.clone();
-        held(&self.shared.met).insert(hello.from, Met { hello, last });
+        let mut met = held(&self.shared.met);
+        match met.get_mut(&hello.from) {
+            // With every message: nothing is made anew.
+            Some(known) if known.hello == *hello => known.last = last,
+            _ => {
+                let hello = hello.clone();
+                met.insert(hello.from, Met { hello, last });
+            }
+        }
     }
 
     /// Begins a stream of a peer: from now on earlier ones bring nothing.
@@ -158,9 +165,8 @@ impl Peers {
     /// Says why he is not.
     pub fn check(&self, state: &State, hello: &PeerHello) -> Result<(), ApiError> {
         let own = &self.shared.own;
-        let name = replicas::name(hello.from);
         let refuse = |why: String| {
-            let name = name.clone();
+            let name = replicas::name(hello.from);
             Err(ApiError::WrongState { name, why })
         };
         if hello.ensemble != own.ensemble {
@@ -181,23 +187,36 @@ impl Peers {
         if !named || !sized || uuid::Uuid::try_parse(&hello.store).is_err() {
             return refuse("what it says of itself is not what a replica says".to_owned());
         }
+        self.check_known(state, hello)
+    }
+
+    /// Whether somebody who has said hello is still who the ensemble knows.
+    ///
+    /// # Errors
+    /// Says why he is not.
+    pub fn check_known(&self, state: &State, hello: &PeerHello) -> Result<(), ApiError> {
+        let refuse = |why: &str| {
+            Err(ApiError::WrongState {
+                name: replicas::name(hello.from),
+                why: why.to_owned(),
+            })
+        };
         if state.ensemble.is_empty() {
             // Nobody is known yet.
             return Ok(());
         }
         let Some(known) = state.replicas.get(&hello.from) else {
-            return refuse(
-                "it does not belong to the ensemble, as far as this replica knows".into(),
-            );
+            return refuse("it does not belong to the ensemble, as far as this replica knows");
         };
         if known.role() == Role::Removed {
-            return Err(ApiError::Expelled { name });
+            return Err(ApiError::Expelled {
+                name: replicas::name(hello.from),
+            });
         }
         if !known.store.is_empty() && known.store != hello.store {
             return refuse(
                 "it comes with another store than it had: what it had promised may be forgotten. Remove it, and have it \
-                 join under a new id"
-                    .into(),
+                 join under a new id",
             );
         }
         Ok(())

@@ -162,7 +162,7 @@ async fn take_in(
             messages.push(message);
         }
         // It may have been removed since it said hello.
-        peers.check(&replica.published().borrow().state, hello)?;
+        peers.check_known(&replica.published().borrow().state, hello)?;
         peers.heard(hello);
         if !peers.deliver(turn, replica, messages) {
             return Err(Status::aborted("a later stream has begun"));
