@@ -114,6 +114,12 @@ impl AdminService for Api {
         request: Request<RemoveReplicaRequest>,
     ) -> Result<Response<RemoveReplicaResponse>, Status> {
         let id = request.into_inner().replica_id;
+        if id == self.replica.id() && self.replica.must_lead().is_ok() {
+            // Whoever leads then removes it: who asked goes there.
+            let handed_over = self.replica.hand_over(None).await;
+            handed_over.map_err(|error| self.error(error))?;
+            self.replica.must_lead()?;
+        }
         self.change(id, Role::Removed, String::new()).await?;
         Ok(Response::new(RemoveReplicaResponse {}))
     }

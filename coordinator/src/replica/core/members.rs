@@ -135,7 +135,7 @@ impl<S: LogStore> Core<S> {
         }
         let (role, progress) = (change.role(), raft.prs().get(change.id));
         if role == Role::Removed && change.id == raft.id {
-            let why = "it leads; hand the leadership over first: batchai admin replica lead";
+            let why = "it leads: whoever leads after it removes it";
             return Some(why.to_owned());
         }
         if role == Role::Voter
