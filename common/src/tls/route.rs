@@ -33,7 +33,7 @@ pub const STREAMED: [&str; 6] = [
 /// How long somebody who leads is looked for.
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE_FIRST: Duration = Duration::from_millis(5);
-const PAUSE_MAX: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_millis(40);
 
 /// A connection to whichever replica answers. Clones share it.
 #[derive(Clone)]

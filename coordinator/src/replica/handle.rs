@@ -73,6 +73,7 @@ pub(super) enum Request {
     Step(Box<Message>),
     StepSnapshot(Box<(Message, SnapshotMark, State)>),
     Unreachable(u64),
+    Gone(u64),
     SnapshotSent(u64, bool),
     /// A snapshot was written, or could not be.
     Snapshot(Result<SnapshotMark, StoreError>),
@@ -214,6 +215,11 @@ impl Handle {
     /// A peer was not reached. Where there is no room to hear it, the next one says so.
     pub fn unreachable(&self, peer: u64) {
         let _ = self.request(Request::Unreachable(peer));
+    }
+
+    /// Nobody listens where a peer did.
+    pub fn gone(&self, peer: u64) {
+        let _ = self.request(Request::Gone(peer));
     }
 
     /// A snapshot came to a peer, or did not: without an answer no other would be sent. It is waited for room elsewhere.

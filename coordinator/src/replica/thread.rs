@@ -228,6 +228,10 @@ impl<S: LogStore> Loop<S> {
                 self.core.unreachable(peer);
                 Ok(())
             }
+            Request::Gone(peer) => {
+                self.core.gone(peer);
+                Ok(())
+            }
             Request::SnapshotSent(peer, arrived) => {
                 self.core.snapshot_sent(peer, arrived);
                 Ok(())

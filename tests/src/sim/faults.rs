@@ -59,6 +59,11 @@ impl Sim {
         let step = self.step;
         if self.random.f64() < crash {
             self.stop(id);
+            self.tell_gone(id);
+        }
+        // Also of one that is not.
+        if self.random.f64() < crash {
+            self.tell_gone(id);
         }
         for id in 1..=self.options.replicas {
             if self.replicas[&id].core.is_none() && self.random.f64() < 0.03 {
@@ -90,6 +95,15 @@ impl Sim {
         }
         self.cut.retain(|_, until| *until > step);
         self.fail_agents();
+    }
+
+    /// Some of the others hear from a replica's machine that nobody listens there.
+    fn tell_gone(&mut self, gone: u64) {
+        for id in 1..=self.options.replicas {
+            if self.is_up(id) && self.random.bool() {
+                self.core(id).gone(gone);
+            }
+        }
     }
 
     /// From now on nothing goes wrong any more.

@@ -30,6 +30,8 @@ use snapshots::read_conf_state;
 /// Ticks between heartbeats, and from the last one to an election. How long a tick is, the caller decides.
 const HEARTBEAT_TICKS: usize = 2;
 pub const ELECTION_TICKS: usize = 10;
+/// Ticks until those who hear that their leader is gone ask for votes, one after the other: the others must have heard it, too.
+const GONE_TICKS: usize = 2;
 /// Below what either end of a connection takes, headers and all.
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 /// What may be proposed and not yet committed.
@@ -230,6 +232,23 @@ impl<S: LogStore> Core<S> {
         }
         self.heard.insert(message.from, self.ticks);
         Ok(self.raw.step(message)?)
+    }
+
+    /// The machine of a peer says that nobody listens there any more. A leader that is gone need not be waited for: whoever comes
+    /// first by id asks for votes soon, the next one a little later, so that they do not stand against each other.
+    pub fn gone(&mut self, peer: u64) {
+        let raft = &mut self.raw.raft;
+        if raft.leader_id != peer || raft.state != StateRole::Follower {
+            return;
+        }
+        let voters = raft.prs().conf().voters().ids();
+        let before = voters.iter().filter(|id| *id != peer && *id < raft.id);
+        let before = before.count();
+        let wait = (GONE_TICKS * (1 + before)).min(ELECTION_TICKS);
+        // What it promised to its leader and to its term stays.
+        raft.become_follower(raft.term, raft::INVALID_ID);
+        raft.set_randomized_election_timeout(ELECTION_TICKS);
+        raft.election_elapsed = ELECTION_TICKS - wait;
     }
 
     /// A replica was heard of within the time in which an election begins.

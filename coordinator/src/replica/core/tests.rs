@@ -371,3 +371,30 @@ fn a_vote_is_given_only_where_a_majority_stays_in_contact() {
     core.all_ready(&mut |_| {}).unwrap();
     assert!(core.leads());
 }
+
+#[test]
+fn a_leader_that_is_gone_is_not_waited_for() {
+    let mut net = Net::new(&[1, 2, 3]);
+    let leader = net.elect();
+    net.cut.push(leader);
+    let left: Vec<_> = (1..=3).filter(|id| *id != leader).collect();
+    for id in &left {
+        net.cores.get_mut(id).unwrap().gone(leader);
+    }
+    for _ in 0..GONE_TICKS {
+        for id in &left {
+            net.cores.get_mut(id).unwrap().tick();
+        }
+        net.settle();
+    }
+    // The first by id, and nobody stands against it.
+    assert!(net.cores[&left[0]].leads());
+    assert_eq!(net.cores[&left[1]].leader(), Some(left[0]));
+    // Who hears it of one that does not lead goes on.
+    let term = net.cores[&left[1]].term();
+    net.cores.get_mut(&left[1]).unwrap().gone(leader);
+    net.cores.get_mut(&left[0]).unwrap().gone(left[1]);
+    assert_eq!(net.cores[&left[1]].leader(), Some(left[0]));
+    assert_eq!(net.cores[&left[1]].term(), term);
+    assert!(net.cores[&left[0]].leads());
+}

@@ -150,6 +150,24 @@ enum LaneError {
     Stranger(ApiError),
 }
 
+impl LaneError {
+    /// The machine answers that nobody listens: unlike silence, a process that has ended and not a way that is cut.
+    fn is_refusal_of_the_machine(&self) -> bool {
+        let LaneError::Connect(error) = self else {
+            return false;
+        };
+        let mut source = std::error::Error::source(error);
+        while let Some(cause) = source {
+            let io = cause.downcast_ref::<std::io::Error>();
+            if io.is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused) {
+                return true;
+            }
+            source = cause.source();
+        }
+        false
+    }
+}
+
 impl Lane {
     async fn run(mut self) {
         let (mut pause, mut said) = (BACKOFF_FIRST, String::new());
@@ -159,7 +177,8 @@ impl Lane {
                 Ok(()) => return,
                 Err(error) => error,
             };
-            if begun.elapsed() > BACKOFF_MAX {
+            let lasted = begun.elapsed() > BACKOFF_MAX;
+            if lasted {
                 pause = BACKOFF_FIRST;
             }
             if let LaneError::Refused(status) = &error
@@ -188,6 +207,13 @@ impl Lane {
                 }
             }
             self.replica.unreachable(self.hello.to);
+            if error.is_refusal_of_the_machine() {
+                self.replica.gone(self.hello.to);
+            }
+            if lasted {
+                // Whether its process has ended is known at once.
+                continue;
+            }
             tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
             pause = (pause * 2).min(BACKOFF_MAX);
         }
