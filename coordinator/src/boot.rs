@@ -23,6 +23,7 @@ use crate::replica::store::disk::DiskStore;
 use crate::replica::store::{FORMAT, Recovered, Snapshots, StoreError};
 use crate::replica::{self, Handle, Running};
 use crate::secrets::KeyringError;
+use crate::state::agreement::FEATURE_LEVEL;
 
 /// Says which store this data directory has had: beside it, so that it does not go with it.
 const BEGUN: &str = "begun";
@@ -186,6 +187,7 @@ pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
         store: identity.store.clone(),
         endpoint: endpoint.or(first).unwrap_or_default(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        feature_level: FEATURE_LEVEL,
     });
     let snapshot = recovered.snapshot.as_ref();
     tracing::info!(

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use crate::scheduler;
 pub use crate::scheduler::heard::Heard;
 use crate::state::attempts::{self, Attempt, Phase};
-use crate::state::{Cluster, Node, State, children, keys, setup, vm_size_aliases};
+use crate::state::{Cluster, Node, State, agreement, children, keys, setup, vm_size_aliases};
 
 /// How long the nodes of an attempt may take to get ready. Preparation commands download data sets: generous.
 pub const PREPARE_DEADLINE_MS: i64 = 60 * 60 * 1000;
@@ -52,6 +52,7 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     let mut commands = Vec::new();
     drive_clusters(state, heard, &mut commands);
     commands.extend(acquaintances(state, heard));
+    commands.extend(agreement::duties(state));
     commands.extend(deletions(state));
     let late = attempts::live(state).filter_map(|attempt| late(heard, attempt));
     commands.extend(late.take(COMMANDS_MAX));
@@ -67,7 +68,8 @@ fn acquaintances(state: &State, heard: &Heard) -> Vec<Kind> {
         let known = state.replicas.get(&met.id);
         known.is_some_and(|known| {
             let moved = !met.endpoint.is_empty() && known.endpoint != met.endpoint;
-            known.store.is_empty() || (moved && known.store == met.store)
+            let changed = moved || known.feature_level != met.feature_level;
+            known.store.is_empty() || (changed && known.store == met.store)
         })
     });
     news.cloned().map(Kind::RecordReplica).collect()

@@ -101,7 +101,7 @@ impl Ensemble {
             id: *id,
             role: Role::Voter as i32,
             endpoint: endpoint.clone(),
-            store: String::new(),
+            ..Replica::default()
         });
         replicas.collect()
     }

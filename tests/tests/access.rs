@@ -183,7 +183,7 @@ fn nobody_but_a_replica_speaks_to_a_replica() {
         // In both, it is the first field.
         let request = ExchangeRequest {
             hello: Some(hello),
-            messages: Vec::new(),
+            ..ExchangeRequest::default()
         };
         assert!(!passes(&api, &own, &method, request.encode_to_vec()));
     }

@@ -58,6 +58,12 @@ fn the_status_says_how_every_replica_is() {
     assert_eq!(status["epoch"], "1");
     assert!(uuid::Uuid::try_parse(status["ensemble"].as_str().unwrap()).is_ok());
     let (first, last) = (number("firstIndex"), number("lastIndex"));
+    until("the replicas to compare what they hold", || {
+        let status = e.status_of(leader);
+        let decided = status["stateHashIndex"].as_str()?.parse::<u64>().ok()?;
+        let known = status["featureLevel"] == 1;
+        (known && decided > 0 && status["stateHash"].as_str()?.len() == 32).then_some(())
+    });
     assert!(number("term") >= 1 && number("logBytes") > 0 && first == 1);
     assert!(number("committedIndex") <= last && number("appliedIndex") <= last);
     assert!((1..=last).contains(&number("snapshotIndex")));

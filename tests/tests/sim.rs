@@ -11,7 +11,7 @@ use batchai_tests::sim::{Outcome, play};
 const SEEDS: u64 = 40;
 
 /// What must come up among the seeds, else they do not try what they are for.
-const SOMETIMES: [&str; 10] = [
+const SOMETIMES: [&str; 11] = [
     "a follower gets a snapshot",
     "a leader is lost while an attempt prepares",
     "a leader stands still",
@@ -21,6 +21,7 @@ const SOMETIMES: [&str; 10] = [
     "a shim dies amid a job",
     "an agent is killed amid a job",
     "the leader changes",
+    "the replicas agree on what they hold",
     "what became of a proposal is not known",
 ];
 

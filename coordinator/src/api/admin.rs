@@ -20,6 +20,7 @@ use super::faults::Faults;
 use crate::call::led_to;
 use crate::ensemble::check_endpoint;
 use crate::replica::core;
+use crate::state::digest::Digest;
 use crate::state::replicas::members;
 
 #[tonic::async_trait]
@@ -69,6 +70,9 @@ impl AdminService for Api {
             revision: state.revision,
             version: self.peers.own().version.clone(),
             replicas: replicas.collect(),
+            state_hash: state.comparison.digest.map_or(String::new(), hex),
+            state_hash_index: state.comparison.decided,
+            feature_level: state.feature_level,
         }))
     }
 
@@ -173,6 +177,11 @@ impl Api {
         led_to(revision.map_err(|error| self.error(error))?);
         Ok(())
     }
+}
+
+fn hex(digest: Digest) -> String {
+    let bytes = digest.bytes();
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn wrong(name: &str, why: &str) -> ApiError {

@@ -17,6 +17,7 @@ use super::core::Status;
 use super::hub::Hub;
 use super::store::StoreError;
 use super::thread::REQUESTS_MAX;
+use crate::state::digest::Digest;
 use crate::state::{Rejection, State};
 
 /// Requests of clients that may wait.
@@ -72,6 +73,7 @@ pub(super) enum Request {
     Save(Reply<()>),
     Step(Box<Message>),
     StepSnapshot(Box<(Message, SnapshotMark, State)>),
+    Told(u64, u64, Digest),
     Unreachable(u64),
     Gone(u64),
     SnapshotSent(u64, bool),
@@ -200,6 +202,11 @@ impl Handle {
     /// A message of a peer. One that finds no room is lost, as on a network: it is sent again.
     pub fn step(&self, message: Message) {
         let _ = self.request(Request::Step(Box::new(message)));
+    }
+
+    /// A peer tells the digest of its State at an entry.
+    pub fn told(&self, peer: u64, index: u64, digest: Digest) {
+        let _ = self.request(Request::Told(peer, index, digest));
     }
 
     /// A message of a peer that names a snapshot, which was written.

@@ -228,6 +228,10 @@ impl<S: LogStore> Loop<S> {
                 self.core.unreachable(peer);
                 Ok(())
             }
+            Request::Told(peer, index, digest) => {
+                self.core.told(peer, index, digest);
+                Ok(())
+            }
             Request::Gone(peer) => {
                 self.core.gone(peer);
                 Ok(())
@@ -350,6 +354,9 @@ impl<S: LogStore> Loop<S> {
             if !named.is_some_and(|named| self.peers.send_snapshot(message, named)) {
                 self.core.snapshot_sent(to, false);
             }
+        }
+        for (to, index, digest) in output.digests {
+            self.peers.tell(to, index, digest);
         }
         for peer in lost {
             self.core.unreachable(peer);

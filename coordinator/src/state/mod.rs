@@ -7,9 +7,11 @@
 //! A job's life is decided in `attempts`: from what its nodes observed follows when it runs, when it is over, and how.
 
 pub mod access;
+pub mod agreement;
 pub mod assignments;
 pub mod attempts;
 pub mod clusters;
+pub mod digest;
 mod holders;
 pub mod invariants;
 pub mod jobs;
@@ -19,6 +21,7 @@ pub mod replicas;
 pub mod requests;
 pub mod setup;
 pub mod snapshot;
+mod stored;
 mod verdict;
 pub mod vm_size_aliases;
 
@@ -55,6 +58,10 @@ pub struct State {
     pub ensemble: String,
     /// Rises with every restore from a backup.
     pub epoch: i64,
+    /// What all replicas know of what commands do. Any change in that is done from its own level on.
+    pub feature_level: u32,
+    /// How the replicas compared their States.
+    pub comparison: agreement::Comparison,
     /// Who belongs to the ensemble, and who did, by raft id.
     pub replicas: OrdMap<u64, Arc<Replica>>,
     pub resource_groups: OrdMap<String, Arc<v1::ResourceGroup>>,
@@ -238,10 +245,18 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
             why,
         });
     }
-    match command.kind.as_ref().ok_or(Rejection::Unknown)? {
+    let kind = command.kind.as_ref().ok_or(Rejection::Unknown)?;
+    agreement::check(step.state, kind)?;
+    match kind {
         CommandKind::InitEnsemble(c) => replicas::init_ensemble(step.state, c),
         CommandKind::ChangeReplica(c) => replicas::change(step, c),
         CommandKind::RecordReplica(c) => replicas::record(step, c),
+        CommandKind::CompareStates(_) => {
+            agreement::begin(step);
+            Ok(())
+        }
+        CommandKind::DecideComparison(c) => agreement::decide(step, c),
+        CommandKind::RaiseFeatureLevel(c) => agreement::raise(step, c),
         CommandKind::CreateResourceGroup(c) => holders::create(step, c),
         CommandKind::CreateWorkspace(c) => holders::create(step, c),
         CommandKind::CreateCluster(c) => clusters::create(step, c),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use batchai_proto::internal::v1::replica::Role;
 use batchai_proto::internal::v1::{ChangeReplica, InitEnsemble, RecordReplica, Replica};
 
-use super::{Rejection, State, Step};
+use super::{Rejection, State, Step, agreement};
 
 /// Replicas that may belong to an ensemble at once, those without a vote included.
 const REPLICAS_MAX: usize = 9;
@@ -66,6 +66,10 @@ pub(super) fn change(step: &mut Step<'_>, command: &ChangeReplica) -> Result<(),
         ..replica
     };
     step.state.replicas.insert(command.id, Arc::new(replica));
+    if agreement::disputed(step.state).is_some() {
+        // Those that are left may agree.
+        step.state.comparison.begun = 0;
+    }
     Ok(())
 }
 
@@ -85,6 +89,7 @@ pub(super) fn record(step: &mut Step<'_>, command: &RecordReplica) -> Result<(),
     }
     let known = Arc::make_mut(known);
     known.store.clone_from(&command.store);
+    known.feature_level = command.feature_level;
     if !command.endpoint.is_empty() {
         known.endpoint.clone_from(&command.endpoint);
     }

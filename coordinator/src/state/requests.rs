@@ -65,16 +65,9 @@ pub(super) fn remember(state: &mut State, request: &RequestKey) {
 }
 
 impl Requests {
-    /// All of them, and when each was carried out, in milliseconds.
-    pub(super) fn all(&self) -> impl Iterator<Item = (RequestKey, i64)> + '_ {
-        self.known.iter().map(|((caller, id), (digest, time))| {
-            let key = RequestKey {
-                caller: caller.clone(),
-                id: id.clone(),
-                digest: digest.clone(),
-            };
-            (key, *time)
-        })
+    /// What each asked for, by caller and id, and when it was carried out, in milliseconds.
+    pub(super) fn known(&self) -> &OrdMap<Key, (Vec<u8>, i64)> {
+        &self.known
     }
 
     /// Remembers what was remembered before.

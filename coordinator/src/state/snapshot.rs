@@ -7,17 +7,17 @@ use std::sync::Arc;
 use batchai_common::names::Kind;
 use batchai_proto::internal::v1::snapshot_record::Kind as Record;
 use batchai_proto::internal::v1::{
-    SnapshotRecord, StateHeader, StoredAttempt, StoredAttemptNode, StoredCluster, StoredDataKeys,
-    StoredExpelled, StoredJob, StoredJoined, StoredNode, StoredOutcome, StoredRequest,
-    StoredRevoked, StoredSetup,
+    SnapshotRecord, StoredAttempt, StoredCluster, StoredJob, StoredNode,
 };
 use batchai_proto::v1;
 use imbl::OrdSet;
 
 use super::access::Joined;
+use super::agreement::{Comparison, FEATURE_LEVEL};
 use super::attempts::{Attempt, AttemptNode, Outcome, Phase, Verdict, Work};
+use super::digest::Digest;
 use super::setup::Setup;
-use super::{Cluster, Job, Node, State, keys, limit_of_workspace};
+use super::{Cluster, Job, Node, State, keys, limit_of_workspace, stored};
 
 /// Why records are no State.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -34,17 +34,8 @@ pub enum SnapshotError {
 
 /// The records of a State.
 pub fn records(state: &State) -> impl Iterator<Item = SnapshotRecord> + '_ {
-    let header = Record::Header(StateHeader {
-        revision: state.revision,
-        submissions: state.submissions,
-        workspaces_made: state.workspaces_made,
-        applied_index: state.applied_index,
-        time: Some(state.time),
-        ensemble: state.ensemble.clone(),
-        epoch: state.epoch,
-    });
     let one = |kind| SnapshotRecord { kind: Some(kind) };
-    std::iter::once(header)
+    std::iter::once(stored::header(state))
         .chain(resources(state))
         .chain(work(state))
         .chain(access(state))
@@ -62,7 +53,10 @@ fn resources(state: &State) -> impl Iterator<Item = Record> + '_ {
     let groups = groups.map(|g| Record::ResourceGroup((**g).clone()));
     let workspaces = state.workspaces.values();
     let workspaces = workspaces.map(|w| Record::Workspace((**w).clone()));
-    let clusters = state.clusters.values().map(|c| Record::Cluster(cluster(c)));
+    let clusters = state
+        .clusters
+        .values()
+        .map(|c| Record::Cluster(stored::cluster(c)));
     let experiments = state.experiments.values();
     let experiments = experiments.map(|e| Record::Experiment((**e).clone()));
     let aliases = state.vm_size_aliases.values();
@@ -76,17 +70,15 @@ fn resources(state: &State) -> impl Iterator<Item = Record> + '_ {
 
 fn work(state: &State) -> impl Iterator<Item = Record> + '_ {
     let attempts = state.attempts.values();
-    let attempts = attempts.map(|a| Record::Attempt(attempt(state, a)));
-    let jobs = state.jobs.values().map(|j| Record::Job(job(j)));
+    let attempts = attempts.map(|a| Record::Attempt(stored::attempt(a, is_as_placed(state, a))));
+    let jobs = state.jobs.values().map(|j| Record::Job(stored::job(j)));
     let nodes = state
         .nodes
         .iter()
-        .map(|(name, n)| Record::Node(node(name, n)));
+        .map(|(name, n)| Record::Node(stored::node(name, n)));
     let deleting = state.deleting.iter().cloned().map(Record::Deleting);
-    let requests = state.requests.all().map(|(key, time)| {
-        let key = Some(key);
-        Record::Request(StoredRequest { key, time })
-    });
+    let requests = state.requests.known().iter();
+    let requests = requests.map(|(key, known)| stored::request(key, known));
     attempts
         .chain(jobs)
         .chain(nodes)
@@ -98,33 +90,20 @@ fn access(state: &State) -> impl Iterator<Item = Record> + '_ {
     let bindings = state.role_bindings.values();
     let bindings = bindings.map(|b| Record::RoleBinding((**b).clone()));
     let tokens = state.tokens.values().map(|t| Record::Token((**t).clone()));
-    let joined = state.joined.iter().map(|(node, joined)| {
-        Record::Joined(StoredJoined {
-            node: node.clone(),
-            uid: joined.uid.clone(),
-            token: joined.token.clone(),
-            digest: joined.digest.clone(),
-            vm_size: joined.vm_size.clone(),
-        })
-    });
-    let expelled = state.expelled.iter().map(|(node, uid)| {
-        Record::Expelled(StoredExpelled {
-            node: node.clone(),
-            uid: uid.clone(),
-        })
-    });
-    let revoked = state.revoked.iter().map(|(member, until)| {
-        Record::Revoked(StoredRevoked {
-            member: member.clone(),
-            until: *until,
-        })
-    });
-    let keys = state.data_keys.iter().map(|(workspace, keys)| {
-        Record::DataKeys(StoredDataKeys {
-            workspace: workspace.clone(),
-            keys: keys.to_vec(),
-        })
-    });
+    let joined = state
+        .joined
+        .iter()
+        .map(|(node, of)| stored::joined(node, of));
+    let expelled = state
+        .expelled
+        .iter()
+        .map(|(node, uid)| stored::expelled(node, uid));
+    let revoked = state.revoked.iter();
+    let revoked = revoked.map(|(member, until)| stored::revoked(member, *until));
+    let keys = state
+        .data_keys
+        .iter()
+        .map(|(of, keys)| stored::data_keys(of, keys));
     bindings
         .chain(tokens)
         .chain(joined)
@@ -133,85 +112,10 @@ fn access(state: &State) -> impl Iterator<Item = Record> + '_ {
         .chain(keys)
 }
 
-fn cluster(cluster: &Cluster) -> StoredCluster {
-    StoredCluster {
-        spec: Some((*cluster.spec).clone()),
-        revision: cluster.revision,
-        members: cluster.members.iter().cloned().collect(),
-        allocation_time: Some(cluster.allocation_time),
-        deleting: cluster.deleting,
-    }
-}
-
-fn job(job: &Job) -> StoredJob {
-    StoredJob {
-        job: Some(v1::Job {
-            state: job.state as i32,
-            state_transition_time: Some(job.state_time),
-            start_time: job.start_time,
-            end_time: job.end_time,
-            exit_code: job.exit_code,
-            errors: job.errors.clone(),
-            ..(*job.spec).clone()
-        }),
-        revision: job.revision,
-        submitted: job.submitted,
-        attempt: job.attempt.clone().unwrap_or_default(),
-        attempts: job.attempts,
-        infrastructure_retries: job.infrastructure_retries,
-        deleting: job.deleting,
-    }
-}
-
-fn attempt(state: &State, attempt: &Attempt) -> StoredAttempt {
+/// Whether the job of an attempt is still what it was placed as: then it is written once.
+fn is_as_placed(state: &State, attempt: &Attempt) -> bool {
     let job = attempt.job().and_then(|name| state.jobs.get(name));
-    let same = job.is_some_and(|job| job.spec == attempt.spec);
-    let nodes = attempt.nodes.iter().map(|n| StoredAttemptNode {
-        seen: Some(n.view()),
-        port: n.port,
-        last_words: n.last_words.clone(),
-    });
-    StoredAttempt {
-        id: attempt.id.clone(),
-        number: attempt.number,
-        job: attempt.job().unwrap_or_default().to_owned(),
-        spec: (!same).then(|| (*attempt.spec).clone()),
-        create_time: Some(attempt.create_time),
-        phase: attempt.phase as i32,
-        nodes: nodes.collect(),
-        outcome: attempt.outcome.as_ref().map(|outcome| StoredOutcome {
-            verdict: outcome.verdict as i32,
-            exit_code: outcome.exit_code,
-            errors: outcome.errors.clone(),
-        }),
-        log_home: attempt.log_home,
-    }
-}
-
-fn node(name: &str, node: &Node) -> StoredNode {
-    StoredNode {
-        node: Some(v1::Node {
-            name: name.to_owned(),
-            uid: node.uid.clone(),
-            create_time: Some(node.create_time),
-            cluster: node.cluster.clone().unwrap_or_default(),
-            facts: Some((*node.facts).clone()),
-            ..Default::default()
-        }),
-        revision: node.revision,
-        incarnation: node.incarnation.clone(),
-        leaving: node.leaving,
-        expelled: node.expelled,
-        attempt: node.attempt.clone().unwrap_or_default(),
-        assigned: node.assigned,
-        setup: node.setup.as_ref().map(|setup| StoredSetup {
-            incarnation: setup.incarnation.clone(),
-            attempt: setup.attempt.clone(),
-            done: setup.done,
-            retries: setup.retries,
-            error: setup.error.clone(),
-        }),
-    }
+    job.is_some_and(|job| job.spec == attempt.spec)
 }
 
 /// Makes a State of its records, in their order.
@@ -239,6 +143,16 @@ impl Builder {
                 state.time = header.time.unwrap_or_default();
                 state.ensemble = header.ensemble;
                 state.epoch = header.epoch;
+                if header.feature_level > FEATURE_LEVEL {
+                    let what = "the feature level".to_owned();
+                    return Err(SnapshotError::Value { what });
+                }
+                state.feature_level = header.feature_level;
+                state.comparison = Comparison {
+                    begun: header.comparison_begun,
+                    decided: header.comparison_decided,
+                    digest: Digest::read(&header.comparison_digest),
+                };
             }
             Record::ResourceGroup(group) => {
                 let name = group.name.clone();

@@ -3,14 +3,16 @@
 use batchai_proto::agent::v1::{AttemptObservation, Failure, Report};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
-    Command, CreateJobs, DataKey, Delete, InitEnsemble, PutDataKey, RecordReport, RegisterNode,
-    RequestKey, TerminateJob, Update,
+    Command, CreateJobs, DataKey, Delete, InitEnsemble, PutDataKey, RaiseFeatureLevel,
+    RecordReport, RegisterNode, Replica, RequestKey, SnapshotRecord, TerminateJob, Update, replica,
+    snapshot_record,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
 use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption as Dealloc;
 use proptest::prelude::*;
 
+use super::digest::Digest;
 use super::*;
 use crate::duties::{Heard, Leader, duties};
 use crate::scheduler::explain::pending_reason;
@@ -29,6 +31,15 @@ pub(crate) struct Ensemble {
     /// What the cluster wants done on its nodes.
     setup_task: Option<v1::SetupTask>,
     index: u64,
+    digest: Digest,
+}
+
+impl Drop for Ensemble {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            assert_eq!(self.digest, Digest::of(&self.state));
+        }
+    }
 }
 
 impl Ensemble {
@@ -49,6 +60,7 @@ impl Ensemble {
             request: None,
             setup_task,
             index: 0,
+            digest: Digest::of(&State::default()),
         };
         let ensemble = "00000000-0000-0000-0000-000000000001".to_owned();
         e.ok(C::InitEnsemble(InitEnsemble {
@@ -130,11 +142,13 @@ impl Ensemble {
         if result.is_err() {
             let untouched = State {
                 applied_index: self.index,
-                ..before
+                ..before.clone()
             };
             assert_eq!(self.state, untouched, "a rejection changed something");
         }
         invariants::check(&self.state).unwrap();
+        // What changed is enough to know what tells States apart.
+        self.digest = self.digest.advance(&before, &self.state);
         result
     }
 
@@ -281,6 +295,51 @@ impl Ensemble {
 fn pytorch(job: &mut v1::Job) {
     job.custom_toolkit_settings = None;
     job.py_torch_settings = Some(v1::PyTorchSettings::default());
+}
+
+#[test]
+fn a_feature_level_rises_when_all_know_it_and_one_that_is_not_known_stops_the_replica() {
+    let mut e = Ensemble::new(0);
+    let levels = |e: &mut Ensemble, levels: &[u32]| {
+        let replica = |(id, level): (usize, &u32)| {
+            let replica = Replica {
+                id: id as u64 + 1,
+                role: replica::Role::Voter as i32,
+                feature_level: *level,
+                ..Default::default()
+            };
+            (replica.id, Arc::new(replica))
+        };
+        e.state.replicas = levels.iter().enumerate().map(replica).collect();
+        e.digest = Digest::of(&e.state);
+        let kinds = agreement::duties(&e.state);
+        let levels = kinds.filter_map(|kind| match kind {
+            C::RaiseFeatureLevel(c) => Some(c.level),
+            _ => None,
+        });
+        levels.last()
+    };
+    let known = agreement::FEATURE_LEVEL;
+    assert_eq!(
+        levels(&mut e, &[known, 0, known]),
+        None,
+        "one is not heard of"
+    );
+    // Of what this version does not know itself it does not speak.
+    assert_eq!(levels(&mut e, &[known + 1; 3]), Some(known));
+    e.ok(C::RaiseFeatureLevel(RaiseFeatureLevel { level: known }));
+    assert_eq!(e.state.feature_level, known);
+    assert_eq!(levels(&mut e, &[known; 3]), None);
+    let later = C::RaiseFeatureLevel(RaiseFeatureLevel { level: known + 1 });
+    assert_eq!(e.try_apply(later).unwrap_err(), Rejection::Unknown);
+    let header = snapshot::records(&e.state).next().unwrap();
+    let Some(snapshot_record::Kind::Header(mut header)) = header.kind else {
+        panic!("the header comes first");
+    };
+    header.feature_level += 1;
+    let kind = Some(snapshot_record::Kind::Header(header));
+    let refused = snapshot::Builder::default().add(SnapshotRecord { kind });
+    assert!(refused.unwrap_err().to_string().contains("feature level"));
 }
 
 #[test]
@@ -1544,6 +1603,6 @@ proptest! {
                 e.make_what_holds_jobs(3);
             }
         }
-        prop_assert_eq!(through_a_snapshot(&e.state), e.state);
+        prop_assert_eq!(through_a_snapshot(&e.state), e.state.clone());
     }
 }

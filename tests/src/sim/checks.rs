@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use batchai_coordinator::replica::core::Core;
 use batchai_coordinator::replica::store::memory::MemoryStore;
+use batchai_coordinator::state::digest::Digest;
 use batchai_coordinator::state::snapshot::records;
 use batchai_coordinator::state::{State, invariants};
 use prost::Message as _;
@@ -27,6 +28,8 @@ pub struct Checks {
     leaders: BTreeMap<u64, u64>,
     /// What the State is after an entry of the log, on every replica that has applied it.
     states: BTreeMap<u64, u32>,
+    /// What replicas said that their State was.
+    digests: BTreeMap<u64, Digest>,
     /// How jobs ended, by UUID.
     ended: BTreeMap<String, i32>,
     /// How far each replica was when it was looked at.
@@ -131,8 +134,28 @@ impl Checks {
         Ok(())
     }
 
+    /// A replica says what its State was.
+    pub fn compared(&mut self, id: u64, index: u64, digest: Digest) -> Result<(), String> {
+        let known = *self.digests.entry(index).or_insert(digest);
+        match known == digest {
+            true => Ok(()),
+            false => Err(format!("digests_agree: entry {index} on {id}")),
+        }
+    }
+
     /// When all is over.
-    pub(super) fn at_the_end(&self, replicas: &BTreeMap<u64, Replica>) -> Result<(), String> {
+    pub(super) fn at_the_end(
+        &mut self,
+        replicas: &mut BTreeMap<u64, Replica>,
+    ) -> Result<(), String> {
+        for core in replicas.values_mut().filter_map(|r| r.core.as_mut()) {
+            if core.digest() != Digest::of(core.state()) {
+                return Err("digests_are_whole: kept up, it is another one".to_owned());
+            }
+            if core.state().comparison.digest.is_some() {
+                self.saw("the replicas agree on what they hold");
+            }
+        }
         let mut states = replicas
             .values()
             .filter_map(|r| Some(r.core.as_ref()?.state()));

@@ -3,7 +3,7 @@
 use batchai_coordinator::replica::core::Core;
 use batchai_coordinator::replica::store::snapshot;
 
-use super::{Sent, Sim};
+use super::{Sent, Sim, Told};
 
 /// What a world is like, and how often what goes wrong: chances for each message, or in each step.
 #[derive(Clone, Debug)]
@@ -124,6 +124,12 @@ impl Sim {
     }
 
     pub(super) fn deliver(&mut self) {
+        let later = self.told.split_off(&(self.step + 1, 0));
+        for (from, to, index, digest) in std::mem::replace(&mut self.told, later).into_values() {
+            if !self.cut.contains_key(&(from, to)) && self.is_up(to) {
+                self.core(to).told(from, index, digest);
+            }
+        }
         let later = self.messages.split_off(&(self.step + 1, 0));
         for Sent { message, snapshot } in std::mem::replace(&mut self.messages, later).into_values()
         {
@@ -143,6 +149,14 @@ impl Sim {
             written.expect("memory is there");
             let _ = core.step_snapshot(message, mark, state);
             self.tell(from, to, true, true);
+        }
+    }
+
+    pub(super) fn tell_digest(&mut self, told: Told) {
+        if self.random.f64() >= self.options.loss {
+            self.sent += 1;
+            let arrival = self.step + self.random.u64(1..=self.options.delay);
+            self.told.insert((arrival, self.sent), told);
         }
     }
 

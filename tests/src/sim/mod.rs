@@ -17,6 +17,7 @@ use batchai_coordinator::replica::store::memory::MemoryStore;
 use batchai_coordinator::replica::store::{FORMAT, LogStore as _, snapshot};
 use batchai_coordinator::scheduler::explain::pending_reason;
 use batchai_coordinator::state::attempts::{self, Phase};
+use batchai_coordinator::state::digest::Digest;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{Command, ReplicaIdentity, RequestKey, SnapshotMark};
 use raft::eraftpb::Message;
@@ -62,6 +63,9 @@ struct Sent {
     snapshot: Option<Vec<u8>>,
 }
 
+/// From, to, the entry, and the digest of the State there.
+type Told = (u64, u64, u64, Digest);
+
 /// One replica: its disk, and its process, if it runs.
 struct Replica {
     store: MemoryStore,
@@ -87,6 +91,7 @@ pub struct Sim {
     replicas: BTreeMap<u64, Replica>,
     /// By the step in which they arrive.
     messages: BTreeMap<(u64, u64), Sent>,
+    told: BTreeMap<(u64, u64), Told>,
     sent: u64,
     tickets: u64,
     /// From, to, and until when nothing gets through.
@@ -133,6 +138,7 @@ impl Sim {
             random,
             step: 0,
             messages: BTreeMap::new(),
+            told: BTreeMap::new(),
             sent: 0,
             tickets: 0,
             cut: BTreeMap::new(),
@@ -160,7 +166,7 @@ impl Sim {
             }
             self.once()?;
         }
-        self.checks.at_the_end(&self.replicas)?;
+        self.checks.at_the_end(&mut self.replicas)?;
         Ok(Outcome {
             trace: self.checks.trace(),
             commands: self.checks.revision(),
@@ -291,6 +297,10 @@ impl Sim {
             });
             for sent in sent.collect::<Vec<_>>() {
                 self.send(sent);
+            }
+            for (to, index, digest) in output.digests {
+                self.checks.compared(id, index, digest)?;
+                self.tell_digest((id, to, index, digest));
             }
             if output.jumped.is_some() {
                 self.checks.saw("a follower gets a snapshot");

@@ -8,6 +8,7 @@
 //! released version, so others keep a fork. Here the transport has one ordered stream for each direction. A snapshot travels
 //! beside its message: the message names it, [`Core::step_snapshot`] brings it.
 
+mod agreement;
 mod members;
 mod snapshots;
 
@@ -22,8 +23,10 @@ use super::hub::Revision;
 use super::log::Log;
 use super::logger::logger;
 use super::store::{LogStore, Recovered, StoreError};
+use crate::state::digest::Digest;
 use crate::state::{Event, Rejection, State, apply};
 
+use agreement::Agreement;
 pub use members::{Member, Status};
 use snapshots::read_conf_state;
 
@@ -54,6 +57,11 @@ pub enum CoreError {
     Entry { index: u64, why: String },
     #[error("a snapshot came that cannot be taken: {why}")]
     Snapshot { why: String },
+    #[error(
+        "the State of this replica is not that of the majority, as of log entry {index}: a defect of its memory, of its disk or of this \
+         program. Remove it, and have it join under a new id with an empty data directory; keep the old one to find out why"
+    )]
+    Differs { index: u64 },
     #[error("log entry {index}: {source}")]
     Unknown { index: u64, source: Rejection },
 }
@@ -77,6 +85,8 @@ pub struct Output {
     pub reads: Vec<Ticket>,
     /// The revision that the State jumped to, by a snapshot; what changed came after that.
     pub jumped: Option<i64>,
+    /// Digests of the State: to whom, and at which entry.
+    pub digests: Vec<(u64, u64, Digest)>,
     /// What changed, in order.
     pub revisions: Vec<Revision>,
 }
@@ -122,6 +132,7 @@ pub struct Core<S> {
     reading: BTreeMap<u64, Vec<Ticket>>,
     /// Snapshots that came and were written, until raft has taken one of them, or none.
     came: Vec<(SnapshotMark, State)>,
+    agreement: Agreement,
 }
 
 impl<S: LogStore> Core<S> {
@@ -186,6 +197,7 @@ impl<S: LogStore> Core<S> {
             proposed: BTreeMap::new(),
             reading: BTreeMap::new(),
             came: Vec::new(),
+            agreement: Agreement::default(),
         })
     }
 
@@ -321,6 +333,7 @@ impl<S: LogStore> Core<S> {
             self.ready_once(&mut output, send)?;
         }
         self.fail_what_lost_its_leader(&mut output);
+        self.tell(&mut output);
         Ok(output)
     }
 
@@ -418,7 +431,12 @@ impl<S: LogStore> Core<S> {
                 index,
                 source: Rejection::Unknown,
             }),
-            result => Ok(result),
+            result => {
+                if result.is_ok() {
+                    self.after(index, &command)?;
+                }
+                Ok(result)
+            }
         }
     }
 

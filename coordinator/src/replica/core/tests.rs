@@ -59,6 +59,7 @@ impl Core<MemoryStore> {
             all.proposals.extend(more.proposals);
             all.reads.extend(more.reads);
             all.jumped = more.jumped.or(all.jumped);
+            all.digests.extend(more.digests);
             all.revisions.extend(more.revisions);
         }
         Ok(all)
@@ -86,16 +87,23 @@ impl Net {
     }
 
     fn settle(&mut self) {
+        self.try_settle().unwrap();
+    }
+
+    /// Until nothing moves, or somebody stops.
+    fn try_settle(&mut self) -> Result<(), (u64, CoreError)> {
         loop {
             let (mut messages, mut named) = (Vec::new(), BTreeMap::new());
+            let mut told = Vec::new();
             for (id, core) in &mut self.cores {
                 let mut output = core
                     .all_ready(&mut |mut sent| messages.append(&mut sent))
-                    .unwrap();
+                    .map_err(|error| (*id, error))?;
                 let kept = self.outputs.entry(*id).or_default();
                 kept.proposals.append(&mut output.proposals);
                 kept.reads.append(&mut output.reads);
                 kept.jumped = output.jumped.or(kept.jumped);
+                told.extend(output.digests.into_iter().map(|told| (*id, told)));
                 for message in messages.iter().filter(|m: &&Message| m.from == *id) {
                     if let Some(snapshot) = core.snapshot_of(message) {
                         named.insert(message.get_snapshot().get_metadata().index, snapshot);
@@ -103,8 +111,11 @@ impl Net {
                 }
             }
             messages.retain(|m| !self.cut.contains(&m.to) && !self.cut.contains(&m.from));
-            if messages.is_empty() {
-                return;
+            for (from, (to, index, digest)) in &told {
+                self.cores.get_mut(to).unwrap().told(*from, *index, *digest);
+            }
+            if messages.is_empty() && told.is_empty() {
+                return Ok(());
             }
             for message in messages {
                 // A message for a core that has since moved on is refused, as on a real network.
@@ -397,4 +408,106 @@ fn a_leader_that_is_gone_is_not_waited_for() {
     assert_eq!(net.cores[&left[1]].leader(), Some(left[0]));
     assert_eq!(net.cores[&left[1]].term(), term);
     assert!(net.cores[&left[0]].leads());
+}
+
+fn compare() -> Command {
+    Command {
+        kind: Some(Kind::CompareStates(Default::default())),
+        ..Command::default()
+    }
+}
+
+/// Three that have something in them, and the one that leads.
+fn three() -> (Net, u64) {
+    let mut net = Net::new(&[1, 2, 3]);
+    let leader = net.elect();
+    let all = [(1, init()), (2, group("a")), (3, group("b"))];
+    net.cores.get_mut(&leader).unwrap().propose(&all);
+    net.settle();
+    (net, leader)
+}
+
+fn damage(net: &mut Net, id: u64) {
+    let core = net.cores.get_mut(&id).unwrap();
+    core.state.submissions += id as i64;
+}
+
+#[test]
+fn replicas_that_agree_say_so_and_the_one_that_does_not_stops() {
+    let (mut net, leader) = three();
+    net.cores
+        .get_mut(&leader)
+        .unwrap()
+        .propose(&[(4, compare())]);
+    net.settle();
+    for core in net.cores.values_mut() {
+        let comparison = core.state().comparison.clone();
+        assert_eq!(comparison.decided, comparison.begun);
+        assert!(comparison.digest.is_some());
+        assert_eq!(core.digest(), Digest::of(core.state()));
+    }
+    for wrong in [leader % 3 + 1, leader] {
+        let (mut net, leader) = match wrong == leader {
+            true => three(),
+            false => (std::mem::replace(&mut net, Net::new(&[])), leader),
+        };
+        let wrong = if wrong == leader { leader } else { wrong };
+        damage(&mut net, wrong);
+        net.cores
+            .get_mut(&leader)
+            .unwrap()
+            .propose(&[(5, compare())]);
+        let (stopped, error) = net.try_settle().unwrap_err();
+        assert_eq!(stopped, wrong);
+        assert!(matches!(error, CoreError::Differs { .. }), "{error}");
+        // The others go on without it.
+        net.cores.remove(&wrong);
+        net.cut.push(wrong);
+        let leader = net.elect();
+        assert_ne!(leader, wrong);
+        net.cores
+            .get_mut(&leader)
+            .unwrap()
+            .propose(&[(6, group("c"))]);
+        net.settle();
+        assert_eq!(net.cores[&leader].state().resource_groups.len(), 3);
+    }
+}
+
+#[test]
+fn without_a_majority_for_any_state_nothing_is_written() {
+    let (mut net, leader) = three();
+    for id in 1..=3 {
+        damage(&mut net, id);
+    }
+    let propose = |net: &mut Net, ticket, command| {
+        net.cores
+            .get_mut(&leader)
+            .unwrap()
+            .propose(&[(ticket, command)]);
+        net.settle();
+        let outputs = &mut net.outputs.get_mut(&leader).unwrap().proposals;
+        let found = outputs.iter().position(|(of, _)| *of == ticket).unwrap();
+        outputs.remove(found).1
+    };
+    let decided = propose(&mut net, 4, compare());
+    assert!(matches!(decided, Proposed::Applied(Ok(_))));
+    let refused = propose(&mut net, 5, group("c"));
+    let Proposed::Applied(Err(Rejection::WrongState { why, .. })) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(why.contains("disagree"), "{why}");
+    // When the administrator has made up his mind which of them is right, it goes on.
+    let right = net.cores[&leader].state().clone();
+    for core in net.cores.values_mut() {
+        core.state = right.clone();
+    }
+    assert!(matches!(
+        propose(&mut net, 6, compare()),
+        Proposed::Applied(Ok(_))
+    ));
+    assert!(matches!(
+        propose(&mut net, 7, group("c")),
+        Proposed::Applied(Ok(_))
+    ));
 }

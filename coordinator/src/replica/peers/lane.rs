@@ -230,14 +230,10 @@ impl Lane {
             let Some(first) = first else {
                 return Ok(());
             };
-            let messages = self.batch(first);
-            if messages.is_empty() {
+            let request = self.batch(first);
+            if request.messages.is_empty() && request.digests.is_empty() {
                 continue;
             }
-            let request = ExchangeRequest {
-                hello: None,
-                messages,
-            };
             tokio::select! {
                 sent = outbox.send(request) => sent.map_err(|_| LaneError::Ended)?,
                 end = incoming.message() => return Err(end.err().map_or(LaneError::Ended, Into::into)),
@@ -253,7 +249,7 @@ impl Lane {
         let (outbox, requests) = mpsc::channel(OUTBOX_MAX);
         let hello = ExchangeRequest {
             hello: Some(self.hello.clone()),
-            messages: Vec::new(),
+            ..ExchangeRequest::default()
         };
         outbox.send(hello).await.map_err(|_| LaneError::Ended)?;
         let answer = client.exchange(ReceiverStream::new(requests)).await?;
@@ -279,16 +275,17 @@ impl Lane {
     }
 
     /// What waits, as far as it goes into one message.
-    fn batch(&mut self, first: Outgoing) -> Vec<Bytes> {
-        let (mut messages, mut size, mut next) = (Vec::new(), 0, Some(first));
+    fn batch(&mut self, first: Outgoing) -> ExchangeRequest {
+        let (mut batch, mut size, mut next) = (ExchangeRequest::default(), 0, Some(first));
         while let Some(outgoing) = next {
             match outgoing {
                 Outgoing::Message(message) => {
                     let bytes = message.write_to_bytes();
                     let bytes = bytes.expect("what is in memory can be encoded");
                     size += bytes.len();
-                    messages.push(bytes.into());
+                    batch.messages.push(bytes.into());
                 }
+                Outgoing::Digest(digest) => batch.digests.push(digest),
                 Outgoing::Snapshot(snapshot) => self.send_snapshot(*snapshot),
             }
             next = match size < BATCH_BYTES {
@@ -296,7 +293,7 @@ impl Lane {
                 false => None,
             };
         }
-        messages
+        batch
     }
 
     /// Beside the stream: it may take long.

@@ -13,13 +13,14 @@ use std::time::Instant;
 
 use batchai_common::error::ApiError;
 use batchai_proto::internal::v1::replica::Role;
-use batchai_proto::internal::v1::{PeerHello, RecordReplica, SnapshotMark};
+use batchai_proto::internal::v1::{PeerHello, RecordReplica, SnapshotMark, StateDigest};
 use raft::eraftpb::{Message, MessageType};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::Handle;
 use crate::ensemble::check_endpoint;
+use crate::state::digest::Digest;
 use crate::state::{State, replicas};
 
 pub use lane::Lanes;
@@ -34,6 +35,7 @@ const VERSION_BYTES_MAX: usize = 100;
 
 enum Outgoing {
     Message(Message),
+    Digest(StateDigest),
     Snapshot(Box<(Message, SnapshotMark, State)>),
 }
 
@@ -89,6 +91,12 @@ impl Peers {
         self.queue(message.to, Outgoing::Message(message))
     }
 
+    /// Tells a peer the digest of the State at an entry. One that is lost is followed by the next.
+    pub fn tell(&self, to: u64, index: u64, digest: Digest) {
+        let digest = digest.bytes().to_vec();
+        self.queue(to, Outgoing::Digest(StateDigest { index, digest }));
+    }
+
     /// Sends a message and the snapshot that it names; what becomes of it is told to the replica.
     pub fn send_snapshot(&self, message: Message, (mark, state): (SnapshotMark, State)) -> bool {
         let to = message.to;
@@ -116,6 +124,7 @@ impl Peers {
                 id: hello.from,
                 endpoint: hello.endpoint.clone(),
                 store: hello.store.clone(),
+                feature_level: hello.feature_level,
             })
             .collect()
     }
@@ -147,7 +156,7 @@ impl Peers {
         &self,
         (peer, turn): (u64, u64),
         replica: &Handle,
-        messages: Vec<Message>,
+        (messages, digests): (Vec<Message>, Vec<(u64, Digest)>),
     ) -> bool {
         let turns = held(&self.shared.turns);
         if turns.get(&peer) != Some(&turn) {
@@ -155,6 +164,9 @@ impl Peers {
         }
         for message in messages {
             replica.step(message);
+        }
+        for (index, digest) in digests {
+            replica.told(peer, index, digest);
         }
         true
     }
@@ -204,6 +216,11 @@ impl Peers {
         if state.ensemble.is_empty() {
             // Nobody is known yet.
             return Ok(());
+        }
+        if hello.feature_level < state.feature_level {
+            return refuse(
+                "it is of a version older than what all replicas know by now: upgrade it",
+            );
         }
         let Some(known) = state.replicas.get(&hello.from) else {
             return refuse("it does not belong to the ensemble, as far as this replica knows");

@@ -25,6 +25,7 @@ use crate::access::Who;
 use crate::call::caller;
 use crate::replica::Handle;
 use crate::replica::store::{Snapshots, snapshot};
+use crate::state::digest::Digest;
 
 /// How long the next piece of a snapshot may take.
 const STALL_MAX: Duration = Duration::from_secs(30);
@@ -161,10 +162,14 @@ async fn take_in(
             }
             messages.push(message);
         }
+        let digests = request.digests.iter();
+        let digests = digests.map(|told| Some((told.index, Digest::read(&told.digest)?)));
+        let digests: Option<Vec<_>> = digests.collect();
+        let digests = digests.ok_or_else(|| invalid("digests"))?;
         // It may have been removed since it said hello.
         peers.check_known(&replica.published().borrow().state, hello)?;
         peers.heard(hello);
-        if !peers.deliver(turn, replica, messages) {
+        if !peers.deliver(turn, replica, (messages, digests)) {
             return Err(Status::aborted("a later stream has begun"));
         }
     }

@@ -1,0 +1,150 @@
+//! PURE. A number by which States are told apart: the sum of the numbers of their records.
+//!
+//! It is a sum so that only what changed need be looked at. What follows from the rest (queues, counts) is not in it. It guards
+//! against defects, not against somebody who makes a State to fit.
+
+use batchai_proto::internal::v1::SnapshotRecord;
+use batchai_proto::internal::v1::snapshot_record::Kind as Record;
+use imbl::ordmap::DiffItem;
+use imbl::{OrdMap, OrdSet, ordset};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+
+use super::{State, stored};
+
+/// What tells States apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Digest(u128);
+
+impl Digest {
+    /// The digest of a State, looking at all of it.
+    pub fn of(state: &State) -> Digest {
+        // An empty State has a header as well.
+        let empty = State::default();
+        let header = number(stored::header(&empty));
+        Digest(header).advance(&empty, state)
+    }
+
+    /// The digest of a State that came of another, which had this one.
+    pub fn advance(self, before: &State, after: &State) -> Digest {
+        let mut sum = Sum(self.0);
+        sum.replace(stored::header(before), stored::header(after));
+        sum.resources(before, after);
+        sum.work(before, after);
+        sum.access(before, after);
+        let requests = (before.requests.known(), after.requests.known());
+        sum.table(requests.0, requests.1, |key, known| {
+            stored::request(key, known)
+        });
+        sum.table(&before.replicas, &after.replicas, |_, r| {
+            Record::Replica((**r).clone())
+        });
+        Digest(sum.0)
+    }
+
+    /// As it goes over the network and into the log.
+    pub fn bytes(self) -> [u8; 16] {
+        self.0.to_be_bytes()
+    }
+
+    /// Reads it.
+    pub fn read(bytes: &[u8]) -> Option<Digest> {
+        let bytes = bytes.try_into().ok()?;
+        Some(Digest(u128::from_be_bytes(bytes)))
+    }
+}
+
+fn number(record: Record) -> u128 {
+    let record = SnapshotRecord { kind: Some(record) };
+    let hash = Sha256::digest(record.encode_to_vec());
+    let (first, _) = hash.split_at(16);
+    u128::from_be_bytes(first.try_into().expect("it was split there"))
+}
+
+struct Sum(u128);
+
+impl Sum {
+    fn add(&mut self, record: Record) {
+        self.0 = self.0.wrapping_add(number(record));
+    }
+
+    fn take(&mut self, record: Record) {
+        self.0 = self.0.wrapping_sub(number(record));
+    }
+
+    fn replace(&mut self, before: Record, after: Record) {
+        self.take(before);
+        self.add(after);
+    }
+
+    fn table<K: Ord, V: PartialEq>(
+        &mut self,
+        before: &OrdMap<K, V>,
+        after: &OrdMap<K, V>,
+        record: impl Fn(&K, &V) -> Record,
+    ) {
+        for item in before.diff(after) {
+            match item {
+                DiffItem::Add(key, value) => self.add(record(key, value)),
+                DiffItem::Remove(key, value) => self.take(record(key, value)),
+                DiffItem::Update { old, new } => {
+                    self.replace(record(old.0, old.1), record(new.0, new.1));
+                }
+            }
+        }
+    }
+
+    fn set<T: Ord>(
+        &mut self,
+        before: &OrdSet<T>,
+        after: &OrdSet<T>,
+        record: impl Fn(&T) -> Record,
+    ) {
+        for item in before.diff(after) {
+            match item {
+                ordset::DiffItem::Add(value) => self.add(record(value)),
+                ordset::DiffItem::Remove(value) => self.take(record(value)),
+            }
+        }
+    }
+
+    fn resources(&mut self, before: &State, after: &State) {
+        let (a, b) = (&before.resource_groups, &after.resource_groups);
+        self.table(a, b, |_, g| Record::ResourceGroup((**g).clone()));
+        let (a, b) = (&before.workspaces, &after.workspaces);
+        self.table(a, b, |_, w| Record::Workspace((**w).clone()));
+        let (a, b) = (&before.clusters, &after.clusters);
+        self.table(a, b, |_, c| Record::Cluster(stored::cluster(c)));
+        let (a, b) = (&before.experiments, &after.experiments);
+        self.table(a, b, |_, e| Record::Experiment((**e).clone()));
+        let (a, b) = (&before.vm_size_aliases, &after.vm_size_aliases);
+        self.table(a, b, |_, a| Record::VmSizeAlias((**a).clone()));
+    }
+
+    fn work(&mut self, before: &State, after: &State) {
+        let (a, b) = (&before.attempts, &after.attempts);
+        // With all that it is: whether its job is still the same says another record.
+        self.table(a, b, |_, a| Record::Attempt(stored::attempt(a, false)));
+        let (a, b) = (&before.jobs, &after.jobs);
+        self.table(a, b, |_, j| Record::Job(stored::job(j)));
+        let (a, b) = (&before.nodes, &after.nodes);
+        self.table(a, b, |name, n| Record::Node(stored::node(name, n)));
+        let (a, b) = (&before.deleting, &after.deleting);
+        self.set(a, b, |name| Record::Deleting(name.clone()));
+    }
+
+    fn access(&mut self, before: &State, after: &State) {
+        let (a, b) = (&before.role_bindings, &after.role_bindings);
+        self.table(a, b, |_, b| Record::RoleBinding((**b).clone()));
+        let (a, b) = (&before.tokens, &after.tokens);
+        self.table(a, b, |_, t| Record::Token((**t).clone()));
+        let (a, b) = (&before.joined, &after.joined);
+        self.table(a, b, |node, j| stored::joined(node, j));
+        let (a, b) = (&before.expelled, &after.expelled);
+        self.set(a, b, |(node, uid)| stored::expelled(node, uid));
+        let (a, b) = (&before.revoked, &after.revoked);
+        self.table(a, b, |member, until| stored::revoked(member, *until));
+        let (a, b) = (&before.data_keys, &after.data_keys);
+        self.table(a, b, |workspace, keys| stored::data_keys(workspace, keys));
+    }
+}
