@@ -56,6 +56,15 @@ pub enum ServerError {
         found: u64,
     },
     #[error(
+        "{path}: the log in it is of ensemble {found}, and its ensemble.json says that this is ensemble {told}; they must not be mixed",
+        path = .path.display()
+    )]
+    OtherEnsemble {
+        path: PathBuf,
+        told: String,
+        found: String,
+    },
+    #[error(
         "the ensemble has removed this replica; to have it back, join under a new id with an empty data directory"
     )]
     Removed,
@@ -171,6 +180,13 @@ pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
             path: config.data.clone(),
             told: ensemble.replica,
             found: identity.replica_id,
+        });
+    }
+    if Ensemble::is_told(&config.data) && identity.ensemble != ensemble.uuid {
+        return Err(ServerError::OtherEnsemble {
+            path: config.data.clone(),
+            told: ensemble.uuid,
+            found: identity.ensemble.clone(),
         });
     }
     let leader = Leader {

@@ -47,10 +47,15 @@ impl Ensemble {
         }
     }
 
+    /// Whether a data directory says something.
+    pub fn is_told(data: &Path) -> bool {
+        data.join(FILE).exists()
+    }
+
     /// Reads what a data directory says; one that says nothing is of an ensemble of its own.
     pub fn read(data: &Path) -> Result<Ensemble, EnsembleError> {
         let path = data.join(FILE);
-        if !path.exists() {
+        if !Ensemble::is_told(data) {
             return Ok(Ensemble::new(BTreeMap::new()));
         }
         let bad = |why: String| EnsembleError {

@@ -28,6 +28,18 @@ pub fn under_test() -> PathBuf {
     path.join("batchai-under-test")
 }
 
+/// How to start it by another program, which becomes it.
+pub fn command_by(prefix: &[String]) -> Command {
+    match prefix {
+        [] => Command::new(under_test()),
+        [program, args @ ..] => {
+            let mut command = Command::new(program);
+            command.args(args).arg(under_test());
+            command
+        }
+    }
+}
+
 /// Waits until something is so.
 ///
 /// # Panics
@@ -61,8 +73,18 @@ impl Process {
         variables: &[(&str, &str)],
         log: &Path,
     ) -> Process {
+        Process::start_by(&[], args, variables, log)
+    }
+
+    /// The same, started by another program, which becomes it.
+    pub fn start_by<S: AsRef<OsStr>>(
+        prefix: &[String],
+        args: impl IntoIterator<Item = S>,
+        variables: &[(&str, &str)],
+        log: &Path,
+    ) -> Process {
         let file = File::create(log).expect("the log can be written");
-        let child = Command::new(under_test())
+        let child = command_by(prefix)
             .args(args)
             // Tests may be root, and their jobs as well.
             .env("BATCHAI_JOB_USER", "self")

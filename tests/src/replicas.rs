@@ -10,12 +10,14 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::ensemble::{IN, agent_args, create_cluster, job_file};
-use crate::process::{Process, sweep, under_test, until};
+use crate::process::{Process, command_by, sweep, under_test, until};
 
 /// Several coordinators.
 pub struct Replicas {
     dir: TempDir,
     endpoints: BTreeMap<u64, String>,
+    /// By what each is started, and whoever asks it: where they are not simply on this machine.
+    prefixes: BTreeMap<u64, Vec<String>>,
     args: Vec<String>,
     pub processes: BTreeMap<u64, Process>,
     pub agents: BTreeMap<String, Process>,
@@ -25,37 +27,60 @@ pub struct Replicas {
 impl Replicas {
     /// Starts so many, numbered from 1 on, each with these arguments.
     pub fn start(count: u64, args: &[&str]) -> Replicas {
+        let mut replicas = Replicas::without_processes(args);
+        for id in 1..=count {
+            replicas.draw(id);
+        }
+        replicas.start_all();
+        replicas
+    }
+
+    /// Starts some elsewhere than on loopback, numbered from 1 on: where each listens, and what starts it there.
+    pub fn start_at(places: Vec<(String, Vec<String>)>, args: &[&str]) -> Replicas {
+        let mut replicas = Replicas::without_processes(args);
+        for (id, (endpoint, prefix)) in (1..).zip(places) {
+            replicas.endpoints.insert(id, endpoint);
+            replicas.prefixes.insert(id, prefix);
+        }
+        replicas.start_all();
+        replicas
+    }
+
+    fn without_processes(args: &[&str]) -> Replicas {
         let dir = tempfile::Builder::new()
             .prefix("batchai-test-")
             .tempdir()
             .expect("a directory");
-        let mut replicas = Replicas {
+        Replicas {
             dir,
             endpoints: BTreeMap::new(),
+            prefixes: BTreeMap::new(),
             args: args.iter().map(|arg| (*arg).to_owned()).collect(),
             processes: BTreeMap::new(),
             agents: BTreeMap::new(),
             token: String::new(),
-        };
+        }
+    }
+
+    fn start_all(&mut self) {
         let mut init = vec!["coordinator".to_owned(), "init".to_owned()];
-        init.extend(["--data".to_owned(), replicas.data(1).display().to_string()]);
-        for id in 1..=count {
-            let endpoint = replicas.draw(id);
+        init.extend(["--data".to_owned(), self.data(1).display().to_string()]);
+        for (id, endpoint) in &self.endpoints {
             init.extend(["--replica".to_owned(), format!("{id}={endpoint}")]);
         }
         let made = Command::new(under_test()).args(&init).output();
         let made = made.expect("the command under test can be started");
         assert!(made.status.success(), "{made:?}");
-        for id in 2..=count {
-            replicas.take_there(id);
+        let all: Vec<_> = self.endpoints.keys().copied().collect();
+        for id in &all[1..] {
+            self.take_there(*id);
         }
-        for id in 1..=count {
-            replicas.begin(id);
+        for id in &all {
+            self.begin(*id);
         }
-        for id in 1..=count {
-            replicas.ready(id);
+        for id in &all {
+            self.ready(*id);
         }
-        replicas
     }
 
     /// Draws an address for a replica: a port that was free a moment ago, kept over its restarts.
@@ -94,7 +119,8 @@ impl Replicas {
         let data = self.data(id).display().to_string();
         let args = ["coordinator", "--listen", &listen, "--data", &data];
         let more = self.args.iter().map(String::as_str);
-        let process = Process::start(args.into_iter().chain(more), &log);
+        let prefix = self.prefixes.get(&id).map_or(&[][..], Vec::as_slice);
+        let process = Process::start_by(prefix, args.into_iter().chain(more), &[], &log);
         self.processes.insert(id, process);
     }
 
@@ -121,7 +147,15 @@ impl Replicas {
     }
 
     pub fn command_at(&self, endpoint: &str, args: &[&str]) -> Command {
-        let mut command = Command::new(under_test());
+        let place = self.endpoints.iter().find(|(_, at)| *at == endpoint);
+        let id = place.map_or(1, |(id, _)| *id);
+        self.command_from(id, endpoint, args)
+    }
+
+    /// The command where a replica is.
+    pub fn command_from(&self, id: u64, endpoint: &str, args: &[&str]) -> Command {
+        let prefix = self.prefixes.get(&id).map_or(&[][..], Vec::as_slice);
+        let mut command = command_by(prefix);
         command
             .args(args)
             .env("BATCHAI_ENDPOINT", endpoint)

@@ -15,8 +15,8 @@ use raft::eraftpb::{Entry, HardState};
 
 use super::chunk::{self, Record};
 use super::open::{
-    BEGIN_KEY, HARD_STATE_KEY, SNAPSHOT_KEY, SNAPSHOTS, check_snapshot, compare, create, damaged,
-    encode, index, io, open_database, read_all, read_snapshot,
+    BEGIN_KEY, Copied, HARD_STATE_KEY, SNAPSHOT_KEY, SNAPSHOTS, check_snapshot, compare, create,
+    damaged, encode, forget_what_was_cut_off, index, io, open_database, read_all, read_snapshot,
 };
 use super::witness::{Mark, Witness};
 use super::{Begin, FORMAT, LogStore, Recovered, Snapshots, StoreError, snapshot};
@@ -24,6 +24,8 @@ use crate::state::State;
 
 /// Chunks of the forgotten prefix that go with one append: many at once would hold it up.
 const FORGOTTEN_AT_ONCE: usize = 8;
+
+type Chunks = BTreeMap<u64, (u64, u16)>;
 
 /// A log on disk.
 pub struct DiskStore {
@@ -34,9 +36,39 @@ pub struct DiskStore {
     witness: Witness,
     mark: Mark,
     /// First index -> last index and number of parts.
-    chunks: BTreeMap<u64, (u64, u16)>,
+    chunks: Chunks,
     /// What is up to here may go.
     begin: Begin,
+}
+
+/// Opens a database that is the store's, or a copy of it, and reads all of it.
+fn look(path: &Path, log: &Path, mark: Mark) -> Result<(sled::Db, Chunks, Recovered), StoreError> {
+    let db = open_database(log, path)?;
+    // Iterating damaged pages may panic inside the database.
+    let read = catch_unwind(AssertUnwindSafe(|| read_all(path, &db)));
+    let (identity, hard_state, log, records) =
+        read.unwrap_or_else(|_| Err(damaged(path, "the database panics when it is read")))?;
+    if identity.format != FORMAT {
+        return Err(StoreError::Format {
+            path: path.to_owned(),
+            found: identity.format,
+        });
+    }
+    let begin = log.begin;
+    let entries = chunk::unpack_behind(begin.index, &records);
+    let entries = entries.map_err(|why| damaged(path, &why))?;
+    let chunks = index(&entries, &records);
+    let snapshot = read_snapshot(path, log.mark)?;
+    check_snapshot(path, begin, &snapshot, &entries)?;
+    compare(path, mark, &identity, &hard_state, (begin, &entries))?;
+    let recovered = Recovered {
+        identity,
+        hard_state,
+        snapshot,
+        begin,
+        entries,
+    };
+    Ok((db, chunks, recovered))
 }
 
 impl DiskStore {
@@ -59,24 +91,13 @@ impl DiskStore {
         let opened = Witness::open(&witness_path).map_err(io(&witness_path))?;
         let (witness, mark) =
             opened.ok_or_else(|| damaged(path, "neither slot of the witness file is whole"))?;
-        let db = open_database(&log)?;
-        // Iterating damaged pages may panic inside the database.
-        let read = catch_unwind(AssertUnwindSafe(|| read_all(path, &db)));
-        let (identity, hard_state, log, records) =
-            read.unwrap_or_else(|_| Err(damaged(path, "the database panics when it is read")))?;
-        if identity.format != FORMAT {
-            return Err(StoreError::Format {
-                path: path.to_owned(),
-                found: identity.format,
-            });
-        }
-        let begin = log.begin;
-        let entries = chunk::unpack_behind(begin.index, &records);
-        let entries = entries.map_err(|why| damaged(path, &why))?;
-        let chunks = index(&entries, &records);
-        let snapshot = read_snapshot(path, log.mark)?;
-        check_snapshot(path, begin, &snapshot, &entries)?;
-        compare(path, mark, &identity, &hard_state, (begin, &entries))?;
+        // Opening a database writes to it, and to a damaged one more than it may: that is done to a copy first.
+        let copy = Copied::of(path)?;
+        look(path, &copy.log(), mark)?;
+        drop(copy);
+        forget_what_was_cut_off(&log)?;
+        let (db, chunks, recovered) = look(path, &log, mark)?;
+        let begin = recovered.begin;
         let file = File::open(path.join("log/db")).map_err(io(path))?;
         let store = DiskStore {
             path: path.to_owned(),
@@ -87,16 +108,7 @@ impl DiskStore {
             chunks,
             begin,
         };
-        Ok((
-            store,
-            Recovered {
-                identity,
-                hard_state,
-                snapshot,
-                begin,
-                entries,
-            },
-        ))
+        Ok((store, recovered))
     }
 
     fn commit(&mut self, batch: sled::Batch) -> Result<(), StoreError> {

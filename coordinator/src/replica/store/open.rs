@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use batchai_proto::internal::v1::{ReplicaIdentity, SnapshotMark};
@@ -53,8 +53,67 @@ pub(super) fn damaged(path: &Path, why: &str) -> StoreError {
     }
 }
 
-/// A database that was just closed keeps its lock until a thread of its own has ended: that is waited for.
-pub(super) fn open_database(log: &Path) -> Result<sled::Db, StoreError> {
+/// A copy of a store's database, beside the store; it goes when this does.
+pub(super) struct Copied {
+    path: PathBuf,
+}
+
+impl Copied {
+    pub fn of(store: &Path) -> Result<Copied, StoreError> {
+        let path = store.with_extension("looking");
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(io(&path))?;
+        }
+        let copy = Copied { path };
+        copy_files(&store.join("log"), &copy.log())?;
+        Ok(copy)
+    }
+
+    pub fn log(&self) -> PathBuf {
+        self.path.join("log")
+    }
+}
+
+impl Drop for Copied {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            tracing::debug!(%error, "a copy of the log stays until the next start");
+        }
+    }
+}
+
+fn copy_files(from: &Path, to: &Path) -> Result<(), StoreError> {
+    fs::create_dir_all(to).map_err(io(to))?;
+    for entry in fs::read_dir(from).map_err(io(from))? {
+        let source = entry.map_err(io(from))?.path();
+        let target = to.join(source.file_name().unwrap_or_default());
+        match source.is_dir() {
+            true => copy_files(&source, &target)?,
+            false if was_cut_off(&source) => {}
+            false => drop(fs::copy(&source, &target).map_err(io(&target))?),
+        }
+    }
+    Ok(())
+}
+
+/// What the database was writing when it ended, beside what it relies on: it would take that for whole.
+fn was_cut_off(path: &Path) -> bool {
+    path.extension().is_some_and(|end| end == "generating")
+}
+
+/// Removes that.
+pub(super) fn forget_what_was_cut_off(log: &Path) -> Result<(), StoreError> {
+    for entry in fs::read_dir(log).map_err(io(log))? {
+        let path = entry.map_err(io(log))?.path();
+        if was_cut_off(&path) {
+            fs::remove_file(&path).map_err(io(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Opens a database of a store. One that was just closed keeps its lock until a thread of its own has ended: that is waited for.
+pub(super) fn open_database(log: &Path, store: &Path) -> Result<sled::Db, StoreError> {
     let config = sled::Config::new()
         .path(log)
         .flush_every_ms(None)
@@ -63,11 +122,14 @@ pub(super) fn open_database(log: &Path) -> Result<sled::Db, StoreError> {
     let mut waited = Duration::ZERO;
     loop {
         let opened = catch_unwind(AssertUnwindSafe(|| config.open()));
-        let opened = opened.map_err(|_| damaged(log, "the database panics when it is opened"))?;
+        let opened = opened.map_err(|_| damaged(store, "the database panics when it is opened"))?;
         match opened {
             Err(error) if error.to_string().contains(LOCKED) && waited < LOCK_WAIT_MAX => {
                 std::thread::sleep(LOCK_WAIT_STEP);
                 waited += LOCK_WAIT_STEP;
+            }
+            Err(sled::Error::Corruption { .. }) => {
+                return Err(damaged(store, "the database says that it is corrupted"));
             }
             opened => {
                 let path = log.to_owned();
@@ -89,7 +151,7 @@ pub(super) fn create(path: &Path, identity: &ReplicaIdentity) -> Result<(), Stor
     let log = new.join("log");
     fs::create_dir_all(&log).map_err(io(&log))?;
     {
-        let db = open_database(&log)?;
+        let db = open_database(&log, path)?;
         let database = |e: sled::Error| StoreError::Database {
             path: log.clone(),
             why: e.to_string(),
