@@ -1,7 +1,6 @@
 //! An ensemble of real daemons in a directory of its own, each of which a test can stop and start as it likes.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -12,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::process::{Process, processes_of, sweep, under_test, until};
+use crate::process::{Process, free_port, processes_of, sweep, under_test, until};
 
 /// The resource group, workspace and experiment that every test uses.
 pub const IN: [&str; 6] = ["-g", "g", "-w", "w", "-e", "e"];
@@ -103,11 +102,8 @@ impl Ensemble {
             coordinator: None,
             agents: BTreeMap::new(),
         };
-        // A port that was free a moment ago, kept over restarts of the coordinator.
-        let probe = TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
-        let address = probe.local_addr().expect("it is bound");
-        drop(probe);
-        ensemble.endpoint = format!("https://{address}");
+        // Kept over restarts of the coordinator.
+        ensemble.endpoint = format!("https://127.0.0.1:{}", free_port());
         ensemble
     }
 

@@ -1,11 +1,12 @@
 //! Three members of etcd on loopback, for comparison: as Debian ships it, in plain text.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
+
+use crate::process::free_port;
 
 /// `etcdserverpb.PutRequest`, as far as it is needed.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -50,11 +51,7 @@ pub struct Etcd {
 impl Etcd {
     /// Starts three in a directory.
     pub fn start(dir: &Path, more: &[&str]) -> Etcd {
-        let port = || {
-            let probe = TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
-            probe.local_addr().expect("it is bound").port()
-        };
-        let (clients, peers) = ([port(), port(), port()], [port(), port(), port()]);
+        let (clients, peers) = ([0; 3].map(|_| free_port()), [0; 3].map(|_| free_port()));
         let cluster: Vec<_> = (0..3)
             .map(|i| format!("m{i}=http://127.0.0.1:{}", peers[i]))
             .collect();

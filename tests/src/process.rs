@@ -212,3 +212,11 @@ pub fn sweep(dir: &Path) {
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// A port of loopback that is free now, and that no connection is given in the meantime: it is below those that the kernel draws, and
+/// below those of jobs.
+pub fn free_port() -> u16 {
+    let mut drawn = std::iter::repeat_with(|| fastrand::u16(10_000..20_000));
+    let free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    drawn.find(free).expect("it goes on for ever")
+}

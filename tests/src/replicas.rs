@@ -1,7 +1,6 @@
 //! An ensemble of several coordinators, as processes of their own on loopback, and agents that know all of them.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -10,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::ensemble::{IN, agent_args, create_cluster, job_file};
-use crate::process::{Process, command_by, sweep, under_test, until};
+use crate::process::{Process, command_by, free_port, sweep, under_test, until};
 
 /// Several coordinators.
 pub struct Replicas {
@@ -83,11 +82,9 @@ impl Replicas {
         }
     }
 
-    /// Draws an address for a replica: a port that was free a moment ago, kept over its restarts.
+    /// Draws an address for a replica, which it keeps over its restarts.
     pub fn draw(&mut self, id: u64) -> String {
-        let probe = TcpListener::bind("127.0.0.1:0").expect("loopback has free ports");
-        let address = probe.local_addr().expect("it is bound");
-        let endpoint = format!("https://{address}");
+        let endpoint = format!("https://127.0.0.1:{}", free_port());
         self.endpoints.insert(id, endpoint.clone());
         endpoint
     }

@@ -270,14 +270,7 @@ fn a_job_goes_on_while_its_leader_is_lost() {
 fn the_commands_of_the_readme_work() {
     let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
     let mut text = std::fs::read_to_string(readme).unwrap();
-    let probes: Vec<_> = (0..4)
-        .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
-        .collect();
-    let ports: Vec<_> = probes
-        .iter()
-        .map(|probe| probe.local_addr().unwrap().port().to_string())
-        .collect();
-    drop(probes);
+    let ports = [0; 4].map(|_| batchai_tests::process::free_port().to_string());
     text = text.replace("127.0.0.1:707$i", "127.0.0.1:$(echo PORTS | cut -d, -f$i)");
     text = text.replace("PORTS", &ports.join(","));
     for (at, port) in ports.iter().enumerate() {
