@@ -37,6 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".batchai.v1.StreamJobLogsResponse.data")
         .bytes(".batchai.v1.UploadBundleRequest.data")
         .bytes(".batchai.agent.v1.AnswerFileRequest.data")
+        .bytes(".batchai.v1.SaveSnapshotResponse.data")
         .bytes(".batchai.agent.v1.FetchBundleResponse.data")
         .bytes(".batchai.internal.v1.ExchangeRequest.messages")
         .bytes(".batchai.internal.v1.SendSnapshotRequest.data")

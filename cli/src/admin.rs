@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use batchai_proto::v1;
 
 use crate::args::{Admin, Replica};
+use crate::backup;
 use crate::client::request;
 use crate::context::Context;
 use crate::output::{View, confirm};
@@ -50,7 +51,11 @@ const STATUS: View<v1::ClusterStatus> = View {
 };
 
 pub async fn admin(command: Admin, context: &Context) -> Done {
-    let mut client = context.client().await?.admin();
+    let mut client = match command {
+        Admin::Snapshot(command) => return backup::snapshot(command, context).await,
+        Admin::Stray(command) => return backup::stray(command, context).await,
+        _ => context.client().await?.admin(),
+    };
     match command {
         Admin::Status => {
             let status = client.get_cluster_status(request(v1::GetClusterStatusRequest {}));
@@ -62,6 +67,7 @@ pub async fn admin(command: Admin, context: &Context) -> Done {
             say!("batchai: a snapshot up to entry {index} was written");
         }
         Admin::Replica(command) => return replica(command, context).await,
+        Admin::Snapshot(_) | Admin::Stray(_) => unreachable!("they went elsewhere"),
     }
     Ok(ExitCode::SUCCESS)
 }

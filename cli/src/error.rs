@@ -26,6 +26,8 @@ pub enum CliError {
     },
     #[error("{0}")]
     Pki(#[from] batchai_coordinator::PkiError),
+    #[error(transparent)]
+    Backup(#[from] batchai_coordinator::backup::BackupError),
     #[error("{}", .0.message())]
     Refused(#[from] Box<Status>),
     #[error("{path}: {source}", path = .path.display())]

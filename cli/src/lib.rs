@@ -14,6 +14,7 @@ macro_rules! say {
 mod access;
 mod admin;
 mod args;
+mod backup;
 mod bundle;
 mod client;
 mod clusters;

@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows about jobs or nodes beyond their names, and nothing here opens a connection or a file.
 
+pub mod attempt;
 pub mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

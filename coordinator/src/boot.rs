@@ -26,7 +26,7 @@ use crate::secrets::KeyringError;
 use crate::state::agreement::FEATURE_LEVEL;
 
 /// Says which store this data directory has had: beside it, so that it does not go with it.
-const BEGUN: &str = "begun";
+pub const BEGUN: &str = "begun";
 
 /// Why a coordinator does not start or cannot go on.
 #[derive(Debug, thiserror::Error)]

@@ -18,7 +18,9 @@ use std::sync::Arc;
 use crate::scheduler;
 pub use crate::scheduler::heard::Heard;
 use crate::state::attempts::{self, Attempt, Phase};
-use crate::state::{Cluster, Node, State, agreement, children, keys, setup, vm_size_aliases};
+use crate::state::{
+    Cluster, Node, State, agreement, children, keys, restore, setup, vm_size_aliases,
+};
 
 /// How long the nodes of an attempt may take to get ready. Preparation commands download data sets: generous.
 pub const PREPARE_DEADLINE_MS: i64 = 60 * 60 * 1000;
@@ -50,7 +52,10 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     }
     // Each duty has room of its own: a large deletion must not keep clusters waiting.
     let mut commands = Vec::new();
-    drive_clusters(state, heard, &mut commands);
+    // Nodes that hold work which may be adopted go to its clusters.
+    if !state.restored {
+        drive_clusters(state, heard, &mut commands);
+    }
     commands.extend(acquaintances(state, heard));
     commands.extend(agreement::duties(state));
     commands.extend(deletions(state));
@@ -224,8 +229,15 @@ fn set_ups(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     let due = |(name, node): &(&String, &Arc<Node>)| {
         let open =
             || setup::secrets(state, node).is_none_or(|s| keys::closed(s, &heard.closed).is_none());
-        heard.is_alive(name) && setup::is_due(state, node) && stays(state, node) && open()
+        heard.is_alive(name)
+            && setup::is_due(state, node)
+            && stays(state, node)
+            && !restore::may_hold_strays(state, name)
+            && open()
     };
+    if state.restored {
+        return Vec::new();
+    }
     let due = state.nodes.iter().filter(due).take(COMMANDS_MAX);
     due.map(|(name, node)| {
         Kind::SetUpNode(SetUpNode {

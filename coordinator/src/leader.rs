@@ -18,6 +18,7 @@ use crate::replica::peers::Peers;
 use crate::secrets::Vault;
 use crate::state::State;
 use crate::state::attempts::{self, Phase};
+use crate::state::restore;
 
 /// What depends on time alone (nodes that fall silent, deadlines) is looked at this often.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
@@ -85,8 +86,10 @@ async fn sweep(logs: &LogStore, bundles: &BundleStore, replica: &Handle) {
             tracing::warn!(%error, "cannot sweep the bundles");
         }
         let phase = |id: &str| state.attempts.get(id).map(|attempt| attempt.phase);
+        let is_stray = |id: &str| restore::of_attempt(&state, id).next().is_some();
         logs.close(|id| phase(id).is_none_or(|phase| phase == Phase::Ended));
-        for attempt in kept.iter().filter(|id| phase(id).is_none()) {
+        let unknown = kept.iter().filter(|id| phase(id).is_none());
+        for attempt in unknown.filter(|id| !is_stray(id)) {
             if let Err(error) = logs.remove(attempt) {
                 tracing::warn!(%error, attempt, "log files cannot be removed");
             }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use batchai_common::limits::TERMINATION_GRACE;
 use batchai_common::tls::Connector;
-use batchai_proto::agent::v1::{AnswerHello, FileRequest, Hello, LogHello};
+use batchai_proto::agent::v1::{AnswerHello, FileRequest, Hello, LogHello, Report};
 use batchai_proto::v1::NodeFacts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -142,7 +142,7 @@ impl Parts {
     ) -> Result<(), AgentError> {
         let shipped = Shipped::default();
         let (assign, assignments) = watch::channel(None);
-        let (observe, observed) = watch::channel(Vec::new());
+        let (observe, observed) = watch::channel(Report::default());
         let (ask, questions) = mpsc::channel(QUESTIONS_MAX);
         let kept = self.journal.bundles();
         let jobs = (self.users.clone(), self.limits.clone());
@@ -220,6 +220,7 @@ impl Parts {
             facts: Some(self.facts.clone()),
             report: None,
             ensemble: String::new(),
+            empty: false,
         }
     }
 }

@@ -4,7 +4,7 @@ use std::fs::{File, create_dir_all, read_dir};
 use std::io::Write as _;
 use std::path::Path;
 
-use batchai_proto::agent::v1::Assignment;
+use batchai_proto::agent::v1::{Assignment, AssignmentList};
 
 use crate::launch::{HostFacts, Preparation, ProcessPlan, output_directory, plan};
 use crate::reconcile::{Local, actions, observations};
@@ -23,8 +23,9 @@ pub fn shim_files(bytes: &[u8]) {
         ..Local::default()
     };
     let local = [local];
-    actions(&[], &local);
-    observations(&[], &local);
+    let list = AssignmentList::default();
+    actions(&list, &local);
+    observations(&list, &local);
 }
 
 /// Assignments: planned, or refused.

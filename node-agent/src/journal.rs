@@ -5,6 +5,7 @@
 //! DATA/lock                      one agent per directory
 //! DATA/bundles/                  what was fetched of bundles
 //! DATA/attempts/{attempt}/
+//!     origin.json                whose work it is; written by the agent
 //!     prepare.json  launch.json  what the shim shall do; written by the agent
 //!     stop                       it shall end; written by the agent; `true` where the node is ending
 //!     lock                       held by the living shim
@@ -25,6 +26,8 @@ use nix::libc;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+/// Whose work it is.
+pub const ORIGIN: &str = "origin.json";
 pub const PREPARE: &str = "prepare.json";
 pub const LAUNCH: &str = "launch.json";
 pub const STOP: &str = "stop";
@@ -61,6 +64,17 @@ pub struct Identity {
     /// The VM size to register, where who let it in wants one.
     #[serde(default)]
     pub vm_size: Option<String>,
+}
+
+/// Whose work an attempt is: all that is needed to take it over where the State that placed it is lost.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The full name of the job, or of the cluster.
+    pub job: String,
+    pub job_uid: String,
+    /// The nodes with their ports, the master first.
+    pub hosts: Vec<(String, i32)>,
+    pub set_up: bool,
 }
 
 /// The data directory of an agent.

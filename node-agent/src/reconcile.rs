@@ -2,9 +2,10 @@
 //!
 //! Level, not edge: it remembers nothing, so an agent that was killed at any line goes on from what lies there.
 
+use batchai_common::attempt;
 use batchai_common::limits::LAST_WORDS_BYTES_MAX;
 use batchai_proto::agent::v1::assignment::Desired;
-use batchai_proto::agent::v1::{Assignment, AttemptObservation, Failure};
+use batchai_proto::agent::v1::{AssignmentList, AttemptObservation, Failure};
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 use batchai_proto::v1::{JobLogFile, JobRank, NameValuePair, ResourceError};
 
@@ -60,9 +61,23 @@ pub enum Action {
     Forget(String),
 }
 
+/// Whether an attempt is of before a restore that the list comes after, and is not asked for: nobody knows whether it is wanted.
+fn is_stray(list: &AssignmentList, attempt: &str) -> bool {
+    let asked = list
+        .assignments
+        .iter()
+        .any(|wanted| wanted.attempt == attempt);
+    is_earlier(list, attempt) && !asked && !list.discarded.iter().any(|id| id == attempt)
+}
+
+fn is_earlier(list: &AssignmentList, attempt: &str) -> bool {
+    attempt::epoch(attempt).is_some_and(|epoch| epoch < list.epoch)
+}
+
 /// What to do, in order.
-pub fn actions(desired: &[Assignment], local: &[Local]) -> Vec<Action> {
+pub fn actions(list: &AssignmentList, local: &[Local]) -> Vec<Action> {
     let mut actions = Vec::new();
+    let desired = &list.assignments;
     for found in local {
         let name = || found.attempt.clone();
         let wanted = desired
@@ -71,6 +86,7 @@ pub fn actions(desired: &[Assignment], local: &[Local]) -> Vec<Action> {
         let stop = wanted.is_none_or(|wanted| wanted.desired() == Desired::Stop);
         match wanted {
             _ if found.lost() && !found.swept => actions.push(Action::Sweep(name())),
+            None if is_stray(list, &found.attempt) => {}
             // Also where no shim is seen: one may be about to begin, and then finds that it must not.
             _ if stop && !found.stop_written && !found.ended() && !found.lost() => {
                 actions.push(Action::Stop(name()));
@@ -95,9 +111,10 @@ pub fn actions(desired: &[Assignment], local: &[Local]) -> Vec<Action> {
         }
     }
     let known = |attempt: &str| local.iter().any(|found| found.attempt == attempt);
-    let new = desired
-        .iter()
-        .filter(|wanted| wanted.desired() == Desired::Prepare);
+    // What was placed before a restore and is not known here may have ended since: it does not begin again.
+    let new = desired.iter().filter(|wanted| {
+        wanted.desired() == Desired::Prepare && !is_earlier(list, &wanted.attempt)
+    });
     actions.extend(
         new.filter(|wanted| !known(&wanted.attempt))
             .map(|wanted| Action::Start(wanted.attempt.clone())),
@@ -105,11 +122,22 @@ pub fn actions(desired: &[Assignment], local: &[Local]) -> Vec<Action> {
     actions
 }
 
+/// What is here of before a restore and not asked for, as it is.
+pub fn strays(list: &AssignmentList, local: &[Local]) -> Vec<AttemptObservation> {
+    let discarded = |found: &Local| list.discarded.contains(&found.attempt);
+    let strays = local
+        .iter()
+        .filter(|found| is_stray(list, &found.attempt) || discarded(found));
+    strays.filter_map(observation).collect()
+}
+
 /// What to report: everything the journal shows, and the absence of what it should show.
-pub fn observations(desired: &[Assignment], local: &[Local]) -> Vec<AttemptObservation> {
+pub fn observations(list: &AssignmentList, local: &[Local]) -> Vec<AttemptObservation> {
+    let desired = &list.assignments;
     // What has ended and is not asked for any more only waits for its logs to be shipped: nobody needs to hear of it.
     let asked = |found: &&Local| {
-        desired.iter().any(|wanted| wanted.attempt == found.attempt) || !found.ended()
+        let wanted = desired.iter().any(|wanted| wanted.attempt == found.attempt);
+        wanted || (!found.ended() && !is_stray(list, &found.attempt))
     };
     let mut seen: Vec<_> = local.iter().filter(asked).filter_map(observation).collect();
     for wanted in desired {
@@ -121,6 +149,7 @@ pub fn observations(desired: &[Assignment], local: &[Local]) -> Vec<AttemptObser
             Desired::Stop => NodePhase::Ended,
             // It was ready once, and nothing of it is left.
             Desired::Launch => NodePhase::Lost,
+            Desired::Prepare if is_earlier(list, &wanted.attempt) => NodePhase::Lost,
             Desired::Prepare | Desired::Unspecified => continue,
         };
         seen.push(AttemptObservation {
@@ -193,6 +222,7 @@ fn failure(record: FailureRecord) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use batchai_proto::agent::v1::Assignment;
 
     fn wanted(desired: Desired) -> Vec<Assignment> {
         vec![Assignment {
@@ -200,6 +230,66 @@ mod tests {
             desired: desired as i32,
             ..Default::default()
         }]
+    }
+
+    /// A list of the second epoch, with an attempt of the first where it is asked for.
+    fn second(asked: Option<Desired>, discarded: &[&str]) -> AssignmentList {
+        let assignment = |desired| Assignment {
+            attempt: "1-5".into(),
+            desired: desired as i32,
+            ..Default::default()
+        };
+        AssignmentList {
+            assignments: asked.map(assignment).into_iter().collect(),
+            epoch: 2,
+            discarded: discarded.iter().map(|id| (*id).to_owned()).collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn work_of_an_earlier_epoch_is_kept_and_reported_until_it_is_discarded() {
+        let old = |phase, shim| Local {
+            attempt: "1-5".into(),
+            shipped: true,
+            swept: true,
+            ..found(phase, shim)
+        };
+        let unknown = second(None, &[]);
+        for local in [
+            old(Phase::Running, true),
+            old(Phase::Ended, false),
+            old(Phase::Running, false),
+        ] {
+            assert_eq!(actions(&unknown, std::slice::from_ref(&local)), []);
+            let seen = strays(&unknown, std::slice::from_ref(&local));
+            assert_eq!(seen.len(), 1);
+            assert!(observations(&unknown, std::slice::from_ref(&local)).is_empty());
+            let first = AssignmentList {
+                epoch: 1,
+                ..unknown.clone()
+            };
+            assert!(strays(&first, std::slice::from_ref(&local)).is_empty());
+            assert_ne!(actions(&first, &[local]), []);
+        }
+        let discarded = second(None, &["1-5"]);
+        let running = [old(Phase::Running, true)];
+        assert_eq!(actions(&discarded, &running), [Action::Stop("1-5".into())]);
+        assert_eq!(strays(&discarded, &running).len(), 1);
+        let ended = [old(Phase::Ended, false)];
+        assert_eq!(actions(&discarded, &ended), [Action::Forget("1-5".into())]);
+        let adopted = second(Some(Desired::Launch), &[]);
+        assert!(strays(&adopted, &running).is_empty());
+        assert_eq!(observations(&adopted, &running).len(), 1);
+    }
+
+    #[test]
+    fn what_was_placed_before_a_restore_and_is_not_here_does_not_begin_again() {
+        let list = second(Some(Desired::Prepare), &[]);
+        assert_eq!(actions(&list, &[]), []);
+        assert_eq!(observations(&list, &[])[0].phase(), NodePhase::Lost);
+        let now = AssignmentList { epoch: 1, ..list };
+        assert_eq!(actions(&now, &[]), [Action::Start("1-5".into())]);
     }
 
     fn found(phase: Phase, shim: bool) -> Local {
@@ -221,8 +311,12 @@ mod tests {
         expected: &[Action],
         phase: Option<NodePhase>,
     ) {
-        assert_eq!(actions(desired, local), expected, "{desired:?} {local:?}");
-        let seen = observations(desired, local);
+        let list = AssignmentList {
+            assignments: desired.to_vec(),
+            ..Default::default()
+        };
+        assert_eq!(actions(&list, local), expected, "{desired:?} {local:?}");
+        let seen = observations(&list, local);
         assert_eq!(
             seen.first().map(|o| o.phase()),
             phase,

@@ -10,8 +10,8 @@ use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
-    AssignmentList, AttemptObservation, FileRequest, Heartbeat, Hello, Report, SessionRequest,
-    SessionResponse, Welcome, session_request, session_response,
+    AssignmentList, FileRequest, Heartbeat, Hello, Report, SessionRequest, SessionResponse,
+    Welcome, session_request, session_response,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Interval, MissedTickBehavior};
@@ -60,7 +60,7 @@ pub struct Session {
     pub hello: Hello,
     pub identity: Identity,
     pub journal: Arc<Journal>,
-    pub observed: watch::Receiver<Vec<AttemptObservation>>,
+    pub observed: watch::Receiver<Report>,
     pub assignments: watch::Sender<Option<AssignmentList>>,
     pub questions: mpsc::Sender<FileRequest>,
     /// The node was expelled: it must end what it does.
@@ -98,9 +98,10 @@ impl Session {
     async fn once(&mut self, failures: &mut u32) -> Result<(), SessionError> {
         let channel = self.connector.connect().await?;
         let (outbox, requests) = mpsc::channel(OUTBOX_MAX);
-        let attempts = self.observed.borrow_and_update().clone();
+        let report = self.observed.borrow_and_update().clone();
         let hello = Hello {
-            report: Some(Report { attempts }),
+            report: Some(report),
+            empty: self.journal.attempts()?.is_empty(),
             ensemble: self.identity.ensemble.clone().unwrap_or_default(),
             ..self.hello.clone()
         };
@@ -146,8 +147,8 @@ impl Session {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    let attempts = self.observed.borrow_and_update().clone();
-                    session_request::Message::Report(Report { attempts })
+                    let report = self.observed.borrow_and_update().clone();
+                    session_request::Message::Report(report)
                 }
             };
             if outbox.send(request(message)).await.is_err() {

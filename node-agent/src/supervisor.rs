@@ -8,17 +8,21 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use batchai_proto::agent::v1::{Assignment, AssignmentList, AttemptObservation};
+use batchai_proto::agent::v1::{
+    Assignment, AssignmentList, AttemptObservation, Host, Report, Stray, StrayList,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::bundles::{Bundles, Have};
-use crate::journal::{AttemptDir, Journal, JournalError, LAUNCH, PREPARE, STARTED, STATUS, STOP};
+use crate::journal::{
+    AttemptDir, Journal, JournalError, LAUNCH, ORIGIN, Origin, PREPARE, STARTED, STATUS, STOP,
+};
 use crate::launch::{HostFacts, plan};
 use crate::logs::Shipped;
-use crate::reconcile::{Action, Local, actions, observations};
+use crate::reconcile::{Action, Local, actions, observations, strays};
 use crate::shim;
 use crate::status::{FailureRecord, Phase, Status};
 use crate::watch::Watch;
@@ -38,7 +42,7 @@ pub struct Supervisor {
     /// The arguments that lead to this program's own subcommands.
     pub own: &'static [&'static str],
     pub assignments: watch::Receiver<Option<AssignmentList>>,
-    pub observed: watch::Sender<Vec<AttemptObservation>>,
+    pub observed: watch::Sender<Report>,
     /// Shims that this agent started and that have not ended.
     pub children: HashMap<String, std::process::Child>,
     pub starts: HashMap<String, u32>,
@@ -68,34 +72,62 @@ impl Supervisor {
 
     fn look(&mut self) -> Result<(), JournalError> {
         // Before there was a first list nobody knows what is wanted: nothing is ended, only reported.
-        let list = self.assignments.borrow_and_update().clone();
-        let mut desired = list
-            .clone()
-            .map(|list| list.assignments)
-            .unwrap_or_default();
+        let told = self.assignments.borrow_and_update().clone();
+        let known = told.is_some();
+        let mut list = told.unwrap_or_default();
         let (mut local, unread) = self.scan()?;
-        if list.is_some() {
+        if known {
             // About what cannot be looked at nothing is done and nothing is said: it may well run.
-            desired.retain(|wanted| !unread.contains(&wanted.attempt));
-            let todo = actions(&desired, &local);
+            list.assignments
+                .retain(|wanted| !unread.contains(&wanted.attempt));
+            let todo = actions(&list, &local);
             for action in &todo {
-                if let Err(error) = self.act(action, &desired) {
+                if let Err(error) = self.act(action, &list.assignments) {
                     tracing::error!(%error, ?action, "cannot be done; it is tried again");
                 }
             }
             if !todo.is_empty() {
                 let again = self.scan()?;
                 local = again.0;
-                desired.retain(|wanted| !again.1.contains(&wanted.attempt));
+                list.assignments
+                    .retain(|wanted| !again.1.contains(&wanted.attempt));
             }
         }
-        let seen = observations(&desired, &local);
+        let strays = known.then(|| self.strays(&list, &local)).transpose()?;
+        let attempts = observations(&list, &local);
+        let seen = Report { attempts, strays };
         self.observed.send_if_modified(|known| {
             let changed = *known != seen;
             *known = seen;
             changed
         });
         Ok(())
+    }
+
+    /// What is here of before a restore, and whose it is.
+    fn strays(&self, list: &AssignmentList, local: &[Local]) -> Result<StrayList, JournalError> {
+        let stray = |seen: AttemptObservation| {
+            let dir = self.journal.attempt(&seen.attempt);
+            let origin = dir.map(|dir| dir.read::<Origin>(ORIGIN)).transpose()?;
+            let origin = origin.flatten().unwrap_or_default();
+            let host = |(node, port)| Host {
+                node,
+                port,
+                ..Host::default()
+            };
+            Ok(Stray {
+                seen: Some(seen),
+                job: origin.job,
+                job_uid: origin.job_uid,
+                hosts: origin.hosts.into_iter().map(host).collect(),
+                set_up: origin.set_up,
+            })
+        };
+        let strays = strays(list, local).into_iter().map(stray);
+        Ok(StrayList {
+            epoch: list.epoch,
+            strays: strays.collect::<Result<_, JournalError>>()?,
+        })
     }
 
     fn reap(&mut self) {
@@ -250,6 +282,7 @@ impl Supervisor {
                 );
             }
         };
+        dir.write(ORIGIN, &origin(assignment), true)?;
         dir.write(PREPARE, &plan.preparation, true)?;
         match self.spawn(dir, &shim::secrets_of(assignment)) {
             Ok(child) => {
@@ -299,6 +332,17 @@ impl Supervisor {
             }
             Err(error) => tracing::error!(%error, attempt = id, "an attempt is not gone"),
         }
+    }
+}
+
+fn origin(assignment: &Assignment) -> Origin {
+    let job = assignment.job.clone().unwrap_or_default();
+    let hosts = assignment.hosts.iter();
+    Origin {
+        job: job.name,
+        job_uid: job.uid,
+        hosts: hosts.map(|host| (host.node.clone(), host.port)).collect(),
+        set_up: assignment.set_up,
     }
 }
 

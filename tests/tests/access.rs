@@ -194,7 +194,10 @@ fn may(role: Role, permission: &str) -> bool {
     let parts: Vec<_> = permission.split('/').collect();
     let reads = parts.last() == Some(&"read");
     match parts[1] {
-        "tokens" | "certificates" | "audit" | "replicas" => role == Role::Admin,
+        "tokens" | "certificates" | "audit" | "replicas" | "backups" | "restores" => {
+            role == Role::Admin
+        }
+        "strayAttempts" => role == Role::Admin,
         "roleBindings" => role >= Role::Owner,
         "resourceGroups" => reads || role >= Role::Owner,
         "workspaces" | "bundles" => reads || role >= Role::Contributor,
@@ -785,6 +788,7 @@ fn a_hostile_agent_disturbs_nobody() {
             phase: v1::job_attempt_node::Phase::Ended as i32,
             ..Default::default()
         }],
+        strays: None,
     };
     let session = |requests: Vec<SessionRequest>| {
         let opened = api.call(agent().session(tokio_stream::iter(requests)));
@@ -810,6 +814,7 @@ fn a_hostile_agent_disturbs_nobody() {
     // More than a report may hold, and floods of it.
     let many = Report {
         attempts: vec![over.attempts[0].clone(); 2000],
+        strays: None,
     };
     let refused = session(vec![hello("evil", own, many)]).unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument);

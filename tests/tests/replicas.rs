@@ -285,7 +285,7 @@ fn the_commands_of_the_readme_work() {
         .flat_map(str::lines)
         .map(|line| line.strip_prefix("$ ").unwrap())
         .collect();
-    assert_eq!(lines.len(), 14, "{lines:#?}");
+    assert_eq!(lines.len(), 23, "{lines:#?}");
     let dir = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink(
         batchai_tests::process::under_test(),

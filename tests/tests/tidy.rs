@@ -27,7 +27,8 @@ const IMPURE: [&str; 14] = [
 ];
 
 /// These must be PURE.
-const PURE: [&str; 10] = [
+const PURE: [&str; 11] = [
+    "common/src/attempt.rs",
     "common/src/ranks.rs",
     "common/src/tls/identity.rs",
     "coordinator/src/access/",
@@ -53,7 +54,7 @@ const COORDINATOR: [&[&str]; 13] = [
     &["api"],
     &["custody", "gate", "leader", "pki"],
     &["boot", "fuzz"],
-    &["server"],
+    &["backup", "server"],
     &["lib", "main"],
 ];
 const NODE_AGENT: [&[&str]; 10] = [

@@ -175,6 +175,28 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("completion", "batchai completion bash"),
     ("admin status", "batchai admin status"),
     ("admin take-snapshot", "batchai admin take-snapshot"),
+    (
+        "admin snapshot save",
+        "batchai admin snapshot save --to lab.backup",
+    ),
+    (
+        "admin snapshot verify",
+        "batchai admin snapshot verify lab.backup",
+    ),
+    (
+        "admin snapshot restore",
+        "batchai admin snapshot restore lab.backup --data /var/lib/batchai/coordinator",
+    ),
+    ("admin snapshot accept", "batchai admin snapshot accept"),
+    ("admin stray list", "batchai admin stray list -o table"),
+    (
+        "admin stray adopt",
+        "batchai admin stray adopt --attempt 1-57",
+    ),
+    (
+        "admin stray discard",
+        "batchai admin stray discard --attempt 1-57 -y",
+    ),
     ("admin replica list", "batchai admin replica list -o table"),
     (
         "admin replica add",

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 pub use access::{Audit, Certificate, NodeToken, Role, RoleCommand, Scope, User, UserToken};
-pub use admin::{Admin, Replica};
+pub use admin::{Admin, Replica, Snapshot, Stray};
 pub use jobs::{Job, JobCreate, JobFile, JobNode, OfJob, Run, Variables};
 pub use resources::{
     Cluster, ClusterCreate, ClusterFile, ClusterNode, Experiment, FileServer, FileServerCreate,

@@ -220,9 +220,17 @@ impl Caller {
 pub fn allows(role: Role, permission: &str) -> bool {
     let reads = permission.ends_with("/read");
     let within = |part: &str| permission.starts_with(&format!("batchai/{part}/"));
-    let administrates = ["tokens", "certificates", "audit", "replicas"]
-        .into_iter()
-        .any(within);
+    let administrates = [
+        "tokens",
+        "certificates",
+        "audit",
+        "replicas",
+        "backups",
+        "restores",
+        "strayAttempts",
+    ]
+    .into_iter()
+    .any(within);
     let binds = within("roleBindings");
     match role {
         Role::Unspecified => false,

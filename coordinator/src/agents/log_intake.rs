@@ -135,8 +135,13 @@ impl Intake {
         let published = self.replica.published();
         let state = &published.borrow().state;
         let registered = state.has_node(node, uid);
-        let attempt = state.attempts.get(attempt);
-        registered && attempt.is_some_and(|a| a.nodes.iter().any(|n| n.node == node))
+        let known = state.attempts.get(attempt);
+        let wanted = match known {
+            Some(known) => known.nodes.iter().any(|n| n.node == node),
+            // It may be adopted. Where it is not reported, the next sweep takes it away.
+            None => batchai_common::attempt::epoch(attempt).is_some_and(|e| e < state.epoch),
+        };
+        registered && wanted
     }
 }
 

@@ -28,7 +28,7 @@ use crate::replica::hub::Topic;
 use crate::replica::{Handle, ReplicaError};
 use crate::secrets::Vault;
 use crate::state::keys::workspace_of;
-use crate::state::{Rejection, State, assignments::assignments};
+use crate::state::{Rejection, State, assignments::assignments, restore};
 
 /// What a session may have to send and the agent has not taken: it reads at once or is cut off.
 pub const OUTBOX_MAX: usize = 16;
@@ -80,13 +80,9 @@ impl Session {
             uid,
             incarnation: incarnation.clone(),
             facts: Some(facts),
+            empty: hello.empty,
         };
-        let known = replica.published().borrow().state.nodes.get(&name).cloned();
-        let unchanged = known.is_some_and(|known| {
-            known.uid == register.uid
-                && known.incarnation == register.incarnation
-                && Some(&*known.facts) == register.facts.as_ref()
-        });
+        let unchanged = is_registered(&replica.published().borrow().state, &register);
         if !unchanged {
             let registered = replica.propose(Kind::RegisterNode(register)).await;
             registered.map_err(|error| status(&replica, error))?;
@@ -156,7 +152,7 @@ impl Session {
     async fn report(&self, report: Report) -> Result<(), Status> {
         check_report(&report)?;
         let report = self.own(report);
-        if report.attempts.is_empty() {
+        if report.attempts.is_empty() && report.strays.is_none() {
             return Ok(());
         }
         let command = RecordReport {
@@ -177,6 +173,12 @@ impl Session {
         report.attempts.retain(|seen| {
             let known = state.attempts.get(&seen.attempt);
             known.is_some_and(|known| known.nodes.iter().any(|node| node.node == self.name))
+        });
+        report.strays = report.strays.filter(|list| {
+            let known = restore::of_node(state, &self.name).map(|(_, known)| &known.stray);
+            let same = known.flatten().eq(&list.strays);
+            let node = state.nodes.get(&self.name);
+            !same || node.is_some_and(|node| node.epoch != list.epoch)
         });
         report
     }
@@ -252,6 +254,17 @@ impl Session {
     }
 }
 
+/// Whether the State knows all that a node says of itself.
+fn is_registered(state: &State, register: &RegisterNode) -> bool {
+    let known = state.nodes.get(&register.name);
+    known.is_some_and(|known| {
+        known.uid == register.uid
+            && known.incarnation == register.incarnation
+            && Some(&*known.facts) == register.facts.as_ref()
+            && (known.epoch == state.epoch || !register.empty)
+    })
+}
+
 /// When what somebody has shown is good no more.
 async fn expiry(caller: &Caller) {
     let Some(shown) = &caller.certificate else {
@@ -316,6 +329,28 @@ fn check_ensemble(name: &str, theirs: &str, own: &str) -> Result<(), Status> {
 
 /// Checks the sizes of a report before it enters the log.
 fn check_report(report: &Report) -> Result<(), Status> {
+    let strays = report.strays.iter().flat_map(|list| &list.strays);
+    let told = strays.clone().filter_map(|stray| stray.seen.as_ref());
+    let small = strays.clone().all(|stray| {
+        let hosts = stray.hosts.iter().all(|host| {
+            host.node.len() <= TEXT_BYTES_MAX
+                && (0..=65_535).contains(&host.port)
+                && [&host.address, &host.boot_id, &host.root]
+                    .iter()
+                    .all(|text| text.is_empty())
+        });
+        let texts = stray.job.len() <= TEXT_BYTES_MAX && stray.job_uid.len() <= TEXT_BYTES_MAX;
+        hosts && texts && stray.hosts.len() <= RANKS_MAX && stray.seen.is_some()
+    });
+    if !small || !fit(told) || !fit(report.attempts.iter()) {
+        let fault = Fault::new("report", "it is larger than a report can be");
+        return Err(ApiError::Invalid(vec![fault]).into());
+    }
+    Ok(())
+}
+
+/// Whether observations are few enough, each once, and each small enough.
+fn fit<'a>(seen: impl Iterator<Item = &'a AttemptObservation> + Clone) -> bool {
     let text_of = |error: &ResourceError| {
         let details = error
             .details
@@ -324,7 +359,7 @@ fn check_report(report: &Report) -> Result<(), Status> {
             .sum::<usize>();
         error.code.len() + error.message.len() + details
     };
-    let fits = |seen: &AttemptObservation| {
+    let fits = |seen: &'a AttemptObservation| {
         let error = seen
             .failure
             .as_ref()
@@ -343,13 +378,11 @@ fn check_report(report: &Report) -> Result<(), Status> {
                 .all(|file| file.name.len() <= TEXT_BYTES_MAX)
             && error.is_none_or(|error| text_of(error) <= FAILURE_BYTES_MAX)
     };
-    let ids: BTreeSet<_> = report.attempts.iter().map(|seen| &seen.attempt).collect();
-    let once = ids.len() == report.attempts.len();
-    if report.attempts.len() > ATTEMPTS_MAX || !once || !report.attempts.iter().all(fits) {
-        let fault = Fault::new("report", "it is larger than a report can be");
-        return Err(ApiError::Invalid(vec![fault]).into());
-    }
-    Ok(())
+    let (ids, count): (BTreeSet<_>, _) = (
+        seen.clone().map(|seen| &seen.attempt).collect(),
+        seen.clone().count(),
+    );
+    count <= ATTEMPTS_MAX && ids.len() == count && seen.clone().all(fits)
 }
 
 /// Checks everything an agent says about itself; returns its full name.

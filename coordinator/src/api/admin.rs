@@ -3,25 +3,31 @@
 use std::time::Instant;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_proto::internal::v1::ChangeReplica;
+use batchai_common::names::hex;
+use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::replica::Role;
+use batchai_proto::internal::v1::{AcceptRestore, AdoptAttempt, ChangeReplica, DiscardAttempt};
 use batchai_proto::v1::admin_service_server::AdminService;
 use batchai_proto::v1::replica_status;
 use batchai_proto::v1::{
-    AddLearnerRequest, AddLearnerResponse, ClusterStatus, GetClusterStatusRequest,
-    PromoteReplicaRequest, PromoteReplicaResponse, RemoveReplicaRequest, RemoveReplicaResponse,
-    ReplicaStatus, TakeSnapshotRequest, TakeSnapshotResponse, TransferLeadershipRequest,
+    AcceptRestoreRequest, AcceptRestoreResponse, AddLearnerRequest, AddLearnerResponse,
+    AdoptAttemptRequest, AdoptAttemptResponse, ClusterStatus, DiscardAttemptRequest,
+    DiscardAttemptResponse, GetClusterStatusRequest, ListStrayAttemptsRequest,
+    ListStrayAttemptsResponse, PromoteReplicaRequest, PromoteReplicaResponse, RemoveReplicaRequest,
+    RemoveReplicaResponse, ReplicaStatus, SaveSnapshotRequest, SaveSnapshotResponse,
+    TakeSnapshotRequest, TakeSnapshotResponse, TransferLeadershipRequest,
     TransferLeadershipResponse,
 };
 use tonic::{Request, Response, Status};
 
-use super::Api;
 use super::faults::Faults;
+use super::restore::attempt_id;
+use super::{Api, Replies};
 use crate::call::led_to;
 use crate::ensemble::check_endpoint;
 use crate::replica::core;
-use crate::state::digest::Digest;
 use crate::state::replicas::members;
+use crate::state::restore;
 
 #[tonic::async_trait]
 impl AdminService for Api {
@@ -70,9 +76,15 @@ impl AdminService for Api {
             revision: state.revision,
             version: self.peers.own().version.clone(),
             replicas: replicas.collect(),
-            state_hash: state.comparison.digest.map_or(String::new(), hex),
+            state_hash: state
+                .comparison
+                .digest
+                .map_or(String::new(), |digest| hex(&digest.bytes())),
             state_hash_index: state.comparison.decided,
             feature_level: state.feature_level,
+            restored: state.restored,
+            absent_node_count: restore::absent(&state).count() as i32,
+            stray_attempt_count: restore::undecided(&state).count() as i32,
         }))
     }
 
@@ -155,6 +167,57 @@ impl AdminService for Api {
         let index = self.status().await?.snapshot;
         Ok(Response::new(TakeSnapshotResponse { index }))
     }
+
+    type SaveSnapshotStream = Replies<SaveSnapshotResponse>;
+
+    async fn save_snapshot(
+        &self,
+        _: Request<SaveSnapshotRequest>,
+    ) -> Result<Response<Self::SaveSnapshotStream>, Status> {
+        self.save().await
+    }
+
+    async fn accept_restore(
+        &self,
+        request: Request<AcceptRestoreRequest>,
+    ) -> Result<Response<AcceptRestoreResponse>, Status> {
+        let force = request.get_ref().force;
+        self.write(Kind::AcceptRestore(AcceptRestore { force }))
+            .await?;
+        Ok(Response::new(AcceptRestoreResponse {}))
+    }
+
+    async fn list_stray_attempts(
+        &self,
+        request: Request<ListStrayAttemptsRequest>,
+    ) -> Result<Response<ListStrayAttemptsResponse>, Status> {
+        Ok(Response::new(self.strays(request.get_ref()).await?))
+    }
+
+    async fn adopt_attempt(
+        &self,
+        request: Request<AdoptAttemptRequest>,
+    ) -> Result<Response<AdoptAttemptResponse>, Status> {
+        let adopt = AdoptAttempt {
+            attempt: attempt_id(&request.get_ref().attempt)?,
+            log_home: self.replica.id() as i64,
+        };
+        let id = adopt.attempt.clone();
+        let state = self.write(Kind::AdoptAttempt(adopt)).await?;
+        let job = state.attempts.get(&id).and_then(|attempt| attempt.job());
+        let job = job.unwrap_or_default().to_owned();
+        Ok(Response::new(AdoptAttemptResponse { job }))
+    }
+
+    async fn discard_attempt(
+        &self,
+        request: Request<DiscardAttemptRequest>,
+    ) -> Result<Response<DiscardAttemptResponse>, Status> {
+        let attempt = attempt_id(&request.get_ref().attempt)?;
+        self.write(Kind::DiscardAttempt(DiscardAttempt { attempt }))
+            .await?;
+        Ok(Response::new(DiscardAttemptResponse {}))
+    }
 }
 
 impl Api {
@@ -177,11 +240,6 @@ impl Api {
         led_to(revision.map_err(|error| self.error(error))?);
         Ok(())
     }
-}
-
-fn hex(digest: Digest) -> String {
-    let bytes = digest.bytes();
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn wrong(name: &str, why: &str) -> ApiError {

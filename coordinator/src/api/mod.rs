@@ -21,6 +21,7 @@ mod nodes;
 mod page;
 mod remote_login;
 mod resource_groups;
+mod restore;
 mod seal;
 mod toolkits;
 mod views;

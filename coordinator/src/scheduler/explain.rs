@@ -1,7 +1,7 @@
 //! PURE. Why a job waits, in words, from the same facts that scheduling uses.
 
 use crate::scheduler::heard::Heard;
-use crate::state::{Job, State, keys, setup};
+use crate::state::{Cluster, Job, State, keys, restore, setup};
 use batchai_common::names::last_id;
 
 use super::fit::Free;
@@ -14,6 +14,9 @@ const COUNT_MAX: usize = 100;
 pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
     if job.state != batchai_proto::v1::job::State::Queued {
         return String::new();
+    }
+    if state.restored {
+        return "the ensemble was restored from a backup, and nothing starts before that is accepted: batchai admin snapshot accept".to_owned();
     }
     let name = &job.spec.cluster;
     let Some(cluster) = state.clusters.get(name) else {
@@ -47,6 +50,13 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
             last_id(&first.spec.name)
         );
     }
+    what_is_missing(state, heard, job, cluster)
+}
+
+/// Why the job whose turn it is has no nodes yet.
+fn what_is_missing(state: &State, heard: &Heard, job: &Job, cluster: &Cluster) -> String {
+    let (wanted, reach) = (job.spec.node_count, cluster.target());
+    let short = last_id(&job.spec.cluster);
     let free = Free::of(state, heard, cluster).count();
     let silent = cluster
         .members
@@ -66,6 +76,13 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
     }
     if unready.len() > failed {
         reason += &format!(", being set up: {}", unready.len() - failed);
+    }
+    let strays = cluster.members.iter();
+    let strays = strays
+        .filter(|name| restore::may_hold_strays(state, name))
+        .count();
+    if strays > 0 {
+        reason += &format!(", with work of before the restore, or not back since: {strays}");
     }
     if failed > 0 {
         reason += &format!(", whose set-up failed: {failed} (the cluster's errors say why)");

@@ -7,8 +7,8 @@ use batchai_proto::internal::v1::{Place, PlaceNode};
 
 use crate::scheduler::heard::Heard;
 use crate::state::attempts::ports_by_machine;
-use crate::state::setup;
 use crate::state::{Cluster, Job, Node, State};
+use crate::state::{restore, setup};
 
 /// The nodes of a cluster that wait for work, by name.
 pub struct Free {
@@ -24,7 +24,9 @@ impl Free {
             .filter_map(|n| Some((n, state.nodes.get(n)?)));
         let free = members.filter(|(name, node)| {
             let idle = node.attempt.is_none() && !node.leaving;
-            idle && heard.is_alive(name) && setup::is_done(state, node)
+            idle && heard.is_alive(name)
+                && setup::is_done(state, node)
+                && !restore::may_hold_strays(state, name)
         });
         Free {
             nodes: free

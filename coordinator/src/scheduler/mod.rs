@@ -19,6 +19,9 @@ pub const PLACEMENTS_MAX: usize = 256;
 /// The placements that are possible now.
 pub fn schedule(state: &State, heard: &Heard, log_home: i64) -> Vec<Place> {
     let mut plan = Vec::new();
+    if state.restored {
+        return plan;
+    }
     let mut ports = fit::Ports::of(state);
     let waiting = state
         .clusters

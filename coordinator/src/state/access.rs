@@ -11,7 +11,7 @@ use batchai_proto::v1::token::Kind as TokenKind;
 use batchai_proto::v1::{RoleBinding, Token};
 
 use super::{
-    Rejection, State, Step, attempts, check_etag, check_new, etag, names, nodes, not_found,
+    Rejection, State, Step, attempts, check_etag, check_new, etag, names, nodes, not_found, restore,
 };
 
 /// A machine that has joined by a token.
@@ -224,6 +224,7 @@ pub(super) fn expel_node(step: &mut Step<'_>, command: &ExpelNode) -> Result<(),
     });
     nodes::assign(step, name);
     nodes::free_if_leaving(step, name);
+    restore::forget(step, name);
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use batchai_proto::{secrets, v1};
 
 use super::attempts::{Attempt, Phase, Work};
 use super::keys::workspace_of;
-use super::{Node, State};
+use super::{Node, State, restore};
 
 /// The whole list of a node's assignments. A node that does not exist has none. Secrets are as they lie in the State: sealed.
 pub fn assignments(state: &State, name: &str) -> AssignmentList {
@@ -18,6 +18,11 @@ pub fn assignments(state: &State, name: &str) -> AssignmentList {
     AssignmentList {
         revision: node.assigned,
         assignments: assignment.into_iter().collect(),
+        epoch: state.epoch,
+        discarded: restore::of_node(state, name)
+            .filter(|(_, stray)| stray.discarded)
+            .map(|(attempt, _)| attempt.to_owned())
+            .collect(),
     }
 }
 

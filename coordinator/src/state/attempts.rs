@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
-use batchai_common::ranks;
+use batchai_common::{attempt, ranks};
 use batchai_proto::agent::v1::AttemptObservation;
 use batchai_proto::internal::v1::{FailAttempt, Place, RecordReport};
 use batchai_proto::v1;
@@ -22,7 +22,7 @@ use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 use prost_types::Timestamp;
 
 use super::verdict::failed;
-use super::{Rejection, State, Step, jobs, keys, nodes, not_found, setup};
+use super::{Rejection, State, Step, jobs, keys, nodes, not_found, restore, setup};
 
 pub use super::verdict::{Outcome, Verdict, error, rank_count, verdict};
 
@@ -135,6 +135,9 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
         name: name.to_owned(),
         why: why.to_owned(),
     };
+    if state.restored {
+        return Err(overtaken(&plan.job, "the restore is not accepted yet"));
+    }
     if job.state != v1::job::State::Queued || job.revision != plan.job_revision {
         return Err(overtaken(&plan.job, "it changed since the plan was made"));
     }
@@ -150,6 +153,7 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
             && node.cluster.as_ref() == Some(&job.spec.cluster)
             && node.attempt.is_none()
             && setup::is_done(state, node)
+            && !restore::may_hold_strays(state, &placed.node)
             && !node.leaving;
         if !usable || !seen.insert(&placed.node) {
             return Err(overtaken(
@@ -161,7 +165,7 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
             return Err(overtaken(&placed.node, "the port is taken on its machine"));
         }
     }
-    let id = format!("{}-{}", state.epoch, state.revision);
+    let id = attempt::id(state.epoch, state.revision);
     let attempt = Attempt {
         id: id.clone(),
         number: job.attempts + 1,
@@ -226,10 +230,13 @@ pub(super) fn record(step: &mut Step<'_>, command: &RecordReport) -> Result<(), 
     for observation in &report.attempts {
         observe(step, &command.node, observation);
     }
+    if let Some(strays) = &report.strays {
+        restore::take_in(step, &command.node, strays);
+    }
     Ok(())
 }
 
-fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation) {
+pub(super) fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation) {
     let Some(attempt) = step.state.attempts.get(&seen.attempt) else {
         return;
     };

@@ -39,6 +39,9 @@ impl Digest {
         sum.table(&before.replicas, &after.replicas, |_, r| {
             Record::Replica((**r).clone())
         });
+        sum.table(&before.strays, &after.strays, |_, s| {
+            Record::Stray((**s).clone())
+        });
         Digest(sum.0)
     }
 

@@ -2,6 +2,7 @@
 
 use super::attempts::{Phase, Work};
 use super::{Attempt, State, keys};
+use batchai_common::attempt;
 use batchai_common::names::{self, Kind};
 
 /// Returns the first invariant that does not hold, and for what.
@@ -15,6 +16,7 @@ pub fn check(state: &State) -> Result<(), String> {
     secrets_are_sealed_and_forgotten(state)?;
     grants_and_bindings_agree(state)?;
     workspaces_hold_what_is_counted(state)?;
+    strays_are_of_earlier_epochs(state)?;
     ports_are_unique_per_machine(state)
 }
 
@@ -242,6 +244,18 @@ fn secrets_are_sealed_and_forgotten(state: &State) -> Result<(), String> {
             if !open || key.is_none() {
                 return wrong(name);
             }
+        }
+    }
+    Ok(())
+}
+
+/// And of nodes that are there, which do not do the same at the State's behest.
+fn strays_are_of_earlier_epochs(state: &State) -> Result<(), String> {
+    for (node, id) in state.strays.keys() {
+        let earlier = attempt::epoch(id).is_some_and(|epoch| epoch < state.epoch);
+        let held = state.nodes.get(node).map(|node| &node.attempt);
+        if !earlier || held.is_none_or(|held| held.as_ref() == Some(id)) {
+            return Err(format!("strays_are_of_earlier_epochs: {id} on {node}"));
         }
     }
     Ok(())

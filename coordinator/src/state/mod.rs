@@ -19,6 +19,7 @@ pub mod keys;
 pub mod nodes;
 pub mod replicas;
 pub mod requests;
+pub mod restore;
 pub mod setup;
 pub mod snapshot;
 mod stored;
@@ -30,7 +31,7 @@ use std::sync::Arc;
 
 use batchai_common::names::{self, Kind};
 use batchai_proto::internal::v1::{
-    Command, DataKey, Delete, Replica, Update, command::Kind as CommandKind,
+    Command, DataKey, Delete, Replica, StoredStray, Update, command::Kind as CommandKind,
 };
 use batchai_proto::v1;
 use imbl::{OrdMap, OrdSet};
@@ -58,6 +59,10 @@ pub struct State {
     pub ensemble: String,
     /// Rises with every restore from a backup.
     pub epoch: i64,
+    /// It was restored, and that was not accepted yet: no work is placed.
+    pub restored: bool,
+    /// Work of earlier epochs that it does not know, by the node that holds it and by attempt.
+    pub strays: OrdMap<(String, String), Arc<StoredStray>>,
     /// What all replicas know of what commands do. Any change in that is done from its own level on.
     pub feature_level: u32,
     /// How the replicas compared their States.
@@ -257,6 +262,9 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         }
         CommandKind::DecideComparison(c) => agreement::decide(step, c),
         CommandKind::RaiseFeatureLevel(c) => agreement::raise(step, c),
+        CommandKind::AdoptAttempt(c) => restore::adopt(step, c),
+        CommandKind::DiscardAttempt(c) => restore::discard(step, c),
+        CommandKind::AcceptRestore(c) => restore::accept(step, c),
         CommandKind::CreateResourceGroup(c) => holders::create(step, c),
         CommandKind::CreateWorkspace(c) => holders::create(step, c),
         CommandKind::CreateCluster(c) => clusters::create(step, c),
@@ -477,6 +485,8 @@ fn behind<'a, T>(
         .take_while(move |(name, _)| name.starts_with(&prefix))
 }
 
+#[cfg(test)]
+mod restore_tests;
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;

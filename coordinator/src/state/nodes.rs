@@ -12,7 +12,9 @@ use prost_types::Timestamp;
 
 use super::attempts::{self, Outcome};
 use super::setup::{self, Setup};
-use super::{Rejection, State, Step, check_new, clusters, jobs, not_found, vm_size_aliases};
+use super::{
+    Rejection, State, Step, check_new, clusters, jobs, not_found, restore, vm_size_aliases,
+};
 use batchai_proto::internal::v1::terminate_job::Cause;
 
 /// A machine with an agent.
@@ -35,6 +37,8 @@ pub struct Node {
     pub attempt: Option<String>,
     /// The revision that last changed its assignments.
     pub assigned: i64,
+    /// The epoch in which it last said what it holds of earlier ones.
+    pub epoch: i64,
     /// How its set-up for its cluster went; none where it was not begun, or there is none.
     pub setup: Option<Setup>,
 }
@@ -97,6 +101,7 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
             expelled: false,
             attempt: None,
             assigned: step.state.revision,
+            epoch: if command.empty { step.state.epoch } else { 0 },
             setup: None,
         };
         step.state.nodes.insert(name.clone(), Arc::new(node));
@@ -126,7 +131,14 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
                 !cluster.matches(alias, &facts)
             })
         });
+    let epoch = step.state.epoch;
+    if command.empty {
+        restore::forget(step, name);
+    }
     change(step, name, |node| {
+        if command.empty {
+            node.epoch = epoch;
+        }
         node.uid = command.uid.clone();
         node.expelled = false;
         node.incarnation = command.incarnation.clone();

@@ -17,7 +17,7 @@ use batchai_proto::v1;
 
 use super::attempts::{self, Attempt, AttemptNode, Outcome, Phase, Verdict, Work};
 use super::jobs::INFRASTRUCTURE_RETRIES_MAX;
-use super::{Cluster, Node, Rejection, State, Step, nodes, not_found};
+use super::{Cluster, Node, Rejection, State, Step, nodes, not_found, restore};
 
 /// How long it may take.
 const WALL_CLOCK_S: i64 = 3600;
@@ -103,13 +103,16 @@ pub(super) fn begin(step: &mut Step<'_>, command: &SetUpNode) -> Result<(), Reje
     let node = state.nodes.get(name).cloned();
     let node = node.ok_or_else(|| not_found(Kind::Node, name))?;
     let cluster = node.cluster.as_ref().and_then(|c| state.clusters.get(c));
-    let due = is_due(state, &node) && node.revision == command.node_revision;
+    let due = is_due(state, &node)
+        && node.revision == command.node_revision
+        && !state.restored
+        && !restore::may_hold_strays(state, name);
     let (true, Some(cluster)) = (due, cluster) else {
         let why = "it needs no set-up any more".to_owned();
         let name = name.clone();
         return Err(Rejection::Overtaken { name, why });
     };
-    let id = format!("{}-{}", state.epoch, state.revision);
+    let id = batchai_common::attempt::id(state.epoch, state.revision);
     let last = node
         .setup
         .as_ref()

@@ -40,12 +40,18 @@ pub fn records(state: &State) -> impl Iterator<Item = SnapshotRecord> + '_ {
         .chain(work(state))
         .chain(access(state))
         .chain(replicas(state))
+        .chain(strays(state))
         .map(one)
 }
 
 fn replicas(state: &State) -> impl Iterator<Item = Record> + '_ {
     let replicas = state.replicas.values();
     replicas.map(|replica| Record::Replica((**replica).clone()))
+}
+
+fn strays(state: &State) -> impl Iterator<Item = Record> + '_ {
+    let strays = state.strays.values();
+    strays.map(|stray| Record::Stray((**stray).clone()))
 }
 
 fn resources(state: &State) -> impl Iterator<Item = Record> + '_ {
@@ -143,6 +149,7 @@ impl Builder {
                 state.time = header.time.unwrap_or_default();
                 state.ensemble = header.ensemble;
                 state.epoch = header.epoch;
+                state.restored = header.restored;
                 if header.feature_level > FEATURE_LEVEL {
                     let what = "the feature level".to_owned();
                     return Err(SnapshotError::Value { what });
@@ -181,6 +188,12 @@ impl Builder {
                 .restore(&required(stored.key, "request")?, stored.time),
             Record::Replica(replica) => {
                 state.replicas.insert(replica.id, Arc::new(replica));
+            }
+            Record::Stray(stored) => {
+                let seen = stored.stray.as_ref().and_then(|stray| stray.seen.as_ref());
+                let attempt = required(seen, "what was seen of a stray")?.attempt.clone();
+                let key = (stored.node.clone(), attempt);
+                state.strays.insert(key, Arc::new(stored));
             }
             other => add_access(state, other),
         }
@@ -352,6 +365,7 @@ fn add_node(state: &mut State, stored: StoredNode) -> Result<(), SnapshotError> 
         expelled: stored.expelled,
         attempt: filled(stored.attempt),
         assigned: stored.assigned,
+        epoch: stored.epoch,
         setup: stored.setup.map(|setup| Setup {
             incarnation: setup.incarnation,
             attempt: setup.attempt,

@@ -27,6 +27,7 @@ pub(super) fn header(state: &State) -> Record {
         comparison_digest: comparison
             .digest
             .map_or(Vec::new(), |digest| digest.bytes().to_vec()),
+        restored: state.restored,
     })
 }
 
@@ -138,6 +139,7 @@ pub(super) fn node(name: &str, node: &Node) -> StoredNode {
         expelled: node.expelled,
         attempt: node.attempt.clone().unwrap_or_default(),
         assigned: node.assigned,
+        epoch: node.epoch,
         setup: node.setup.as_ref().map(|setup| StoredSetup {
             incarnation: setup.incarnation.clone(),
             attempt: setup.attempt.clone(),

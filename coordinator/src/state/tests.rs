@@ -117,7 +117,14 @@ impl Ensemble {
         }
     }
 
-    fn with_nodes(target: i32, count: usize) -> Ensemble {
+    /// Goes on from another State.
+    pub(super) fn become_state(&mut self, state: State) {
+        self.digest = Digest::of(&state);
+        self.state = state;
+        invariants::check(&self.state).unwrap();
+    }
+
+    pub(super) fn with_nodes(target: i32, count: usize) -> Ensemble {
         let mut e = Ensemble::new(target);
         for i in 0..count {
             e.register(&format!("nodes/n{i}"), "1");
@@ -126,7 +133,7 @@ impl Ensemble {
         e
     }
 
-    fn try_apply(&mut self, kind: C) -> Result<Vec<Event>, Rejection> {
+    pub(super) fn try_apply(&mut self, kind: C) -> Result<Vec<Event>, Rejection> {
         self.index += 1;
         let time = Some(batchai_common::time::from_millis(self.heard.now));
         let before = self.state.clone();
@@ -152,12 +159,12 @@ impl Ensemble {
         result
     }
 
-    fn ok(&mut self, kind: C) -> Vec<Event> {
+    pub(super) fn ok(&mut self, kind: C) -> Vec<Event> {
         self.try_apply(kind.clone())
             .unwrap_or_else(|e| panic!("{kind:?}: {e}"))
     }
 
-    fn register(&mut self, name: &str, incarnation: &str) {
+    pub(super) fn register(&mut self, name: &str, incarnation: &str) {
         self.register_as(name, incarnation, "small");
     }
 
@@ -174,12 +181,13 @@ impl Ensemble {
             uid: format!("uid-{name}"),
             incarnation: incarnation.into(),
             facts: Some(facts),
+            empty: true,
         }));
         self.heard.last.insert(name.into(), self.heard.now);
     }
 
     /// Performs duties until there are none.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         let preparing = self
             .state
             .attempts
@@ -209,7 +217,12 @@ impl Ensemble {
         panic!("duties never end");
     }
 
-    fn submit(&mut self, id: &str, nodes: i32, change: impl FnOnce(&mut v1::Job)) -> String {
+    pub(super) fn submit(
+        &mut self,
+        id: &str,
+        nodes: i32,
+        change: impl FnOnce(&mut v1::Job),
+    ) -> String {
         let name = format!("{EXPERIMENT}/jobs/{id}");
         let mut job = v1::Job {
             name: name.clone(),
@@ -235,12 +248,12 @@ impl Ensemble {
         &self.state.jobs[name]
     }
 
-    fn attempt(&self, name: &str) -> Arc<Attempt> {
+    pub(super) fn attempt(&self, name: &str) -> Arc<Attempt> {
         self.state.attempts[self.job(name).attempt.as_ref().unwrap()].clone()
     }
 
     /// Reports for the i-th node of the job's attempt.
-    fn see(&mut self, job: &str, i: usize, phase: P, ranks: &[(i32, Option<i32>)]) {
+    pub(super) fn see(&mut self, job: &str, i: usize, phase: P, ranks: &[(i32, Option<i32>)]) {
         let attempt = self.attempt(job);
         self.see_attempt(&attempt, i, phase, ranks, None);
     }
@@ -272,6 +285,7 @@ impl Ensemble {
             node,
             report: Some(Report {
                 attempts: vec![observation],
+                strays: None,
             }),
         };
         self.ok(C::RecordReport(report));
@@ -287,7 +301,7 @@ impl Ensemble {
         job
     }
 
-    fn state_of(&self, job: &str) -> JobState {
+    pub(super) fn state_of(&self, job: &str) -> JobState {
         self.job(job).state
     }
 }
@@ -761,6 +775,7 @@ fn a_node_registers_as_the_size_that_its_token_was_made_for() {
                 vm_size: vm_size.into(),
                 ..Default::default()
             }),
+            empty: true,
         })
     };
     let refused = e.try_apply(register("small")).unwrap_err();
@@ -1195,6 +1210,7 @@ fn nodes_of_another_image_do_not_join() {
             uid: name.clone(),
             incarnation: "1".into(),
             facts: Some(facts),
+            empty: true,
         }));
         let now = e.heard.now;
         e.heard.last.insert(name, now);
@@ -1341,6 +1357,7 @@ fn nodes_of_another_size_or_image_do_not_join_and_silent_ones_get_no_work() {
         uid: "u".into(),
         incarnation: "1".into(),
         facts: Some(facts),
+        empty: true,
     }));
     let now = e.heard.now;
     e.heard.last.insert("nodes/big".into(), now);

@@ -6,7 +6,7 @@ use batchai_coordinator::replica::core::Proposed;
 use batchai_coordinator::state::assignments::assignments;
 use batchai_node_agent::reconcile::{Action, Local, actions, observations};
 use batchai_node_agent::status::{Phase, RankStatus, Status};
-use batchai_proto::agent::v1::{AssignmentList, AttemptObservation, Report};
+use batchai_proto::agent::v1::{AssignmentList, AttemptObservation, Report, StrayList};
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
 use batchai_proto::v1;
@@ -256,7 +256,7 @@ impl Sim {
                 .values()
                 .map(|(local, _)| local.clone())
                 .collect();
-            for action in actions(&list.assignments, &local) {
+            for action in actions(&list, &local) {
                 agent.act(&action);
             }
         }
@@ -288,6 +288,7 @@ impl Sim {
                         last_port: 20_099,
                         ..Default::default()
                     }),
+                    empty: agent.local.is_empty(),
                 };
                 if !self.propose(id, Kind::RegisterNode(register), None, asked) {
                     self.agents[i].hang_up();
@@ -318,17 +319,13 @@ impl Sim {
         if agent.reporting.is_some() {
             return;
         }
-        let desired = agent
-            .list
-            .as_ref()
-            .map(|list| list.assignments.clone())
-            .unwrap_or_default();
+        let list = agent.list.clone().unwrap_or_default();
         let local: Vec<_> = agent
             .local
             .values()
             .map(|(local, _)| local.clone())
             .collect();
-        let seen = observations(&desired, &local);
+        let seen = observations(&list, &local);
         if agent.reported.as_ref() == Some(&seen) {
             return;
         }
@@ -338,7 +335,13 @@ impl Sim {
             node: agent.name(),
             uid: agent.uid(),
             incarnation: agent.incarnation(),
-            report: Some(Report { attempts: seen }),
+            report: Some(Report {
+                attempts: seen,
+                strays: agent.list.as_ref().map(|list| StrayList {
+                    epoch: list.epoch,
+                    strays: Vec::new(),
+                }),
+            }),
         };
         if !self.propose(id, Kind::RecordReport(report), None, asked) {
             self.agents[i].hang_up();

@@ -32,7 +32,7 @@ const QUEUE_MAX: usize = 1024;
 const BATCH_BYTES: usize = 512 << 10;
 /// Messages of the stream that the network has not taken.
 const OUTBOX_MAX: usize = 4;
-const PIECE_BYTES: usize = 256 << 10;
+const PIECE_BYTES: usize = 64 << 10;
 const PIECES_MAX: usize = 4;
 const GREETING_MAX: Duration = Duration::from_secs(5);
 /// How long a snapshot may take on its way.
@@ -335,7 +335,11 @@ async fn send_snapshot(
     };
     outbox.send(first).await.map_err(|_| LaneError::Ended)?;
     tokio::task::spawn_blocking(move || {
-        let mut out = std::io::BufWriter::with_capacity(PIECE_BYTES, Pieces { outbox });
+        let pieces = snapshot::Pieces::new(outbox, |data| SendSnapshotRequest {
+            data,
+            ..SendSnapshotRequest::default()
+        });
+        let mut out = std::io::BufWriter::with_capacity(PIECE_BYTES, pieces);
         // Who takes them says what went wrong.
         let _ = snapshot::encode(&mut out, &mark, &state)
             .and_then(|()| std::io::Write::flush(&mut out));
@@ -344,26 +348,4 @@ async fn send_snapshot(
     let answer = client.send_snapshot(ReceiverStream::new(pieces)).await?;
     let taken = answer.into_inner().message().await?;
     taken.map(|_| ()).ok_or(LaneError::Ended)
-}
-
-/// Sends what is written, in pieces.
-struct Pieces {
-    outbox: mpsc::Sender<SendSnapshotRequest>,
-}
-
-impl std::io::Write for Pieces {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let bytes = &bytes[..bytes.len().min(PIECE_BYTES)];
-        let piece = SendSnapshotRequest {
-            data: Bytes::copy_from_slice(bytes),
-            ..SendSnapshotRequest::default()
-        };
-        let sent = self.outbox.blocking_send(piece);
-        sent.map_err(|_| std::io::ErrorKind::BrokenPipe)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }

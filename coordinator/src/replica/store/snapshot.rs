@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use batchai_proto::internal::v1::{SnapshotMark, SnapshotRecord};
+use bytes::Bytes;
 use prost::Message as _;
+use tokio::sync::mpsc;
 
 use crate::state::State;
 use crate::state::snapshot::{Builder, records};
@@ -23,6 +25,8 @@ const RECORD_BYTES_MAX: u32 = 64 << 20;
 /// What stands in the place of a length where no record follows.
 const END: u32 = u32::MAX;
 const BUFFER_BYTES: usize = 1 << 20;
+/// Of what is sent, at most so much in one message.
+const PIECE_BYTES: usize = 64 << 10;
 const SUFFIX: &str = "snapshot";
 
 fn name(index: u64) -> String {
@@ -68,6 +72,32 @@ pub fn encode(out: &mut impl Write, mark: &SnapshotMark, state: &State) -> io::R
     checksum.update(&count.to_le_bytes());
     out.write_all(&count.to_le_bytes())?;
     out.write_all(&checksum.finalize().to_le_bytes())
+}
+
+/// Takes what is written to a channel, in pieces, from a thread that may wait.
+pub struct Pieces<T, F> {
+    outbox: mpsc::Sender<T>,
+    piece: F,
+}
+
+impl<T, F: Fn(Bytes) -> T> Pieces<T, F> {
+    pub fn new(outbox: mpsc::Sender<T>, piece: F) -> Pieces<T, F> {
+        Pieces { outbox, piece }
+    }
+}
+
+impl<T, F: Fn(Bytes) -> T> Write for Pieces<T, F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let bytes = &bytes[..bytes.len().min(PIECE_BYTES)];
+        let piece = (self.piece)(Bytes::copy_from_slice(bytes));
+        let sent = self.outbox.blocking_send(piece);
+        sent.map_err(|_| io::ErrorKind::BrokenPipe)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn frame(out: &mut impl Write, checksum: &mut crc32fast::Hasher, bytes: &[u8]) -> io::Result<()> {
