@@ -92,6 +92,21 @@ pub async fn node(command: args::Node, context: &Context) -> Done {
             }
             context.printer.named(&NODE, &expelled)?;
         }
+        args::Node::ConfirmLost { which, confirm: c } => {
+            let names = context.which(&which, Kind::Node, || Ok(String::new()))?;
+            let question = format!(
+                "Does nothing run on {} any more, for sure?",
+                names.join(", ")
+            );
+            confirm(&question, c.yes)?;
+            let mut lost = Vec::new();
+            for name in names {
+                let confirmed = v1::ConfirmNodeLostRequest { name };
+                let node = client.confirm_node_lost(request(confirmed)).await?;
+                lost.push(node.into_inner());
+            }
+            context.printer.named(&NODE, &lost)?;
+        }
         args::Node::Token(command) => return access::node_token(command, context).await,
     }
     Ok(ExitCode::SUCCESS)

@@ -37,6 +37,15 @@ pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(2);
 /// A node that has not been heard of for so long gets no new work.
 pub const SUSPECT_AFTER: Duration = Duration::from_secs(15);
 
+/// How long a node that is not heard of keeps work that may begin anew elsewhere, where nobody says otherwise.
+pub const LEASE: Duration = Duration::from_secs(600);
+
+/// Clocks of machines run differently fast by one part in so many at most: a hundred times what crystals do.
+pub const LEASE_DRIFT: i64 = 100;
+
+/// How much longer than a lease the leader waits: for killing to take effect.
+pub const LEASE_MARGIN: Duration = Duration::from_secs(2);
+
 /// What a process gets between SIGTERM and SIGKILL.
 pub const TERMINATION_GRACE: Duration = Duration::from_secs(10);
 

@@ -193,6 +193,7 @@ pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
         replica: identity.replica_id as i64,
         ensemble: identity.ensemble.clone(),
         replicas: ensemble.replicas(),
+        lease_ms: config.lease as i64 * 1000,
     };
     let endpoint = config.advertise.clone();
     let first = ensemble.first.get(&identity.replica_id).cloned();

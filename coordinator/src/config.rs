@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use batchai_common::limits::LEASE;
+
 use crate::secrets::Source;
 
 /// The file of keys that protect secrets, in the data directory.
@@ -22,6 +24,10 @@ pub struct Config {
     /// disk takes to sync: more on slow disks.
     #[arg(long, default_value_t = 500, value_name = "MS", value_parser = clap::value_parser!(u64).range(100..=60_000))]
     pub election_timeout: u64,
+    /// How many seconds a node that falls silent keeps its work; then jobs run again on other nodes, and their nodes have killed them
+    /// by themselves. No job survives an outage of all coordinators that is longer, unless its `on_node_loss` is `WAIT`.
+    #[arg(long, default_value_t = LEASE.as_secs(), value_name = "S", value_parser = clap::value_parser!(u64).range(20..=86_400))]
+    pub lease: u64,
     /// The directory for the replicated log and for job logs. It is made where it does not exist.
     #[arg(
         long,

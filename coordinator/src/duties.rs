@@ -7,7 +7,8 @@ use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::terminate_job::Cause;
 use batchai_proto::internal::v1::{
-    AllocateNode, Delete, FailAttempt, InitEnsemble, ReleaseNode, Replica, SetUpNode, TerminateJob,
+    AllocateNode, Delete, FailAttempt, InitEnsemble, LoseNode, RecordLease, ReleaseNode, Replica,
+    SetUpNode, TerminateJob,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
@@ -19,7 +20,7 @@ use crate::scheduler;
 pub use crate::scheduler::heard::Heard;
 use crate::state::attempts::{self, Attempt, Phase};
 use crate::state::{
-    Cluster, Node, State, agreement, children, keys, restore, setup, vm_size_aliases,
+    Cluster, Node, State, agreement, children, keys, loss, restore, setup, vm_size_aliases,
 };
 
 /// How long the nodes of an attempt may take to get ready. Preparation commands download data sets: generous.
@@ -37,6 +38,8 @@ pub struct Leader {
     pub ensemble: String,
     /// The replicas that it begins with.
     pub replicas: Vec<Replica>,
+    /// How long leases are that it grants.
+    pub lease_ms: i64,
 }
 
 /// The commands that bring the State closer to what it should be.
@@ -58,6 +61,7 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     }
     commands.extend(acquaintances(state, heard));
     commands.extend(agreement::duties(state));
+    commands.extend(leases(state, heard, leader));
     commands.extend(deletions(state));
     let late = attempts::live(state).filter_map(|attempt| late(heard, attempt));
     commands.extend(late.take(COMMANDS_MAX));
@@ -65,6 +69,23 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     let placements = scheduler::schedule(state, heard, leader.replica);
     commands.extend(placements.into_iter().map(Kind::Place));
     commands
+}
+
+/// What is lost with nodes whose leases are over; and how long leases may be, before any is.
+fn leases(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
+    let lease_ms = leader.lease_ms;
+    let longer =
+        (lease_ms > state.longest_lease_ms).then_some(Kind::RecordLease(RecordLease { lease_ms }));
+    let ending = attempts::live(state).filter(|attempt| loss::ends_by_lease(attempt));
+    let open = ending.flat_map(|a| loss::nodes_of(a).map(move |node| (node, &a.id)));
+    let lost = open.filter(|(node, _)| heard.lease_is_over(node, state.longest_lease_ms));
+    let lost = lost.map(|(node, attempt)| {
+        Kind::LoseNode(LoseNode {
+            node: node.to_owned(),
+            attempt: attempt.clone(),
+        })
+    });
+    longer.into_iter().chain(lost).take(COMMANDS_MAX).collect()
 }
 
 /// What the State does not know yet of the replicas that were met.

@@ -34,6 +34,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::agents::contacts::Contacts;
 use crate::agents::files::FileDesk;
+use crate::agents::granting;
 use crate::agents::join::Join;
 use crate::agents::service::Agents;
 use crate::api::Api;
@@ -208,10 +209,16 @@ impl Shared {
             self.vault.clone(),
             self.shutdown.clone(),
         );
+        let leases = granting::run(
+            self.replica.clone(),
+            self.contacts.clone(),
+            self.shutdown.clone(),
+        );
         let lanes = lanes.run(self.shutdown.clone());
         vec![
             tokio::spawn(duties),
             tokio::spawn(keys),
+            tokio::spawn(leases),
             tokio::spawn(lanes),
         ]
     }
@@ -260,6 +267,7 @@ impl Shared {
             shutdown: self.shutdown.clone(),
         };
         let agents = Agents {
+            lease: Duration::from_secs(config.lease),
             replica: self.replica,
             contacts: self.contacts,
             logs: self.logs,

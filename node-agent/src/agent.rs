@@ -23,6 +23,7 @@ use crate::hardware::{self, HardwareError};
 use crate::join::{self, JoinError, Shows};
 use crate::journal::{Identity, Journal, JournalError, STOP};
 use crate::launch::{HostFacts, JobLimit, JobUsers};
+use crate::lease::Lease;
 use crate::logs::{Shipped, Shipper};
 use crate::session::Session;
 use crate::shim::{self, Root, RootError};
@@ -144,9 +145,11 @@ impl Parts {
         let (assign, assignments) = watch::channel(None);
         let (observe, observed) = watch::channel(Report::default());
         let (ask, questions) = mpsc::channel(QUESTIONS_MAX);
+        let (lease, leased) = watch::channel(0);
         let kept = self.journal.bundles();
         let jobs = (self.users.clone(), self.limits.clone());
-        let facts = hardware::host_facts(&self.facts, &self.identity.uid, &kept, jobs);
+        let paths = (kept.as_path(), &*self.journal.lease());
+        let facts = hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs);
         let own_name = (self.node_id.clone(), self.identity.uid.clone());
         let (fetcher, bundles) =
             Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;
@@ -159,10 +162,12 @@ impl Parts {
             bundles,
             own,
             assignments,
+            leased,
             observed: observe,
             children: HashMap::new(),
             starts: HashMap::new(),
             swept: HashSet::new(),
+            leased_before: false,
         };
         let shipper = Shipper {
             journal: self.journal.clone(),
@@ -182,6 +187,8 @@ impl Parts {
             observed,
             assignments: assign,
             questions: ask,
+            lease: Lease::default(),
+            leased: lease,
             expelled: self.expelled.clone(),
         };
         let mut connections = JoinSet::new();

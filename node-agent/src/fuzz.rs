@@ -24,7 +24,7 @@ pub fn shim_files(bytes: &[u8]) {
     };
     let local = [local];
     let list = AssignmentList::default();
-    actions(&list, &local);
+    actions(&list, &local, true);
     observations(&list, &local);
 }
 

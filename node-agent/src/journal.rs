@@ -3,6 +3,7 @@
 //! ```text
 //! DATA/node.json                 who this node is
 //! DATA/lock                      one agent per directory
+//! DATA/lease.json               until when fenced work runs, in milliseconds of the boot clock; read by shims
 //! DATA/bundles/                  what was fetched of bundles
 //! DATA/attempts/{attempt}/
 //!     origin.json                whose work it is; written by the agent
@@ -32,6 +33,8 @@ pub const PREPARE: &str = "prepare.json";
 pub const LAUNCH: &str = "launch.json";
 pub const STOP: &str = "stop";
 pub const STARTED: &str = "started";
+/// Until when work runs that may begin anew elsewhere; beside the attempts.
+pub const LEASE: &str = "lease.json";
 pub const STATUS: &str = "status.json";
 pub const SETUP_FAILED: &str = "setup-failed.json";
 pub const LOGS: &str = "logs";
@@ -148,6 +151,16 @@ impl Journal {
     /// Remembers who this node is.
     pub fn keep(&self, identity: &Identity) -> Result<(), JournalError> {
         write_json(&self.root.join("node.json"), identity, true)
+    }
+
+    /// Where the lease is written down.
+    pub fn lease(&self) -> PathBuf {
+        self.root.join(LEASE)
+    }
+
+    /// Fenced work runs until then. A reboot ends it anyhow: it need not survive one.
+    pub fn keep_lease(&self, until_ms: i64) -> Result<(), JournalError> {
+        write_json(&self.lease(), &until_ms, false)
     }
 
     /// All attempts that it holds.
@@ -316,7 +329,7 @@ fn at(path: &Path) -> impl Fn(io::Error) -> JournalError {
     }
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JournalError> {
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JournalError> {
     let bytes = match fs::read(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         bytes => bytes.map_err(at(path))?,

@@ -1,9 +1,9 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `status <- {launch, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, files} <- supervisor <- agent`.
+//! `status <- {launch, lease, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, files} <- supervisor <- agent`.
 //!
-//! `launch`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
+//! `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
 
 mod agent;
@@ -16,6 +16,7 @@ pub mod hardware;
 mod join;
 pub mod journal;
 pub mod launch;
+pub mod lease;
 mod logs;
 pub mod reconcile;
 mod session;

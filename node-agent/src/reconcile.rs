@@ -5,7 +5,7 @@
 use batchai_common::attempt;
 use batchai_common::limits::LAST_WORDS_BYTES_MAX;
 use batchai_proto::agent::v1::assignment::Desired;
-use batchai_proto::agent::v1::{AssignmentList, AttemptObservation, Failure};
+use batchai_proto::agent::v1::{Assignment, AssignmentList, AttemptObservation, Failure};
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 use batchai_proto::v1::{JobLogFile, JobRank, NameValuePair, ResourceError};
 
@@ -74,10 +74,17 @@ fn is_earlier(list: &AssignmentList, attempt: &str) -> bool {
     attempt::epoch(attempt).is_some_and(|epoch| epoch < list.epoch)
 }
 
-/// What to do, in order.
-pub fn actions(list: &AssignmentList, local: &[Local]) -> Vec<Action> {
+/// What to do, in order. Work that is fenced begins and goes on only under a lease.
+pub fn actions(list: &AssignmentList, local: &[Local], leased: bool) -> Vec<Action> {
     let mut actions = Vec::new();
     let desired = &list.assignments;
+    let may_run = |wanted: &Assignment| leased || !wanted.fenced;
+    // A node does one thing at a time: what it was told to end has ended first.
+    let busy = local.iter().any(|found| {
+        let asked = desired.iter().any(|wanted| wanted.attempt == found.attempt);
+        !asked && (found.shim || (found.lost() && !found.swept))
+    });
+    let may_begin = |wanted: &Assignment| may_run(wanted) && !busy;
     for found in local {
         let name = || found.attempt.clone();
         let wanted = desired
@@ -97,13 +104,16 @@ pub fn actions(list: &AssignmentList, local: &[Local]) -> Vec<Action> {
                     .status
                     .as_ref()
                     .is_some_and(|s| s.phase == Phase::Ready);
-                if found.shim && ready && !found.launch_written {
+                if found.shim && ready && !found.launch_written && may_run(wanted) {
                     actions.push(Action::Launch(name()));
                 }
             }
             // It was written down but never began.
             Some(wanted)
-                if wanted.desired() == Desired::Prepare && !found.shim && !found.started =>
+                if wanted.desired() == Desired::Prepare
+                    && !found.shim
+                    && !found.started
+                    && may_begin(wanted) =>
             {
                 actions.push(Action::Start(name()));
             }
@@ -113,7 +123,9 @@ pub fn actions(list: &AssignmentList, local: &[Local]) -> Vec<Action> {
     let known = |attempt: &str| local.iter().any(|found| found.attempt == attempt);
     // What was placed before a restore and is not known here may have ended since: it does not begin again.
     let new = desired.iter().filter(|wanted| {
-        wanted.desired() == Desired::Prepare && !is_earlier(list, &wanted.attempt)
+        wanted.desired() == Desired::Prepare
+            && !is_earlier(list, &wanted.attempt)
+            && may_begin(wanted)
     });
     actions.extend(
         new.filter(|wanted| !known(&wanted.attempt))
@@ -222,7 +234,6 @@ fn failure(record: FailureRecord) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use batchai_proto::agent::v1::Assignment;
 
     fn wanted(desired: Desired) -> Vec<Assignment> {
         vec![Assignment {
@@ -261,7 +272,7 @@ mod tests {
             old(Phase::Ended, false),
             old(Phase::Running, false),
         ] {
-            assert_eq!(actions(&unknown, std::slice::from_ref(&local)), []);
+            assert_eq!(actions(&unknown, std::slice::from_ref(&local), true), []);
             let seen = strays(&unknown, std::slice::from_ref(&local));
             assert_eq!(seen.len(), 1);
             assert!(observations(&unknown, std::slice::from_ref(&local)).is_empty());
@@ -270,26 +281,72 @@ mod tests {
                 ..unknown.clone()
             };
             assert!(strays(&first, std::slice::from_ref(&local)).is_empty());
-            assert_ne!(actions(&first, &[local]), []);
+            assert_ne!(actions(&first, &[local], true), []);
         }
         let discarded = second(None, &["1-5"]);
         let running = [old(Phase::Running, true)];
-        assert_eq!(actions(&discarded, &running), [Action::Stop("1-5".into())]);
+        assert_eq!(
+            actions(&discarded, &running, true),
+            [Action::Stop("1-5".into())]
+        );
         assert_eq!(strays(&discarded, &running).len(), 1);
         let ended = [old(Phase::Ended, false)];
-        assert_eq!(actions(&discarded, &ended), [Action::Forget("1-5".into())]);
+        assert_eq!(
+            actions(&discarded, &ended, true),
+            [Action::Forget("1-5".into())]
+        );
         let adopted = second(Some(Desired::Launch), &[]);
         assert!(strays(&adopted, &running).is_empty());
         assert_eq!(observations(&adopted, &running).len(), 1);
     }
 
     #[test]
+    fn fenced_work_begins_and_is_launched_under_a_lease_only() {
+        let list = |desired, fenced| AssignmentList {
+            assignments: vec![Assignment {
+                fenced,
+                ..wanted(desired)[0].clone()
+            }],
+            ..Default::default()
+        };
+        let ready = [found(Phase::Ready, true)];
+        for (fenced, leased, runs) in [
+            (true, false, false),
+            (true, true, true),
+            (false, false, true),
+        ] {
+            let begun = actions(&list(Desired::Prepare, fenced), &[], leased);
+            assert_eq!(begun.is_empty(), !runs);
+            let launched = actions(&list(Desired::Launch, fenced), &ready, leased);
+            assert_eq!(launched.is_empty(), !runs);
+        }
+    }
+
+    #[test]
+    fn nothing_begins_before_what_is_not_asked_for_any_more_has_ended() {
+        let list = AssignmentList {
+            assignments: wanted(Desired::Prepare),
+            ..Default::default()
+        };
+        let other = |phase, shim| Local {
+            attempt: "b".into(),
+            ..found(phase, shim)
+        };
+        let stop = Action::Stop("b".into());
+        assert_eq!(actions(&list, &[other(Phase::Running, true)], true), [stop]);
+        let lost = actions(&list, &[other(Phase::Running, false)], true);
+        assert_eq!(lost, [Action::Sweep("b".into())]);
+        let ended = actions(&list, &[other(Phase::Ended, false)], true);
+        assert_eq!(ended, [Action::Start("a".into())]);
+    }
+
+    #[test]
     fn what_was_placed_before_a_restore_and_is_not_here_does_not_begin_again() {
         let list = second(Some(Desired::Prepare), &[]);
-        assert_eq!(actions(&list, &[]), []);
+        assert_eq!(actions(&list, &[], true), []);
         assert_eq!(observations(&list, &[])[0].phase(), NodePhase::Lost);
         let now = AssignmentList { epoch: 1, ..list };
-        assert_eq!(actions(&now, &[]), [Action::Start("1-5".into())]);
+        assert_eq!(actions(&now, &[], true), [Action::Start("1-5".into())]);
     }
 
     fn found(phase: Phase, shim: bool) -> Local {
@@ -315,7 +372,11 @@ mod tests {
             assignments: desired.to_vec(),
             ..Default::default()
         };
-        assert_eq!(actions(&list, local), expected, "{desired:?} {local:?}");
+        assert_eq!(
+            actions(&list, local, true),
+            expected,
+            "{desired:?} {local:?}"
+        );
         let seen = observations(&list, local);
         assert_eq!(
             seen.first().map(|o| o.phase()),

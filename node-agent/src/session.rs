@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use batchai_common::limits::HEARTBEAT_INTERVAL;
+use batchai_common::time::boot_time;
 use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
-    AssignmentList, FileRequest, Heartbeat, Hello, Report, SessionRequest, SessionResponse,
-    Welcome, session_request, session_response,
+    AssignmentList, FileRequest, Heartbeat, Hello, LeaseGrant, Report, SessionRequest,
+    SessionResponse, Welcome, session_request, session_response,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Interval, MissedTickBehavior};
@@ -22,6 +23,7 @@ use batchai_common::error::{NODE_EXPELLED, causes};
 use tonic_types::StatusExt as _;
 
 use crate::journal::{Identity, Journal};
+use crate::lease::Lease;
 
 /// What the session may have to send and the network has not taken.
 const OUTBOX_MAX: usize = 16;
@@ -63,6 +65,9 @@ pub struct Session {
     pub observed: watch::Receiver<Report>,
     pub assignments: watch::Sender<Option<AssignmentList>>,
     pub questions: mpsc::Sender<FileRequest>,
+    /// The lease of the node, and until when it lasts, in milliseconds of the boot clock.
+    pub lease: Lease,
+    pub leased: watch::Sender<i64>,
     /// The node was expelled: it must end what it does.
     pub expelled: Arc<AtomicBool>,
 }
@@ -134,6 +139,7 @@ impl Session {
                             *failures = 0;
                             self.take(list);
                         }
+                        Some(session_response::Message::LeaseGrant(grant)) => self.lease(&grant)?,
                         Some(session_response::Message::FileRequest(question)) => {
                             // Who has asked too much at once is not answered, and asks again.
                             let _ = self.questions.try_send(question);
@@ -142,7 +148,10 @@ impl Session {
                     }
                     continue;
                 }
-                _ = heartbeat.tick() => session_request::Message::Heartbeat(Heartbeat {}),
+                _ = heartbeat.tick() => {
+                    let number = self.lease.beat(boot_millis());
+                    session_request::Message::Heartbeat(Heartbeat { number })
+                }
                 changed = self.observed.changed() => {
                     if changed.is_err() {
                         return Ok(());
@@ -181,6 +190,18 @@ impl Session {
             .unwrap_or(HEARTBEAT_INTERVAL))
     }
 
+    /// Work that may begin anew elsewhere runs longer.
+    fn lease(&mut self, grant: &LeaseGrant) -> Result<(), SessionError> {
+        let lease = grant.lease.and_then(|lease| Duration::try_from(lease).ok());
+        let lease = lease.unwrap_or_default().as_millis() as i64;
+        if let Some(until) = self.lease.granted(grant.heartbeat, lease) {
+            // Shims know of it before anything is begun for it.
+            self.journal.keep_lease(until)?;
+            self.leased.send_replace(until);
+        }
+        Ok(())
+    }
+
     /// A list that is older than the last is ignored.
     fn take(&self, list: AssignmentList) {
         self.assignments.send_if_modified(|known| {
@@ -193,6 +214,11 @@ impl Session {
             newer
         });
     }
+}
+
+/// The boot clock, as leases are counted on it.
+pub fn boot_millis() -> i64 {
+    boot_time().as_millis() as i64
 }
 
 fn is_expelled(status: &tonic::Status) -> bool {

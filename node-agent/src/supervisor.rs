@@ -23,6 +23,7 @@ use crate::journal::{
 use crate::launch::{HostFacts, plan};
 use crate::logs::Shipped;
 use crate::reconcile::{Action, Local, actions, observations, strays};
+use crate::session::boot_millis;
 use crate::shim;
 use crate::status::{FailureRecord, Phase, Status};
 use crate::watch::Watch;
@@ -42,12 +43,16 @@ pub struct Supervisor {
     /// The arguments that lead to this program's own subcommands.
     pub own: &'static [&'static str],
     pub assignments: watch::Receiver<Option<AssignmentList>>,
+    /// Until when fenced work may run, in milliseconds of the boot clock.
+    pub leased: watch::Receiver<i64>,
     pub observed: watch::Sender<Report>,
     /// Shims that this agent started and that have not ended.
     pub children: HashMap<String, std::process::Child>,
     pub starts: HashMap<String, u32>,
     /// Lost attempts of which no process is left.
     pub swept: HashSet<String>,
+    /// There was a lease.
+    pub leased_before: bool,
 }
 
 impl Supervisor {
@@ -60,6 +65,10 @@ impl Supervisor {
             tokio::select! {
                 () = wake.status.notified() => {}
                 changed = self.assignments.changed() => if changed.is_err() { return },
+                // What waits for the first lease begins at once; what runs has its shim to see to it.
+                Ok(_) = self.leased.wait_for(|until| *until > 0), if !self.leased_before => {
+                    self.leased_before = true;
+                }
                 _ = interval.tick() => {}
                 () = shutdown.cancelled() => return,
             }
@@ -80,7 +89,8 @@ impl Supervisor {
             // About what cannot be looked at nothing is done and nothing is said: it may well run.
             list.assignments
                 .retain(|wanted| !unread.contains(&wanted.attempt));
-            let todo = actions(&list, &local);
+            let leased = *self.leased.borrow() > boot_millis();
+            let todo = actions(&list, &local, leased);
             for action in &todo {
                 if let Err(error) = self.act(action, &list.assignments) {
                     tracing::error!(%error, ?action, "cannot be done; it is tried again");

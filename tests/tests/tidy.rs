@@ -27,7 +27,9 @@ const IMPURE: [&str; 14] = [
 ];
 
 /// These must be PURE.
-const PURE: [&str; 11] = [
+const PURE: [&str; 13] = [
+    "coordinator/src/agents/lease.rs",
+    "node-agent/src/lease.rs",
     "common/src/attempt.rs",
     "common/src/ranks.rs",
     "common/src/tls/identity.rs",
@@ -59,7 +61,7 @@ const COORDINATOR: [&[&str]; 13] = [
 ];
 const NODE_AGENT: [&[&str]; 10] = [
     &["status"],
-    &["launch", "reconcile"],
+    &["launch", "lease", "reconcile"],
     &["config"],
     &["hardware", "journal", "user"],
     &["shim", "watch"],

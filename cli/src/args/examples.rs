@@ -158,6 +158,10 @@ const EXAMPLES: &[(&str, &str)] = &[
         "batchai node list --filter 'state = IDLE' -o table",
     ),
     ("node show", "batchai node show -n node-1"),
+    (
+        "node confirm-lost",
+        "batchai node confirm-lost -n node-1 -y",
+    ),
     ("vm-size list", "batchai vm-size list -o table"),
     (
         "vm-size alias create",

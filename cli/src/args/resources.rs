@@ -406,6 +406,13 @@ pub enum Node {
         #[command(flatten)]
         confirm: Confirm,
     },
+    /// Say that machines that are silent are gone, or were off: nothing of what ran there runs any more, and jobs need not wait for it.
+    ConfirmLost {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        confirm: Confirm,
+    },
     /// Tokens by which machines become nodes.
     #[command(subcommand)]
     Token(super::NodeToken),

@@ -86,6 +86,7 @@ pub const RULES: &[(&str, &str, &str)] = &[
     ("batchai.v1.JobService/TerminateJob", "batchai/workspaces/experiments/jobs/terminate/action", "name"),
     ("batchai.v1.JobService/UpdateJob", "batchai/workspaces/experiments/jobs/write", "job.name"),
     ("batchai.v1.JobService/WatchJob", "batchai/workspaces/experiments/jobs/read", "name"),
+    ("batchai.v1.NodeService/ConfirmNodeLost", "batchai/nodes/confirmLost/action", ""),
     ("batchai.v1.NodeService/ExpelNode", "batchai/nodes/expel/action", ""),
     ("batchai.v1.NodeService/GetNode", "batchai/nodes/read", ""),
     ("batchai.v1.NodeService/ListNodes", "batchai/nodes/read", ""),

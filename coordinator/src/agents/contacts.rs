@@ -1,14 +1,16 @@
 //! When each node was last heard of by this replica. Not part of the State; a replica starts knowing nobody.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use batchai_common::time::{boot_time, now_millis};
 
+use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::lease::Beat;
 use crate::scheduler::heard::Heard;
 
 /// One node's contact. The heartbeat path touches nothing else.
@@ -17,9 +19,15 @@ struct Contact {
     /// On the boot clock.
     last_ms: AtomicI64,
     live: AtomicBool,
+    /// The number of the latest heartbeat, and the latest that was granted.
+    beat: AtomicU64,
+    granted: watch::Sender<u64>,
     /// When the reports so far would have come, had they come evenly.
     even: Mutex<Option<Instant>>,
 }
+
+/// Since when this replica leads, and when the heartbeats came that it has granted.
+type Granted = (i64, Arc<BTreeMap<String, i64>>);
 
 /// All nodes' contacts.
 #[derive(Clone, Debug, Default)]
@@ -29,6 +37,8 @@ pub struct Contacts {
     lately: Arc<Mutex<Arc<Heard>>>,
     /// The ids of data keys that cannot be opened here.
     closed: Arc<Mutex<Arc<BTreeSet<String>>>>,
+    /// Since when this replica leads, and what it has granted.
+    leases: Arc<Mutex<Option<Granted>>>,
 }
 
 /// Reports of one node: so many a second, and so many at once.
@@ -46,6 +56,20 @@ impl Live {
     /// The node gave a sign of life.
     pub fn heard(&self) {
         self.contact.last_ms.store(boot_millis(), Ordering::Relaxed);
+    }
+
+    /// A heartbeat of the node came.
+    pub fn beat(&self, number: u64) {
+        self.heard();
+        // Behind the time: whoever reads the number finds a time that is not before it.
+        self.contact.beat.store(number, Ordering::Release);
+    }
+
+    /// The heartbeats that are granted from now on.
+    pub fn grants(&self) -> watch::Receiver<u64> {
+        let mut grants = self.contact.granted.subscribe();
+        grants.mark_unchanged();
+        grants
     }
 
     /// Waits until a report of the node may be taken in: each enters the log. It counts over its sessions.
@@ -77,7 +101,37 @@ impl Contacts {
         if contact.live.swap(true, Ordering::Acquire) {
             return None;
         }
+        // An agent that begins anew counts anew.
+        contact.beat.store(0, Ordering::Release);
         Some(Live { contact })
+    }
+
+    /// The latest heartbeats of all nodes.
+    pub fn beats(&self) -> Vec<Beat> {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let beats = nodes.iter().filter_map(|(node, contact)| {
+            let number = contact.beat.load(Ordering::Acquire);
+            (number > 0).then(|| Beat {
+                node: node.clone(),
+                number,
+                arrived: contact.last_ms.load(Ordering::Relaxed),
+            })
+        });
+        beats.collect()
+    }
+
+    /// A node's lease is renewed.
+    pub fn grant(&self, node: &str, number: u64) {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(contact) = nodes.get(node) {
+            contact.granted.send_replace(number);
+        }
+    }
+
+    /// What was granted so far.
+    pub fn keep(&self, granted: Option<(i64, &BTreeMap<String, i64>)>) {
+        let granted = granted.map(|(since, granted)| (since, Arc::new(granted.clone())));
+        *self.leases.lock().unwrap_or_else(PoisonError::into_inner) = granted;
     }
 
     /// From now on these data keys cannot be opened here.
@@ -100,7 +154,13 @@ impl Contacts {
         let last = nodes
             .iter()
             .map(|(name, contact)| (name.clone(), contact.last_ms.load(Ordering::Relaxed)));
+        let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
         Heard {
+            leading_since: leases.as_ref().map(|(since, _)| *since),
+            granted: leases
+                .clone()
+                .map(|(_, granted)| granted)
+                .unwrap_or_default(),
             now: boot_millis(),
             wall: now_millis(),
             last: last.filter(|(_, last)| *last > 0).collect(),
@@ -114,7 +174,7 @@ impl Contacts {
     }
 }
 
-fn boot_millis() -> i64 {
+pub fn boot_millis() -> i64 {
     boot_time().as_millis() as i64
 }
 

@@ -6,7 +6,9 @@
 mod bundle;
 pub mod contacts;
 pub mod files;
+pub mod granting;
 pub mod join;
+pub mod lease;
 mod log_intake;
 pub mod service;
 mod session;

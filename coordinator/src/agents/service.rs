@@ -1,6 +1,7 @@
 //! The gRPC face of sessions and log shipping.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::names::last_id;
@@ -36,6 +37,8 @@ pub struct Agents {
     pub bundles: BundleStore,
     pub desk: FileDesk,
     pub vault: Vault,
+    /// How long leases are.
+    pub lease: Duration,
     pub shutdown: CancellationToken,
 }
 

@@ -7,8 +7,8 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::{HEARTBEAT_INTERVAL, LAST_WORDS_BYTES_MAX};
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_proto::agent::v1::{
-    Assignment, AttemptObservation, FileRequest, Hello, Report, SessionRequest, SessionResponse,
-    Welcome, session_request, session_response,
+    Assignment, AttemptObservation, FileRequest, Hello, LeaseGrant, Report, SessionRequest,
+    SessionResponse, Welcome, session_request, session_response,
 };
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
@@ -55,6 +55,8 @@ pub struct Session {
     incarnation: String,
     live: Live,
     vault: Vault,
+    /// How long leases are that are granted here.
+    lease: Duration,
     caller: Caller,
     /// Taken by whoever sends.
     questions: Option<mpsc::Receiver<FileRequest>>,
@@ -96,6 +98,7 @@ impl Session {
             incarnation,
             live,
             vault: agents.vault.clone(),
+            lease: agents.lease,
             caller: caller(),
         };
         session.report(hello.report.unwrap_or_default()).await?;
@@ -134,7 +137,7 @@ impl Session {
         while let Some(request) = incoming.message().await? {
             self.live.heard();
             match request.message {
-                Some(session_request::Message::Heartbeat(_)) => {}
+                Some(session_request::Message::Heartbeat(beat)) => self.live.beat(beat.number),
                 Some(session_request::Message::Report(report)) => {
                     // Who sends more waits, and nobody with him.
                     self.live.pace().await;
@@ -214,6 +217,7 @@ impl Session {
         };
         let topic = Topic::Assignments(self.name.clone());
         let mut changes = self.replica.hub().follow(topic);
+        let mut grants = self.live.grants();
         let published = self.replica.published();
         let welcome = Welcome {
             ensemble: published.borrow().state.ensemble.clone(),
@@ -243,6 +247,14 @@ impl Session {
                 changed = changes.changed() => {
                     changed.map_err(|_| unavailable("the replica has stopped"))?;
                 }
+                Ok(()) = grants.changed() => {
+                    let heartbeat = *grants.borrow_and_update();
+                    let lease = self.lease.min(longest_lease(&state));
+                    if heartbeat > 0 && !lease.is_zero() {
+                        let lease = prost_types::Duration::try_from(lease).ok();
+                        send(outbox, session_response::Message::LeaseGrant(LeaseGrant { heartbeat, lease }))?;
+                    }
+                }
                 Some(question) = questions.recv() => {
                     // Assignments go before: who asked is told that there is no answer.
                     if outbox.capacity() > OUTBOX_MAX / 2 {
@@ -263,6 +275,11 @@ fn is_registered(state: &State, register: &RegisterNode) -> bool {
             && Some(&*known.facts) == register.facts.as_ref()
             && (known.epoch == state.epoch || !register.empty)
     })
+}
+
+/// As long as every later leader will wait.
+fn longest_lease(state: &State) -> Duration {
+    Duration::from_millis(u64::try_from(state.longest_lease_ms).unwrap_or_default())
 }
 
 /// When what somebody has shown is good no more.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use batchai_proto::v1::job::SchedulingPriority;
+use batchai_proto::v1::job::{OnNodeLoss, SchedulingPriority};
 use batchai_proto::v1::{ContainerSettings, Job, JobConstraints, NameValuePair};
 
 use super::faults::Faults;
@@ -31,6 +31,9 @@ pub fn check(faults: &mut Faults, given: Job) -> Job {
     }
     if SchedulingPriority::try_from(given.scheduling_priority).is_err() {
         faults.invalid("job.scheduling_priority", "is not one of its values");
+    }
+    if OnNodeLoss::try_from(given.on_node_loss).is_err() {
+        faults.invalid("job.on_node_loss", "is not one of its values");
     }
     absolute(
         faults,
@@ -64,6 +67,7 @@ pub fn check(faults: &mut Faults, given: Job) -> Job {
     };
     let mut job = Job {
         scheduling_priority: priority as i32,
+        on_node_loss: given.on_node_loss.max(OnNodeLoss::Requeue as i32),
         constraints: Some(constraints),
         tool_type: tool as i32,
         ..given

@@ -1,13 +1,14 @@
 //! Nodes.
 
+use batchai_common::error::ApiError;
 use batchai_common::names::Kind as Noun;
-use batchai_proto::internal::v1::ExpelNode;
 use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{ConfirmNodeLost, ExpelNode};
 use batchai_proto::v1::node;
 use batchai_proto::v1::node_service_server::NodeService;
 use batchai_proto::v1::{
-    ExpelNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, WatchNodeRequest,
-    WatchNodeResponse,
+    ConfirmNodeLostRequest, ExpelNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse,
+    Node, WatchNodeRequest, WatchNodeResponse,
 };
 use tonic::{Request, Response, Status};
 
@@ -45,6 +46,21 @@ impl NodeService for Api {
             deleted,
         };
         self.watch(&name, revision, reply).await
+    }
+
+    async fn confirm_node_lost(
+        &self,
+        request: Request<ConfirmNodeLostRequest>,
+    ) -> Result<Response<Node>, Status> {
+        let node: String = parse(Noun::Node, &request.get_ref().name)?.into();
+        self.replica.must_lead()?;
+        if self.contacts.heard().is_alive(&node) {
+            let why = "it is in contact; expel it to have its work ended".to_owned();
+            return Err(ApiError::WrongState { name: node, why }.into());
+        }
+        let confirm = ConfirmNodeLost { node: node.clone() };
+        let state = self.write(Kind::ConfirmNodeLost(confirm)).await?;
+        self.show(&state, &node)
     }
 
     async fn expel_node(

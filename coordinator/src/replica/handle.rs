@@ -59,6 +59,7 @@ pub struct Role {
     /// This replica does, and has applied all that was committed before it did.
     pub leads: bool,
     pub leader: Option<u64>,
+    pub term: u64,
 }
 
 pub(super) type Reply<T> = oneshot::Sender<Result<T, ReplicaError>>;

@@ -378,6 +378,7 @@ impl<S: LogStore> Loop<S> {
         let role = Role {
             leads: core.leads(),
             leader: core.leader(),
+            term: core.term().0,
         };
         self.role.send_if_modified(|known| {
             let changed = *known != role;

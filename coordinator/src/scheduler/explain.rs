@@ -1,7 +1,7 @@
 //! PURE. Why a job waits, in words, from the same facts that scheduling uses.
 
 use crate::scheduler::heard::Heard;
-use crate::state::{Cluster, Job, State, keys, restore, setup};
+use crate::state::{Cluster, Job, State, keys, loss, restore, setup};
 use batchai_common::names::last_id;
 
 use super::fit::Free;
@@ -10,8 +10,15 @@ use super::order;
 /// A list of jobs asks for each of them: no queue is counted to its end.
 const COUNT_MAX: usize = 100;
 
-/// Why a queued job has not started; empty for any other job.
+/// Why a queued job has not started, or what node one that runs waits for; empty for any other job.
 pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
+    let attempt = job.attempt.as_deref().unwrap_or_default();
+    let lost = |node: &str| heard.lease_is_over(node, state.longest_lease_ms);
+    if let Some(node) = loss::waits_for(state, attempt, lost) {
+        return format!(
+            "{node} is not heard of; the job waits until it is back, or lost for sure: batchai node confirm-lost"
+        );
+    }
     if job.state != batchai_proto::v1::job::State::Queued {
         return String::new();
     }

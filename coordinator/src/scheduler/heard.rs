@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use batchai_common::limits::SUSPECT_AFTER;
+use batchai_common::limits::{LEASE_DRIFT, LEASE_MARGIN, SUSPECT_AFTER};
 use batchai_proto::internal::v1::RecordReplica;
 
 /// All times are milliseconds of the boot clock of the machine that asks, so that no jump of its wall clock matters;
@@ -17,6 +17,9 @@ pub struct Heard {
     pub last: BTreeMap<String, i64>,
     /// Since when each attempt has been seen to prepare.
     pub preparing: BTreeMap<String, i64>,
+    /// Since when this replica leads, where it does, and when the heartbeats came for which nodes have their leases.
+    pub leading_since: Option<i64>,
+    pub granted: Arc<BTreeMap<String, i64>>,
     /// The replicas that were met, this one included.
     pub replicas: Vec<RecordReplica>,
     /// The ids of data keys that cannot be opened here: what is sealed by them cannot run.
@@ -30,6 +33,16 @@ impl Heard {
         self.last
             .get(node)
             .is_some_and(|last| self.now - last < limit)
+    }
+
+    /// Nothing that is fenced runs on the node any more: no leader can have granted it a lease that is not over there. Clocks run differently
+    /// fast, and a lease is counted from earlier there than here.
+    pub fn lease_is_over(&self, node: &str, longest_ms: i64) -> bool {
+        let margin = longest_ms / LEASE_DRIFT + LEASE_MARGIN.as_millis() as i64;
+        // Who is heard of is not lost, whether it has its first grant already or not.
+        let latest = self.granted.get(node).max(self.last.get(node)).copied();
+        let over = |since: i64| self.now - latest.unwrap_or(since).max(since) > longest_ms + margin;
+        longest_ms > 0 && self.leading_since.is_some_and(over)
     }
 
     /// When the node was last heard of, by the wall clock.

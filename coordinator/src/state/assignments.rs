@@ -6,7 +6,7 @@ use batchai_proto::{secrets, v1};
 
 use super::attempts::{Attempt, Phase, Work};
 use super::keys::workspace_of;
-use super::{Node, State, restore};
+use super::{Node, State, loss, restore};
 
 /// The whole list of a node's assignments. A node that does not exist has none. Secrets are as they lie in the State: sealed.
 pub fn assignments(state: &State, name: &str) -> AssignmentList {
@@ -62,6 +62,7 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
         fault: String::new(),
         set_up: attempt.work == Work::SetUp,
         workspace_number: workspace.map_or(0, |workspace| workspace.number),
+        fenced: loss::is_fenced(attempt),
     })
 }
 

@@ -16,6 +16,7 @@ mod holders;
 pub mod invariants;
 pub mod jobs;
 pub mod keys;
+pub mod loss;
 pub mod nodes;
 pub mod replicas;
 pub mod requests;
@@ -61,6 +62,8 @@ pub struct State {
     pub epoch: i64,
     /// It was restored, and that was not accepted yet: no work is placed.
     pub restored: bool,
+    /// No lease was ever granted for longer.
+    pub longest_lease_ms: i64,
     /// Work of earlier epochs that it does not know, by the node that holds it and by attempt.
     pub strays: OrdMap<(String, String), Arc<StoredStray>>,
     /// What all replicas know of what commands do. Any change in that is done from its own level on.
@@ -265,6 +268,9 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         CommandKind::AdoptAttempt(c) => restore::adopt(step, c),
         CommandKind::DiscardAttempt(c) => restore::discard(step, c),
         CommandKind::AcceptRestore(c) => restore::accept(step, c),
+        CommandKind::RecordLease(c) => loss::record_lease(step, c),
+        CommandKind::LoseNode(c) => loss::lose(step, c),
+        CommandKind::ConfirmNodeLost(c) => loss::confirm(step, c),
         CommandKind::CreateResourceGroup(c) => holders::create(step, c),
         CommandKind::CreateWorkspace(c) => holders::create(step, c),
         CommandKind::CreateCluster(c) => clusters::create(step, c),
@@ -485,8 +491,6 @@ fn behind<'a, T>(
         .take_while(move |(name, _)| name.starts_with(&prefix))
 }
 
-#[cfg(test)]
-mod restore_tests;
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;

@@ -326,3 +326,7 @@ pub(super) fn adopt(step: &mut Step<'_>, command: &AdoptAttempt) -> Result<(), R
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "restore_tests.rs"]
+mod tests;

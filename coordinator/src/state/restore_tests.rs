@@ -8,8 +8,8 @@ use batchai_proto::internal::v1::{
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
 
-use super::tests::Ensemble;
-use super::*;
+use crate::state::tests::Ensemble;
+use crate::state::*;
 
 const SECOND: i64 = 7;
 

@@ -150,6 +150,7 @@ impl Builder {
                 state.ensemble = header.ensemble;
                 state.epoch = header.epoch;
                 state.restored = header.restored;
+                state.longest_lease_ms = header.longest_lease_ms;
                 if header.feature_level > FEATURE_LEVEL {
                     let what = "the feature level".to_owned();
                     return Err(SnapshotError::Value { what });

@@ -28,6 +28,7 @@ pub(super) fn header(state: &State) -> Record {
             .digest
             .map_or(Vec::new(), |digest| digest.bytes().to_vec()),
         restored: state.restored,
+        longest_lease_ms: state.longest_lease_ms,
     })
 }
 

@@ -20,6 +20,8 @@ use crate::scheduler::explain::pending_reason;
 const GROUP: &str = "resourceGroups/g";
 const WORKSPACE: &str = "resourceGroups/g/workspaces/w";
 const EXPERIMENT: &str = "resourceGroups/g/workspaces/w/experiments/e";
+/// The lease of nodes.
+pub(super) const LEASE_MS: i64 = 60_000;
 const CLUSTER: &str = "resourceGroups/g/workspaces/w/clusters/c";
 
 /// A State with its invariants checked after every command.
@@ -44,7 +46,7 @@ impl Drop for Ensemble {
 
 impl Ensemble {
     /// An ensemble with a cluster of the given target.
-    fn new(target: i32) -> Ensemble {
+    pub(super) fn new(target: i32) -> Ensemble {
         Ensemble::with_task(target, None)
     }
 
@@ -203,6 +205,7 @@ impl Ensemble {
             replica: 1,
             ensemble: "unused".into(),
             replicas: Vec::new(),
+            lease_ms: LEASE_MS,
         };
         for _ in 0..100 {
             let commands = duties(&self.state, &self.heard, &leader);
@@ -244,7 +247,7 @@ impl Ensemble {
         self.ok(put_key(id, &follows.unwrap_or_default()));
     }
 
-    fn job(&self, name: &str) -> &Job {
+    pub(super) fn job(&self, name: &str) -> &Job {
         &self.state.jobs[name]
     }
 

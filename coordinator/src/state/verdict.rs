@@ -44,6 +44,16 @@ impl Outcome {
         Outcome::new(Verdict::Failed, None, vec![error(code, message, &[])])
     }
 
+    /// A node of it is gone, or not heard of for too long.
+    pub(super) fn node_lost(node: &str, message: &str, runs_again: bool) -> Outcome {
+        let verdict = match runs_again {
+            true => Verdict::InfrastructureFailed,
+            false => Verdict::Failed,
+        };
+        let error = error("NodeLost", message, &[("node", node)]);
+        Outcome::new(verdict, None, vec![error])
+    }
+
     /// Its node is needed elsewhere.
     pub fn requeue_for_resize() -> Outcome {
         Outcome::new(Verdict::Requeue, None, Vec::new())

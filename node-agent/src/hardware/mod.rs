@@ -94,7 +94,7 @@ fn vm_size(config: &Config, sysfs: &Sysfs, made: &str) -> String {
 pub fn host_facts(
     facts: &NodeFacts,
     node_uid: &str,
-    bundles: &Path,
+    (bundles, lease): (&Path, &Path),
     (users, limits): (JobUsers, Vec<JobLimit>),
 ) -> HostFacts {
     let base = INHERITED
@@ -104,6 +104,7 @@ pub fn host_facts(
         node_uid: node_uid.to_owned(),
         root: facts.root.clone(),
         bundles: bundles.to_string_lossy().into_owned(),
+        lease: lease.to_string_lossy().into_owned(),
         gpu_count: facts.gpus.len(),
         interface: facts
             .addresses

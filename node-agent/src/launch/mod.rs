@@ -66,6 +66,9 @@ pub struct Preparation {
     pub copy_to: String,
     /// The name of the log file of what happened.
     pub execution_log: String,
+    /// The file that says until when it may run, where that is bound to the node's lease.
+    #[serde(default)]
+    pub fence: Option<String>,
     /// From the beginning of preparation.
     pub wall_clock_s: u64,
     /// Between SIGTERM and SIGKILL.
@@ -81,6 +84,8 @@ pub struct HostFacts {
     pub root: String,
     /// Where the agent keeps bundles.
     pub bundles: String,
+    /// Where the agent keeps the lease of the node.
+    pub lease: String,
     pub gpu_count: usize,
     /// The network interface that has the host's address.
     pub interface: Option<String>,
@@ -236,6 +241,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         command,
         copy_to: paths.stdouterr.clone(),
         execution_log: format!("execution{suffix}.log"),
+        fence: assignment.fenced.then(|| context.facts.lease.clone()),
         wall_clock_s: u64::try_from(limit.seconds).unwrap_or_default(),
         grace_s: TERMINATION_GRACE.as_secs(),
     })

@@ -1,6 +1,7 @@
 //! How an attempt ends on this host: SIGTERM, the grace, SIGKILL until nothing is left, the last copy of the logs, the exit
 //! record.
 
+use std::path::Path;
 use std::time::Duration;
 
 use batchai_common::time::boot_time;
@@ -8,7 +9,7 @@ use nix::sys::signal::Signal;
 
 use super::run::{Ending, RESERVE, Shim, WRITE_AGAIN};
 use super::{ShimError, tree};
-use crate::journal::STATUS;
+use crate::journal::{STATUS, read_json};
 use crate::status::{FailureRecord, Phase};
 
 /// Processes that SIGKILL does not end within this time are stuck in the kernel.
@@ -26,6 +27,43 @@ impl Shim {
         tree::signal_all(&self.tree(), Signal::SIGTERM);
         self.ending = Ending::Asked {
             until: boot_time() + Duration::from_secs(self.plan.grace_s),
+        };
+    }
+
+    pub(super) fn is_killed(&self) -> bool {
+        matches!(self.ending, Ending::Killed { .. })
+    }
+
+    /// Where the node's lease is over, the work may begin elsewhere: nothing of it is left here by then, whether the agent lives, is stopped
+    /// or gone. A lease that cannot be read is over.
+    pub(super) fn watch_the_fence(&mut self) {
+        let (Some(fence), Some(until)) = (&self.plan.fence, self.fenced_until) else {
+            return;
+        };
+        let now = boot_time();
+        if now < until || self.is_killed() {
+            return;
+        }
+        let read = read_json::<u64>(Path::new(fence));
+        let known = read.as_ref().ok().copied().flatten().unwrap_or_default();
+        let known = Duration::from_millis(known);
+        if now < known {
+            self.fenced_until = Some(known);
+            return;
+        }
+        if let Err(error) = read {
+            self.log
+                .say(&format!("the node's lease cannot be read: {error}"));
+        }
+        self.fail(FailureRecord {
+            code: "NodeLeaseExpired".into(),
+            message: "the node has not reached a coordinator for as long as its lease lasts, and the job may begin elsewhere".into(),
+            infrastructure: true,
+            ..FailureRecord::default()
+        });
+        self.log.say("killing what is left at once");
+        self.ending = Ending::Killed {
+            until: now + KILL_MAX,
         };
     }
 

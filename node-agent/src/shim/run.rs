@@ -73,6 +73,8 @@ pub struct Shim {
     pub(super) ending: Ending,
     /// When the wall clock is over.
     pub(super) deadline: Duration,
+    /// Until when it may run, as far as was last looked: the end of the node's lease, where it is bound to that.
+    pub(super) fenced_until: Option<Duration>,
     pub(super) launched: bool,
     /// The status on disk is not the latest.
     pub(super) unsaid: bool,
@@ -110,6 +112,7 @@ impl Shim {
             .map_err(system("reserve space"))?;
         let log = ExecutionLog::new(dir.path.join(LOGS).join(&plan.execution_log));
         let deadline = boot_time() + Duration::from_secs(plan.wall_clock_s);
+        let fenced_until = plan.fence.is_some().then_some(Duration::ZERO);
         Ok(Shim {
             dir,
             plan,
@@ -120,6 +123,7 @@ impl Shim {
             streams: Vec::new(),
             ending: Ending::No,
             deadline,
+            fenced_until,
             launched: false,
             unsaid: false,
             stuck_said: false,
@@ -146,6 +150,7 @@ impl Shim {
             self.reap(&mut buffer)?;
             self.obey()?;
             self.watch_the_clock();
+            self.watch_the_fence();
             self.drive_ending();
             if self.unsaid {
                 self.publish();
@@ -233,6 +238,9 @@ impl Shim {
             _ if self.stuck_said => WRITE_AGAIN,
             _ => ENDING_STEP,
         };
+        let fence = self.fenced_until.filter(|_| !self.is_killed());
+        let fence = fence.map(|until| until.saturating_sub(boot_time()));
+        let timeout = fence.map_or(timeout, |fence| fence.min(timeout));
         let timeout = if self.unsaid {
             timeout.min(WRITE_AGAIN)
         } else {

@@ -256,7 +256,7 @@ impl Sim {
                 .values()
                 .map(|(local, _)| local.clone())
                 .collect();
-            for action in actions(&list, &local) {
+            for action in actions(&list, &local, true) {
                 agent.act(&action);
             }
         }

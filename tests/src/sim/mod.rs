@@ -366,6 +366,7 @@ impl Sim {
                 replica: id as i64,
                 ensemble: ENSEMBLE.into(),
                 replicas: Vec::new(),
+                lease_ms: 600_000,
             };
             kinds = duties(state, &replica.heard, &leader);
         }
