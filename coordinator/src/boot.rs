@@ -205,6 +205,7 @@ pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
         endpoint: endpoint.or(first).unwrap_or_default(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         feature_level: FEATURE_LEVEL,
+        epoch: 0,
     });
     let snapshot = recovered.snapshot.as_ref();
     tracing::info!(

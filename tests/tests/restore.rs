@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use batchai_tests::ensemble::Ensemble;
 use batchai_tests::process::{processes_of, until};
+use batchai_tests::replicas::Replicas;
 use serde_json::{Value, json};
 
 /// A job that notes each of its starts and runs until it is let go.
@@ -263,4 +264,61 @@ fn a_backup_is_whole_or_refused_and_changes_nothing_where_it_does_not_belong() {
     e.start_coordinator();
     assert_eq!(e.json(&["group", "list"]).as_array().unwrap().len(), 1);
     assert_ne!(status(&e)["restored"], true);
+}
+
+fn groups(e: &Replicas, endpoint: &str) -> Vec<String> {
+    let list = e.json_at(endpoint, &["group", "list"]);
+    let list = list.as_array().cloned().unwrap_or_default();
+    let name = |group: &Value| group["name"].as_str().unwrap().to_owned();
+    let last = |name: String| name.rsplit('/').next().unwrap().to_owned();
+    list.iter().map(|group| last(name(group))).collect()
+}
+
+#[test]
+fn what_begins_anew_beside_the_old_ensemble_does_not_mix_with_it() {
+    let mut e = Replicas::start(3, &[]);
+    e.ok(&["group", "create", "-n", "before"]);
+    let backup = e.path().join("backup").display().to_string();
+    e.ok(&["admin", "snapshot", "save", "--to", &backup]);
+    e.ok(&["group", "create", "-n", "after"]);
+    // By mistake, or in need: two of the three run on.
+    e.kill(1);
+    std::fs::remove_dir_all(e.data(1).join("replica")).unwrap();
+    let data = e.data(1).display().to_string();
+    e.ok(&[
+        "admin", "snapshot", "restore", &backup, "--data", &data, "-y",
+    ]);
+    e.restart(1);
+    let (old, new) = (e.endpoint(2).to_owned(), e.endpoint(1).to_owned());
+    until("the restored one to lead alone", || {
+        (e.status_of(1)["leaderId"] == "1").then_some(())
+    });
+    e.ok_at(&new, &["group", "create", "-n", "new"]);
+    let of_old = format!("{old},{}", e.endpoint(3));
+    e.ok_at(&of_old, &["group", "create", "-n", "old"]);
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert_eq!(groups(&e, &new), ["before", "new"]);
+    assert_eq!(groups(&e, &of_old), ["after", "before", "old"]);
+    let members = e.status_of(1)["replicas"].as_array().unwrap().len();
+    assert_eq!(members, 1);
+    // The others join it under new numbers, with nothing of what they were.
+    let said = e.fails_at(
+        &new,
+        &["admin", "replica", "add", "--id", "2", "--at", &old],
+    );
+    assert!(said.contains("not used again"), "{said}");
+    let at = e.draw(4);
+    e.ok(&["coordinator", "add-replica", "--data", &data, "--id", "4"]);
+    e.take_there(4);
+    e.begin(4);
+    e.ok_at(&new, &["admin", "replica", "add", "--id", "4", "--at", &at]);
+    e.ready(4);
+    until("it to have the log", || {
+        let promoted = e
+            .command_at(&new, &["admin", "replica", "promote", "--id", "4"])
+            .output();
+        promoted.unwrap().status.success().then_some(())
+    });
+    let all = groups(&e, &at);
+    assert_eq!(all, ["before", "new"]);
 }

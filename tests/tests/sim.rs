@@ -1,25 +1,41 @@
-//! Seeds of the simulator. `BATCHAI_SIM_SEEDS=N` plays so many, `BATCHAI_SIM_SEED=S` one.
+//! Seeds of the simulator. `BATCHAI_SIM_SEEDS=N` plays so many, `BATCHAI_SIM_SEED=S` one; `BATCHAI_SIM_MINUTES=N` plays for so long, from
+//! seed `BATCHAI_SIM_FIRST` on (0 where it is left out).
 
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use batchai_tests::sim::{Outcome, play};
 
-/// Played with every change.
-const SEEDS: u64 = 40;
+/// Played with every change: as many as two cores play within a minute, as tests are built.
+const SEEDS: u64 = 200;
 
 /// What must come up among the seeds, else they do not try what they are for.
-const SOMETIMES: [&str; 11] = [
+const SOMETIMES: [&str; 25] = [
+    "a creation is asked for again",
+    "a disk is slow",
     "a follower gets a snapshot",
+    "a follower is cut off together with agents",
     "a leader is lost while an attempt prepares",
     "a leader stands still",
     "a machine reboots amid a job",
     "a read is answered",
+    "a removed replica is told so",
+    "a replica dies amid a write",
+    "a replica gets a vote",
+    "a replica is added",
+    "a replica is removed",
     "a replica starts from a snapshot",
     "a shim dies amid a job",
+    "a snapshot travels during a change of the membership",
+    "a vote is split",
+    "a wiped replica is replaced",
+    "a write is torn",
     "an agent is killed amid a job",
+    "leadership is handed over",
+    "the clock of a leader jumps back",
     "the leader changes",
     "the replicas agree on what they hold",
     "what became of a proposal is not known",
@@ -27,39 +43,48 @@ const SOMETIMES: [&str; 11] = [
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name} must be a number")),
-    )
+    let number = text.parse();
+    Some(number.unwrap_or_else(|_| panic!("{name} must be a number")))
+}
+
+/// What is tried, as far as anybody knows: it may be no checkout.
+fn commit() -> String {
+    let git = std::process::Command::new("git")
+        .args(["rev-parse", "HEAD"])
+        .output();
+    let said = git.ok().filter(|said| said.status.success());
+    let said = said.and_then(|said| String::from_utf8(said.stdout).ok());
+    said.map_or("unknown".to_owned(), |said| said.trim().to_owned())
 }
 
 fn must(seed: u64) -> Outcome {
-    play(seed).unwrap_or_else(|why| {
+    // Also a panic is to say in which seed it was.
+    let played = std::panic::catch_unwind(AssertUnwindSafe(|| play(seed)));
+    let played = played.unwrap_or_else(|_| Err("it panicked, see above".to_owned()));
+    let outcome = played.unwrap_or_else(|why| {
+        let commit = commit();
         panic!(
-            "seed {seed}: {why}\nagain: BATCHAI_SIM_SEED={seed} cargo test -p batchai-tests --test sim"
+            "seed {seed}: {why}\ncommit {commit}\nagain: BATCHAI_SIM_SEED={seed} cargo test -p batchai-tests --test sim every_seed"
         )
-    })
+    });
+    assert!(outcome.commands >= 1000, "seed {seed}: {outcome:?}");
+    outcome
 }
 
-#[test]
-fn every_seed_keeps_what_must_hold() {
-    if let Some(seed) = number("BATCHAI_SIM_SEED") {
-        println!("{:?}", must(seed));
-        return;
-    }
-    let seeds = number("BATCHAI_SIM_SEEDS").unwrap_or(SEEDS);
-    let (next, begin) = (AtomicU64::new(0), Instant::now());
+/// Plays seeds on all cores until there are no more; returns how many, and how many saw what.
+fn play_all(more: impl Fn(u64) -> bool + Sync) -> (u64, BTreeMap<&'static str, u64>) {
+    let (next, played) = (AtomicU64::new(0), AtomicU64::new(0));
     let seen = Mutex::new(BTreeMap::<&str, u64>::new());
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
                 loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds {
+                    let count = next.fetch_add(1, Ordering::Relaxed);
+                    if !more(count) {
                         return;
                     }
-                    let outcome = must(seed);
-                    assert!(outcome.commands >= 1000, "seed {seed}: {outcome:?}");
+                    let outcome = must(number("BATCHAI_SIM_FIRST").unwrap_or(0) + count);
+                    played.fetch_add(1, Ordering::Relaxed);
                     let mut seen = seen.lock().unwrap();
                     for what in outcome.sometimes {
                         *seen.entry(what).or_default() += 1;
@@ -68,8 +93,25 @@ fn every_seed_keeps_what_must_hold() {
             });
         }
     });
-    let seen = seen.into_inner().unwrap();
-    println!("{seeds} seeds in {:?}: {seen:#?}", begin.elapsed());
+    (played.into_inner(), seen.into_inner().unwrap())
+}
+
+#[test]
+fn every_seed_keeps_what_must_hold() {
+    if let Some(seed) = number("BATCHAI_SIM_SEED") {
+        println!("{:?}", must(seed));
+        return;
+    }
+    let begin = Instant::now();
+    let minutes = number("BATCHAI_SIM_MINUTES").map(|minutes| Duration::from_secs(60 * minutes));
+    let seeds = number("BATCHAI_SIM_SEEDS").unwrap_or(SEEDS);
+    let (played, seen) = match minutes {
+        Some(long) => play_all(|_| begin.elapsed() < long),
+        None => play_all(|count| count < seeds),
+    };
+    let took = begin.elapsed();
+    let rate = played as f64 / took.as_secs_f64();
+    println!("{played} seeds in {took:.1?}, {rate:.2} seeds/s: {seen:#?}");
     for what in SOMETIMES {
         assert!(seen.contains_key(what), "never seen: {what}");
     }
@@ -80,8 +122,8 @@ fn the_same_seed_is_the_same_story() {
     for seed in 0..3 {
         let (one, two) = (must(seed), must(seed));
         assert_eq!(
-            (one.trace, one.steps),
-            (two.trace, two.steps),
+            (one.trace, one.steps, one.operations),
+            (two.trace, two.steps, two.operations),
             "seed {seed}"
         );
     }

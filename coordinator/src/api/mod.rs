@@ -24,7 +24,7 @@ mod resource_groups;
 mod restore;
 mod seal;
 mod toolkits;
-mod views;
+pub mod views;
 mod vm_sizes;
 mod volumes;
 mod watch;

@@ -31,6 +31,8 @@ pub struct Agent {
     down_until: u64,
     /// It reaches nobody until then.
     cut_until: u64,
+    /// It reaches that replica alone until then.
+    isolated: (u64, u64),
     talk: Talk,
     /// What is answered in an earlier one is heard by nobody.
     conversation: u64,
@@ -49,6 +51,7 @@ impl Agent {
             boot: 1,
             down_until: 0,
             cut_until: 0,
+            isolated: (0, 0),
             talk: Talk::None,
             conversation: 0,
             list: None,
@@ -87,6 +90,19 @@ impl Agent {
         self.conversation += 1;
         self.list = None;
         (self.reported, self.reporting) = (None, None);
+    }
+
+    pub fn is_talking(&self) -> bool {
+        matches!(self.talk, Talk::Open(_))
+    }
+
+    /// From now on it reaches one replica alone, for some time.
+    pub fn isolate(&mut self, with: u64, until: u64) {
+        self.isolated = (with, until);
+        match self.talk {
+            Talk::Registering(id) | Talk::Open(id) if id == with => {}
+            _ => self.hang_up(),
+        }
     }
 
     /// What became of what it sent.
@@ -233,6 +249,7 @@ impl Sim {
     pub(super) fn heal_agents(&mut self) {
         for agent in &mut self.agents {
             (agent.down_until, agent.cut_until) = (0, 0);
+            agent.isolated = (0, 0);
         }
     }
 
@@ -263,15 +280,13 @@ impl Sim {
     }
 
     fn talk(&mut self, i: usize) {
-        let (name, now) = (self.agents[i].name(), self.now());
+        let (name, step) = (self.agents[i].name(), self.step);
         let talk = self.agents[i].talk;
-        let leads = |sim: &Sim, id: u64| {
-            let core = sim.replicas[&id].core.as_ref();
-            sim.is_up(id) && core.is_some_and(|core| core.leads())
-        };
         match talk {
             Talk::None => {
-                let Some(id) = self.find_leader() else {
+                let (with, until) = self.agents[i].isolated;
+                let reached = |id| id == with || until <= step;
+                let Some(id) = self.find_leader_among(reached) else {
                     return;
                 };
                 let agent = &mut self.agents[i];
@@ -295,15 +310,16 @@ impl Sim {
                 }
             }
             // A session ends with its replica, and with that one's leadership.
-            Talk::Registering(id) | Talk::Open(id) if !leads(self, id) => {
+            Talk::Registering(id) | Talk::Open(id) if !self.leads(id) => {
                 self.agents[i].hang_up();
             }
             Talk::Registering(_) => {}
             Talk::Open(id) => {
+                let replica = self.replica(id);
+                let now = replica.clock.boot(step);
+                replica.heard.last.insert(name.clone(), now);
                 let state = self.core(id).state().clone();
                 let assigned = state.nodes.get(&name).map_or(0, |node| node.assigned);
-                let replica = self.replicas.get_mut(&id).expect("it is one of them");
-                replica.heard.last.insert(name.clone(), now);
                 let agent = &mut self.agents[i];
                 let known = agent.list.as_ref().map(|list| list.revision);
                 if known.is_none_or(|known| assigned > known) {

@@ -5,6 +5,7 @@ use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{Delete, Labels, RequestKey, TerminateJob, Update};
 use batchai_proto::v1;
 
+use super::replicas::Reading;
 use super::{Asked, Sim};
 
 pub const GROUP: &str = "resourceGroups/g";
@@ -79,15 +80,21 @@ impl Sim {
 
     /// Asks any replica for a State that has everything that was acknowledged until now.
     fn read_somewhere(&mut self) {
-        let id = self.random.u64(1..=self.options.replicas);
+        let Some(id) = self.random.choice(self.ids()) else {
+            return;
+        };
         if !self.is_up(id) || self.random.f64() > 0.1 {
             return;
         }
         self.tickets += 1;
         let (ticket, least, step) = (self.tickets, self.checks.acknowledged, self.step);
         if self.core(id).read(ticket) {
-            let replica = self.replicas.get_mut(&id).expect("it is one of them");
-            replica.reading.insert(ticket, (least, step));
+            let reading = Reading {
+                least,
+                since: step,
+                user: None,
+            };
+            self.replica(id).reading.insert(ticket, reading);
         }
     }
 

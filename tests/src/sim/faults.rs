@@ -1,13 +1,14 @@
-//! What goes wrong in a world, and how often; the network between the replicas, which is where most of it does.
+//! What goes wrong in a world, and how often; of the network, `network` sees to what happens to single messages.
 
 use batchai_coordinator::replica::core::Core;
-use batchai_coordinator::replica::store::snapshot;
 
-use super::{Sent, Sim, Told};
+use super::Sim;
+use super::disk::Trouble;
 
 /// What a world is like, and how often what goes wrong: chances for each message, or in each step.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Replicas that are there first, and that there shall be.
     pub replicas: u64,
     pub agents: usize,
     /// Commands that are applied before the faults heal.
@@ -19,10 +20,20 @@ pub struct Options {
     pub delay: u64,
     /// A replica, or a pair of them in one direction, is cut off.
     pub cut: f64,
+    /// A replica is cut off together with some agents.
+    pub isolation: f64,
     /// A replica is killed.
     pub crash: f64,
+    /// A replica dies amid its next write.
+    pub torn: f64,
+    /// The next write of a replica takes long.
+    pub slow: f64,
     /// A replica stands still.
     pub pause: f64,
+    /// The clock of a replica's machine jumps; where none ever does, all are right.
+    pub clock: f64,
+    /// The membership is changed, another one is to lead, or a disk is lost for good.
+    pub change: f64,
     /// An agent is killed, or its machine reboots.
     pub agent_crash: f64,
     pub reboot: f64,
@@ -32,8 +43,16 @@ impl Options {
     pub fn draw(random: &mut fastrand::Rng) -> Options {
         let mut chance = |most: f64| random.f64() * most;
         let (loss, duplicate) = (chance(0.1), chance(0.1));
-        let (cut, crash, pause) = (chance(0.01), chance(0.006), chance(0.006));
+        let (cut, isolation) = (chance(0.01), chance(0.004));
+        let (crash, pause) = (chance(0.006), chance(0.006));
+        let (torn, slow) = (chance(0.004), chance(0.01));
         let (agent_crash, reboot) = (chance(0.01), chance(0.004));
+        // Not in every world: what goes wrong without them must be seen as well.
+        let mut now_and_then = |most: f64| match random.bool() {
+            true => random.f64() * most,
+            false => 0.0,
+        };
+        let (clock, change) = (now_and_then(0.01), now_and_then(0.02));
         Options {
             replicas: [1, 3, 3, 3, 5][random.usize(..5)],
             agents: random.usize(2..6),
@@ -42,8 +61,13 @@ impl Options {
             duplicate,
             delay: random.u64(1..6),
             cut,
+            isolation,
             crash,
+            torn,
+            slow,
             pause,
+            clock,
+            change,
             agent_crash,
             reboot,
         }
@@ -52,11 +76,18 @@ impl Options {
 
 impl Sim {
     pub(super) fn fail_something(&mut self) {
-        let Options {
-            cut, crash, pause, ..
-        } = self.options;
-        let id = self.random.u64(1..=self.options.replicas);
-        let step = self.step;
+        let Some(id) = self.random.choice(self.ids()) else {
+            return;
+        };
+        self.fail_process(id);
+        self.fail_machine(id);
+        self.fail_ways(id);
+        self.network.mend(self.step);
+        self.fail_agents();
+    }
+
+    fn fail_process(&mut self, id: u64) {
+        let crash = self.options.crash;
         if self.random.f64() < crash {
             self.stop(id);
             self.tell_gone(id);
@@ -65,119 +96,89 @@ impl Sim {
         if self.random.f64() < crash {
             self.tell_gone(id);
         }
-        for id in 1..=self.options.replicas {
-            if self.replicas[&id].core.is_none() && self.random.f64() < 0.03 {
+        for id in self.ids() {
+            let replica = &self.replicas[&id];
+            if !replica.over && replica.core.is_none() && self.random.f64() < 0.03 {
                 self.start(id);
             }
         }
-        if self.random.f64() < pause {
-            let until = step + self.random.u64(1..60);
+        if self.random.f64() < self.options.pause {
+            let until = self.step + self.random.u64(1..60);
             if self.replicas[&id].core.as_ref().is_some_and(Core::leads) {
                 self.checks.saw("a leader stands still");
             }
-            self.replicas
-                .get_mut(&id)
-                .expect("it is one of them")
-                .paused_until = until;
+            self.replica(id).paused_until = until;
         }
-        if self.random.f64() < cut {
-            let until = step + self.random.u64(1..200);
-            let other = self.random.u64(1..=self.options.replicas);
-            if self.random.bool() {
-                // One way only.
-                self.cut.insert((id, other), until);
-            } else {
-                for other in 1..=self.options.replicas {
-                    self.cut.insert((id, other), until);
-                    self.cut.insert((other, id), until);
-                }
-            }
-        }
-        self.cut.retain(|_, until| *until > step);
-        self.fail_agents();
     }
 
-    /// Some of the others hear from a replica's machine that nobody listens there.
-    fn tell_gone(&mut self, gone: u64) {
-        for id in 1..=self.options.replicas {
-            if self.is_up(id) && self.random.bool() {
-                self.core(id).gone(gone);
+    fn fail_machine(&mut self, id: u64) {
+        if self.random.f64() < self.options.torn {
+            let trouble = match self.random.u32(..3) {
+                0 => Trouble::Lost,
+                1 => Trouble::Torn(1000),
+                _ => Trouble::Torn(self.random.usize(..1000)),
+            };
+            self.replica(id).disk.trouble(Some(trouble));
+        }
+        if self.random.f64() < self.options.slow {
+            let steps = self.random.u64(1..40);
+            self.replica(id).disk.trouble(Some(Trouble::Slow(steps)));
+        }
+        if self.random.f64() < self.options.clock {
+            self.jump(id);
+        }
+    }
+
+    fn fail_ways(&mut self, id: u64) {
+        let step = self.step;
+        if self.random.f64() < self.options.cut {
+            let until = step + self.random.u64(1..200);
+            let other = self.random.choice(self.ids()).unwrap_or(id);
+            if self.random.bool() {
+                // One way only.
+                self.network.cut(id, other, until);
+            } else {
+                self.cut_off(id, until);
             }
+        }
+        if self.random.f64() < self.options.isolation {
+            let until = step + self.random.u64(1..300);
+            self.cut_off(id, until);
+            let follows = self.is_up(id) && !self.leads(id);
+            let mut talking = false;
+            for i in 0..self.agents.len() {
+                if self.random.bool() {
+                    talking |= self.agents[i].is_talking();
+                    self.agents[i].isolate(id, until);
+                }
+            }
+            if follows && talking {
+                self.checks
+                    .saw("a follower is cut off together with agents");
+            }
+        }
+    }
+
+    fn cut_off(&mut self, id: u64, until: u64) {
+        for other in self.ids() {
+            self.network.cut(id, other, until);
+            self.network.cut(other, id, until);
         }
     }
 
     /// From now on nothing goes wrong any more.
     pub(super) fn heal(&mut self) {
         self.healed = true;
-        self.cut.clear();
+        self.network.heal();
         (self.options.loss, self.options.duplicate) = (0.0, 0.0);
-        for id in 1..=self.options.replicas {
-            self.replicas
-                .get_mut(&id)
-                .expect("it is one of them")
-                .paused_until = 0;
-            if self.replicas[&id].core.is_none() {
+        for id in self.ids() {
+            let replica = self.replica(id);
+            replica.paused_until = 0;
+            replica.disk.trouble(None);
+            if replica.core.is_none() && !replica.over {
                 self.start(id);
             }
         }
         self.heal_agents();
-    }
-
-    pub(super) fn deliver(&mut self) {
-        let later = self.told.split_off(&(self.step + 1, 0));
-        for (from, to, index, digest) in std::mem::replace(&mut self.told, later).into_values() {
-            if !self.cut.contains_key(&(from, to)) && self.is_up(to) {
-                self.core(to).told(from, index, digest);
-            }
-        }
-        let later = self.messages.split_off(&(self.step + 1, 0));
-        for Sent { message, snapshot } in std::mem::replace(&mut self.messages, later).into_values()
-        {
-            let (from, to) = (message.from, message.to);
-            if self.cut.contains_key(&(from, to)) || !self.is_up(to) {
-                self.tell(from, to, snapshot.is_some(), false);
-                continue;
-            }
-            // One that came too late is refused, as on a real network.
-            let Some(bytes) = snapshot else {
-                let _ = self.core(to).step(message);
-                continue;
-            };
-            let (mark, state) = snapshot::decode(&mut &bytes[..]).expect("it was just made");
-            let core = self.core(to);
-            let written = core.snapshots().write(&mark, &state);
-            written.expect("memory is there");
-            let _ = core.step_snapshot(message, mark, state);
-            self.tell(from, to, true, true);
-        }
-    }
-
-    pub(super) fn tell_digest(&mut self, told: Told) {
-        if self.random.f64() >= self.options.loss {
-            self.sent += 1;
-            let arrival = self.step + self.random.u64(1..=self.options.delay);
-            self.told.insert((arrival, self.sent), told);
-        }
-    }
-
-    /// Who sent a snapshot learns what became of it.
-    fn tell(&mut self, from: u64, to: u64, snapshot: bool, arrived: bool) {
-        if snapshot && self.replicas[&from].core.is_some() {
-            self.core(from).snapshot_sent(to, arrived);
-        }
-    }
-
-    pub(super) fn send(&mut self, message: Sent) {
-        let copies = 1 + usize::from(self.random.f64() < self.options.duplicate);
-        for _ in 0..copies {
-            let (from, to) = (message.message.from, message.message.to);
-            if self.random.f64() < self.options.loss {
-                self.tell(from, to, message.snapshot.is_some(), false);
-            } else {
-                self.sent += 1;
-                let arrival = self.step + self.random.u64(1..=self.options.delay);
-                self.messages.insert((arrival, self.sent), message.clone());
-            }
-        }
     }
 }

@@ -9,7 +9,7 @@ use batchai_common::error::{ApiError, NODE_EXPELLED, causes};
 use batchai_common::tls::Connector;
 use batchai_proto::internal::v1::peer_service_client::PeerServiceClient;
 use batchai_proto::internal::v1::{
-    ExchangeRequest, PeerHello, PeerWelcome, SendSnapshotRequest, SnapshotMark, replica::Role,
+    ExchangeRequest, PeerHello, PeerWelcome, SendSnapshotRequest, SnapshotMark,
 };
 use bytes::Bytes;
 use protobuf::Message as _;
@@ -59,7 +59,7 @@ impl Lanes {
         let published = self.replica.published();
         loop {
             let state = published.borrow().state.clone();
-            let book = self.book(&state);
+            let book = self.peers.book(&self.first, &state);
             open.retain(|id, (endpoint, end)| {
                 let stays = book.get(id) == Some(endpoint);
                 if !stays {
@@ -80,19 +80,6 @@ impl Lanes {
                 () = shutdown.cancelled() => return,
             }
         }
-    }
-
-    fn book(&self, state: &State) -> BTreeMap<u64, String> {
-        let mut book = self.first.clone();
-        for (id, replica) in &state.replicas {
-            match replica.role() {
-                Role::Removed => drop(book.remove(id)),
-                _ if replica.endpoint.is_empty() => {}
-                _ => drop(book.insert(*id, replica.endpoint.clone())),
-            }
-        }
-        book.remove(&self.peers.own().from);
-        book
     }
 
     fn open(&self, id: u64, endpoint: &str, end: CancellationToken) {
@@ -248,7 +235,10 @@ impl Lane {
         let mut client = PeerServiceClient::new(channel).max_encoding_message_size(PEER_BYTES_MAX);
         let (outbox, requests) = mpsc::channel(OUTBOX_MAX);
         let hello = ExchangeRequest {
-            hello: Some(self.hello.clone()),
+            hello: Some(PeerHello {
+                epoch: self.replica.published().borrow().state.epoch,
+                ..self.hello.clone()
+            }),
             ..ExchangeRequest::default()
         };
         outbox.send(hello).await.map_err(|_| LaneError::Ended)?;

@@ -129,6 +129,27 @@ impl Peers {
             .collect()
     }
 
+    /// Whom this replica reaches, and where: whom it was told of in the beginning, whom the State knows, and who came since: a replica
+    /// that is new, or was away, answers a leader that its State does not know yet, else it would never learn of it.
+    pub fn book(&self, first: &BTreeMap<u64, String>, state: &State) -> BTreeMap<u64, String> {
+        let mut book = first.clone();
+        for (id, replica) in &state.replicas {
+            match replica.role() {
+                Role::Removed => drop(book.remove(id)),
+                _ if replica.endpoint.is_empty() => {}
+                _ => drop(book.insert(*id, replica.endpoint.clone())),
+            }
+        }
+        for (id, met) in held(&self.shared.met).iter() {
+            if !state.replicas.contains_key(id) && !met.hello.endpoint.is_empty() {
+                book.entry(*id)
+                    .or_insert_with(|| met.hello.endpoint.clone());
+            }
+        }
+        book.remove(&self.shared.own.from);
+        book
+    }
+
     /// A peer was heard of.
     pub fn heard(&self, hello: &PeerHello) {
         let last = Instant::now();
@@ -217,13 +238,19 @@ impl Peers {
             // Nobody is known yet.
             return Ok(());
         }
+        if hello.epoch != 0 && hello.epoch != state.epoch {
+            return refuse(
+                "it is of another epoch of the ensemble: one of the two began anew from a backup",
+            );
+        }
         if hello.feature_level < state.feature_level {
             return refuse(
                 "it is of a version older than what all replicas know by now: upgrade it",
             );
         }
         let Some(known) = state.replicas.get(&hello.from) else {
-            return refuse("it does not belong to the ensemble, as far as this replica knows");
+            // It may have come since, and lead: its certificate says who it is, and raft asks nothing of strangers.
+            return Ok(());
         };
         if known.role() == Role::Removed {
             return Err(ApiError::Expelled {

@@ -56,6 +56,7 @@ impl PeerService for PeerDesk {
         let welcome = PeerWelcome {
             hello: Some(PeerHello {
                 to: hello.from,
+                epoch: self.replica.published().borrow().state.epoch,
                 ..self.peers.own().clone()
             }),
         };
