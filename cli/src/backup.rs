@@ -1,8 +1,7 @@
 //! Backups and restores, and the work that a restored ensemble does not know.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -63,6 +62,17 @@ pub async fn snapshot(command: Snapshot, context: &Context) -> Done {
                 c.yes,
             )?;
             let begun = backup::begin_anew(&data, &file)?;
+            for (name, what) in [
+                ("pki", "certificates are its own"),
+                ("secrets.key", "secrets stay closed"),
+            ] {
+                if !data.join(name).exists() {
+                    say!(
+                        "batchai: {} has no {name}: without the one that the ensemble had, {what}",
+                        data.display()
+                    );
+                }
+            }
             say!(
                 "batchai: {} begins with {begun}\nbatchai: start its coordinator, see what came back (batchai admin status, \
                  batchai admin stray list), then: batchai admin snapshot accept",
@@ -88,27 +98,22 @@ async fn save(client: &Client, to: &Path) -> Result<(), CliError> {
         let why = format!("{}: it is there already", to.display());
         return Err(CliError::Usage(why));
     }
-    let part = to.with_extension("part");
-    // Sealed secrets and digests of tokens are in it.
-    let opened = OpenOptions::new()
-        .create(true)
-        .write(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&part);
-    let mut file = opened.map_err(failed(&part))?;
+    let dir = to.parent().filter(|dir| !dir.as_os_str().is_empty());
+    let dir = dir.unwrap_or(Path::new("."));
+    // Sealed secrets and digests of tokens are in it: it is nobody else's from the beginning, and goes where anything fails.
+    let part = tempfile::Builder::new().prefix(".backup-").tempfile_in(dir);
+    let mut part = part.map_err(failed(dir))?;
     let mut client = client.admin();
     let saved = client.save_snapshot(v1::SaveSnapshotRequest {}).await?;
     let mut pieces = saved.into_inner();
     while let Some(piece) = pieces.message().await? {
-        file.write_all(&piece.data).map_err(failed(&part))?;
+        part.write_all(&piece.data).map_err(failed(to))?;
     }
-    file.sync_all().map_err(failed(&part))?;
+    part.as_file().sync_all().map_err(failed(to))?;
     // What was cut off on its way is refused here, and leaves nothing under the name that was asked for.
-    backup::verify(&part)?;
-    fs::rename(&part, to).map_err(failed(to))?;
-    let dir = to.parent().filter(|dir| !dir.as_os_str().is_empty());
-    let dir = dir.unwrap_or(Path::new("."));
+    backup::verify(part.path())?;
+    let kept = part.persist_noclobber(to).map_err(|error| error.error);
+    kept.map_err(failed(to))?;
     let synced = File::open(dir).and_then(|dir| dir.sync_all());
     synced.map_err(failed(dir))
 }

@@ -4,6 +4,7 @@
 
 pub mod attempt;
 pub mod error;
+pub mod faults;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod limits;

@@ -15,7 +15,7 @@ use prost_types::Timestamp;
 use protobuf::Message as _;
 use raft::eraftpb::{ConfState, HardState};
 
-use crate::boot::{self, BEGUN, ServerError};
+use crate::boot::{self, BEGUN, RESTORED, ServerError};
 use crate::ensemble::Ensemble;
 use crate::replica::store::disk::DiskStore;
 use crate::replica::store::{FORMAT, LogStore as _, snapshot};
@@ -37,6 +37,11 @@ pub enum BackupError {
         path = .path.display()
     )]
     Exists { path: PathBuf },
+    #[error(
+        "{path}: it is no data directory of a coordinator: take that of a replica, or make one with `batchai coordinator init --data {path}`",
+        path = .path.display()
+    )]
+    NoDirectory { path: PathBuf },
     #[error(
         "{path}: it was the directory of ensemble {own}, and the backup is of {other}: take the directory of a replica of that one, or a new \
          one that `coordinator init` made",
@@ -120,6 +125,9 @@ fn read(file: &Path) -> Result<(SnapshotMark, State), BackupError> {
 /// The directory has a store, or is another ensemble's; or the backup is of no use. The directory is as before then.
 pub fn begin_anew(data: &Path, file: &Path) -> Result<Summary, BackupError> {
     let data = &data.to_path_buf();
+    if !Ensemble::is_told(data) {
+        return Err(BackupError::NoDirectory { path: data.clone() });
+    }
     let _lock = boot::lock(data)?;
     let store = data.join("replica");
     if store.exists() {
@@ -128,7 +136,7 @@ pub fn begin_anew(data: &Path, file: &Path) -> Result<Summary, BackupError> {
     let (mark, state) = read(file)?;
     let told = Ensemble::read(data)?;
     let served = data.join(BEGUN).exists();
-    if Ensemble::is_told(data) && served && told.uuid != state.ensemble {
+    if served && told.uuid != state.ensemble {
         return Err(BackupError::OtherEnsemble {
             path: data.clone(),
             own: told.uuid,
@@ -142,7 +150,10 @@ pub fn begin_anew(data: &Path, file: &Path) -> Result<Summary, BackupError> {
         endpoint: endpoint.clone(),
         ..Replica::default()
     };
-    let epoch = next_epoch(state.epoch);
+    let epoch = next_epoch(&state).map_err(|why| BackupError::Backup {
+        path: file.to_owned(),
+        why,
+    })?;
     let state = restore::restored(state, epoch, own);
     let identity = ReplicaIdentity {
         format: FORMAT,
@@ -156,7 +167,7 @@ pub fn begin_anew(data: &Path, file: &Path) -> Result<Summary, BackupError> {
         first: [(told.replica, endpoint)].into(),
         ..told
     };
-    let new = data.join("restored");
+    let new = data.join(RESTORED);
     make_store(&new, &identity, mark.index, &state)?;
     // From here on the directory serves the restored State or nothing.
     alone.write(data)?;
@@ -170,9 +181,13 @@ pub fn begin_anew(data: &Path, file: &Path) -> Result<Summary, BackupError> {
 }
 
 /// Later than the backup's, and another one at every restore.
-fn next_epoch(before: i64) -> i64 {
-    let now = time::now().seconds - EPOCHS_BEGIN.as_secs() as i64;
-    now.max(before + 1)
+fn next_epoch(state: &State) -> Result<i64, String> {
+    let now = time::now().seconds;
+    let epoch = now - EPOCHS_BEGIN.as_secs() as i64;
+    match now >= state.time.seconds && epoch > state.epoch {
+        true => Ok(epoch),
+        false => Err("it is of later than now, by this machine's clock: set the clock".to_owned()),
+    }
 }
 
 /// Makes a store that begins with a State.

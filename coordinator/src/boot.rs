@@ -28,6 +28,9 @@ use crate::state::agreement::FEATURE_LEVEL;
 /// Says which store this data directory has had: beside it, so that it does not go with it.
 pub const BEGUN: &str = "begun";
 
+/// A store that is being made of a backup, before it is moved to its place.
+pub const RESTORED: &str = "restored";
+
 /// Why a coordinator does not start or cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -75,6 +78,11 @@ pub enum ServerError {
         path = .path.display()
     )]
     Gone { path: PathBuf },
+    #[error(
+        "{path}: a restore from a backup was cut off: run it again",
+        path = .path.display()
+    )]
+    CutOff { path: PathBuf },
     #[error(transparent)]
     Mark(#[from] CredentialsError),
     #[error(transparent)]
@@ -158,6 +166,10 @@ fn open_store(config: &Config, ensemble: &Ensemble) -> Result<(DiskStore, Recove
             });
         }
     };
+    let restored = config.data.join(RESTORED);
+    if !path.exists() && restored.exists() {
+        return Err(ServerError::CutOff { path: restored });
+    }
     if known.is_some() && !path.exists() {
         return Err(ServerError::Gone { path });
     }

@@ -25,7 +25,8 @@ pub struct Config {
     #[arg(long, default_value_t = 500, value_name = "MS", value_parser = clap::value_parser!(u64).range(100..=60_000))]
     pub election_timeout: u64,
     /// How many seconds a node that falls silent keeps its work; then jobs run again on other nodes, and their nodes have killed them
-    /// by themselves. No job survives an outage of all coordinators that is longer, unless its `on_node_loss` is `WAIT`.
+    /// by themselves. No job survives an outage of all coordinators that is longer, unless its `on_node_loss` is `WAIT`. All replicas wait
+    /// for the longest that any of them was ever told: it can be made longer at any time, and for nodes only shorter.
     #[arg(long, default_value_t = LEASE.as_secs(), value_name = "S", value_parser = clap::value_parser!(u64).range(20..=86_400))]
     pub lease: u64,
     /// The directory for the replicated log and for job logs. It is made where it does not exist.

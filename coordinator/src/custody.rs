@@ -82,7 +82,7 @@ impl Custody {
             if anew.is_empty() {
                 break;
             }
-            for result in self.replica.propose_all(anew).await {
+            for result in self.replica.propose_all(anew, None).await {
                 if let Err(error) = result {
                     tracing::warn!(%error, "a data key was not wrapped anew; it is tried again");
                     return;

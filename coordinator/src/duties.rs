@@ -2,6 +2,7 @@
 //!
 //! Nothing here is remembered: the same State gives the same duties, until the commands they became have changed it.
 
+use batchai_common::fault;
 use batchai_common::names::Kind as Noun;
 use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::command::Kind;
@@ -201,7 +202,7 @@ fn drive_clusters(state: &State, heard: &Heard, commands: &mut Vec<Kind>) {
                 option: cluster.deallocation() as i32,
             }));
         }
-        for _ in staying.len()..cluster.target() {
+        for _ in staying.len()..cluster.target() + usize::from(fault!("one_node_too_many")) {
             let found = free
                 .iter()
                 .position(|(_, node)| cluster.matches(alias, &node.facts));
@@ -279,7 +280,10 @@ fn stays(state: &State, node: &Node) -> bool {
 /// An attempt whose nodes took too long to get ready fails, and the error names the slow ones.
 fn late(heard: &Heard, attempt: &Attempt) -> Option<Kind> {
     let since = heard.preparing.get(&attempt.id)?;
-    if attempt.phase != Phase::Preparing || heard.now - since < PREPARE_DEADLINE_MS {
+    if attempt.phase != Phase::Preparing
+        || heard.now - since < PREPARE_DEADLINE_MS
+        || fault!("slow_preparation_never_ends")
+    {
         return None;
     }
     let slow: Vec<_> = attempt

@@ -2,12 +2,13 @@
 //!
 //! It remembers nothing but since when attempts prepare. A command that is rejected was overtaken; the next look at the State decides anew.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use batchai_common::names::last_id;
+use batchai_proto::internal::v1::command::Kind;
 
 use crate::agents::contacts::Contacts;
 use crate::bundles::BundleStore;
@@ -51,23 +52,36 @@ pub async fn run(
             }
             () = shutdown.cancelled() => return,
         }
-        let (state, leads) = {
-            let seen = published.borrow_and_update();
-            (seen.state.clone(), seen.leads)
-        };
-        if !leads {
+        let state = published.borrow_and_update().state.clone();
+        let role = *replica.role().borrow();
+        if !role.leads {
             continue;
         }
         let mut heard = contacts.heard();
+        // What was granted in an earlier term says nothing: another one may have led since.
+        heard.leading = heard.leading.filter(|(term, _)| *term == role.term);
         heard.preparing = preparing.look(&state, heard.now);
         heard.closed = vault.closed(&state);
         heard.replicas = peers.records();
-        for result in replica.propose_all(duties(&state, &heard, &leader)).await {
+        let duties = duties(&state, &heard, &leader);
+        contacts.hold(losses(&duties));
+        let results = replica.propose_all(duties, Some(role.term)).await;
+        contacts.hold(BTreeSet::new());
+        for result in results {
             if let Err(error) = result {
                 tracing::debug!(%error, "a duty was overtaken");
             }
         }
     }
+}
+
+/// The nodes that are taken for lost: until that is applied, or cannot be any more, none of them gets a lease.
+fn losses(duties: &[Kind]) -> BTreeSet<String> {
+    let lost = duties.iter().filter_map(|duty| match duty {
+        Kind::LoseNode(lost) => Some(lost.node.clone()),
+        _ => None,
+    });
+    lost.collect()
 }
 
 /// Removes the log files of attempts that the State does not know, and the bundles that no job of it names.

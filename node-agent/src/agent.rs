@@ -25,7 +25,7 @@ use crate::journal::{Identity, Journal, JournalError, STOP};
 use crate::launch::{HostFacts, JobLimit, JobUsers};
 use crate::lease::Lease;
 use crate::logs::{Shipped, Shipper};
-use crate::session::Session;
+use crate::session::{Session, boot_millis};
 use crate::shim::{self, Root, RootError};
 use crate::supervisor::Supervisor;
 use crate::user::{self, UserError};
@@ -187,7 +187,7 @@ impl Parts {
             observed,
             assignments: assign,
             questions: ask,
-            lease: Lease::default(),
+            lease: Lease::new(boot_millis()),
             leased: lease,
             expelled: self.expelled.clone(),
         };
@@ -228,6 +228,7 @@ impl Parts {
             report: None,
             ensemble: String::new(),
             empty: false,
+            epoch: 0,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! DATA/node.json                 who this node is
 //! DATA/lock                      one agent per directory
-//! DATA/lease.json               until when fenced work runs, in milliseconds of the boot clock; read by shims
+//! DATA/lease                    since when and until when fenced work runs, in milliseconds of the boot clock; read by shims
 //! DATA/bundles/                  what was fetched of bundles
 //! DATA/attempts/{attempt}/
 //!     origin.json                whose work it is; written by the agent
@@ -19,9 +19,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt as _, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use crate::lease::{self, Held};
 use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use nix::libc;
 use serde::de::DeserializeOwned;
@@ -34,11 +36,13 @@ pub const LAUNCH: &str = "launch.json";
 pub const STOP: &str = "stop";
 pub const STARTED: &str = "started";
 /// Until when work runs that may begin anew elsewhere; beside the attempts.
-pub const LEASE: &str = "lease.json";
+pub const LEASE: &str = "lease";
 pub const STATUS: &str = "status.json";
 pub const SETUP_FAILED: &str = "setup-failed.json";
 pub const LOGS: &str = "logs";
 const LOCK: &str = "lock";
+const LEASE_READS_MAX: u32 = 10;
+const LEASE_READ_PAUSE: Duration = Duration::from_millis(2);
 /// What the names of removed attempts begin with.
 const GONE: &str = ".gone-";
 
@@ -64,6 +68,9 @@ pub struct Identity {
     pub journal_id: String,
     /// The ensemble that the node belongs to, once it has met one.
     pub ensemble: Option<String>,
+    /// The latest epoch of the ensemble that it has met.
+    #[serde(default)]
+    pub epoch: i64,
     /// The VM size to register, where who let it in wants one.
     #[serde(default)]
     pub vm_size: Option<String>,
@@ -78,6 +85,19 @@ pub struct Origin {
     /// The nodes with their ports, the master first.
     pub hosts: Vec<(String, i32)>,
     pub set_up: bool,
+}
+
+/// Since when and until when a node holds its lease. What is being written over is read again.
+pub fn read_lease(path: &Path) -> io::Result<(Duration, Duration)> {
+    for _ in 0..LEASE_READS_MAX {
+        let text = fs::read_to_string(path)?;
+        if let Some(held) = lease::read(&text) {
+            let millis = |at: i64| Duration::from_millis(u64::try_from(at).unwrap_or_default());
+            return Ok((millis(held.since), millis(held.until)));
+        }
+        std::thread::sleep(LEASE_READ_PAUSE);
+    }
+    Err(io::Error::other("it is not whole"))
 }
 
 /// The data directory of an agent.
@@ -115,6 +135,7 @@ impl Journal {
             Some(identity) => identity,
             None => {
                 let identity = Identity {
+                    epoch: 0,
                     vm_size: None,
                     uid: uuid::Uuid::new_v4().to_string(),
                     journal_id: uuid::Uuid::new_v4().to_string(),
@@ -159,8 +180,17 @@ impl Journal {
     }
 
     /// Fenced work runs until then. A reboot ends it anyhow: it need not survive one.
-    pub fn keep_lease(&self, until_ms: i64) -> Result<(), JournalError> {
-        write_json(&self.lease(), &until_ms, false)
+    pub fn keep_lease(&self, held: Held) -> Result<(), JournalError> {
+        let path = self.lease();
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path);
+        // In place: a full disk takes no new file.
+        let kept = file.and_then(|file| file.write_all_at(lease::written(held).as_bytes(), 0));
+        kept.map_err(at(&path))
     }
 
     /// All attempts that it holds.
@@ -329,7 +359,7 @@ fn at(path: &Path) -> impl Fn(io::Error) -> JournalError {
     }
 }
 
-pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JournalError> {
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, JournalError> {
     let bytes = match fs::read(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         bytes => bytes.map_err(at(path))?,

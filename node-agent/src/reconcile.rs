@@ -2,8 +2,8 @@
 //!
 //! Level, not edge: it remembers nothing, so an agent that was killed at any line goes on from what lies there.
 
-use batchai_common::attempt;
 use batchai_common::limits::LAST_WORDS_BYTES_MAX;
+use batchai_common::{attempt, fault};
 use batchai_proto::agent::v1::assignment::Desired;
 use batchai_proto::agent::v1::{Assignment, AssignmentList, AttemptObservation, Failure};
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
@@ -78,13 +78,14 @@ fn is_earlier(list: &AssignmentList, attempt: &str) -> bool {
 pub fn actions(list: &AssignmentList, local: &[Local], leased: bool) -> Vec<Action> {
     let mut actions = Vec::new();
     let desired = &list.assignments;
-    let may_run = |wanted: &Assignment| leased || !wanted.fenced;
+    let may_run = |wanted: &Assignment| leased || !wanted.fenced || fault!("begun_without_a_lease");
     // A node does one thing at a time: what it was told to end has ended first.
     let busy = local.iter().any(|found| {
         let asked = desired.iter().any(|wanted| wanted.attempt == found.attempt);
         !asked && (found.shim || (found.lost() && !found.swept))
     });
-    let may_begin = |wanted: &Assignment| may_run(wanted) && !busy;
+    let may_begin =
+        |wanted: &Assignment| may_run(wanted) && (!busy || fault!("begun_beside_what_ends"));
     for found in local {
         let name = || found.attempt.clone();
         let wanted = desired
@@ -92,10 +93,17 @@ pub fn actions(list: &AssignmentList, local: &[Local], leased: bool) -> Vec<Acti
             .find(|wanted| wanted.attempt == found.attempt);
         let stop = wanted.is_none_or(|wanted| wanted.desired() == Desired::Stop);
         match wanted {
-            _ if found.lost() && !found.swept => actions.push(Action::Sweep(name())),
-            None if is_stray(list, &found.attempt) => {}
+            _ if found.lost() && !found.swept && !fault!("not_swept") => {
+                actions.push(Action::Sweep(name()))
+            }
+            None if is_stray(list, &found.attempt) && !fault!("strays_ended") => {}
             // Also where no shim is seen: one may be about to begin, and then finds that it must not.
-            _ if stop && !found.stop_written && !found.ended() && !found.lost() => {
+            _ if stop
+                && !fault!("not_stopped")
+                && !found.stop_written
+                && !found.ended()
+                && !found.lost() =>
+            {
                 actions.push(Action::Stop(name()));
             }
             None if !found.shim && found.shipped => actions.push(Action::Forget(name())),
@@ -112,7 +120,7 @@ pub fn actions(list: &AssignmentList, local: &[Local], leased: bool) -> Vec<Acti
             Some(wanted)
                 if wanted.desired() == Desired::Prepare
                     && !found.shim
-                    && !found.started
+                    && (!found.started || fault!("started_again"))
                     && may_begin(wanted) =>
             {
                 actions.push(Action::Start(name()));
@@ -160,6 +168,7 @@ pub fn observations(list: &AssignmentList, local: &[Local]) -> Vec<AttemptObserv
             // It never began here, and now it will not.
             Desired::Stop => NodePhase::Ended,
             // It was ready once, and nothing of it is left.
+            Desired::Launch if fault!("loss_not_told") => continue,
             Desired::Launch => NodePhase::Lost,
             Desired::Prepare if is_earlier(list, &wanted.attempt) => NodePhase::Lost,
             Desired::Prepare | Desired::Unspecified => continue,
@@ -175,7 +184,7 @@ pub fn observations(list: &AssignmentList, local: &[Local]) -> Vec<AttemptObserv
 
 fn observation(found: &Local) -> Option<AttemptObservation> {
     // What a dead shim left may still run: nothing is said before it does not.
-    if found.lost() && !found.swept {
+    if found.lost() && !found.swept && !fault!("loss_told_before_swept") {
         return None;
     }
     let status = found.status.clone().unwrap_or_default();

@@ -52,6 +52,10 @@ enum SessionError {
          directory to join that"
     )]
     OtherEnsemble { own: String, other: String },
+    #[error(
+        "the coordinator is of epoch {other} of the ensemble, and this node has met epoch {own}: the ensemble began anew from a backup"
+    )]
+    EarlierEpoch { own: i64, other: i64 },
     #[error(transparent)]
     Journal(#[from] crate::journal::JournalError),
 }
@@ -108,6 +112,7 @@ impl Session {
             report: Some(report),
             empty: self.journal.attempts()?.is_empty(),
             ensemble: self.identity.ensemble.clone().unwrap_or_default(),
+            epoch: self.identity.epoch,
             ..self.hello.clone()
         };
         // The channel has room: nothing was sent yet.
@@ -139,7 +144,7 @@ impl Session {
                             *failures = 0;
                             self.take(list);
                         }
-                        Some(session_response::Message::LeaseGrant(grant)) => self.lease(&grant)?,
+                        Some(session_response::Message::LeaseGrant(grant)) => self.lease(&grant),
                         Some(session_response::Message::FileRequest(question)) => {
                             // Who has asked too much at once is not answered, and asks again.
                             let _ = self.questions.try_send(question);
@@ -168,7 +173,6 @@ impl Session {
 
     /// A node belongs to the first ensemble it meets. Returns how often to send a heartbeat.
     fn welcome(&mut self, welcome: Welcome) -> Result<Duration, SessionError> {
-        tracing::info!(ensemble = welcome.ensemble, "session opened");
         match &self.identity.ensemble {
             Some(own) if *own != welcome.ensemble => {
                 return Err(SessionError::OtherEnsemble {
@@ -176,12 +180,22 @@ impl Session {
                     other: welcome.ensemble,
                 });
             }
-            Some(_) => {}
-            None => {
-                self.identity.ensemble = Some(welcome.ensemble);
+            Some(_) if self.identity.epoch > welcome.epoch => {
+                return Err(SessionError::EarlierEpoch {
+                    own: self.identity.epoch,
+                    other: welcome.epoch,
+                });
+            }
+            Some(_) if self.identity.epoch == welcome.epoch => {}
+            _ => {
+                // Before anything of that epoch is done here.
+                self.identity.ensemble = Some(welcome.ensemble.clone());
+                self.identity.epoch = welcome.epoch;
                 self.journal.keep(&self.identity)?;
             }
         }
+        let (ensemble, epoch) = (welcome.ensemble, welcome.epoch);
+        tracing::info!(ensemble, epoch, "session opened");
         let interval = welcome
             .heartbeat_interval
             .and_then(|i| Duration::try_from(i).ok());
@@ -191,15 +205,17 @@ impl Session {
     }
 
     /// Work that may begin anew elsewhere runs longer.
-    fn lease(&mut self, grant: &LeaseGrant) -> Result<(), SessionError> {
+    fn lease(&mut self, grant: &LeaseGrant) {
         let lease = grant.lease.and_then(|lease| Duration::try_from(lease).ok());
         let lease = lease.unwrap_or_default().as_millis() as i64;
-        if let Some(until) = self.lease.granted(grant.heartbeat, lease) {
+        let Some(held) = self.lease.granted(grant.heartbeat, lease) else {
+            return;
+        };
+        match self.journal.keep_lease(held) {
             // Shims know of it before anything is begun for it.
-            self.journal.keep_lease(until)?;
-            self.leased.send_replace(until);
+            Ok(()) => drop(self.leased.send_replace(held.until)),
+            Err(error) => tracing::error!(%error, "shims cannot be told that the lease goes on"),
         }
-        Ok(())
     }
 
     /// A list that is older than the last is ignored.

@@ -80,6 +80,8 @@ impl Supervisor {
     }
 
     fn look(&mut self) -> Result<(), JournalError> {
+        // Before the list: a lease that is newer than it says nothing about what it names.
+        let leased = *self.leased.borrow() > boot_millis();
         // Before there was a first list nobody knows what is wanted: nothing is ended, only reported.
         let told = self.assignments.borrow_and_update().clone();
         let known = told.is_some();
@@ -89,8 +91,10 @@ impl Supervisor {
             // About what cannot be looked at nothing is done and nothing is said: it may well run.
             list.assignments
                 .retain(|wanted| !unread.contains(&wanted.attempt));
-            let leased = *self.leased.borrow() > boot_millis();
-            let todo = actions(&list, &local, leased);
+            let mut todo = actions(&list, &local, leased);
+            if !unread.is_empty() {
+                todo.retain(|action| !matches!(action, Action::Start(_)));
+            }
             for action in &todo {
                 if let Err(error) = self.act(action, &list.assignments) {
                     tracing::error!(%error, ?action, "cannot be done; it is tried again");

@@ -214,12 +214,23 @@ impl Replicas {
 
     /// Starts an agent that knows all replicas.
     pub fn start_agent(&mut self, name: &str) {
+        let all = self.list();
+        self.start_agent_at(name, &all);
+    }
+
+    /// Makes what agents join by.
+    pub fn make_token(&mut self) {
         if self.token.is_empty() {
             let token = ["node", "token", "create", "-n", "test", "--uses", "1000"];
             self.token = self.ok(&token).trim().to_owned();
         }
+    }
+
+    /// Starts an agent that knows some of the replicas.
+    pub fn start_agent_at(&mut self, name: &str, endpoints: &str) {
+        self.make_token();
         let log = self.dir.path().join(format!("{name}.log"));
-        let args = agent_args(self.path(), &self.list(), name, "self");
+        let args = agent_args(self.path(), endpoints, name, "self");
         let process = Process::start_with(args, &[("BATCHAI_JOIN_TOKEN", &self.token)], &log);
         self.agents.insert(name.to_owned(), process);
     }

@@ -62,6 +62,23 @@ fn begin_anew(e: &mut Ensemble, backup: &Path) {
     let (_, said) = e.fails(&restore);
     assert!(said.contains("does not overwrite"), "{said}");
     std::fs::remove_dir_all(data(e).join("replica")).unwrap();
+    // One that was cut off, whenever that was: nothing is served before it is done again.
+    let begun = data(e).join("begun");
+    for left in [std::fs::read(&begun).ok(), None] {
+        std::fs::create_dir_all(data(e).join("restored")).unwrap();
+        match left {
+            Some(left) => std::fs::write(&begun, left).unwrap(),
+            None => std::fs::remove_file(&begun).unwrap(),
+        }
+        let (_, said) = e.fails(&[
+            "coordinator",
+            "--listen",
+            "127.0.0.1:0",
+            "--data",
+            &data(e).display().to_string(),
+        ]);
+        assert!(said.contains("was cut off"), "{said}");
+    }
     e.ok(&restore);
     e.start_coordinator();
 }
@@ -278,6 +295,7 @@ fn groups(e: &Replicas, endpoint: &str) -> Vec<String> {
 fn what_begins_anew_beside_the_old_ensemble_does_not_mix_with_it() {
     let mut e = Replicas::start(3, &[]);
     e.ok(&["group", "create", "-n", "before"]);
+    e.make_token();
     let backup = e.path().join("backup").display().to_string();
     e.ok(&["admin", "snapshot", "save", "--to", &backup]);
     e.ok(&["group", "create", "-n", "after"]);
@@ -299,6 +317,18 @@ fn what_begins_anew_beside_the_old_ensemble_does_not_mix_with_it() {
     std::thread::sleep(std::time::Duration::from_secs(2));
     assert_eq!(groups(&e, &new), ["before", "new"]);
     assert_eq!(groups(&e, &of_old), ["after", "before", "old"]);
+    // Agents that have met it have nothing to do with the old one.
+    let agent = |e: &mut Replicas, endpoint: &str, met: &str| {
+        e.start_agent_at("a1", endpoint);
+        until("the agent to say how it is", || {
+            let log = std::fs::read_to_string(e.path().join("a1.log")).unwrap_or_default();
+            log.contains(met).then_some(())
+        });
+        e.agents.remove("a1").unwrap().kill();
+    };
+    agent(&mut e, &of_old, "session opened");
+    agent(&mut e, &new, "session opened");
+    agent(&mut e, &of_old, "began anew from a backup");
     let members = e.status_of(1)["replicas"].as_array().unwrap().len();
     assert_eq!(members, 1);
     // The others join it under new numbers, with nothing of what they were.

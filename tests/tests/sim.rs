@@ -13,11 +13,13 @@ use batchai_tests::sim::{Outcome, play};
 const SEEDS: u64 = 200;
 
 /// What must come up among the seeds, else they do not try what they are for.
-const SOMETIMES: [&str; 25] = [
+const SOMETIMES: [&str; 27] = [
     "a creation is asked for again",
     "a disk is slow",
     "a follower gets a snapshot",
     "a follower is cut off together with agents",
+    "a lease is over amid a job",
+    "a lease is over while its node is cut off",
     "a leader is lost while an attempt prepares",
     "a leader stands still",
     "a machine reboots amid a job",

@@ -26,8 +26,8 @@ struct Contact {
     even: Mutex<Option<Instant>>,
 }
 
-/// Since when this replica leads, and when the heartbeats came that it has granted.
-type Granted = (i64, Arc<BTreeMap<String, i64>>);
+/// In which term this replica leads and since when, and when the heartbeats came that it has granted.
+type Granted = (u64, i64, Arc<BTreeMap<String, i64>>);
 
 /// All nodes' contacts.
 #[derive(Clone, Debug, Default)]
@@ -39,6 +39,8 @@ pub struct Contacts {
     closed: Arc<Mutex<Arc<BTreeSet<String>>>>,
     /// Since when this replica leads, and what it has granted.
     leases: Arc<Mutex<Option<Granted>>>,
+    /// Nodes that the State is about to take for lost.
+    losing: Arc<Mutex<BTreeSet<String>>>,
 }
 
 /// Reports of one node: so many a second, and so many at once.
@@ -109,9 +111,10 @@ impl Contacts {
     /// The latest heartbeats of all nodes.
     pub fn beats(&self) -> Vec<Beat> {
         let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let losing = self.losing.lock().unwrap_or_else(PoisonError::into_inner);
         let beats = nodes.iter().filter_map(|(node, contact)| {
             let number = contact.beat.load(Ordering::Acquire);
-            (number > 0).then(|| Beat {
+            (number > 0 && !losing.contains(node)).then(|| Beat {
                 node: node.clone(),
                 number,
                 arrived: contact.last_ms.load(Ordering::Relaxed),
@@ -128,9 +131,15 @@ impl Contacts {
         }
     }
 
+    /// From now on these nodes get no leases: they are being taken for lost.
+    pub fn hold(&self, nodes: BTreeSet<String>) {
+        *self.losing.lock().unwrap_or_else(PoisonError::into_inner) = nodes;
+    }
+
     /// What was granted so far.
-    pub fn keep(&self, granted: Option<(i64, &BTreeMap<String, i64>)>) {
-        let granted = granted.map(|(since, granted)| (since, Arc::new(granted.clone())));
+    pub fn keep(&self, granted: Option<(u64, i64, &BTreeMap<String, i64>)>) {
+        let granted =
+            granted.map(|(term, since, granted)| (term, since, Arc::new(granted.clone())));
         *self.leases.lock().unwrap_or_else(PoisonError::into_inner) = granted;
     }
 
@@ -156,10 +165,10 @@ impl Contacts {
             .map(|(name, contact)| (name.clone(), contact.last_ms.load(Ordering::Relaxed)));
         let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
         Heard {
-            leading_since: leases.as_ref().map(|(since, _)| *since),
+            leading: leases.as_ref().map(|(term, since, _)| (*term, *since)),
             granted: leases
                 .clone()
-                .map(|(_, granted)| granted)
+                .map(|(_, _, granted)| granted)
                 .unwrap_or_default(),
             now: boot_millis(),
             wall: now_millis(),

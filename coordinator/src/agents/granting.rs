@@ -10,30 +10,43 @@ use crate::replica::Handle;
 
 /// Heartbeats that come within this time share a round.
 const ROUND_INTERVAL: Duration = Duration::from_millis(250);
+/// A majority that has not answered by then is asked anew.
+const ROUND_MAX: Duration = Duration::from_secs(2);
 
 /// Runs until the token is cancelled.
 pub async fn run(replica: Handle, contacts: Contacts, shutdown: CancellationToken) {
     let mut leases = Leases::default();
-    let role = replica.role();
+    let (role, mut changes) = (replica.role(), replica.role());
     let mut interval = tokio::time::interval(ROUND_INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let leading = || {
+        let role = *role.borrow();
+        role.leads.then_some(role.term)
+    };
     loop {
         tokio::select! {
             _ = interval.tick() => {}
+            Ok(()) = changes.changed() => {}
             () = shutdown.cancelled() => return,
         }
-        let leading = || {
-            let role = *role.borrow();
-            role.leads.then_some(role.term)
+        changes.mark_unchanged();
+        if leases.look(leading(), boot_millis()) {
+            contacts.keep(leases.granted());
+        }
+        // In this order: what came later than the question is not answered by it.
+        if !leases.begin(contacts.beats()) {
+            continue;
+        }
+        let majority = tokio::select! {
+            read = replica.read() => read.is_ok(),
+            // Whoever asked may not lead any more, and would get no answer.
+            _ = changes.changed() => false,
+            () = tokio::time::sleep(ROUND_MAX) => false,
+            () = shutdown.cancelled() => return,
         };
         leases.look(leading(), boot_millis());
-        // In this order: what came later than the question is not answered by it.
-        if leases.begin(contacts.beats()) {
-            let majority = replica.read().await.is_ok();
-            leases.look(leading(), boot_millis());
-            for (node, number) in leases.end(majority) {
-                contacts.grant(&node, number);
-            }
+        for (node, number) in leases.end(majority) {
+            contacts.grant(&node, number);
         }
         contacts.keep(leases.granted());
     }

@@ -8,6 +8,8 @@
 
 use std::collections::BTreeMap;
 
+use batchai_common::fault;
+
 /// A node's latest heartbeat.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Beat {
@@ -41,15 +43,17 @@ struct Round {
 }
 
 impl Leases {
-    /// In which term this replica leads now, if it does.
-    pub fn look(&mut self, term: Option<u64>, now: i64) {
-        if self.leading.as_ref().map(|leading| leading.term) != term {
+    /// In which term this replica leads now, if it does. Says whether that is another than before.
+    pub fn look(&mut self, term: Option<u64>, now: i64) -> bool {
+        let changed = self.leading.as_ref().map(|leading| leading.term) != term;
+        if changed {
             self.leading = term.map(|term| Leading {
                 term,
                 since: now,
                 granted: BTreeMap::new(),
             });
         }
+        changed
     }
 
     /// The heartbeats that came so far are to be granted. Says whether a majority is to be asked: from now on, not before.
@@ -72,11 +76,16 @@ impl Leases {
 
     /// A majority has answered, or has not in time. Returns the grants: the node, and the heartbeat it is for.
     pub fn end(&mut self, majority: bool) -> Vec<(String, u64)> {
-        let Some(round) = self.round.take().filter(|_| majority) else {
+        let Some(round) = self
+            .round
+            .take()
+            .filter(|_| majority || fault!("granted_without_a_majority"))
+        else {
             return Vec::new();
         };
         // The majority may have spoken for another leader by now.
-        let Some(leading) = self.leading.as_mut().filter(|l| l.term == round.term) else {
+        let same = |l: &&mut Leading| l.term == round.term || fault!("granted_in_another_term");
+        let Some(leading) = self.leading.as_mut().filter(same) else {
             return Vec::new();
         };
         let mut grants = Vec::with_capacity(round.beats.len());
@@ -87,10 +96,10 @@ impl Leases {
         grants
     }
 
-    /// Since when this replica leads, and the latest heartbeats that it has granted.
-    pub fn granted(&self) -> Option<(i64, &BTreeMap<String, i64>)> {
+    /// In which term this replica leads and since when, and the latest heartbeats that it has granted.
+    pub fn granted(&self) -> Option<(u64, i64, &BTreeMap<String, i64>)> {
         let leading = self.leading.as_ref()?;
-        Some((leading.since, &leading.granted))
+        Some((leading.term, leading.since, &leading.granted))
     }
 }
 
@@ -113,11 +122,11 @@ mod tests {
         leases.look(Some(3), 10);
         assert!(leases.begin(beat(2, 11)));
         assert_eq!(leases.end(true), [("nodes/a".to_owned(), 2)]);
-        assert_eq!(leases.granted().unwrap().1["nodes/a"], 11);
+        assert_eq!(leases.granted().unwrap().2["nodes/a"], 11);
         assert!(!leases.begin(beat(2, 11)), "there is nothing new");
         assert!(leases.begin(beat(3, 20)));
         assert_eq!(leases.end(false), []);
-        assert_eq!(leases.granted().unwrap().1["nodes/a"], 11);
+        assert_eq!(leases.granted().unwrap().2["nodes/a"], 11);
         assert_eq!(leases.end(true), [], "the round is over");
     }
 
@@ -132,7 +141,7 @@ mod tests {
         leases.begin(beat(1, 14));
         leases.look(Some(5), 15);
         assert_eq!(leases.end(true), [], "it was asked in another term");
-        let (since, granted) = leases.granted().unwrap();
-        assert!(since == 15 && granted.is_empty());
+        let (term, since, granted) = leases.granted().unwrap();
+        assert!((term, since) == (5, 15) && granted.is_empty());
     }
 }

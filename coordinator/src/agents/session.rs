@@ -70,6 +70,7 @@ impl Session {
         let name = check(&hello, &facts)?.to_string();
         let own = replica.published().borrow().state.ensemble.clone();
         check_ensemble(&name, &hello.ensemble, &own)?;
+        check_epoch(&name, hello.epoch, replica.published().borrow().state.epoch)?;
         let Some(live) = contacts.claim(&name) else {
             let why = "it has a live session already; a second agent must not use its name".into();
             return Err(ApiError::WrongState { name, why }.into());
@@ -221,6 +222,7 @@ impl Session {
         let published = self.replica.published();
         let welcome = Welcome {
             ensemble: published.borrow().state.ensemble.clone(),
+            epoch: published.borrow().state.epoch,
             heartbeat_interval: prost_types::Duration::try_from(HEARTBEAT_INTERVAL).ok(),
         };
         send(outbox, session_response::Message::Welcome(welcome))?;
@@ -273,7 +275,6 @@ fn is_registered(state: &State, register: &RegisterNode) -> bool {
         known.uid == register.uid
             && known.incarnation == register.incarnation
             && Some(&*known.facts) == register.facts.as_ref()
-            && (known.epoch == state.epoch || !register.empty)
     })
 }
 
@@ -336,6 +337,22 @@ fn check_ensemble(name: &str, theirs: &str, own: &str) -> Result<(), Status> {
     }
     let why = format!(
         "it belongs to ensemble {theirs}, this one is {own}; give its agent another --data directory to have it join"
+    );
+    Err(ApiError::WrongState {
+        name: name.to_owned(),
+        why,
+    }
+    .into())
+}
+
+/// What an ensemble began anew from is over for those who have met what it became.
+fn check_epoch(name: &str, met: i64, own: i64) -> Result<(), Status> {
+    if met <= own {
+        return Ok(());
+    }
+    let why = format!(
+        "it has met epoch {met} of the ensemble, and this coordinator is of epoch {own}: the ensemble began anew from a backup. Stop \
+         this coordinator, or have it join the other ones under a new id"
     );
     Err(ApiError::WrongState {
         name: name.to_owned(),

@@ -1,6 +1,7 @@
 //! Nodes.
 
 use batchai_common::error::ApiError;
+use batchai_common::limits::SUSPECT_AFTER;
 use batchai_common::names::Kind as Noun;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{ConfirmNodeLost, ExpelNode};
@@ -12,7 +13,7 @@ use batchai_proto::v1::{
 };
 use tonic::{Request, Response, Status};
 
-use super::{Api, Replies, parse};
+use super::{Api, Replies, not_found, parse};
 
 #[tonic::async_trait]
 impl NodeService for Api {
@@ -52,13 +53,29 @@ impl NodeService for Api {
         &self,
         request: Request<ConfirmNodeLostRequest>,
     ) -> Result<Response<Node>, Status> {
-        let node: String = parse(Noun::Node, &request.get_ref().name)?.into();
+        let name = parse(Noun::Node, &request.get_ref().name)?;
+        let node = name.to_string();
         self.replica.must_lead()?;
-        if self.contacts.heard().is_alive(&node) {
-            let why = "it is in contact; expel it to have its work ended".to_owned();
-            return Err(ApiError::WrongState { name: node, why }.into());
+        let heard = self.contacts.heard();
+        let refuse = |why: &str| {
+            let (name, why) = (node.clone(), why.to_owned());
+            Err(ApiError::WrongState { name, why }.into())
+        };
+        if heard.is_alive(&node) {
+            return refuse("it is in contact; expel it to have its work ended");
         }
-        let confirm = ConfirmNodeLost { node: node.clone() };
+        if !heard.leads_for(SUSPECT_AFTER) {
+            return refuse(
+                "this coordinator has led for seconds only and may not have heard of it yet: ask again soon",
+            );
+        }
+        let known = self.read().await?.nodes.get(&node).cloned();
+        let known = known.ok_or_else(|| not_found(Noun::Node, &name))?;
+        let confirm = ConfirmNodeLost {
+            node: node.clone(),
+            incarnation: known.incarnation.clone(),
+            attempt: known.attempt.clone().unwrap_or_default(),
+        };
         let state = self.write(Kind::ConfirmNodeLost(confirm)).await?;
         self.show(&state, &node)
     }

@@ -39,16 +39,21 @@ impl Api {
                 index: state.applied_index,
                 ..SnapshotMark::default()
             };
-            let pieces = snapshot::Pieces::new(made, |data| SaveSnapshotResponse { data });
+            let fails = made.clone();
+            let pieces = snapshot::Pieces::new(made, |data| Ok(SaveSnapshotResponse { data }));
             let mut out = BufWriter::with_capacity(LOG_CHUNK_BYTES_MAX, pieces);
-            // Who asked is gone, or too slow: he knows.
-            let _ = snapshot::encode(&mut out, &mark, &state).and_then(|()| out.flush());
+            let sent = snapshot::encode(&mut out, &mark, &state).and_then(|()| out.flush());
+            if let Err(error) = sent {
+                tracing::error!(%error, "a backup cannot be sent");
+                // He may be gone, or too slow: he knows.
+                let _ = fails.blocking_send(Err(Status::internal(error.to_string())));
+            }
         });
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move {
             while let Some(piece) = pieces.recv().await {
                 let sent = tokio::select! {
-                    sent = tokio::time::timeout(STALL_MAX, outbox.send(Ok(piece))) => sent,
+                    sent = tokio::time::timeout(STALL_MAX, outbox.send(piece)) => sent,
                     () = shutdown.cancelled() => return,
                 };
                 if !matches!(sent, Ok(Ok(()))) {

@@ -66,7 +66,8 @@ pub(super) type Reply<T> = oneshot::Sender<Result<T, ReplicaError>>;
 
 /// What the loop is asked for.
 pub(super) enum Request {
-    Propose(Box<Command>, Reply<i64>),
+    /// In this term only, where one is named.
+    Propose(Box<Command>, Option<u64>, Reply<i64>),
     Change(Box<Command>, ChangeReplica, Reply<i64>),
     Read(Reply<()>),
     Status(Reply<Status>),
@@ -102,19 +103,24 @@ impl Handle {
 
     /// Has a command applied. Returns the revision it was applied at; the published State has it by then.
     pub async fn propose(&self, kind: Kind) -> Result<i64, ReplicaError> {
-        self.answer(self.send(kind, None)?).await
+        self.answer(self.send(kind, None, None)?).await
     }
 
     /// The same for a request that has a name; if it was carried out before, nothing is applied.
     pub async fn propose_once(&self, kind: Kind, request: RequestKey) -> Result<i64, ReplicaError> {
-        self.answer(self.send(kind, Some(request))?).await
+        self.answer(self.send(kind, Some(request), None)?).await
     }
 
-    /// Has commands applied, sharing one write where they can; the answers are in their order.
-    pub async fn propose_all(&self, kinds: Vec<Kind>) -> Vec<Result<i64, ReplicaError>> {
+    /// Has commands applied, sharing one write where they can; in one term only, where that is named: what a leader thought of in it is of no
+    /// use in another. The answers are in their order.
+    pub async fn propose_all(
+        &self,
+        kinds: Vec<Kind>,
+        term: Option<u64>,
+    ) -> Vec<Result<i64, ReplicaError>> {
         let sent: Vec<_> = kinds
             .into_iter()
-            .map(|kind| self.send(kind, None))
+            .map(|kind| self.send(kind, None, term))
             .collect();
         let mut answers = Vec::with_capacity(sent.len());
         for reply in sent {
@@ -252,6 +258,7 @@ impl Handle {
         &self,
         kind: Kind,
         request: Option<RequestKey>,
+        term: Option<u64>,
     ) -> Result<oneshot::Receiver<Result<i64, ReplicaError>>, ReplicaError> {
         let (reply, answer) = oneshot::channel();
         let command = Box::new(Command {
@@ -259,7 +266,7 @@ impl Handle {
             request,
             kind: Some(kind),
         });
-        self.of_client(Request::Propose(command, reply))?;
+        self.of_client(Request::Propose(command, term, reply))?;
         Ok(answer)
     }
 

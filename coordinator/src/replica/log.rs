@@ -3,6 +3,7 @@
 //! What is in it is in the store as well; this is what raft reads. A follower that is too far behind for what is there gets the
 //! latest snapshot.
 
+use batchai_common::fault;
 use std::cell::Cell;
 
 use batchai_proto::internal::v1::SnapshotMark;
@@ -39,7 +40,9 @@ impl Log {
     /// Takes entries in; what they overlap is replaced.
     pub fn append(&mut self, entries: &[Entry]) {
         if let Some(first) = entries.first() {
-            let keep = first.index.saturating_sub(self.begin.index + 1);
+            let keep = first
+                .index
+                .saturating_sub(self.begin.index + u64::from(!fault!("overlap_off_by_one")));
             self.entries.truncate(keep as usize);
             self.entries.extend_from_slice(entries);
         }
@@ -78,7 +81,10 @@ impl Log {
 
     /// Forgets everything up to an entry.
     pub fn begin_behind(&mut self, begin: Begin) {
-        let gone = begin.index.saturating_sub(self.begin.index) as usize;
+        let gone = begin
+            .index
+            .saturating_sub(self.begin.index + u64::from(fault!("begin_off_by_one")))
+            as usize;
         self.entries.drain(..gone.min(self.entries.len()));
         self.begin = begin;
     }
@@ -171,7 +177,8 @@ impl Storage for Log {
             let mut conf_state = ConfState::default();
             conf_state.merge_from_bytes(&mark.conf_state).ok()?;
             // Who finds himself not among its replicas would not take it.
-            has(&conf_state, to).then_some((mark, conf_state))
+            (fault!("snapshot_for_a_stranger") || has(&conf_state, to))
+                .then_some((mark, conf_state))
         });
         let Some((mark, conf_state)) = fits else {
             self.wanted.set(true);

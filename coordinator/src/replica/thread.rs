@@ -187,7 +187,10 @@ impl<S: LogStore> Loop<S> {
                 self.clients.fetch_sub(1, Ordering::Relaxed);
             }
             match request {
-                Request::Propose(command, reply) => {
+                Request::Propose(_, Some(term), reply) if term != self.core.term().0 => {
+                    answer(reply, Err(ReplicaError::NotLeader));
+                }
+                Request::Propose(command, _, reply) => {
                     self.next_ticket += 1;
                     self.proposing.insert(self.next_ticket, reply);
                     commands.push((self.next_ticket, *command));

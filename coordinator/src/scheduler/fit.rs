@@ -1,5 +1,6 @@
 //! PURE. Where a job fits: whole nodes, all of its nodes at once or none, and a port on each.
 
+use batchai_common::fault;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -101,7 +102,9 @@ impl Ports {
         let machine = &node.facts.boot_id;
         let port = (0..count)
             .map(|i| first + ((begin + i) % count) as i32)
-            .find(|port| !self.taken.contains(&(machine.clone(), *port)))?;
+            .find(|port| {
+                fault!("port_given_twice") || !self.taken.contains(&(machine.clone(), *port))
+            })?;
         self.taken.insert((machine.clone(), port));
         Some(port)
     }

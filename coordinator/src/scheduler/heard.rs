@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
+use batchai_common::fault;
 use batchai_common::limits::{LEASE_DRIFT, LEASE_MARGIN, SUSPECT_AFTER};
 use batchai_proto::internal::v1::RecordReplica;
 
@@ -17,8 +19,8 @@ pub struct Heard {
     pub last: BTreeMap<String, i64>,
     /// Since when each attempt has been seen to prepare.
     pub preparing: BTreeMap<String, i64>,
-    /// Since when this replica leads, where it does, and when the heartbeats came for which nodes have their leases.
-    pub leading_since: Option<i64>,
+    /// In which term this replica leads and since when, where it does, and when the heartbeats came for which nodes have their leases.
+    pub leading: Option<(u64, i64)>,
     pub granted: Arc<BTreeMap<String, i64>>,
     /// The replicas that were met, this one included.
     pub replicas: Vec<RecordReplica>,
@@ -35,6 +37,12 @@ impl Heard {
             .is_some_and(|last| self.now - last < limit)
     }
 
+    /// Whether this replica leads, and has for so long.
+    pub fn leads_for(&self, time: Duration) -> bool {
+        let since = self.leading.map(|(_, since)| since);
+        since.is_some_and(|since| self.now - since >= time.as_millis() as i64)
+    }
+
     /// Nothing that is fenced runs on the node any more: no leader can have granted it a lease that is not over there. Clocks run differently
     /// fast, and a lease is counted from earlier there than here.
     pub fn lease_is_over(&self, node: &str, longest_ms: i64) -> bool {
@@ -42,7 +50,11 @@ impl Heard {
         // Who is heard of is not lost, whether it has its first grant already or not.
         let latest = self.granted.get(node).max(self.last.get(node)).copied();
         let over = |since: i64| self.now - latest.unwrap_or(since).max(since) > longest_ms + margin;
-        longest_ms > 0 && self.leading_since.is_some_and(over)
+        let since = match fault!("new_leader_does_not_wait") {
+            true => Some(0),
+            false => self.leading.map(|(_, since)| since),
+        };
+        longest_ms > 0 && since.is_some_and(over)
     }
 
     /// When the node was last heard of, by the wall clock.

@@ -8,6 +8,7 @@ pub mod fit;
 pub mod heard;
 pub mod order;
 
+use batchai_common::fault;
 use batchai_proto::internal::v1::Place;
 
 use crate::scheduler::heard::Heard;
@@ -35,6 +36,7 @@ pub fn schedule(state: &State, heard: &Heard, log_home: i64) -> Vec<Place> {
             }
             match fit::place(state, &mut free, &mut ports, job, log_home) {
                 Some(placement) => plan.push(placement),
+                None if fault!("queue_overtaken") => {}
                 // First come, first served: nobody overtakes the job whose turn it is.
                 None => break,
             }

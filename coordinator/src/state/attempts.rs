@@ -9,6 +9,7 @@
 //! `verdict`); `advance` moves the attempt on. An attempt id is never used again, and no attempt of a job is placed
 //! before every node of the one before is gone.
 
+use batchai_common::fault;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 use prost_types::Timestamp;
 
 use super::verdict::failed;
-use super::{Rejection, State, Step, jobs, keys, nodes, not_found, restore, setup};
+use super::{Job, Rejection, State, Step, jobs, keys, nodes, not_found, restore, setup};
 
 pub use super::verdict::{Outcome, Verdict, error, rank_count, verdict};
 
@@ -123,22 +124,18 @@ impl Attempt {
     }
 }
 
-/// Re-validates a placement whole; all of its nodes start or none.
-pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> {
-    let state = &*step.state;
-    let job = state
-        .jobs
-        .get(&plan.job)
-        .cloned()
-        .ok_or_else(|| not_found(Kind::Job, &plan.job))?;
+/// Whether a plan still fits.
+fn check_plan(state: &State, job: &Job, plan: &Place) -> Result<(), Rejection> {
     let overtaken = |name: &str, why: &str| Rejection::Overtaken {
         name: name.to_owned(),
         why: why.to_owned(),
     };
-    if state.restored {
+    if state.restored && !fault!("placed_before_the_restore_is_accepted") {
         return Err(overtaken(&plan.job, "the restore is not accepted yet"));
     }
-    if job.state != v1::job::State::Queued || job.revision != plan.job_revision {
+    if job.state != v1::job::State::Queued
+        || (job.revision != plan.job_revision && !fault!("plan_of_an_older_job"))
+    {
         return Err(overtaken(&plan.job, "it changed since the plan was made"));
     }
     if plan.nodes.len() != usize::try_from(job.spec.node_count).unwrap_or_default() {
@@ -149,22 +146,34 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
     for placed in &plan.nodes {
         let node = state.nodes.get(&placed.node);
         let node = node.ok_or_else(|| not_found(Kind::Node, &placed.node))?;
-        let usable = node.revision == placed.node_revision
-            && node.cluster.as_ref() == Some(&job.spec.cluster)
-            && node.attempt.is_none()
-            && setup::is_done(state, node)
-            && !restore::may_hold_strays(state, &placed.node)
-            && !node.leaving;
+        let usable = fault!("nodes_not_checked_when_placed")
+            || node.revision == placed.node_revision
+                && node.cluster.as_ref() == Some(&job.spec.cluster)
+                && node.attempt.is_none()
+                && setup::is_done(state, node)
+                && !restore::may_hold_strays(state, &placed.node)
+                && !node.leaving;
         if !usable || !seen.insert(&placed.node) {
             return Err(overtaken(
                 &placed.node,
                 "it is not free as it was when planned",
             ));
         }
-        if !ports.insert((node.facts.boot_id.clone(), placed.port)) {
+        if !ports.insert((node.facts.boot_id.clone(), placed.port))
+            && !fault!("port_not_checked_when_placed")
+        {
             return Err(overtaken(&placed.node, "the port is taken on its machine"));
         }
     }
+    Ok(())
+}
+
+/// Re-validates a placement whole; all of its nodes start or none.
+pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> {
+    let state = &*step.state;
+    let job = state.jobs.get(&plan.job).cloned();
+    let job = job.ok_or_else(|| not_found(Kind::Job, &plan.job))?;
+    check_plan(state, &job, plan)?;
     let id = attempt::id(state.epoch, state.revision);
     let attempt = Attempt {
         id: id.clone(),
@@ -176,6 +185,11 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
         nodes: plan
             .nodes
             .iter()
+            .take(if fault!("gang_in_part") {
+                1
+            } else {
+                usize::MAX
+            })
             .map(|placed| AttemptNode::new(&placed.node, placed.port))
             .collect(),
         outcome: None,
@@ -219,7 +233,9 @@ pub fn ports_by_machine(state: &State) -> BTreeSet<(String, i32)> {
 pub(super) fn record(step: &mut Step<'_>, command: &RecordReport) -> Result<(), Rejection> {
     let node = step.state.nodes.get(&command.node);
     let node = node.ok_or_else(|| not_found(Kind::Node, &command.node))?;
-    if node.uid != command.uid || node.incarnation != command.incarnation {
+    if node.uid != command.uid
+        || (node.incarnation != command.incarnation && !fault!("incarnation_ignored"))
+    {
         let why = "the report is of an earlier incarnation of the node".to_owned();
         return Err(Rejection::Overtaken {
             name: command.node.clone(),
@@ -237,7 +253,13 @@ pub(super) fn record(step: &mut Step<'_>, command: &RecordReport) -> Result<(), 
 }
 
 pub(super) fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation) {
-    let Some(attempt) = step.state.attempts.get(&seen.attempt) else {
+    let current = step
+        .state
+        .nodes
+        .get(name)
+        .and_then(|node| node.attempt.as_ref());
+    let current = current.filter(|_| fault!("attempt_id_ignored"));
+    let Some(attempt) = step.state.attempts.get(current.unwrap_or(&seen.attempt)) else {
         return;
     };
     let mut attempt = attempt.clone();
@@ -253,10 +275,10 @@ pub(super) fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation
     let changed = Arc::make_mut(&mut attempt);
     let node = &mut changed.nodes[index];
     // The last word on a node is the first that says its processes are gone.
-    if matches!(node.phase, NodePhase::Ended | NodePhase::Lost) {
+    if matches!(node.phase, NodePhase::Ended | NodePhase::Lost) && !fault!("word_after_the_last") {
         return;
     }
-    if seen.phase() > node.phase {
+    if seen.phase() > node.phase || fault!("phase_goes_back") {
         node.phase = seen.phase();
     }
     merge_ranks(&mut node.ranks, &seen.ranks, own);
@@ -281,9 +303,15 @@ pub(super) fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation
 fn merge_ranks(known: &mut Vec<v1::JobRank>, seen: &[v1::JobRank], own: Range<usize>) {
     let mut merged: BTreeMap<_, _> = known.iter().map(|rank| (rank.rank, *rank)).collect();
     let is_own = |rank: &&v1::JobRank| usize::try_from(rank.rank).is_ok_and(|r| own.contains(&r));
-    for rank in seen.iter().filter(is_own) {
+    for rank in seen
+        .iter()
+        .filter(|rank| fault!("ranks_of_others") || is_own(rank))
+    {
         let known = merged.entry(rank.rank).or_insert(*rank);
-        known.exit_code = known.exit_code.or(rank.exit_code);
+        known.exit_code = known
+            .exit_code
+            .filter(|_| !fault!("exit_code_changes"))
+            .or(rank.exit_code);
     }
     *known = merged.into_values().collect();
 }
@@ -340,7 +368,7 @@ fn store(step: &mut Step<'_>, mut attempt: Arc<Attempt>) {
     let before = changed.phase;
     changed.phase = advance(changed);
     let moved = changed.phase != before;
-    if changed.phase == Phase::Ended {
+    if changed.phase == Phase::Ended && !fault!("secrets_kept_in_attempts") {
         keys::forget(&mut changed.spec);
     }
     step.state
@@ -372,11 +400,21 @@ fn store(step: &mut Step<'_>, mut attempt: Arc<Attempt>) {
 fn advance(attempt: &Attempt) -> Phase {
     let gone = |n: &AttemptNode| matches!(n.phase, NodePhase::Ended | NodePhase::Lost);
     match (attempt.phase, &attempt.outcome) {
-        (_, Some(_)) if attempt.nodes.iter().all(gone) => Phase::Ended,
+        (_, Some(_)) if fault!("ended_before_all_are_gone") || attempt.nodes.iter().all(gone) => {
+            Phase::Ended
+        }
         (_, Some(_)) => Phase::Ending,
-        (Phase::Preparing, None) if attempt.nodes.iter().all(|n| n.phase >= NodePhase::Ready) => {
+        (Phase::Preparing, None)
+            if attempt.nodes.iter().all(|n| {
+                n.phase >= NodePhase::Ready || fault!("launched_before_all_are_ready")
+            }) =>
+        {
             Phase::Running
         }
         (phase, None) => phase,
     }
 }
+
+#[cfg(test)]
+#[path = "attempts_tests.rs"]
+mod tests;

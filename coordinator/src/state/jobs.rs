@@ -8,6 +8,7 @@
 //! ```
 //! When a running job is over is decided in `attempts`; here is only what follows for the job.
 
+use batchai_common::fault;
 use std::cmp::Reverse;
 use std::sync::Arc;
 
@@ -63,7 +64,11 @@ impl Job {
         };
         QueueKey {
             priority: Reverse(priority as i32),
-            submitted: self.submitted,
+            submitted: if fault!("queue_by_name") {
+                0
+            } else {
+                self.submitted
+            },
             job: self.spec.name.clone(),
         }
     }
@@ -182,7 +187,13 @@ fn remove(step: &mut Step<'_>, name: &str) {
     if let Some(job) = step.state.jobs.remove(name)
         && let Some(attempt) = &job.attempt
     {
-        step.state.attempts.remove(attempt);
+        step.state
+            .attempts
+            .remove(if fault!("attempt_outlives_job") {
+                ""
+            } else {
+                attempt
+            });
     }
     step.gone(Kind::Job, name);
     step.deleted(name);
@@ -216,7 +227,10 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
     };
     let requeue = match outcome.verdict {
         Verdict::Requeue => true,
-        Verdict::InfrastructureFailed => job.infrastructure_retries < INFRASTRUCTURE_RETRIES_MAX,
+        Verdict::InfrastructureFailed => {
+            fault!("retries_without_bound")
+                || job.infrastructure_retries < INFRASTRUCTURE_RETRIES_MAX
+        }
         Verdict::Succeeded | Verdict::Failed => false,
     } && job.deleting.is_none();
     let time = step.state.time;
@@ -240,8 +254,14 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
         keys::forget(&mut job.spec);
     });
     clusters::change(step, &job.spec.cluster, |cluster| {
-        cluster.running.remove(name);
-        if requeue {
+        cluster
+            .running
+            .remove(if fault!("job_stays_among_the_running") {
+                ""
+            } else {
+                name
+            });
+        if requeue && !fault!("requeued_in_no_queue") {
             cluster.queue.insert(job.queue_key());
         } else {
             cluster.queue.remove(&job.queue_key());

@@ -4,6 +4,7 @@
 //! the lease is over here. Work that only ends is not, and its node is given no other before it has ended that. When a lease is over
 //! is not decided here.
 
+use batchai_common::fault;
 use batchai_common::names::Kind;
 use batchai_proto::internal::v1::{ConfirmNodeLost, LoseNode, RecordLease};
 use batchai_proto::v1::job::OnNodeLoss;
@@ -31,7 +32,7 @@ pub fn ends_by_lease(attempt: &Attempt) -> bool {
         .outcome
         .as_ref()
         .is_some_and(|o| matches!(o.verdict, Verdict::Failed | Verdict::Succeeded));
-    over || on_node_loss(attempt) != OnNodeLoss::Wait
+    over || on_node_loss(attempt) != OnNodeLoss::Wait || fault!("what_waits_is_lost")
 }
 
 /// The nodes whose part in a live attempt is not over.
@@ -47,7 +48,10 @@ pub fn nodes_of(attempt: &Attempt) -> impl Iterator<Item = &str> {
 /// Leases may last longer from now on. That they last shorter is of no use: older ones may be out there.
 pub(super) fn record_lease(step: &mut Step<'_>, command: &RecordLease) -> Result<(), Rejection> {
     let longest = &mut step.state.longest_lease_ms;
-    *longest = command.lease_ms.max(*longest);
+    *longest = match fault!("longest_lease_shortened") {
+        true => command.lease_ms,
+        false => command.lease_ms.max(*longest),
+    };
     Ok(())
 }
 
@@ -72,12 +76,23 @@ pub(super) fn confirm(step: &mut Step<'_>, command: &ConfirmNodeLost) -> Result<
     let name = &command.node;
     let node = step.state.nodes.get(name).cloned();
     let node = node.ok_or_else(|| not_found(Kind::Node, name))?;
+    let same = node.incarnation == command.incarnation
+        && node.attempt.as_deref().unwrap_or_default() == command.attempt;
+    if !same {
+        let (name, why) = (
+            name.clone(),
+            "it has begun something else meanwhile".to_owned(),
+        );
+        return Err(Rejection::Overtaken { name, why });
+    }
     restore::forget(step, name);
     let epoch = step.state.epoch;
     nodes::change(step, name, |node| node.epoch = epoch);
     if let Some(attempt) = &node.attempt {
         let message = format!("{name} was confirmed to be lost");
-        attempts::decide(step, attempt, Outcome::node_lost(name, &message, true));
+        let fails = step.state.attempts.get(attempt);
+        let fails = fails.is_some_and(|a| on_node_loss(a) == OnNodeLoss::Fail);
+        attempts::decide(step, attempt, Outcome::node_lost(name, &message, !fails));
         attempts::lose_node(step, attempt, name);
     }
     Ok(())

@@ -17,7 +17,7 @@ fn silent(told: OnNodeLoss) -> (Ensemble, String) {
     let mut e = Ensemble::with_nodes(2, 2);
     let job = e.submit("j", 1, |job| job.set_on_node_loss(told));
     e.see(&job, 0, P::Ready, &[]);
-    e.heard.leading_since = Some(e.heard.now);
+    e.heard.leading = Some((1, e.heard.now));
     (e, job)
 }
 
@@ -49,13 +49,13 @@ fn a_job_runs_again_elsewhere_when_no_leader_can_have_granted_a_lease_that_is_no
     assert_eq!(e.attempt(&job).id, first);
     // Another one leads: it knows nothing, and begins to wait.
     e.heard.granted = Arc::default();
-    e.heard.leading_since = Some(e.heard.now);
+    e.heard.leading = Some((1, e.heard.now));
     later(&mut e, OVER - 1);
     assert_eq!(e.attempt(&job).id, first);
-    e.heard.leading_since = None;
+    e.heard.leading = None;
     later(&mut e, OVER);
     assert_eq!(e.attempt(&job).id, first, "it does not lead");
-    e.heard.leading_since = Some(e.heard.now - OVER);
+    e.heard.leading = Some((1, e.heard.now - OVER));
     later(&mut e, 0);
     let second = e.attempt(&job);
     assert_ne!(second.id, first);
@@ -90,7 +90,19 @@ fn a_job_that_is_told_to_fail_fails_and_one_that_is_told_to_wait_says_for_what()
         attempt,
     });
     assert!(e.try_apply(lose).is_err());
-    e.ok(C::ConfirmNodeLost(ConfirmNodeLost { node }));
+    let confirm = |attempt: &str| {
+        C::ConfirmNodeLost(ConfirmNodeLost {
+            node: node.clone(),
+            incarnation: "1".into(),
+            attempt: attempt.to_owned(),
+        })
+    };
+    assert!(
+        e.try_apply(confirm("1-1")).is_err(),
+        "it does something else"
+    );
+    let attempt = e.attempt(&job).id.clone();
+    e.ok(confirm(&attempt));
     e.settle();
     assert_eq!(e.state_of(&job), JobState::Running);
     assert_eq!(e.attempt(&job).nodes[0].node, "nodes/n1");
@@ -117,7 +129,7 @@ fn a_gang_ends_on_all_of_its_nodes_before_it_runs_again() {
     for i in 0..2 {
         e.see(&job, i, P::Ready, &[]);
     }
-    e.heard.leading_since = Some(e.heard.now);
+    e.heard.leading = Some((1, e.heard.now));
     let first = e.attempt(&job);
     e.heard.now += OVER;
     let now = e.heard.now;

@@ -27,6 +27,7 @@ mod stored;
 mod verdict;
 pub mod vm_size_aliases;
 
+use batchai_common::fault;
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -202,7 +203,7 @@ impl Step<'_> {
     pub fn gone(&mut self, kind: Kind, name: &str) {
         let key = (keys::workspace_of(name).to_owned(), kind);
         match self.state.held.get_mut(&key) {
-            Some(held) if *held > 1 => *held -= 1,
+            Some(held) if *held > 1 => *held -= usize::from(!fault!("held_not_counted_down")),
             _ => drop(self.state.held.remove(&key)),
         }
     }
@@ -222,7 +223,8 @@ pub fn apply(state: &mut State, index: u64, command: &Command) -> Result<Vec<Eve
     let mut next = state.clone();
     next.revision += 1;
     if let Some(time) = command.time
-        && (time.seconds, time.nanos) > (next.time.seconds, next.time.nanos)
+        && (fault!("time_goes_back")
+            || (time.seconds, time.nanos) > (next.time.seconds, next.time.nanos))
     {
         next.time = time;
     }

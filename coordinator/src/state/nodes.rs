@@ -2,6 +2,7 @@
 //!
 //! Whether a node is in contact is not part of the State; see `duties::Heard`.
 
+use batchai_common::fault;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
@@ -12,9 +13,7 @@ use prost_types::Timestamp;
 
 use super::attempts::{self, Outcome};
 use super::setup::{self, Setup};
-use super::{
-    Rejection, State, Step, check_new, clusters, jobs, not_found, restore, vm_size_aliases,
-};
+use super::{Rejection, State, Step, check_new, clusters, jobs, not_found, vm_size_aliases};
 use batchai_proto::internal::v1::terminate_job::Cause;
 
 /// A machine with an agent.
@@ -79,7 +78,11 @@ pub(super) fn change(step: &mut Step<'_>, name: &str, change: impl FnOnce(&mut N
 pub(super) fn assign(step: &mut Step<'_>, name: &str) {
     let revision = step.state.revision;
     if let Some(node) = step.state.nodes.get_mut(name) {
-        Arc::make_mut(node).assigned = revision;
+        Arc::make_mut(node).assigned = if fault!("assignments_not_renewed") {
+            0
+        } else {
+            revision
+        };
         step.assigned(name);
     }
 }
@@ -101,6 +104,7 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
             expelled: false,
             attempt: None,
             assigned: step.state.revision,
+            // One that is known says so by a list of strays, made under a list of this epoch.
             epoch: if command.empty { step.state.epoch } else { 0 },
             setup: None,
         };
@@ -118,6 +122,7 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
         });
     }
     if known.incarnation != command.incarnation
+        && !fault!("reboot_loses_nothing")
         && let Some(attempt) = &known.attempt
     {
         attempts::lose_node(step, attempt, name);
@@ -131,14 +136,7 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
                 !cluster.matches(alias, &facts)
             })
         });
-    let epoch = step.state.epoch;
-    if command.empty {
-        restore::forget(step, name);
-    }
     change(step, name, |node| {
-        if command.empty {
-            node.epoch = epoch;
-        }
         node.uid = command.uid.clone();
         node.expelled = false;
         node.incarnation = command.incarnation.clone();
@@ -187,7 +185,11 @@ pub(super) fn allocate(step: &mut Step<'_>, command: &AllocateNode) -> Result<()
     let cluster = cluster.ok_or_else(|| not_found(Kind::Cluster, &command.cluster))?;
     let alias = vm_size_aliases::resolve(step.state, &cluster.spec.vm_size);
     let stays = cluster.deleting.is_none();
-    if node.cluster.is_some() || node.expelled || !stays || !cluster.matches(alias, &node.facts) {
+    if (node.cluster.is_some() && !fault!("node_of_two_clusters"))
+        || node.expelled
+        || !stays
+        || !cluster.matches(alias, &node.facts)
+    {
         let why = "it is not free for that cluster any more".to_owned();
         return Err(Rejection::Overtaken {
             name: command.node.clone(),
@@ -213,7 +215,9 @@ pub(super) fn release(step: &mut Step<'_>, command: &ReleaseNode) -> Result<(), 
             why,
         });
     }
-    change(step, &command.node, |node| node.leaving = true);
+    change(step, &command.node, |node| {
+        node.leaving = !fault!("leaving_forgotten")
+    });
     clusters::change(step, &command.cluster, |_| {});
     if let Some(attempt) = &node.attempt {
         let job = step.state.attempts.get(attempt);
@@ -246,7 +250,13 @@ pub(super) fn free_if_leaving(step: &mut Step<'_>, name: &str) {
         });
         setup::forget(step, name);
         clusters::change(step, cluster, |cluster| {
-            cluster.members.remove(name);
+            cluster
+                .members
+                .remove(if fault!("released_node_stays_a_member") {
+                    ""
+                } else {
+                    name
+                });
         });
     }
 }

@@ -1,6 +1,7 @@
 //! PURE. Who belongs to the ensemble. What raft makes of it is decided where the log is applied: a change of membership and the
 //! command that records it are one entry, and where the command is rejected the membership stays.
 
+use batchai_common::fault;
 use std::sync::Arc;
 
 use batchai_proto::internal::v1::replica::Role;
@@ -35,6 +36,7 @@ pub(super) fn change(step: &mut Step<'_>, command: &ChangeReplica) -> Result<(),
     };
     let known = step.state.replicas.get(&command.id).cloned();
     let role = known.as_ref().map(|known| known.role());
+    let role = role.filter(|role| *role != Role::Removed || !fault!("removed_id_used_again"));
     let replica = match (command.role(), role) {
         (Role::Learner, None) => {
             let there = members(step.state).count();
@@ -55,7 +57,9 @@ pub(super) fn change(step: &mut Step<'_>, command: &ChangeReplica) -> Result<(),
         (Role::Learner, Some(_)) => return refuse("it belongs to the ensemble already"),
         (Role::Voter, Some(Role::Learner)) => (*known.unwrap_or_default()).clone(),
         (Role::Voter, Some(Role::Voter)) => return refuse("it has a vote already"),
-        (Role::Removed, Some(Role::Voter)) if voters(step.state) == 1 => {
+        (Role::Removed, Some(Role::Voter))
+            if voters(step.state) == 1 && !fault!("last_voter_removed") =>
+        {
             return refuse("it is the last one with a vote");
         }
         (Role::Removed, Some(Role::Learner | Role::Voter)) => (*known.unwrap_or_default()).clone(),
@@ -81,7 +85,7 @@ pub(super) fn record(step: &mut Step<'_>, command: &RecordReplica) -> Result<(),
             why: "it does not belong to the ensemble".to_owned(),
         });
     };
-    if !known.store.is_empty() && known.store != command.store {
+    if !known.store.is_empty() && known.store != command.store && !fault!("another_store_taken") {
         return Err(Rejection::WrongState {
             name: name(command.id),
             why: "it has another store".to_owned(),
@@ -104,7 +108,10 @@ pub fn name(id: u64) -> String {
 /// Those that belong to the ensemble.
 pub fn members(state: &State) -> impl Iterator<Item = &Arc<Replica>> {
     let removed = Role::Removed;
-    state.replicas.values().filter(move |r| r.role() != removed)
+    state
+        .replicas
+        .values()
+        .filter(move |r| fault!("removed_replica_counted") || r.role() != removed)
 }
 
 fn voters(state: &State) -> usize {

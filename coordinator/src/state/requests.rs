@@ -3,6 +3,7 @@
 //!
 //! They are kept by count and age. What a request created is not kept: the answer is the resource as it is now.
 
+use batchai_common::fault;
 use batchai_common::time::millis;
 use batchai_proto::internal::v1::RequestKey;
 use imbl::{OrdMap, OrdSet};
@@ -34,8 +35,8 @@ pub(super) fn is_repeated(state: &State, request: &RequestKey) -> Result<bool, R
     let now = millis(&state.time);
     let key = (request.caller.clone(), request.id.clone());
     match state.requests.known.get(&key) {
-        Some((_, then)) if now - then > AGE_MAX_MS => Ok(false),
-        Some((digest, _)) if *digest == request.digest => Ok(true),
+        Some((_, then)) if now - then > AGE_MAX_MS => Ok(fault!("request_remembered_for_ever")),
+        Some((digest, _)) if *digest == request.digest => Ok(!fault!("request_applied_twice")),
         Some(_) => Err(Rejection::RequestIdReused {
             id: request.id.clone(),
         }),

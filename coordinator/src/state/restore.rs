@@ -5,15 +5,17 @@
 //! knows goes on, where its node still has it; where not, it is lost: it may have ended since, and does not begin again. How a
 //! backup is made and read is not decided here.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use batchai_common::attempt;
+use batchai_common::{attempt, fault};
 use batchai_proto::agent::v1::{Stray, StrayList};
 use batchai_proto::internal::v1::replica::Role;
 use batchai_proto::internal::v1::{
     AcceptRestore, AdoptAttempt, AllocateNode, DiscardAttempt, Replica, StoredStray,
 };
 use batchai_proto::v1;
+use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 
 use super::agreement::Comparison;
 use super::attempts::{self, Attempt, AttemptNode, Phase, Work};
@@ -30,7 +32,10 @@ const NAMED_MAX: usize = 10;
 pub fn restored(mut state: State, epoch: i64, own: Replica) -> State {
     state.epoch = epoch;
     let skipped = state.revision + REVISIONS_SKIPPED;
-    state.revision = skipped.max(epoch.saturating_mul(REVISIONS_PER_EPOCH));
+    state.revision = match fault!("revisions_used_again") {
+        true => state.revision,
+        false => skipped.max(epoch.saturating_mul(REVISIONS_PER_EPOCH)),
+    };
     state.restored = true;
     state.comparison = Comparison::default();
     let revision = state.revision;
@@ -76,8 +81,26 @@ pub(super) fn accept(step: &mut Step<'_>, command: &AcceptRestore) -> Result<(),
             some_of(&strays)
         ));
     }
+    let ending: Vec<_> = running(step.state).into_iter().collect();
+    if !command.force && !ending.is_empty() {
+        return refuse(format!(
+            "{} attempts that were discarded have not ended yet: {}. Wait for them, or force it",
+            ending.len(),
+            some_of(&ending)
+        ));
+    }
     step.state.restored = false;
     Ok(())
+}
+
+/// Attempts that the State does not know and that may still run somewhere.
+fn running(state: &State) -> BTreeSet<&str> {
+    let over = |stray: &StoredStray| {
+        let seen = stray.stray.as_ref().and_then(|stray| stray.seen.as_ref());
+        seen.is_some_and(|seen| matches!(seen.phase(), NodePhase::Ended | NodePhase::Lost))
+    };
+    let open = state.strays.iter().filter(|(_, stray)| !over(stray));
+    open.map(|((_, id), _)| id.as_str()).collect()
 }
 
 fn some_of(names: &[&str]) -> String {
@@ -95,7 +118,7 @@ pub fn absent(state: &State) -> impl Iterator<Item = &str> {
 /// Attempts that nodes hold and about which nothing was decided, each once.
 pub fn undecided(state: &State) -> impl Iterator<Item = &str> {
     let open = state.strays.iter().filter(|(_, stray)| !stray.discarded);
-    let ids: std::collections::BTreeSet<_> = open.map(|((_, id), _)| id.as_str()).collect();
+    let ids: BTreeSet<_> = open.map(|((_, id), _)| id.as_str()).collect();
     ids.into_iter()
 }
 
@@ -130,7 +153,7 @@ pub fn of_attempt<'a>(
 /// Takes in the whole list of what a node holds.
 pub(super) fn take_in(step: &mut Step<'_>, node: &str, list: &StrayList) {
     // A list of before the restore says nothing about what it left.
-    if list.epoch != step.state.epoch {
+    if list.epoch != step.state.epoch && !fault!("told_by_an_older_list") {
         return;
     }
     let before: Vec<_> = of_node(step.state, node)
@@ -224,11 +247,18 @@ pub fn adoptable<'a>(state: &'a State, id: &str) -> Result<(Stray, &'a Arc<Job>)
     if stray.set_up {
         return Err("it is the set-up of a node: discard it, and the node is set up again".into());
     }
+    let told = |part: &StoredStray| {
+        let part = part.stray.clone().unwrap_or_default();
+        (part.job, part.job_uid, part.hosts)
+    };
+    if held.iter().any(|(_, part)| told(part) != told(first)) {
+        return Err("its nodes do not tell the same of it".into());
+    }
     if held.iter().any(|(_, stray)| stray.discarded) {
         return Err("it was discarded".into());
     }
     let missing = missing(state, id, &stray);
-    if !missing.is_empty() {
+    if !missing.is_empty() && !fault!("adopted_in_part") {
         let missing = some_of(&missing.iter().map(String::as_str).collect::<Vec<_>>());
         return Err(format!(
             "these of its nodes have not reported it: {missing}"

@@ -104,6 +104,12 @@ fn nothing_is_placed_before_the_restore_is_accepted_and_every_node_has_said_what
     assert_eq!(restore::absent(&e.state).count(), 2);
     tell(&mut e, "nodes/n0", SECOND, &[]);
     register(&mut e, "nodes/n1", true);
+    assert_eq!(
+        restore::absent(&e.state).count(),
+        1,
+        "that says an agent before it has a list"
+    );
+    tell(&mut e, "nodes/n1", SECOND, &[]);
     e.ok(accept(false));
     assert!(e.try_apply(accept(true)).is_err(), "it is accepted already");
     e.settle();
@@ -260,6 +266,9 @@ fn discarded_work_is_ended_and_what_the_backup_knows_goes_on() {
         (list.epoch, list.discarded),
         (SECOND, vec!["1-999".to_owned()])
     );
+    // What is being ended still runs.
+    let refused = e.try_apply(C::AcceptRestore(AcceptRestore { force: false }));
+    assert!(refused.unwrap_err().to_string().contains("1-999"));
     // It is repeated until it is gone, and stays discarded.
     tell(&mut e, "nodes/n0", SECOND, &[stray(&unknown, P::Ended)]);
     assert_eq!(restore::undecided(&e.state).count(), 0);

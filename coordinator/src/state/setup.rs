@@ -9,6 +9,7 @@
 //! It is an attempt like those of jobs (see `attempts`), with one node and one process. When one is to begin is decided in
 //! `duties`.
 
+use batchai_common::fault;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
@@ -57,7 +58,8 @@ impl Setup {
 /// Whether a node is as its cluster wants it.
 pub fn is_done(state: &State, node: &Node) -> bool {
     let cluster = node.cluster.as_ref().and_then(|c| state.clusters.get(c));
-    cluster.is_none_or(|cluster| task(cluster).is_none())
+    fault!("set_up_not_awaited")
+        || cluster.is_none_or(|cluster| task(cluster).is_none())
         || current(node).is_some_and(|setup| setup.done)
 }
 
@@ -180,7 +182,7 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
             Verdict::Succeeded => setup.done = true,
             Verdict::Requeue => {}
             Verdict::InfrastructureFailed if setup.retries < INFRASTRUCTURE_RETRIES_MAX => {
-                setup.retries += 1;
+                setup.retries += i32::from(!fault!("set_up_retries_not_counted"));
             }
             Verdict::InfrastructureFailed | Verdict::Failed => {
                 setup.error = outcome.errors.first().cloned();

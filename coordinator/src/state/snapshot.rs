@@ -2,6 +2,7 @@
 //!
 //! What follows from the rest is not written: queues and running jobs of clusters, what workspaces hold, who is bound.
 
+use batchai_common::fault;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
@@ -84,7 +85,9 @@ fn work(state: &State) -> impl Iterator<Item = Record> + '_ {
         .map(|(name, n)| Record::Node(stored::node(name, n)));
     let deleting = state.deleting.iter().cloned().map(Record::Deleting);
     let requests = state.requests.known().iter();
-    let requests = requests.map(|(key, known)| stored::request(key, known));
+    let requests = requests
+        .map(|(key, known)| stored::request(key, known))
+        .filter(|_| !fault!("snapshot_without_requests"));
     attempts
         .chain(jobs)
         .chain(nodes)

@@ -220,7 +220,8 @@ impl Ensemble {
         panic!("duties never end");
     }
 
-    pub(super) fn submit(
+    /// Queues a job, and looks no further.
+    pub(super) fn queue(
         &mut self,
         id: &str,
         nodes: i32,
@@ -237,6 +238,16 @@ impl Ensemble {
         };
         change(&mut job);
         self.ok(C::CreateJob(job));
+        name
+    }
+
+    pub(super) fn submit(
+        &mut self,
+        id: &str,
+        nodes: i32,
+        change: impl FnOnce(&mut v1::Job),
+    ) -> String {
+        let name = self.queue(id, nodes, change);
         self.settle();
         name
     }
@@ -261,7 +272,7 @@ impl Ensemble {
         self.see_attempt(&attempt, i, phase, ranks, None);
     }
 
-    fn see_attempt(
+    pub(super) fn see_attempt(
         &mut self,
         attempt: &Attempt,
         i: usize,
@@ -296,7 +307,7 @@ impl Ensemble {
     }
 
     /// Takes a two-node job to where its processes run.
-    fn run_two(&mut self, change: impl FnOnce(&mut v1::Job)) -> String {
+    pub(super) fn run_two(&mut self, change: impl FnOnce(&mut v1::Job)) -> String {
         let job = self.submit("j", 2, change);
         self.see(&job, 0, P::Ready, &[]);
         self.see(&job, 1, P::Ready, &[]);
@@ -309,7 +320,7 @@ impl Ensemble {
     }
 }
 
-fn pytorch(job: &mut v1::Job) {
+pub(super) fn pytorch(job: &mut v1::Job) {
     job.custom_toolkit_settings = None;
     job.py_torch_settings = Some(v1::PyTorchSettings::default());
 }

@@ -32,7 +32,7 @@ fn facts() -> HostFacts {
         node_uid: "u".into(),
         root: "/r".into(),
         bundles: "/data/bundles".into(),
-        lease: "/data/lease.json".into(),
+        lease: "/data/lease".into(),
         gpu_count: 4,
         interface: Some("eth0".into()),
         base_env: BTreeMap::from([("PATH".into(), "/bin".into())]),

@@ -4,12 +4,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use batchai_common::fault;
 use batchai_common::time::boot_time;
 use nix::sys::signal::Signal;
 
 use super::run::{Ending, RESERVE, Shim, WRITE_AGAIN};
 use super::{ShimError, tree};
-use crate::journal::{STATUS, read_json};
+use crate::journal::{STATUS, read_lease};
 use crate::status::{FailureRecord, Phase};
 
 /// Processes that SIGKILL does not end within this time are stuck in the kernel.
@@ -37,23 +38,26 @@ impl Shim {
     /// Where the node's lease is over, the work may begin elsewhere: nothing of it is left here by then, whether the agent lives, is stopped
     /// or gone. A lease that cannot be read is over.
     pub(super) fn watch_the_fence(&mut self) {
-        let (Some(fence), Some(until)) = (&self.plan.fence, self.fenced_until) else {
+        let Some(fence) = &self.plan.fence else {
             return;
         };
         let now = boot_time();
-        if now < until || self.is_killed() {
+        let holds = self.fenced_until.is_some_and(|until| now < until);
+        if holds || self.is_killed() || fault!("fence_not_watched") {
             return;
         }
-        let read = read_json::<u64>(Path::new(fence));
-        let known = read.as_ref().ok().copied().flatten().unwrap_or_default();
-        let known = Duration::from_millis(known);
-        if now < known {
-            self.fenced_until = Some(known);
-            return;
-        }
-        if let Err(error) = read {
-            self.log
-                .say(&format!("the node's lease cannot be read: {error}"));
+        match read_lease(Path::new(fence)) {
+            // One that began when the last known was over leaves a gap, in which it may have begun elsewhere.
+            Ok((since, until))
+                if now < until && self.fenced_until.is_none_or(|known| since <= known) =>
+            {
+                self.fenced_until = Some(until);
+                return;
+            }
+            Ok(_) => {}
+            Err(error) => self
+                .log
+                .say(&format!("the node's lease cannot be read: {error}")),
         }
         self.fail(FailureRecord {
             code: "NodeLeaseExpired".into(),

@@ -37,6 +37,8 @@ const PREPARATION: i32 = -1;
 /// Kept free for the records of the attempt, should its logs fill the disk.
 pub(super) const RESERVE: &str = "reserve";
 const RESERVE_BYTES: usize = 64 << 10;
+/// The lease is looked at this often at least.
+const FENCE_LOOK: Duration = Duration::from_secs(1);
 /// A record that could not be written is tried again this often.
 pub(super) const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
@@ -73,7 +75,7 @@ pub struct Shim {
     pub(super) ending: Ending,
     /// When the wall clock is over.
     pub(super) deadline: Duration,
-    /// Until when it may run, as far as was last looked: the end of the node's lease, where it is bound to that.
+    /// The end of the node's lease, as far as was last looked, where it is bound to that.
     pub(super) fenced_until: Option<Duration>,
     pub(super) launched: bool,
     /// The status on disk is not the latest.
@@ -112,7 +114,6 @@ impl Shim {
             .map_err(system("reserve space"))?;
         let log = ExecutionLog::new(dir.path.join(LOGS).join(&plan.execution_log));
         let deadline = boot_time() + Duration::from_secs(plan.wall_clock_s);
-        let fenced_until = plan.fence.is_some().then_some(Duration::ZERO);
         Ok(Shim {
             dir,
             plan,
@@ -123,7 +124,7 @@ impl Shim {
             streams: Vec::new(),
             ending: Ending::No,
             deadline,
-            fenced_until,
+            fenced_until: None,
             launched: false,
             unsaid: false,
             stuck_said: false,
@@ -140,6 +141,8 @@ impl Shim {
         let mut buffer = Vec::new();
         while !self.over() {
             self.wait()?;
+            // Before anything is begun: it may have stood still until now.
+            self.watch_the_fence();
             // Before children are looked for: one that ends later sends another signal.
             let told = self.take_signals();
             self.drain(&mut buffer);
@@ -150,7 +153,6 @@ impl Shim {
             self.reap(&mut buffer)?;
             self.obey()?;
             self.watch_the_clock();
-            self.watch_the_fence();
             self.drive_ending();
             if self.unsaid {
                 self.publish();
@@ -238,8 +240,10 @@ impl Shim {
             _ if self.stuck_said => WRITE_AGAIN,
             _ => ENDING_STEP,
         };
-        let fence = self.fenced_until.filter(|_| !self.is_killed());
-        let fence = fence.map(|until| until.saturating_sub(boot_time()));
+        let fenced = self.plan.fence.is_some() && !self.is_killed();
+        let fence = fenced.then(|| self.fenced_until.unwrap_or_default());
+        // Polling does not count the time for which a machine is suspended, and leases do.
+        let fence = fence.map(|until| until.saturating_sub(boot_time()).min(FENCE_LOOK));
         let timeout = fence.map_or(timeout, |fence| fence.min(timeout));
         let timeout = if self.unsaid {
             timeout.min(WRITE_AGAIN)

@@ -1,9 +1,10 @@
 //! Machines and their agents: production's `reconcile` over a journal and processes that are played here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use batchai_coordinator::replica::core::Proposed;
 use batchai_coordinator::state::assignments::assignments;
+use batchai_node_agent::lease::Lease;
 use batchai_node_agent::reconcile::{Action, Local, actions, observations};
 use batchai_node_agent::status::{Phase, RankStatus, Status};
 use batchai_proto::agent::v1::{AssignmentList, AttemptObservation, Report, StrayList};
@@ -11,6 +12,7 @@ use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
 use batchai_proto::v1;
 
+use super::clocks::Clock;
 use super::{Asked, Sim};
 
 /// What an agent is doing with a coordinator.
@@ -35,17 +37,25 @@ pub struct Agent {
     isolated: (u64, u64),
     talk: Talk,
     /// What is answered in an earlier one is heard by nobody.
-    conversation: u64,
+    pub conversation: u64,
+    pub clock: Clock,
+    /// The agent's own count of its lease; it goes with the agent.
+    pub lease: Lease,
+    pub leased_until: i64,
+    /// What shims read of it.
+    pub fence: i64,
+    /// Attempts that are not bound to it.
+    pub unfenced: BTreeSet<String>,
     list: Option<AssignmentList>,
     /// The journal: attempts, and the job of each.
-    local: BTreeMap<String, (Local, String)>,
+    pub local: BTreeMap<String, (Local, String)>,
     /// What was reported, and whether that is on its way.
     reported: Option<Vec<AttemptObservation>>,
     reporting: Option<Vec<AttemptObservation>>,
 }
 
 impl Agent {
-    pub fn new(number: usize) -> Agent {
+    pub fn new(number: usize, clock: Clock) -> Agent {
         Agent {
             number,
             boot: 1,
@@ -54,6 +64,11 @@ impl Agent {
             isolated: (0, 0),
             talk: Talk::None,
             conversation: 0,
+            clock,
+            lease: Lease::new(0),
+            leased_until: 0,
+            fence: 0,
+            unfenced: BTreeSet::new(),
             list: None,
             local: BTreeMap::new(),
             reported: None,
@@ -94,6 +109,14 @@ impl Agent {
 
     pub fn is_talking(&self) -> bool {
         matches!(self.talk, Talk::Open(_))
+    }
+
+    pub fn talks_with(&self, id: u64) -> bool {
+        self.talk == Talk::Open(id)
+    }
+
+    pub fn is_cut_off(&self, step: u64) -> bool {
+        self.cut_until > step || self.isolated.1 > step
     }
 
     /// From now on it reaches one replica alone, for some time.
@@ -165,6 +188,10 @@ impl Agent {
                     status: Some(Status::default()),
                     ..Local::default()
                 };
+                let wanted = self.list.iter().flat_map(|list| &list.assignments);
+                if wanted.filter(|a| &a.attempt == id).any(|a| !a.fenced) {
+                    self.unfenced.insert(id.clone());
+                }
                 self.local.insert(id.clone(), (local, job));
             }
             Action::Launch(id) => {
@@ -196,6 +223,7 @@ impl Agent {
             }
             Action::Forget(id) => {
                 self.local.remove(id);
+                self.unfenced.remove(id);
             }
         }
     }
@@ -210,6 +238,8 @@ impl Sim {
             let agent = &mut self.agents[i];
             agent.hang_up();
             agent.down_until = until;
+            agent.lease = Lease::new(agent.clock.boot(step));
+            agent.leased_until = 0;
             if agent.running().next().is_some() {
                 self.checks.saw("an agent is killed amid a job");
             }
@@ -220,6 +250,8 @@ impl Sim {
                 self.checks.saw("a machine reboots amid a job");
             }
             agent.hang_up();
+            agent.lease = Lease::new(agent.clock.boot(step));
+            (agent.leased_until, agent.fence) = (0, 0);
             // What ran is gone, and what lay on the disk of the journal is not: what had ended is known still.
             agent.boot += 1;
             for (local, _) in agent.local.values_mut() {
@@ -227,7 +259,9 @@ impl Sim {
             }
         }
         if self.random.f64() < self.options.cut {
-            let until = step + self.random.u64(1..300);
+            // Now and then for longer than a lease lasts.
+            let most = if self.random.f64() < 0.2 { 1000 } else { 300 };
+            let until = step + self.random.u64(1..most);
             self.agents[i].cut_until = until;
             self.agents[i].hang_up();
         }
@@ -254,6 +288,7 @@ impl Sim {
     }
 
     pub(super) fn step_agents(&mut self) {
+        let step = self.step;
         for i in 0..self.agents.len() {
             self.agents[i].work(&mut self.random);
             let agent = &self.agents[i];
@@ -273,7 +308,8 @@ impl Sim {
                 .values()
                 .map(|(local, _)| local.clone())
                 .collect();
-            for action in actions(&list, &local, true) {
+            let leased = agent.leased_until > agent.clock.boot(step);
+            for action in actions(&list, &local, leased) {
                 agent.act(&action);
             }
         }
@@ -318,6 +354,9 @@ impl Sim {
                 let replica = self.replica(id);
                 let now = replica.clock.boot(step);
                 replica.heard.last.insert(name.clone(), now);
+                let agent = &mut self.agents[i];
+                let number = agent.lease.beat(agent.clock.boot(step));
+                self.replica(id).beats.insert(name.clone(), (number, now));
                 let state = self.core(id).state().clone();
                 let assigned = state.nodes.get(&name).map_or(0, |node| node.assigned);
                 let agent = &mut self.agents[i];

@@ -93,6 +93,7 @@ impl Sim {
                 least,
                 since: step,
                 user: None,
+                lease: false,
             };
             self.replica(id).reading.insert(ticket, reading);
         }
@@ -141,6 +142,8 @@ impl Sim {
                     cluster: CLUSTER.into(),
                     node_count: self.random.i32(1..=self.options.agents as i32),
                     custom_toolkit_settings: Some(v1::CustomToolkitSettings::default()),
+                    // Most are to run again.
+                    on_node_loss: [0, 0, 0, 0, 1, 1, 2, 3][self.random.usize(..8)],
                     ..Default::default()
                 })
             }

@@ -1,14 +1,12 @@
 //! The clocks of machines: one for people, which may jump, and one that counts from the machine's start, which may go too fast or too
 //! slow.
-//!
-//! Agents have none here: what of them is played asks for no time.
 
 use super::{STEP_MS, Sim};
 
 /// How far a clock for people is off at most: requests are remembered for an hour of it.
 const OFF_MAX_MS: i64 = 10 * 60 * 1000;
-/// How much a clock that counts goes wrong at most, in thousandths.
-const DRIFT_MAX: i64 = 30;
+/// How much a clock that counts goes wrong at most, in thousandths: two of them go apart by less than leases allow for.
+const DRIFT_MAX: i64 = 4;
 
 /// The clocks of a machine.
 #[derive(Clone, Copy, Debug, Default)]

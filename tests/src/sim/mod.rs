@@ -10,6 +10,7 @@ mod clients;
 mod clocks;
 mod disk;
 mod faults;
+mod leases;
 mod members;
 mod network;
 mod registers;
@@ -24,6 +25,7 @@ use batchai_proto::internal::v1::replica::Role;
 use agents::Agent;
 use checks::Checks;
 use clients::Client;
+use clocks::Clock;
 use faults::Options;
 use members::Admin;
 use network::Network;
@@ -71,6 +73,8 @@ pub struct Sim {
     replicas: BTreeMap<u64, Replica>,
     network: Network,
     tickets: u64,
+    /// Leases on their way to agents.
+    grants: Vec<leases::Grant>,
     agents: Vec<Agent>,
     clients: Vec<Client>,
     registers: Registers,
@@ -99,7 +103,10 @@ impl Sim {
         let replicas = ids.map(|id| (id, Replica::new(id, &mut random, &options)));
         let mut sim = Sim {
             replicas: replicas.collect(),
-            agents: (0..options.agents).map(Agent::new).collect(),
+            agents: (0..options.agents)
+                .map(|i| Agent::new(i, Clock::draw(&mut random, options.clock > 0.0)))
+                .collect(),
+            grants: Vec::new(),
             clients: (0..3).map(Client::new).collect(),
             options,
             random,
@@ -155,6 +162,7 @@ impl Sim {
             }
             // It may have died amid a write, or wait for one.
             if self.is_up(id) {
+                self.ask_for_leases(id);
                 self.lead(id);
                 self.settle(id)?;
             }
@@ -162,6 +170,7 @@ impl Sim {
                 self.save(id);
             }
         }
+        self.step_leases();
         self.step_agents();
         self.step_clients();
         self.step_users();

@@ -254,6 +254,7 @@ impl Sim {
                 least: self.checks.acknowledged,
                 since,
                 user: Some((user, begun)),
+                lease: false,
             };
             self.replica(id).reading.insert(ticket, reading);
         }

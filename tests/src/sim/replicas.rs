@@ -1,7 +1,9 @@
 //! One replica: its machine and disk, and the process on it, if it runs, which does what production's thread and leader do.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
+use batchai_coordinator::agents::lease::Leases;
 use batchai_coordinator::duties::{Heard, Leader, duties};
 use batchai_coordinator::replica::core::{
     Core, CoreError, ELECTION_TICKS, Output, Proposed, SnapshotPolicy,
@@ -19,6 +21,7 @@ use raft::eraftpb::Message;
 use super::clocks::Clock;
 use super::disk::{Disk, Went};
 use super::faults::Options;
+use super::leases::LEASE_MS;
 use super::network::{Book, Sent};
 use super::{Asked, ENSEMBLE, Sim};
 
@@ -38,6 +41,8 @@ pub struct Reading {
     pub since: u64,
     /// Who of those whose history is judged, and in which of his moments.
     pub user: Option<(usize, u64)>,
+    /// It is for leases.
+    pub lease: bool,
 }
 
 /// One replica.
@@ -59,6 +64,9 @@ pub struct Replica {
     drawn: ((u64, bool), usize),
     /// When nodes were heard of, and attempts first seen to prepare.
     pub heard: Heard,
+    pub leases: Leases,
+    /// The number of the latest heartbeat of each node, and when it came.
+    pub beats: BTreeMap<String, (u64, i64)>,
     pub waiting: BTreeMap<u64, (Asked, u64)>,
     pub reading: BTreeMap<u64, Reading>,
     /// A snapshot that is being written, and when that is done.
@@ -92,6 +100,8 @@ impl Replica {
             over: false,
             drawn: ((0, false), ELECTION_TICKS),
             heard: Heard::default(),
+            leases: Leases::default(),
+            beats: BTreeMap::new(),
             waiting: BTreeMap::new(),
             reading: BTreeMap::new(),
             writing: None,
@@ -149,6 +159,8 @@ impl Sim {
         replica.peers = Peers::new(hello(id));
         replica.met.clear();
         replica.book = None;
+        replica.leases = Leases::default();
+        replica.beats.clear();
         replica.heard = Heard {
             now: replica.clock.boot(step),
             ..Heard::default()
@@ -263,6 +275,10 @@ impl Sim {
         }
         for ticket in output.reads {
             if let Some(reading) = self.replica(id).reading.remove(&ticket) {
+                if reading.lease {
+                    self.end_round(id, true);
+                    continue;
+                }
                 let state = self.core(id).state().clone();
                 if state.revision < reading.least {
                     let (is, least) = (state.revision, reading.least);
@@ -301,7 +317,9 @@ impl Sim {
             self.answer(asked, &Proposed::Unknown);
         }
         if due {
-            for kind in self.duties(id) {
+            let duties = self.duties(id);
+            self.note_losses(&duties);
+            for kind in duties {
                 self.propose(id, kind, None, Asked::Duty);
             }
         }
@@ -319,6 +337,11 @@ impl Sim {
         });
         replica.heard.preparing = since.collect();
         (replica.heard.now, replica.heard.wall) = (boot, wall);
+        let granted = replica.leases.granted();
+        replica.heard.leading = granted.map(|(term, since, _)| (term, since));
+        replica.heard.granted = Arc::new(granted.map_or(BTreeMap::new(), |(_, _, g)| g.clone()));
+        let term = replica.core.as_ref().map(|core| core.term().0);
+        replica.heard.leading = replica.heard.leading.filter(|(of, _)| Some(*of) == term);
         replica.heard.replicas = replica.peers.records();
         let first = (1..=first).map(|id| batchai_proto::internal::v1::Replica {
             id,
@@ -330,7 +353,7 @@ impl Sim {
             replica: id as i64,
             ensemble: ENSEMBLE.into(),
             replicas: first.collect(),
-            lease_ms: 600_000,
+            lease_ms: LEASE_MS,
         };
         duties(state, &replica.heard, &leader)
     }

@@ -1,5 +1,6 @@
 //! Who belongs to the ensemble, as raft sees it: how that is changed, and how each of them is.
 
+use batchai_common::fault;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::replica::Role;
 use batchai_proto::internal::v1::{ChangeReplica, Command};
@@ -147,7 +148,7 @@ impl<S: LogStore> Core<S> {
                     "it is not in contact: look at its log, and at its address".to_owned(),
                 );
             }
-            if behind > BEHIND_MAX {
+            if behind > BEHIND_MAX && !fault!("vote_for_one_that_is_behind") {
                 return Some(format!(
                     "it is {behind} entries behind; it gets a vote when it is at most {BEHIND_MAX} behind"
                 ));
@@ -188,7 +189,7 @@ impl<S: LogStore> Core<S> {
                 return Err(bad("it is no change of membership".to_owned()));
             }
             let applied = apply(&mut self.state, index, &command);
-            if applied.is_err() {
+            if applied.is_err() && !fault!("membership_changed_though_rejected") {
                 return Ok(Some(applied));
             }
             result = Some(applied);
@@ -220,7 +221,7 @@ impl<S: LogStore> Core<S> {
         let behind = known.map_or(u64::MAX, |p| {
             raft.raft_log.committed.saturating_sub(p.matched)
         });
-        if behind > BEHIND_MAX || !self.is_active(to) {
+        if (behind > BEHIND_MAX || !self.is_active(to)) && !fault!("hand_over_while_behind") {
             return Err("it is not in contact, or far behind".to_owned());
         }
         self.raw.transfer_leader(to);

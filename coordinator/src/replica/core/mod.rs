@@ -12,6 +12,7 @@ mod agreement;
 mod members;
 mod snapshots;
 
+use batchai_common::fault;
 use std::collections::BTreeMap;
 
 use batchai_proto::internal::v1::{Command, SnapshotMark};
@@ -162,6 +163,7 @@ impl<S: LogStore> Core<S> {
         let mut hard_state = recovered.hard_state;
         // The commit index is written without a sync of its own: it may be behind or ahead of what was synced.
         hard_state.commit = hard_state.commit.clamp(mark.index, last);
+        hard_state.vote *= u64::from(!fault!("vote_forgotten"));
         log.set_hard_state(hard_state);
         let config = Config {
             id: identity.replica_id,
@@ -172,8 +174,8 @@ impl<S: LogStore> Core<S> {
             max_committed_size_per_ready: COMMITTED_BYTES_MAX,
             max_inflight_msgs: INFLIGHT_MESSAGES_MAX,
             applied: mark.index,
-            check_quorum: true,
-            pre_vote: true,
+            check_quorum: !fault!("no_check_quorum"),
+            pre_vote: !fault!("no_pre_vote"),
             ..Config::default()
         };
         let mut raw = RawNode::new(&config, log, &logger())?;
@@ -312,6 +314,10 @@ impl<S: LogStore> Core<S> {
         if self.leader().is_none() || elected_but_behind {
             return false;
         }
+        if fault!("read_without_asking") {
+            self.reading.entry(0).or_default().push(ticket);
+            return true;
+        }
         self.raw
             .read_index([&self.life[..], &ticket.to_be_bytes()].concat());
         true
@@ -361,7 +367,7 @@ impl<S: LogStore> Core<S> {
         }
         self.came.clear();
         self.apply(ready.take_committed_entries(), output)?;
-        if ready.must_sync() {
+        if ready.must_sync() && !fault!("log_not_written") {
             self.store.append(ready.entries(), ready.hs())?;
         }
         let log = self.raw.mut_store();
@@ -379,7 +385,14 @@ impl<S: LogStore> Core<S> {
         self.apply(light.take_committed_entries(), output)?;
         self.raw.advance_apply();
         let applied = self.raw.raft.raft_log.applied;
-        let later = self.reading.split_off(&(applied + 1));
+        let later = self.reading.split_off(
+            &(applied
+                + if fault!("read_before_applied") {
+                    1_000
+                } else {
+                    1
+                }),
+        );
         output.reads.extend(
             std::mem::replace(&mut self.reading, later)
                 .into_values()
@@ -409,7 +422,9 @@ impl<S: LogStore> Core<S> {
                 })
             });
             let proposed = match (self.proposed.remove(&entry.index), result) {
-                (Some((term, ticket)), Some(result)) if term == entry.term => {
+                (Some((term, ticket)), Some(result))
+                    if term == entry.term || fault!("answer_of_another_term") =>
+                {
                     (ticket, Proposed::Applied(result))
                 }
                 (Some((_, ticket)), _) => (ticket, Proposed::NotLeader),
@@ -442,7 +457,10 @@ impl<S: LogStore> Core<S> {
 
     /// What was proposed under an earlier leadership may or may not be applied some day: whoever waits must know.
     fn fail_what_lost_its_leader(&mut self, output: &mut Output) {
-        if self.raw.raft.state != StateRole::Leader && !self.proposed.is_empty() {
+        if self.raw.raft.state != StateRole::Leader
+            && !self.proposed.is_empty()
+            && !fault!("lost_proposals_not_told")
+        {
             let lost = std::mem::take(&mut self.proposed);
             output
                 .proposals

@@ -1,5 +1,6 @@
 //! Snapshots: when one is due, what it stands for, and what becomes of the log; those that come from peers.
 
+use batchai_common::fault;
 use batchai_proto::internal::v1::SnapshotMark;
 use protobuf::Message as _;
 use raft::eraftpb::{ConfState, Message, Snapshot};
@@ -24,7 +25,7 @@ impl<S: LogStore> Core<S> {
             .filter(|_| due && index > self.snapshot)?;
         let conf_state = self.raw.store().conf_state().write_to_bytes();
         let mark = SnapshotMark {
-            index,
+            index: index - u64::from(fault!("snapshot_index_off_by_one")),
             term: entry.term,
             conf_state: conf_state.expect("what is in memory can be encoded"),
         };
@@ -102,7 +103,11 @@ impl<S: LogStore> Core<S> {
         let log = self.raw.mut_store();
         log.restart(begin, meta.get_conf_state().clone());
         log.set_snapshot(mark, state.clone());
-        self.state = state;
+        self.state = if fault!("state_not_from_snapshot") {
+            self.state.clone()
+        } else {
+            state
+        };
         (self.snapshot, self.unsaved_bytes) = (begin.index, 0);
         // Who waits for what is in it learns that it may have been applied.
         Ok(())

@@ -4,6 +4,7 @@
 //! alone asks the kernel to write but does not make it durable), then the witness. The database runs no thread of its
 //! own that would flush behind our back.
 
+use batchai_common::fault;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -118,13 +119,16 @@ impl DiskStore {
         };
         self.db.apply_batch(batch).map_err(database)?;
         self.db.flush().map_err(database)?;
+        if fault!("log_not_synced") {
+            return Ok(());
+        }
         self.file.sync_data().map_err(io(&self.path))
     }
 
     /// Removes everything from an index on; what a chunk holds before it is written again.
     fn truncate(&mut self, from: u64, batch: &mut sled::Batch) -> Result<(), StoreError> {
         // The witness must never promise what is about to go.
-        self.mark.last = from - 1;
+        self.mark.last = from - u64::from(!fault!("witness_promises_what_goes"));
         self.witness.write(self.mark).map_err(io(&self.path))?;
         let spanning = self
             .chunks
@@ -136,7 +140,10 @@ impl DiskStore {
             let entries = chunk::unpack_from(first, &records);
             let entries = entries.map_err(|why| damaged(&self.path, &why))?;
             self.remove(first, parts, batch);
-            let keep: Vec<_> = entries.into_iter().filter(|e| e.index < from).collect();
+            let keep = entries
+                .into_iter()
+                .filter(|e| e.index < from && !fault!("whole_chunk_truncated"));
+            let keep: Vec<_> = keep.collect();
             self.insert(&keep, batch);
         }
         for (first, (_, parts)) in self
@@ -226,7 +233,7 @@ impl LogStore for DiskStore {
         if let Some(hard_state) = hard_state {
             (self.mark.term, self.mark.vote) = (hard_state.term, hard_state.vote);
         }
-        if self.mark != before {
+        if self.mark != before && !fault!("witness_not_written") {
             self.witness.write(self.mark).map_err(io(&self.path))?;
         }
         Ok(())

@@ -4,6 +4,7 @@
 //! index, with term and vote, is also kept here: in two slots written in turn, each with a checksum, synced after the
 //! database was and before anything is acknowledged.
 
+use batchai_common::fault;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -56,7 +57,8 @@ impl Witness {
                 other => other?,
             }
             if let Some((sequence, mark)) = decode(&bytes)
-                && latest.is_none_or(|(known, _)| sequence > known)
+                && latest
+                    .is_none_or(|(known, _)| sequence > known || fault!("older_witness_counts"))
             {
                 latest = Some((sequence, mark));
             }
