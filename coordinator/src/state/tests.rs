@@ -244,10 +244,10 @@ impl Ensemble {
     pub(super) fn submit(
         &mut self,
         id: &str,
-        nodes: i32,
+        node_count: i32,
         change: impl FnOnce(&mut v1::Job),
     ) -> String {
-        let name = self.queue(id, nodes, change);
+        let name = self.queue(id, node_count, change);
         self.settle();
         name
     }
