@@ -52,20 +52,22 @@ pub async fn run(
             }
             () = shutdown.cancelled() => return,
         }
-        let state = published.borrow_and_update().state.clone();
-        let role = *replica.role().borrow();
-        if !role.leads {
+        let (state, leads, now) = {
+            let seen = published.borrow_and_update();
+            (seen.state.clone(), seen.leads, seen.term)
+        };
+        if !leads {
             continue;
         }
         let mut heard = contacts.heard();
         // What was granted in an earlier term says nothing: another one may have led since.
-        heard.leading = heard.leading.filter(|(term, _)| *term == role.term);
+        heard.leading = heard.leading.filter(|(term, _)| *term == now);
         heard.preparing = preparing.look(&state, heard.now);
         heard.closed = vault.closed(&state);
         heard.replicas = peers.records();
         let duties = duties(&state, &heard, &leader);
         contacts.hold(losses(&duties));
-        let results = replica.propose_all(duties, Some(role.term)).await;
+        let results = replica.propose_all(duties, Some(now)).await;
         contacts.hold(BTreeSet::new());
         for result in results {
             if let Err(error) = result {

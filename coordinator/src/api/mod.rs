@@ -232,6 +232,10 @@ fn rejected(rejection: Rejection) -> ApiError {
             expected,
             actual,
         },
+        Rejection::Unnamed => ApiError::Unavailable {
+            why: rejection.to_string(),
+            leader: None,
+        },
         Rejection::Unknown => ApiError::NotServed(vec![Fault::new("command", "is unknown")]),
     }
 }

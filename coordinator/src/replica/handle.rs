@@ -51,6 +51,7 @@ pub struct Published {
     /// This replica leads and has applied all that was committed before it did.
     pub leads: bool,
     pub leader: Option<u64>,
+    pub term: u64,
 }
 
 /// Who leads, as far as a replica knows.

@@ -366,14 +366,15 @@ impl<S: LogStore> Loop<S> {
         }
         let core = &self.core;
         self.publisher.send_if_modified(|published| {
-            let (leads, leader) = (core.leads(), core.leader());
+            let (leads, leader, term) = (core.leads(), core.leader(), core.term().0);
             let changed = published.state.applied_index != core.state().applied_index
-                || (published.leads, published.leader) != (leads, leader);
+                || (published.leads, published.leader, published.term) != (leads, leader, term);
             if changed {
                 *published = Published {
                     state: core.state().clone(),
                     leads,
                     leader,
+                    term,
                 };
             }
             changed

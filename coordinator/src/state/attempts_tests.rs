@@ -2,7 +2,7 @@
 
 use batchai_proto::agent::v1::{AttemptObservation, Failure, Report};
 use batchai_proto::internal::v1::command::Kind as C;
-use batchai_proto::internal::v1::{Place, RecordReport};
+use batchai_proto::internal::v1::{AllocateNode, Place, RecordReport};
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
 
@@ -130,6 +130,25 @@ fn a_port_belongs_to_one_attempt_on_a_machine() {
     plans[1].nodes[0].port = plans[0].nodes[0].port;
     e.ok(C::Place(plans[0].clone()));
     let refused = e.try_apply(C::Place(plans[1].clone()));
+    assert!(
+        matches!(refused, Err(Rejection::Overtaken { .. })),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_node_belongs_to_one_cluster() {
+    let mut e = Ensemble::with_nodes(1, 1);
+    let name = "resourceGroups/g/workspaces/w/clusters/other".to_owned();
+    e.ok(C::CreateCluster(v1::Cluster {
+        name: name.clone(),
+        vm_size: "small".into(),
+        ..Default::default()
+    }));
+    let refused = e.try_apply(C::AllocateNode(AllocateNode {
+        node: "nodes/n0".into(),
+        cluster: name,
+    }));
     assert!(
         matches!(refused, Err(Rejection::Overtaken { .. })),
         "{refused:?}"

@@ -164,6 +164,9 @@ pub enum Rejection {
     /// A plan or report was overtaken by events; whoever made it makes another.
     #[error("{name}: overtaken: {why}")]
     Overtaken { name: String, why: String },
+    /// Nothing can be done yet.
+    #[error("the ensemble is being set up")]
+    Unnamed,
     /// The command is of a later version than this replica.
     #[error("unknown command: this replica is older than the log it reads; upgrade it")]
     Unknown,
@@ -249,11 +252,7 @@ pub fn apply(state: &mut State, index: u64, command: &Command) -> Result<Vec<Eve
 fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
     let first = matches!(command.kind, Some(CommandKind::InitEnsemble(_)));
     if step.state.ensemble.is_empty() && !first {
-        let why = "the ensemble has no name yet".to_owned();
-        return Err(Rejection::Overtaken {
-            name: "ensemble".to_owned(),
-            why,
-        });
+        return Err(Rejection::Unnamed);
     }
     let kind = command.kind.as_ref().ok_or(Rejection::Unknown)?;
     agreement::check(step.state, kind)?;

@@ -117,3 +117,7 @@ pub fn members(state: &State) -> impl Iterator<Item = &Arc<Replica>> {
 fn voters(state: &State) -> usize {
     members(state).filter(|r| r.role() == Role::Voter).count()
 }
+
+#[cfg(test)]
+#[path = "replicas_tests.rs"]
+mod tests;

@@ -1320,6 +1320,9 @@ fn a_request_that_is_sent_again_does_nothing() {
     assert_eq!(create_group(&mut e, "d", "3", 5).unwrap().len(), 1);
     assert_eq!(e.state.requests.count(), 1, "old ones are forgotten");
     assert_eq!(create_group(&mut e, "b", "1", 2).unwrap().len(), 1);
+    // One that is too old is forgotten, also where nothing has come since that would have swept it.
+    e.heard.now += requests::AGE_MAX_MS + 1;
+    assert_eq!(create_group(&mut e, "late", "1", 9).unwrap().len(), 1);
 }
 
 #[test]
