@@ -37,3 +37,8 @@ pub fn boot_time() -> Duration {
         .expect("CLOCK_BOOTTIME exists on every Linux since 2.6.39");
     Duration::new(time.tv_sec() as u64, time.tv_nsec() as u32)
 }
+
+/// The same in milliseconds, as leases and contacts are counted.
+pub fn boot_millis() -> i64 {
+    boot_time().as_millis() as i64
+}

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use batchai_common::limits::TERMINATION_GRACE;
+use batchai_common::time::boot_millis;
 use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::{AnswerHello, FileRequest, Hello, LogHello, Report};
 use batchai_proto::v1::NodeFacts;
@@ -25,7 +26,7 @@ use crate::journal::{Identity, Journal, JournalError, STOP};
 use crate::launch::{HostFacts, JobLimit, JobUsers};
 use crate::lease::Lease;
 use crate::logs::{Shipped, Shipper};
-use crate::session::{Session, boot_millis};
+use crate::session::Session;
 use crate::shim::{self, Root, RootError};
 use crate::supervisor::Supervisor;
 use crate::user::{self, UserError};
@@ -167,7 +168,6 @@ impl Parts {
             children: HashMap::new(),
             starts: HashMap::new(),
             swept: HashSet::new(),
-            leased_before: false,
         };
         let shipper = Shipper {
             journal: self.journal.clone(),

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use batchai_common::limits::HEARTBEAT_INTERVAL;
-use batchai_common::time::boot_time;
+use batchai_common::time::boot_millis;
 use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
@@ -230,11 +230,6 @@ impl Session {
             newer
         });
     }
-}
-
-/// The boot clock, as leases are counted on it.
-pub fn boot_millis() -> i64 {
-    boot_time().as_millis() as i64
 }
 
 fn is_expelled(status: &tonic::Status) -> bool {

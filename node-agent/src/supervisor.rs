@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use batchai_common::time::boot_millis;
 use batchai_proto::agent::v1::{
     Assignment, AssignmentList, AttemptObservation, Host, Report, Stray, StrayList,
 };
@@ -23,7 +24,6 @@ use crate::journal::{
 use crate::launch::{HostFacts, plan};
 use crate::logs::Shipped;
 use crate::reconcile::{Action, Local, actions, observations, strays};
-use crate::session::boot_millis;
 use crate::shim;
 use crate::status::{FailureRecord, Phase, Status};
 use crate::watch::Watch;
@@ -51,8 +51,6 @@ pub struct Supervisor {
     pub starts: HashMap<String, u32>,
     /// Lost attempts of which no process is left.
     pub swept: HashSet<String>,
-    /// There was a lease.
-    pub leased_before: bool,
 }
 
 impl Supervisor {
@@ -65,10 +63,8 @@ impl Supervisor {
             tokio::select! {
                 () = wake.status.notified() => {}
                 changed = self.assignments.changed() => if changed.is_err() { return },
-                // What waits for the first lease begins at once; what runs has its shim to see to it.
-                Ok(_) = self.leased.wait_for(|until| *until > 0), if !self.leased_before => {
-                    self.leased_before = true;
-                }
+                // What waits for a lease begins at once.
+                changed = self.leased.changed() => if changed.is_err() { return },
                 _ = interval.tick() => {}
                 () = shutdown.cancelled() => return,
             }
@@ -81,7 +77,7 @@ impl Supervisor {
 
     fn look(&mut self) -> Result<(), JournalError> {
         // Before the list: a lease that is newer than it says nothing about what it names.
-        let leased = *self.leased.borrow() > boot_millis();
+        let leased = *self.leased.borrow_and_update() > boot_millis();
         // Before there was a first list nobody knows what is wanted: nothing is ended, only reported.
         let told = self.assignments.borrow_and_update().clone();
         let known = told.is_some();

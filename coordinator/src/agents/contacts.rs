@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use batchai_common::time::{boot_time, now_millis};
+use batchai_common::time::{boot_millis, now_millis};
 
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -181,10 +181,6 @@ impl Contacts {
             ..Heard::default()
         }
     }
-}
-
-pub fn boot_millis() -> i64 {
-    boot_time().as_millis() as i64
 }
 
 #[cfg(test)]

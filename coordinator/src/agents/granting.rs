@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use batchai_common::time::boot_millis;
 use tokio_util::sync::CancellationToken;
 
-use super::contacts::{Contacts, boot_millis};
+use super::contacts::Contacts;
 use super::lease::Leases;
 use crate::replica::Handle;
 
