@@ -59,8 +59,9 @@ impl Sim {
             if self.clients[i].wants.is_none() && !self.healed && self.random.f64() < 0.2 {
                 self.clients[i].wants = self.wish(i);
             }
-            // At the end the cluster has all nodes again, so that every job fits.
-            if self.healed && !self.grown && self.clients[i].wants.is_none() {
+            // At the end the cluster has all nodes again, so that every job fits; what others still want of it comes before.
+            let idle = !self.clients.iter().any(Client::is_busy);
+            if self.healed && !self.grown && idle {
                 self.grown = true;
                 self.clients[i].wants = Some((resize(self.options.agents), self.clients[i].key()));
             }

@@ -72,6 +72,22 @@ impl Options {
             reboot,
         }
     }
+
+    /// Half as much goes wrong: in the worst worlds nothing would ever be done.
+    pub fn soften(&mut self) {
+        let often = [
+            &mut self.loss,
+            &mut self.cut,
+            &mut self.isolation,
+            &mut self.crash,
+            &mut self.torn,
+            &mut self.slow,
+            &mut self.pause,
+        ];
+        for chance in often {
+            *chance /= 2.0;
+        }
+    }
 }
 
 impl Sim {

@@ -19,7 +19,7 @@ use super::{Asked, Sim};
 const IDS_MAX: u64 = 20;
 
 /// The administrator.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Admin {
     /// He waits for an answer.
     asked: bool,
@@ -213,6 +213,19 @@ impl Sim {
         let core = self.replicas[&id].core.as_ref();
         let learner = |core: &Core<Disk>| members(core.state()).any(|r| r.role() == Role::Learner);
         self.admin.asked || core.is_some_and(learner)
+    }
+
+    /// For who looks into a failure.
+    pub(super) fn how_replicas_are(&self) -> String {
+        let each = self.replicas.iter().map(|(id, replica)| {
+            let core = replica.core.as_ref();
+            let known = core.map(|core| (core.term(), core.state().revision));
+            format!(
+                "{id}: over {}, term, leads, revision {known:?}",
+                replica.over
+            )
+        });
+        each.collect::<Vec<_>>().join("; ")
     }
 
     /// The membership is as it should be in the end.

@@ -34,6 +34,8 @@ use replicas::Replica;
 
 /// Milliseconds of the clock in one step, which is a tick of every replica.
 const STEP_MS: i64 = 50;
+/// Where so many steps were not enough, less goes wrong from then on.
+const SOFTEN_STEPS: u64 = 5_000;
 /// Steps with faults at most, and without them.
 const FAULTY_STEPS_MAX: u64 = 20_000;
 const HEALED_STEPS_MAX: u64 = 4_000;
@@ -130,6 +132,9 @@ impl Sim {
         while self.checks.revision() < enough && self.step < FAULTY_STEPS_MAX {
             self.fail_something();
             self.once()?;
+            if self.step.is_multiple_of(SOFTEN_STEPS) {
+                self.options.soften();
+            }
         }
         self.heal();
         let until = self.step + HEALED_STEPS_MAX;
@@ -192,7 +197,12 @@ impl Sim {
             return "nobody runs".to_owned();
         };
         if !self.is_manned(first) {
-            return format!("the membership is not whole: {:?}", first.replicas);
+            return format!(
+                "the membership is not whole: {:?}; {:?}; {}",
+                first.replicas,
+                self.admin,
+                self.how_replicas_are()
+            );
         }
         for id in self.members() {
             let core = self.replicas[&id].core.as_ref();

@@ -12,7 +12,7 @@ use raft::eraftpb::{
 };
 use raft::{ProgressState, SnapshotStatus, StateRole};
 
-use super::{Core, CoreError, Proposed, Ticket};
+use super::{Core, CoreError, Output, Proposed, Ticket};
 use crate::replica::store::LogStore;
 use crate::state::{Event, Rejection, apply, replicas};
 
@@ -203,6 +203,31 @@ impl<S: LogStore> Core<S> {
         let conf_state = self.raw.apply_conf_change(&change)?;
         self.raw.mut_store().set_conf_state(conf_state);
         Ok(result)
+    }
+
+    /// Answers for changes of the membership of which a majority of those who vote by now know that they are decided. Before that
+    /// the others would still count by the membership before: where the leader is lost then, a replica that was removed would be missed.
+    pub(super) fn settle(&mut self, output: &mut Output) {
+        let Some(&(index, ..)) = self.settling.first() else {
+            return;
+        };
+        let raft = &self.raw.raft;
+        if raft.state != StateRole::Leader {
+            return;
+        }
+        let voters = raft.prs().conf().voters();
+        let (mut all, mut know) = (0, 0);
+        for (id, progress) in raft.prs().iter().filter(|(id, _)| voters.contains(**id)) {
+            let knows = *id == raft.id || progress.committed_index >= index;
+            all += 1;
+            know += usize::from(knows);
+        }
+        if know > all / 2 || fault!("membership_answered_at_once") {
+            let (_, ticket, revision) = self.settling.remove(0);
+            output
+                .proposals
+                .push((ticket, Proposed::Applied(Ok(revision))));
+        }
     }
 
     /// Asks a voter to lead instead. Whether it does is seen by the leader's id.

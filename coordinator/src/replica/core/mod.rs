@@ -129,6 +129,8 @@ pub struct Core<S> {
     heard: BTreeMap<u64, u64>,
     /// Index -> term and ticket of what this replica proposed and has not seen applied.
     proposed: BTreeMap<u64, (u64, Ticket)>,
+    /// Changes of membership that are applied here, and answered when a majority knows of them: index, ticket, revision.
+    settling: Vec<(u64, Ticket, i64)>,
     /// Index -> reads that wait for it to be applied.
     reading: BTreeMap<u64, Vec<Ticket>>,
     /// Snapshots that came and were written, until raft has taken one of them, or none.
@@ -197,6 +199,7 @@ impl<S: LogStore> Core<S> {
             ticks: 0,
             heard: BTreeMap::new(),
             proposed: BTreeMap::new(),
+            settling: Vec::new(),
             reading: BTreeMap::new(),
             came: Vec::new(),
             agreement: Agreement::default(),
@@ -338,6 +341,7 @@ impl<S: LogStore> Core<S> {
         if self.raw.has_ready() {
             self.ready_once(&mut output, send)?;
         }
+        self.settle(&mut output);
         self.fail_what_lost_its_leader(&mut output);
         self.tell(&mut output);
         Ok(output)
@@ -422,6 +426,12 @@ impl<S: LogStore> Core<S> {
                 })
             });
             let proposed = match (self.proposed.remove(&entry.index), result) {
+                (Some((term, ticket)), Some(Ok(at)))
+                    if term == entry.term && entry.entry_type != EntryType::EntryNormal =>
+                {
+                    self.settling.push((entry.index, ticket, at));
+                    continue;
+                }
                 (Some((term, ticket)), Some(result))
                     if term == entry.term || fault!("answer_of_another_term") =>
                 {
@@ -457,14 +467,15 @@ impl<S: LogStore> Core<S> {
 
     /// What was proposed under an earlier leadership may or may not be applied some day: whoever waits must know.
     fn fail_what_lost_its_leader(&mut self, output: &mut Output) {
-        if self.raw.raft.state != StateRole::Leader
-            && !self.proposed.is_empty()
-            && !fault!("lost_proposals_not_told")
+        let waiting = !self.proposed.is_empty() || !self.settling.is_empty();
+        if self.raw.raft.state != StateRole::Leader && waiting && !fault!("lost_proposals_not_told")
         {
-            let lost = std::mem::take(&mut self.proposed);
+            let lost = std::mem::take(&mut self.proposed).into_values();
+            let unsettled = std::mem::take(&mut self.settling).into_iter();
+            let lost = lost.map(|(_, t)| t).chain(unsettled.map(|(_, t, _)| t));
             output
                 .proposals
-                .extend(lost.into_values().map(|(_, t)| (t, Proposed::Unknown)));
+                .extend(lost.map(|ticket| (ticket, Proposed::Unknown)));
         }
     }
 }

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::replica::Role;
-use batchai_proto::internal::v1::{ChangeReplica, InitEnsemble, ReplicaIdentity};
+use batchai_proto::internal::v1::{ChangeReplica, InitEnsemble, Replica, ReplicaIdentity};
 use batchai_proto::v1;
 
 use super::*;
@@ -351,6 +351,56 @@ fn who_began_alone_does_not_lead_alone_after_others_joined() {
         assert!(!alone.leads(), "it knows that others vote");
     }
     assert_eq!(alone.state().replicas.len(), 2);
+}
+
+/// Found by the simulator: a removal was answered when its leader alone knew of it; that one was lost, and the others missed the
+/// removed one for every majority.
+#[test]
+fn a_removal_is_answered_when_a_majority_knows_of_it() {
+    let mut net = Net::new(&[1, 2, 3, 4]);
+    let leader = net.elect();
+    let mut init = init();
+    let replica = |id| Replica {
+        id,
+        role: Role::Voter as i32,
+        ..Replica::default()
+    };
+    if let Some(Kind::InitEnsemble(init)) = &mut init.kind {
+        init.replicas = (1..=4).map(replica).collect();
+    }
+    let refused = net.cores.get_mut(&leader).unwrap().propose(&[(1, init)]);
+    assert!(refused.is_empty());
+    net.settle();
+    let gone = if leader == 4 { 3 } else { 4 };
+    let (command, mut change) = join(gone, Role::Removed);
+    change.endpoint.clear();
+    let core = net.cores.get_mut(&leader).unwrap();
+    assert!(core.change(9, &command, &change).is_none());
+    let (mut asked, mut answered) = (Vec::new(), Vec::new());
+    core.all_ready(&mut |mut sent| asked.append(&mut sent))
+        .unwrap();
+    for message in asked {
+        let follower = net.cores.get_mut(&message.to).unwrap();
+        follower.step(message).unwrap();
+        follower
+            .all_ready(&mut |mut sent| answered.append(&mut sent))
+            .unwrap();
+    }
+    let core = net.cores.get_mut(&leader).unwrap();
+    for message in answered {
+        core.step(message).unwrap();
+    }
+    // What it says to the others is lost.
+    let output = core.all_ready(&mut |_| {}).unwrap();
+    assert_eq!(core.state().replicas[&gone].role(), Role::Removed);
+    assert!(output.proposals.is_empty(), "nobody else knows of it");
+    for _ in 0..5 {
+        net.cores.values_mut().for_each(Core::tick);
+        net.settle();
+    }
+    let answers = &net.outputs[&leader].proposals;
+    let answer = answers.iter().find(|(ticket, _)| *ticket == 9);
+    assert!(matches!(answer, Some((_, Proposed::Applied(Ok(_))))));
 }
 
 #[test]

@@ -91,6 +91,11 @@ pub const FAULTS: &[Fault] = &[
     ("removed_id_used_again", Code, &[Coordinator, Simulator]),
     ("another_store_taken", Code, &[Coordinator, Simulator]),
     ("removed_replica_counted", Rules, &[Coordinator, Simulator]),
+    (
+        "membership_answered_at_once",
+        Rules,
+        &[Coordinator, Simulator],
+    ),
     ("unknown_level_taken", Rules, &[Coordinator, Simulator]),
     (
         "written_without_a_majority",
