@@ -48,7 +48,7 @@ const AGENTS: [&str; 2] = [
     "/batchai.agent.v1.JoinService/",
 ];
 /// Calls for replicas.
-const PEERS: &str = "/batchai.internal.v1.PeerService/";
+const PEERS: &str = "/batchai.internal.v1.";
 /// What they take, as errors call it.
 const ENSEMBLE: &str = "to be a replica";
 /// Before a message in a body: whether it is compressed, and its length.

@@ -13,6 +13,7 @@ use batchai_common::tls::acceptor::incoming;
 use batchai_proto::agent::v1::agent_service_server::AgentServiceServer;
 use batchai_proto::agent::v1::join_service_server::JoinServiceServer;
 use batchai_proto::internal::v1::peer_service_server::PeerServiceServer;
+use batchai_proto::internal::v1::relay_service_server::RelayServiceServer;
 use batchai_proto::v1::access_service_server::AccessServiceServer;
 use batchai_proto::v1::admin_service_server::AdminServiceServer;
 use batchai_proto::v1::bundle_service_server::BundleServiceServer;
@@ -36,6 +37,8 @@ use crate::agents::contacts::Contacts;
 use crate::agents::files::FileDesk;
 use crate::agents::granting;
 use crate::agents::join::Join;
+use crate::agents::link::{self, Link, Uplink};
+use crate::agents::relay::Relay;
 use crate::agents::service::Agents;
 use crate::api::Api;
 use crate::audit::Audit;
@@ -55,6 +58,8 @@ use crate::replica::peers::{Lanes, PEER_BYTES_MAX, PeerDesk, Peers};
 use crate::replica::store::Snapshots;
 use crate::secrets::Vault;
 
+/// Agents are let go when no leader has answered for so many of the least time that an election waits: by then another one would lead.
+const ALONE_ELECTIONS: u32 = 4;
 /// How long open calls may take to end when the coordinator does.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// Calls that one connection may have open at once.
@@ -78,7 +83,6 @@ pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerEr
     let vault = Vault::open(config::keys(config.secrets_key.as_ref(), &config.data), new)?;
     let started = boot::start_replica(&config)?;
     let replica = started.handle.clone();
-    let failed = started.running.failed;
     let bound = TcpListener::bind(config.listen).await;
     let listener = bound.map_err(|source| ServerError::Bind {
         address: config.listen,
@@ -86,24 +90,22 @@ pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerEr
     })?;
     let address = listener.local_addr()?;
     let (health, health_service) = tonic_health::server::health_reporter();
+    let (contacts, desk) = (Contacts::default(), FileDesk::default());
+    let (lanes, uplink, link) = ways(&config, &started, pki.as_ref(), &contacts, &desk);
     let shared = Shared {
         peers: started.peers.clone(),
         replica: replica.clone(),
-        contacts: Contacts::default(),
+        contacts,
+        uplink,
         logs,
         bundles,
-        desk: FileDesk::default(),
+        desk,
         audit,
         vault,
         shutdown: shutdown.clone(),
     };
-    let lanes = Lanes {
-        peers: started.peers.clone(),
-        replica: replica.clone(),
-        first: started.ensemble.first.clone(),
-        credentials: pki.as_ref().map(Pki::client),
-    };
     let mut tasks = shared.tasks(started.leader, lanes);
+    tasks.push(tokio::spawn(link.run(shutdown.clone())));
     tasks.push(tokio::spawn(farewell(
         replica.clone(),
         told,
@@ -115,17 +117,19 @@ pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerEr
         shutdown.clone(),
     )));
     let desk_of_peers = shared.desk_of_peers(started.snapshots);
+    let relay = shared.relay();
     let connections = incoming(listener, pki.as_ref().map(Pki::server));
     let serve = shared
         .routes(pki.as_ref(), &config)?
         .add_service(desk_of_peers)
+        .add_service(relay)
         .add_service(health_service)
         .serve_with_incoming_shutdown(connections, shutdown.clone().cancelled_owned());
     tasks.push(tokio::spawn(keep_fresh(pki, shutdown.clone())));
     let ready = tokio::spawn(ready(replica.clone(), address));
     let removed = started.peers.removed();
     let end = tokio::select! {
-        end = until_drained(serve, failed, shutdown.clone()) => end,
+        end = until_drained(serve, started.running.failed, shutdown.clone()) => end,
         () = removed.cancelled() => Err(ServerError::Removed),
     };
     shutdown.cancel();
@@ -135,6 +139,32 @@ pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerEr
     // The directory's lock must outlive whoever writes into it. A panic was reported where it happened.
     let _ = tokio::task::spawn_blocking(move || started.running.thread.join()).await;
     end
+}
+
+/// The two ways to the other replicas: raft's messages go over lanes, what agents say goes up to the leader over the link.
+fn ways(
+    config: &Config,
+    started: &boot::Started,
+    pki: Option<&Pki>,
+    contacts: &Contacts,
+    desk: &FileDesk,
+) -> (Lanes, Uplink, Link) {
+    let lanes = Lanes {
+        peers: started.peers.clone(),
+        replica: started.handle.clone(),
+        first: started.ensemble.first.clone(),
+        credentials: pki.map(Pki::client),
+    };
+    let (uplink, link) = link::new(link::Parts {
+        replica: started.handle.clone(),
+        peers: started.peers.clone(),
+        contacts: contacts.clone(),
+        desk: desk.clone(),
+        first: started.ensemble.first.clone(),
+        credentials: pki.map(Pki::client),
+        alone_after: Duration::from_millis(config.election_timeout) * ALONE_ELECTIONS,
+    });
+    (lanes, uplink, link)
 }
 
 async fn end_all(tasks: Vec<JoinHandle<()>>) {
@@ -183,6 +213,7 @@ struct Shared {
     peers: Peers,
     replica: Handle,
     contacts: Contacts,
+    uplink: Uplink,
     logs: LogStore,
     bundles: BundleStore,
     desk: FileDesk,
@@ -236,6 +267,17 @@ impl Shared {
         PeerServiceServer::new(desk).max_decoding_message_size(PEER_BYTES_MAX)
     }
 
+    fn relay(&self) -> RelayServiceServer<Relay> {
+        let relay = Relay {
+            replica: self.replica.clone(),
+            peers: self.peers.clone(),
+            contacts: self.contacts.clone(),
+            desk: self.desk.clone(),
+            shutdown: self.shutdown.clone(),
+        };
+        RelayServiceServer::new(relay).max_decoding_message_size(PEER_BYTES_MAX)
+    }
+
     fn routes(self, pki: Option<&Pki>, config: &Config) -> Result<Routes, ServerError> {
         let authority = pki.and_then(|pki| pki.authority.clone());
         let shares = Shares {
@@ -270,6 +312,7 @@ impl Shared {
             lease: Duration::from_secs(config.lease),
             replica: self.replica,
             contacts: self.contacts,
+            uplink: self.uplink,
             logs: self.logs,
             bundles: self.bundles,
             desk: self.desk,

@@ -180,7 +180,8 @@ impl Parts {
             },
         };
         let session = Session {
-            connector: self.connector.clone(),
+            // Any replica has sessions: agents spread over them. The rest goes to the leader.
+            connector: self.connector.beginning_at(fastrand::usize(..)),
             hello: self.hello(),
             identity: self.identity.clone(),
             journal: self.journal.clone(),

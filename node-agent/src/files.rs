@@ -30,6 +30,7 @@ use bytes::Bytes;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status};
 
 use crate::launch::{HostFacts, output_directory};
 
@@ -48,6 +49,8 @@ const SILENCE_MAX_MS: u16 = 20_000;
 const CHANNEL_AGE_MAX: Duration = Duration::from_secs(3600);
 /// Processes that look and are stuck in the kernel: with so many, no other is started.
 const STUCK_MAX: usize = 8;
+/// How often an answer is offered.
+const TRIES: u32 = 3;
 
 /// Answers the coordinator's questions.
 pub struct Answerer {
@@ -101,6 +104,27 @@ async fn answer(
     facts: HostFacts,
     starter: Starter,
 ) {
+    for _ in 0..TRIES {
+        let asked = (question.clone(), facts.clone(), starter.clone());
+        let Err(status) = offer(channel.clone(), hello.clone(), asked).await else {
+            return;
+        };
+        tracing::debug!(
+            error = causes(&status),
+            "an answer about files was not taken"
+        );
+        // Whoever does not lead takes none, and says who does: the channel goes there the next time.
+        if status.code() != Code::Unavailable {
+            return;
+        }
+    }
+}
+
+async fn offer(
+    channel: Route,
+    hello: AnswerHello,
+    (question, facts, starter): (FileRequest, HostFacts, Starter),
+) -> Result<(), Status> {
     let (sender, parts) = mpsc::channel(PARTS_MAX);
     let hello = AnswerFileRequest {
         part: Some(Part::Hello(hello)),
@@ -124,16 +148,8 @@ async fn answer(
         }
     });
     let mut client = AgentServiceClient::new(channel);
-    let end = match client.answer_file(ReceiverStream::new(parts)).await {
-        Ok(end) => end.into_inner().message().await.map(|_| ()),
-        Err(status) => Err(status),
-    };
-    if let Err(status) = end {
-        tracing::debug!(
-            error = causes(&status),
-            "an answer about files was not taken"
-        );
-    }
+    let end = client.answer_file(ReceiverStream::new(parts)).await?;
+    end.into_inner().message().await.map(|_| ())
 }
 
 /// Why an answer ends early.
@@ -191,6 +207,7 @@ fn base(
 }
 
 /// Starts processes that look.
+#[derive(Clone)]
 struct Starter {
     own: &'static [&'static str],
     stuck: Stuck,

@@ -235,6 +235,22 @@ impl Replicas {
         self.agents.insert(name.to_owned(), process);
     }
 
+    /// Starts a second agent of a node, which has a copy of all that the first one has.
+    pub fn start_twin(&mut self, of: &str, name: &str, endpoints: &str) {
+        let agents = self.path().join("agents");
+        let copied = std::process::Command::new("cp")
+            .args(["-a", "-T", "--"])
+            .args([agents.join(of), agents.join(name)])
+            .status();
+        assert!(copied.expect("cp is there").success());
+        let log = self.path().join(format!("{name}.log"));
+        let mut args = agent_args(self.path(), endpoints, name, "self");
+        let named = args.iter().position(|arg| arg == "--name");
+        args[named.expect("it has a name") + 1] = of.to_owned();
+        let process = Process::start_with(args, &[], &log);
+        self.agents.insert(name.to_owned(), process);
+    }
+
     /// Creates a cluster `c` of so many nodes, and what it lies in.
     pub fn create_cluster(&self, nodes: usize) {
         create_cluster(nodes, |args| self.ok(args));
@@ -246,6 +262,11 @@ impl Replicas {
             "nodeCount": 1,
             "customToolkitSettings": { "commandLine": command },
         });
+        self.submit_with(name, properties);
+    }
+
+    /// Submits a job with these properties.
+    pub fn submit_with(&self, name: &str, properties: Value) {
         let path = job_file(self.path(), name, properties);
         let path = path.display().to_string();
         let mut args = vec!["job", "create", "-n", name, "-c", "c", "-f", &path];

@@ -166,7 +166,7 @@ fn nobody_but_a_replica_speaks_to_a_replica() {
     let node = api.e.credentials_of(&Identity::node("n", node).unwrap());
     let replica = api.e.credentials_of(&Identity::Replica { id: 2 });
     let methods = raw::methods("batchai.internal.v1");
-    assert_eq!(methods.len(), 2);
+    assert_eq!(methods.len(), 3);
     for method in methods {
         let none = Vec::new();
         assert!(!passes(&api, &api.channel, &method, none.clone()));
@@ -180,7 +180,7 @@ fn nobody_but_a_replica_speaks_to_a_replica() {
             to: 1,
             ..PeerHello::default()
         };
-        // In both, it is the first field.
+        // In all of them, it is the first field.
         let request = ExchangeRequest {
             hello: Some(hello),
             ..ExchangeRequest::default()

@@ -85,6 +85,16 @@ impl Connector {
         })
     }
 
+    /// The same ways, of which the clones of this share nothing with those of the other; another one is tried first: the nth, counted
+    /// around.
+    pub fn beginning_at(&self, nth: usize) -> Connector {
+        let first = self.urls[nth % self.urls.len()].clone();
+        Connector {
+            first: Arc::new(Mutex::new(first)),
+            ..self.clone()
+        }
+    }
+
     /// Connects to the first of them that is reached.
     pub async fn connect(&self) -> Result<Route, Error> {
         let mut url = self.first().clone();

@@ -22,12 +22,13 @@ use super::Connector;
 use crate::error::DOMAIN;
 
 /// Calls whose requests are streams: those cannot be made again.
-pub const STREAMED: [&str; 6] = [
+pub const STREAMED: [&str; 7] = [
     "/batchai.agent.v1.AgentService/AnswerFile",
     "/batchai.agent.v1.AgentService/Session",
     "/batchai.agent.v1.AgentService/ShipLogs",
     "/batchai.internal.v1.PeerService/Exchange",
     "/batchai.internal.v1.PeerService/SendSnapshot",
+    "/batchai.internal.v1.RelayService/Relay",
     "/batchai.v1.BundleService/UploadBundle",
 ];
 /// How long somebody who leads is looked for.

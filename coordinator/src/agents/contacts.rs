@@ -1,4 +1,5 @@
-//! When each node was last heard of by this replica. Not part of the State; a replica starts knowing nobody.
+//! When each node was last heard of by this replica, and who has its live session. Not part of the State; a replica starts knowing
+//! nobody.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -7,10 +8,11 @@ use std::time::Duration;
 
 use batchai_common::time::{boot_millis, now_millis};
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use super::lease::Beat;
+use super::upward::Known;
 use crate::scheduler::heard::Heard;
 
 /// One node's contact. The heartbeat path touches nothing else.
@@ -18,10 +20,16 @@ use crate::scheduler::heard::Heard;
 struct Contact {
     /// On the boot clock.
     last_ms: AtomicI64,
-    live: AtomicBool,
-    /// The number of the latest heartbeat, and the latest that was granted.
+    /// The number of the live session; 0 where there is none.
+    session: AtomicU64,
+    /// It is with this replica, not with one that relays.
+    own: AtomicBool,
+    /// The number of the session's latest heartbeat.
     beat: AtomicU64,
-    granted: watch::Sender<u64>,
+    /// The latest heartbeat that was granted, and in which session it came.
+    granted: watch::Sender<(u64, u64)>,
+    /// What the leader said of a session, where that is another replica: whether it is the node's live one.
+    standing: watch::Sender<(u64, Option<bool>)>,
     /// When the reports so far would have come, had they come evenly.
     even: Mutex<Option<Instant>>,
 }
@@ -41,6 +49,10 @@ pub struct Contacts {
     leases: Arc<Mutex<Option<Granted>>>,
     /// Nodes that the State is about to take for lost.
     losing: Arc<Mutex<BTreeSet<String>>>,
+    /// How many sessions there were.
+    sessions: Arc<AtomicU64>,
+    /// A session of this replica has begun or ended.
+    changed: Arc<Notify>,
 }
 
 /// Reports of one node: so many a second, and so many at once.
@@ -52,6 +64,8 @@ const LATELY_MS: i64 = 100;
 /// The one live session of a node. Dropping it makes way for the next.
 pub struct Live {
     contact: Arc<Contact>,
+    session: u64,
+    changed: Arc<Notify>,
 }
 
 impl Live {
@@ -67,11 +81,24 @@ impl Live {
         self.contact.beat.store(number, Ordering::Release);
     }
 
-    /// The heartbeats that are granted from now on.
-    pub fn grants(&self) -> watch::Receiver<u64> {
-        let mut grants = self.contact.granted.subscribe();
-        grants.mark_unchanged();
-        grants
+    /// Where to wait for grants.
+    pub fn grants(&self) -> watch::Receiver<(u64, u64)> {
+        self.contact.granted.subscribe()
+    }
+
+    /// The latest heartbeat of this session that was granted; 0 where there is none.
+    pub fn granted(&self) -> u64 {
+        let (session, number) = *self.contact.granted.borrow();
+        if session == self.session { number } else { 0 }
+    }
+
+    /// Waits until the leader says whether this is the live session of the node; it may change its mind, or be another one.
+    pub async fn standing(&self, wanted: bool) {
+        let mut standing = self.contact.standing.subscribe();
+        let said =
+            standing.wait_for(|(session, live)| (*session, *live) == (self.session, Some(wanted)));
+        // The sender is in the contact, which is held here.
+        let _ = said.await;
     }
 
     /// Waits until a report of the node may be taken in: each enters the log. It counts over its sessions.
@@ -91,31 +118,82 @@ impl Live {
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.contact.live.store(false, Ordering::Release);
+        self.contact.session.store(0, Ordering::Release);
+        self.changed.notify_one();
     }
 }
 
 impl Contacts {
     /// Claims the one live session of a node; `None` where another has it.
     pub fn claim(&self, node: &str) -> Option<Live> {
-        let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
-        let contact = nodes.entry(node.to_owned()).or_default().clone();
-        if contact.live.swap(true, Ordering::Acquire) {
-            return None;
-        }
-        // An agent that begins anew counts anew.
-        contact.beat.store(0, Ordering::Release);
-        Some(Live { contact })
+        self.claim_for(node, true)
     }
 
-    /// The latest heartbeats of all nodes.
+    /// The same for a session that is with another replica.
+    pub fn claim_for_another(&self, node: &str) -> Option<Live> {
+        self.claim_for(node, false)
+    }
+
+    fn claim_for(&self, node: &str, own: bool) -> Option<Live> {
+        // Held to the end: nobody else claims meanwhile.
+        let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let contact = nodes.entry(node.to_owned()).or_default().clone();
+        if contact.session.load(Ordering::Acquire) != 0 {
+            return None;
+        }
+        let session = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
+        // An agent that begins anew counts anew. Before the session has its number: whoever reads that finds no earlier heartbeat.
+        contact.beat.store(0, Ordering::Release);
+        contact.own.store(own, Ordering::Release);
+        contact.session.store(session, Ordering::Release);
+        self.changed.notify_one();
+        let changed = self.changed.clone();
+        Some(Live {
+            contact,
+            session,
+            changed,
+        })
+    }
+
+    /// Waits until a session of this replica has begun or ended. One waits.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// The sessions that are with this replica.
+    pub fn own_sessions(&self) -> Vec<Known> {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = nodes.iter().filter_map(|(node, contact)| {
+            let session = contact.session.load(Ordering::Acquire);
+            let own = contact.own.load(Ordering::Acquire);
+            (session != 0 && own).then(|| Known {
+                node: node.clone(),
+                session,
+                beat: contact.beat.load(Ordering::Acquire),
+            })
+        });
+        known.collect()
+    }
+
+    /// The leader says whether a session that is with this replica is the node's live one.
+    pub fn stand(&self, node: &str, session: u64, live: bool) {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(contact) = nodes.get(node) {
+            contact.standing.send_replace((session, Some(live)));
+        }
+    }
+
+    /// The latest heartbeats of all live sessions.
     pub fn beats(&self) -> Vec<Beat> {
         let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         let losing = self.losing.lock().unwrap_or_else(PoisonError::into_inner);
         let beats = nodes.iter().filter_map(|(node, contact)| {
+            // In this order: a heartbeat of a later session than this is granted to nobody.
+            let session = contact.session.load(Ordering::Acquire);
             let number = contact.beat.load(Ordering::Acquire);
-            (number > 0 && !losing.contains(node)).then(|| Beat {
+            (session != 0 && number > 0 && !losing.contains(node)).then(|| Beat {
                 node: node.clone(),
+                session,
                 number,
                 arrived: contact.last_ms.load(Ordering::Relaxed),
             })
@@ -123,11 +201,16 @@ impl Contacts {
         beats.collect()
     }
 
-    /// A node's lease is renewed.
-    pub fn grant(&self, node: &str, number: u64) {
+    /// A node's lease is renewed, in answer to a heartbeat.
+    pub fn grant(&self, beat: &Beat) {
+        self.granted(&beat.node, beat.session, beat.number);
+    }
+
+    /// The same where the leader said so.
+    pub fn granted(&self, node: &str, session: u64, number: u64) {
         let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(contact) = nodes.get(node) {
-            contact.granted.send_replace(number);
+            contact.granted.send_replace((session, number));
         }
     }
 
@@ -211,5 +294,36 @@ mod tests {
         assert!(contacts.heard().is_alive("nodes/a"));
         drop(live);
         assert!(contacts.claim("nodes/a").is_some());
+    }
+
+    #[test]
+    fn grants_of_one_session_are_not_for_the_next() {
+        let contacts = Contacts::default();
+        let first = contacts.claim("nodes/a").unwrap();
+        first.beat(7);
+        let beats = contacts.beats();
+        drop(first);
+        assert_eq!(contacts.beats(), []);
+        let second = contacts.claim("nodes/a").unwrap();
+        contacts.grant(&beats[0]);
+        assert_eq!(second.granted(), 0);
+        second.beat(1);
+        contacts.grant(&contacts.beats()[0]);
+        assert_eq!(second.granted(), 1);
+    }
+
+    #[tokio::test]
+    async fn what_is_with_another_replica_is_claimed_and_not_told_of() {
+        let contacts = Contacts::default();
+        let theirs = contacts.claim_for_another("nodes/a").unwrap();
+        assert!(contacts.claim("nodes/a").is_none());
+        assert_eq!(contacts.own_sessions(), []);
+        drop(theirs);
+        let live = contacts.claim("nodes/a").unwrap();
+        let own = contacts.own_sessions();
+        assert_eq!((own[0].node.as_str(), own[0].beat), ("nodes/a", 0));
+        contacts.stand("nodes/a", own[0].session + 1, false);
+        contacts.stand("nodes/a", own[0].session, true);
+        live.standing(true).await;
     }
 }

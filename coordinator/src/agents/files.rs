@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
 /// Questions that an agent has not taken yet.
-const QUESTIONS_MAX: usize = 16;
+pub const QUESTIONS_MAX: usize = 16;
 /// Parts of an answer that who asked has not taken yet.
 const PARTS_MAX: usize = 4;
 /// How long an answer may take to begin, or to go on.
@@ -32,6 +32,8 @@ pub enum Part {
     Done,
 }
 
+/// Where questions to nodes are put, with the node's name.
+type Questions = mpsc::Sender<(String, FileRequest)>;
 type Parts = mpsc::Sender<Result<Part, FileFault>>;
 
 /// Who can be asked, and what was asked and is not answered.
@@ -42,18 +44,37 @@ pub struct FileDesk {
 
 #[derive(Default)]
 struct Inner {
-    agents: BTreeMap<String, mpsc::Sender<FileRequest>>,
+    agents: BTreeMap<String, Questions>,
     open: HashMap<String, (String, Parts)>,
 }
 
 impl FileDesk {
-    /// From now on questions to a node come here.
-    pub fn attend(&self, node: &str) -> mpsc::Receiver<FileRequest> {
-        let (sender, questions) = mpsc::channel(QUESTIONS_MAX);
+    /// From now on questions to a node go there.
+    pub fn attend(&self, node: &str, questions: Questions) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.agents.retain(|_, agent| !agent.is_closed());
-        inner.agents.insert(node.to_owned(), sender);
-        questions
+        inner.agents.insert(node.to_owned(), questions);
+    }
+
+    /// From now on they do not go there any more.
+    pub fn leave(&self, node: &str, questions: &Questions) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let agent = inner.agents.get(node);
+        if agent.is_some_and(|agent| agent.same_channel(questions)) {
+            inner.agents.remove(node);
+        }
+    }
+
+    /// Passes a question on that somebody asked elsewhere, where the answer goes too. It may be lost.
+    pub fn pass(&self, node: &str, question: FileRequest) {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = inner
+            .agents
+            .get(node)
+            .map(|agent| agent.try_send((node.to_owned(), question)));
+        if !matches!(sent, Some(Ok(()))) {
+            tracing::debug!(node, "a question about files is lost");
+        }
     }
 
     /// Asks a node.
@@ -64,7 +85,7 @@ impl FileDesk {
         let agent = agent.ok_or_else(|| unavailable(node, "is not in contact"))?;
         let id = question.id.clone();
         agent
-            .try_send(question)
+            .try_send((node.to_owned(), question))
             .map_err(|_| unavailable(node, "has too many questions to answer"))?;
         inner.open.insert(id.clone(), (node.to_owned(), sender));
         Ok(Answer {

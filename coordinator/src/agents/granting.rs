@@ -1,4 +1,5 @@
-//! Has the leader's leases confirmed by a majority, again and again, and hands the grants to the sessions.
+//! Has the leader's leases confirmed by a majority, again and again, and hands the grants to the sessions and to the replicas that
+//! relay.
 
 use std::time::Duration;
 
@@ -46,8 +47,8 @@ pub async fn run(replica: Handle, contacts: Contacts, shutdown: CancellationToke
             () = shutdown.cancelled() => return,
         };
         leases.look(leading(), boot_millis());
-        for (node, number) in leases.end(majority) {
-            contacts.grant(&node, number);
+        for beat in leases.end(majority) {
+            contacts.grant(&beat);
         }
         contacts.keep(leases.granted());
     }

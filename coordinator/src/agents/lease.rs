@@ -14,6 +14,8 @@ use batchai_common::fault;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Beat {
     pub node: String,
+    /// The number of the session that it came in, by this replica's count.
+    pub session: u64,
     /// Its number, by the node's count.
     pub number: u64,
     /// When it came, or later.
@@ -74,8 +76,8 @@ impl Leases {
         asked
     }
 
-    /// A majority has answered, or has not in time. Returns the grants: the node, and the heartbeat it is for.
-    pub fn end(&mut self, majority: bool) -> Vec<(String, u64)> {
+    /// A majority has answered, or has not in time. Returns the heartbeats that are granted.
+    pub fn end(&mut self, majority: bool) -> Vec<Beat> {
         let Some(round) = self
             .round
             .take()
@@ -88,12 +90,10 @@ impl Leases {
         let Some(leading) = self.leading.as_mut().filter(same) else {
             return Vec::new();
         };
-        let mut grants = Vec::with_capacity(round.beats.len());
-        for beat in round.beats {
+        for beat in &round.beats {
             leading.granted.insert(beat.node.clone(), beat.arrived);
-            grants.push((beat.node, beat.number));
         }
-        grants
+        round.beats
     }
 
     /// In which term this replica leads and since when, and the latest heartbeats that it has granted.
@@ -110,6 +110,7 @@ mod tests {
     fn beat(number: u64, arrived: i64) -> Vec<Beat> {
         vec![Beat {
             node: "nodes/a".into(),
+            session: 1,
             number,
             arrived,
         }]
@@ -121,7 +122,7 @@ mod tests {
         assert!(!leases.begin(beat(1, 5)), "it does not lead");
         leases.look(Some(3), 10);
         assert!(leases.begin(beat(2, 11)));
-        assert_eq!(leases.end(true), [("nodes/a".to_owned(), 2)]);
+        assert_eq!(leases.end(true), beat(2, 11));
         assert_eq!(leases.granted().unwrap().2["nodes/a"], 11);
         assert!(!leases.begin(beat(2, 11)), "there is nothing new");
         assert!(leases.begin(beat(3, 20)));

@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::bundle;
 use super::contacts::Contacts;
 use super::files::FileDesk;
+use super::link::Uplink;
 use super::log_intake;
 use super::session::{OUTBOX_MAX, Session};
 use crate::access::{Caller, WORK};
@@ -33,6 +34,7 @@ use crate::secrets::Vault;
 pub struct Agents {
     pub replica: Handle,
     pub contacts: Contacts,
+    pub uplink: Uplink,
     pub logs: LogStore,
     pub bundles: BundleStore,
     pub desk: FileDesk,
@@ -55,7 +57,7 @@ impl AgentService for Agents {
         &self,
         request: Request<Streaming<SessionRequest>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
-        self.replica.must_lead()?;
+        self.uplink.must_reach()?;
         let mut incoming = request.into_inner();
         let first = incoming
             .message()

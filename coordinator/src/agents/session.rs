@@ -1,25 +1,24 @@
 //! One session of one node, from its Hello to its end.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::{HEARTBEAT_INTERVAL, LAST_WORDS_BYTES_MAX};
-use batchai_common::names::{Kind as Noun, Name};
+use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_proto::agent::v1::{
-    Assignment, AttemptObservation, FileRequest, Hello, LeaseGrant, Report, SessionRequest,
-    SessionResponse, Welcome, session_request, session_response,
+    Assignment, FileRequest, Hello, LeaseGrant, Report, SessionRequest, SessionResponse, Welcome,
+    session_request, session_response,
 };
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
 use batchai_proto::secrets;
-use batchai_proto::v1::{NodeFacts, ResourceError};
-use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 use super::contacts::Live;
+use super::files::QUESTIONS_MAX;
+use super::hello::{check, check_ensemble, check_epoch, check_report};
+use super::link::Uplink;
 use super::service::Agents;
 use crate::access::Caller;
 use crate::call::caller;
@@ -32,24 +31,15 @@ use crate::state::{Rejection, State, assignments::assignments, restore};
 
 /// What a session may have to send and the agent has not taken: it reads at once or is cut off.
 pub const OUTBOX_MAX: usize = 16;
-/// Texts of an agent about itself are short.
-const TEXT_BYTES_MAX: usize = 1024;
 /// Certificates are looked at this often while a session lasts.
 const EXPIRY_LOOK_INTERVAL: Duration = Duration::from_secs(60);
-const LIST_MAX: usize = 64;
 /// Where the secrets of a set-up task stand.
 const SETUP_TASK: &str = "node_setup.setup_task.";
-const FACTS_BYTES_MAX: usize = 64 << 10;
-/// Attempts that one node can hold: one that runs, and some that are not forgotten yet.
-const ATTEMPTS_MAX: usize = 1000;
-/// As many as a job may have processes.
-const RANKS_MAX: usize = 10_000;
-/// What a node says about a failure.
-const FAILURE_BYTES_MAX: usize = 64 << 10;
 
 /// A node that said Hello and was accepted.
 pub struct Session {
     replica: Handle,
+    uplink: Uplink,
     name: String,
     uid: String,
     incarnation: String,
@@ -59,7 +49,7 @@ pub struct Session {
     lease: Duration,
     caller: Caller,
     /// Taken by whoever sends.
-    questions: Option<mpsc::Receiver<FileRequest>>,
+    questions: Option<mpsc::Receiver<(String, FileRequest)>>,
 }
 
 impl Session {
@@ -71,11 +61,15 @@ impl Session {
         let own = replica.published().borrow().state.ensemble.clone();
         check_ensemble(&name, &hello.ensemble, &own)?;
         check_epoch(&name, hello.epoch, replica.published().borrow().state.epoch)?;
-        let Some(live) = contacts.claim(&name) else {
-            let why = "it has a live session already; a second agent must not use its name".into();
-            return Err(ApiError::WrongState { name, why }.into());
-        };
+        let live = contacts.claim(&name).ok_or_else(|| second(&name))?;
+        let uplink = agents.uplink.clone();
+        if !uplink.confirm(&live).await? {
+            return Err(second(&name));
+        }
         live.pace().await;
+        // A list that lacks what was placed since would have the agent end it.
+        let state = replica.read().await;
+        let state = state.map_err(|error| status(&replica, error))?;
         let incarnation = format!("{}/{}", hello.journal_id, facts.boot_id);
         let uid = hello.uid.clone();
         let register = RegisterNode {
@@ -85,14 +79,16 @@ impl Session {
             facts: Some(facts),
             empty: hello.empty,
         };
-        let unchanged = is_registered(&replica.published().borrow().state, &register);
-        if !unchanged {
-            let registered = replica.propose(Kind::RegisterNode(register)).await;
+        if !is_registered(&state, &register) {
+            let registered = uplink.propose(Kind::RegisterNode(register)).await;
             registered.map_err(|error| status(&replica, error))?;
         }
-        let questions = Some(desk.attend(&name));
+        let (asked, questions) = mpsc::channel(QUESTIONS_MAX);
+        desk.attend(&name, asked);
+        let questions = Some(questions);
         let session = Session {
             replica,
+            uplink,
             questions,
             name,
             uid: hello.uid,
@@ -119,9 +115,8 @@ impl Session {
         let end = tokio::select! {
             end = self.take_in(&mut incoming) => end,
             end = self.send_out(&outbox, questions) => end,
-            () = self.replica.deposed() => {
-                Err(handle::unavailable(&self.replica, &ReplicaError::NotLeader).into())
-            }
+            () = self.live.standing(false) => Err(second(&self.name)),
+            () = self.uplink.alone() => Err(unavailable("no leader answers this replica")),
             () = shutdown.cancelled() => Err(unavailable("the coordinator is shutting down")),
         };
         match end {
@@ -165,7 +160,7 @@ impl Session {
             incarnation: self.incarnation.clone(),
             report: Some(report),
         };
-        let recorded = self.replica.propose(Kind::RecordReport(command)).await;
+        let recorded = self.uplink.propose(Kind::RecordReport(command)).await;
         recorded.map_err(|error| status(&self.replica, error))?;
         Ok(())
     }
@@ -211,7 +206,7 @@ impl Session {
     async fn send_out(
         &self,
         outbox: &mpsc::Sender<Result<SessionResponse, Status>>,
-        questions: Option<mpsc::Receiver<FileRequest>>,
+        questions: Option<mpsc::Receiver<(String, FileRequest)>>,
     ) -> Result<(), Status> {
         let Some(mut questions) = questions else {
             return Ok(());
@@ -250,14 +245,15 @@ impl Session {
                     changed.map_err(|_| unavailable("the replica has stopped"))?;
                 }
                 Ok(()) = grants.changed() => {
-                    let heartbeat = *grants.borrow_and_update();
+                    grants.mark_unchanged();
+                    let heartbeat = self.live.granted();
                     let lease = self.lease.min(longest_lease(&state));
                     if heartbeat > 0 && !lease.is_zero() {
                         let lease = prost_types::Duration::try_from(lease).ok();
                         send(outbox, session_response::Message::LeaseGrant(LeaseGrant { heartbeat, lease }))?;
                     }
                 }
-                Some(question) = questions.recv() => {
+                Some((_, question)) = questions.recv() => {
                     // Assignments go before: who asked is told that there is no answer.
                     if outbox.capacity() > OUTBOX_MAX / 2 {
                         send(outbox, session_response::Message::FileRequest(question))?;
@@ -266,6 +262,12 @@ impl Session {
             }
         }
     }
+}
+
+fn second(name: &str) -> Status {
+    let why = "it has a live session already; a second agent must not use its name".to_owned();
+    let name = name.to_owned();
+    ApiError::WrongState { name, why }.into()
 }
 
 /// Whether the State knows all that a node says of itself.
@@ -324,167 +326,5 @@ fn status(replica: &Handle, error: ReplicaError) -> Status {
             ApiError::WrongState { name, why }.into()
         }
         error => handle::unavailable(replica, &error).into(),
-    }
-}
-
-/// A node belongs to one ensemble; one that has not met any belongs to this one from now on.
-fn check_ensemble(name: &str, theirs: &str, own: &str) -> Result<(), Status> {
-    if own.is_empty() {
-        return Err(unavailable("the ensemble is being set up"));
-    }
-    if theirs.is_empty() || theirs == own {
-        return Ok(());
-    }
-    let why = format!(
-        "it belongs to ensemble {theirs}, this one is {own}; give its agent another --data directory to have it join"
-    );
-    Err(ApiError::WrongState {
-        name: name.to_owned(),
-        why,
-    }
-    .into())
-}
-
-/// What an ensemble began anew from is over for those who have met what it became.
-fn check_epoch(name: &str, met: i64, own: i64) -> Result<(), Status> {
-    if met <= own {
-        return Ok(());
-    }
-    let why = format!(
-        "it has met epoch {met} of the ensemble, and this coordinator is of epoch {own}: the ensemble began anew from a backup. Stop \
-         this coordinator, or have it join the other ones under a new id"
-    );
-    Err(ApiError::WrongState {
-        name: name.to_owned(),
-        why,
-    }
-    .into())
-}
-
-/// Checks the sizes of a report before it enters the log.
-fn check_report(report: &Report) -> Result<(), Status> {
-    let strays = report.strays.iter().flat_map(|list| &list.strays);
-    let told = strays.clone().filter_map(|stray| stray.seen.as_ref());
-    let small = strays.clone().all(|stray| {
-        let hosts = stray.hosts.iter().all(|host| {
-            host.node.len() <= TEXT_BYTES_MAX
-                && (0..=65_535).contains(&host.port)
-                && [&host.address, &host.boot_id, &host.root]
-                    .iter()
-                    .all(|text| text.is_empty())
-        });
-        let texts = stray.job.len() <= TEXT_BYTES_MAX && stray.job_uid.len() <= TEXT_BYTES_MAX;
-        hosts && texts && stray.hosts.len() <= RANKS_MAX && stray.seen.is_some()
-    });
-    if !small || !fit(told) || !fit(report.attempts.iter()) {
-        let fault = Fault::new("report", "it is larger than a report can be");
-        return Err(ApiError::Invalid(vec![fault]).into());
-    }
-    Ok(())
-}
-
-/// Whether observations are few enough, each once, and each small enough.
-fn fit<'a>(seen: impl Iterator<Item = &'a AttemptObservation> + Clone) -> bool {
-    let text_of = |error: &ResourceError| {
-        let details = error
-            .details
-            .iter()
-            .map(|d| d.name.len() + d.value.len())
-            .sum::<usize>();
-        error.code.len() + error.message.len() + details
-    };
-    let fits = |seen: &'a AttemptObservation| {
-        let error = seen
-            .failure
-            .as_ref()
-            .and_then(|failure| failure.error.as_ref());
-        seen.attempt.len() <= TEXT_BYTES_MAX
-            && seen.last_words.len() <= LAST_WORDS_BYTES_MAX
-            && seen.ranks.len() <= RANKS_MAX
-            && seen
-                .ranks
-                .iter()
-                .all(|rank| (0..RANKS_MAX as i32).contains(&rank.rank))
-            && seen.files.len() <= 2 * RANKS_MAX + LIST_MAX
-            && seen
-                .files
-                .iter()
-                .all(|file| file.name.len() <= TEXT_BYTES_MAX)
-            && error.is_none_or(|error| text_of(error) <= FAILURE_BYTES_MAX)
-    };
-    let (ids, count): (BTreeSet<_>, _) = (
-        seen.clone().map(|seen| &seen.attempt).collect(),
-        seen.clone().count(),
-    );
-    count <= ATTEMPTS_MAX && ids.len() == count && seen.clone().all(fits)
-}
-
-/// Checks everything an agent says about itself; returns its full name.
-fn check(hello: &Hello, facts: &NodeFacts) -> Result<Name, Status> {
-    let mut faults = Vec::new();
-    let name = Name::top(Noun::Node, &hello.node_id);
-    if let Err(error) = &name {
-        faults.push(Fault::new("hello.node_id", error.to_string()));
-    }
-    for (field, text) in [
-        ("hello.uid", &hello.uid),
-        ("hello.journal_id", &hello.journal_id),
-    ] {
-        if uuid::Uuid::try_parse(text).is_err() {
-            faults.push(Fault::new(field, "must be a UUID"));
-        }
-    }
-    if !hello.ensemble.is_empty() && uuid::Uuid::try_parse(&hello.ensemble).is_err() {
-        faults.push(Fault::new("hello.ensemble", "must be a UUID"));
-    }
-    let texts = [
-        &facts.vm_size,
-        &facts.image,
-        &facts.boot_id,
-        &facts.root,
-        &facts.agent_version,
-    ];
-    let gpus = facts.gpus.iter().flat_map(|gpu| [&gpu.uuid, &gpu.model]);
-    let long = texts.into_iter().chain(gpus).chain(&facts.addresses);
-    if long.into_iter().any(|text| text.len() > TEXT_BYTES_MAX) {
-        faults.push(Fault::new(
-            "hello.facts",
-            format!("texts have at most {TEXT_BYTES_MAX} bytes"),
-        ));
-    }
-    let longest = [
-        facts.gpus.len(),
-        facts.addresses.len(),
-        facts.disks.len(),
-        facts.numa_nodes.len(),
-        facts.rdma_devices.len(),
-    ];
-    if facts.encoded_len() > FACTS_BYTES_MAX {
-        faults.push(Fault::new("hello.facts", "are larger than facts can be"));
-    }
-    if longest.into_iter().any(|length| length > LIST_MAX) {
-        faults.push(Fault::new(
-            "hello.facts",
-            format!("lists have at most {LIST_MAX} elements"),
-        ));
-    }
-    let ports = (1..=65_535).contains(&facts.first_port)
-        && (1..=65_535).contains(&facts.last_port)
-        && facts.first_port <= facts.last_port;
-    if !ports {
-        faults.push(Fault::new(
-            "hello.facts.first_port",
-            "must begin a range of ports",
-        ));
-    }
-    if facts.vm_size.is_empty() || facts.boot_id.is_empty() || facts.addresses.is_empty() {
-        faults.push(Fault::new(
-            "hello.facts",
-            "vm_size, boot_id and addresses must be given",
-        ));
-    }
-    match (name, faults.is_empty()) {
-        (Ok(name), true) => Ok(name),
-        _ => Err(ApiError::Invalid(faults).into()),
     }
 }

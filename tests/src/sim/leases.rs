@@ -35,6 +35,7 @@ impl Sim {
         }
         let beat = |(node, (number, arrived)): (&String, &(u64, i64))| Beat {
             node: node.clone(),
+            session: 0,
             number: *number,
             arrived: *arrived,
         };
@@ -68,8 +69,9 @@ impl Sim {
     /// A majority has spoken, or has not in time.
     pub(super) fn end_round(&mut self, id: u64, majority: bool) {
         self.look_at_leadership(id);
-        for (node, number) in self.replica(id).leases.end(majority) {
-            let talks = |agent: &super::Agent| agent.name() == node && agent.talks_with(id);
+        for beat in self.replica(id).leases.end(majority) {
+            let number = beat.number;
+            let talks = |agent: &super::Agent| agent.name() == beat.node && agent.talks_with(id);
             let Some(agent) = self.agents.iter().position(talks) else {
                 continue;
             };

@@ -24,7 +24,7 @@ use crate::state::digest::Digest;
 use crate::state::{State, replicas};
 
 pub use lane::Lanes;
-pub use service::PeerDesk;
+pub use service::{PeerDesk, check_peer};
 
 /// The largest message of a stream: a batch and one entry, which may be as large as a request.
 pub const PEER_BYTES_MAX: usize = 8 << 20;

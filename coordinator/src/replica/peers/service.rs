@@ -51,7 +51,11 @@ impl PeerService for PeerDesk {
     ) -> Result<Response<Self::ExchangeStream>, Status> {
         let mut incoming = request.into_inner();
         let first = incoming.message().await?;
-        let hello = self.check(first.and_then(|first| first.hello))?;
+        let hello = check_peer(
+            &self.peers,
+            &self.replica,
+            first.and_then(|first| first.hello),
+        )?;
         let (outbox, replies) = mpsc::channel(1);
         let welcome = PeerWelcome {
             hello: Some(PeerHello {
@@ -95,7 +99,7 @@ impl PeerService for PeerDesk {
     ) -> Result<Response<Self::SendSnapshotStream>, Status> {
         let mut incoming = request.into_inner();
         let first = incoming.message().await?.unwrap_or_default();
-        let hello = self.check(first.hello)?;
+        let hello = check_peer(&self.peers, &self.replica, first.hello)?;
         let message = Message::parse_from_bytes(&first.message).map_err(|_| invalid("message"))?;
         let named = message.get_msg_type() == MessageType::MsgSnapshot;
         if !named || (message.from, message.to) != (hello.from, hello.to) {
@@ -123,28 +127,34 @@ impl PeerService for PeerDesk {
     }
 }
 
-impl PeerDesk {
-    fn check(&self, hello: Option<PeerHello>) -> Result<PeerHello, Status> {
-        let hello = hello.ok_or_else(|| invalid("hello"))?;
-        let caller = caller();
-        let shown = match &caller.who {
-            Who::Lab => true,
-            Who::Known(Identity::Replica { id }) => *id == hello.from,
-            _ => false,
-        };
-        if !shown {
-            return Err(ApiError::Forbidden {
-                caller: caller.label(),
-                permission: "to speak for a replica".to_owned(),
-                name: crate::state::replicas::name(hello.from),
-            }
-            .into());
+/// Whether who says hello is the replica whose certificate he shows, and one that the ensemble knows.
+///
+/// # Errors
+/// Says why not.
+pub fn check_peer(
+    peers: &Peers,
+    replica: &Handle,
+    hello: Option<PeerHello>,
+) -> Result<PeerHello, Status> {
+    let hello = hello.ok_or_else(|| invalid("hello"))?;
+    let caller = caller();
+    let shown = match &caller.who {
+        Who::Lab => true,
+        Who::Known(Identity::Replica { id }) => *id == hello.from,
+        _ => false,
+    };
+    if !shown {
+        return Err(ApiError::Forbidden {
+            caller: caller.label(),
+            permission: "to speak for a replica".to_owned(),
+            name: crate::state::replicas::name(hello.from),
         }
-        let state = self.replica.published().borrow().state.clone();
-        self.peers.check(&state, &hello)?;
-        self.peers.heard(&hello);
-        Ok(hello)
+        .into());
     }
+    let state = replica.published().borrow().state.clone();
+    peers.check(&state, &hello)?;
+    peers.heard(&hello);
+    Ok(hello)
 }
 
 async fn take_in(

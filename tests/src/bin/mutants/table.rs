@@ -96,6 +96,11 @@ pub const FAULTS: &[Fault] = &[
         Rules,
         &[Coordinator, Simulator],
     ),
+    (
+        "lone_replica_keeps_its_agents",
+        Code,
+        &[Coordinator, Simulator],
+    ),
     ("unknown_level_taken", Rules, &[Coordinator, Simulator]),
     (
         "written_without_a_majority",

@@ -1,0 +1,160 @@
+//! PURE. What a replica tells the leader of the agents' sessions that it has, and when it has told nobody for too long.
+//!
+//! A session is live when the leader says so: no node has two, whatever replicas they are with. A leader that is new to them is told of
+//! all of them. Who is told nothing new is asked all the same, for a sign of life: a replica that no leader answers must let its
+//! agents go, which find another one. How it is told, and what agents hear of it, is not decided here.
+
+use std::collections::BTreeMap;
+
+use batchai_common::fault;
+
+/// A session that the replica has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    pub node: String,
+    /// Its number, by the replica's count.
+    pub session: u64,
+    /// Its latest heartbeat, by the agent's count; 0 before the first.
+    pub beat: u64,
+}
+
+/// What is new since the leader was told last: in this order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct News {
+    /// Nodes, and the numbers of their sessions.
+    pub ended: Vec<(String, u64)>,
+    pub begun: Vec<(String, u64)>,
+    pub beats: Vec<Known>,
+}
+
+/// What one leader was told. All times are milliseconds of the machine's boot clock.
+#[derive(Clone, Debug, Default)]
+pub struct Upward {
+    told: BTreeMap<String, Told>,
+    /// When a leader answered last, if one ever did.
+    answered: Option<i64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    session: u64,
+    accepted: bool,
+    beat: u64,
+}
+
+impl Upward {
+    /// From now on it is another leader, or one that may have forgotten.
+    pub fn begin(&mut self) {
+        self.told.clear();
+    }
+
+    /// What the leader is to be told, of all the sessions that there are.
+    pub fn news(&mut self, known: Vec<Known>) -> News {
+        let mut news = News::default();
+        let mut told = std::mem::take(&mut self.told);
+        for known in known {
+            let before = told.remove(&known.node);
+            let mut now = match before {
+                Some(before) if before.session == known.session => before,
+                before => {
+                    let ended = before.map(|before| (known.node.clone(), before.session));
+                    news.ended.extend(ended);
+                    news.begun.push((known.node.clone(), known.session));
+                    Told {
+                        session: known.session,
+                        accepted: false,
+                        beat: 0,
+                    }
+                }
+            };
+            let node = known.node.clone();
+            if now.accepted && known.beat > now.beat {
+                now.beat = known.beat;
+                news.beats.push(known);
+            }
+            self.told.insert(node, now);
+        }
+        let gone = told.into_iter().map(|(node, gone)| (node, gone.session));
+        news.ended.extend(gone);
+        news
+    }
+
+    /// The leader takes a session for the live one of its node. Says whether the session is still what it was told of.
+    pub fn accepted(&mut self, node: &str, session: u64) -> bool {
+        let told = self.told.get_mut(node);
+        let told = told.filter(|told| told.session == session);
+        told.is_some_and(|told| {
+            told.accepted = true;
+            true
+        })
+    }
+
+    /// A leader has answered, or this replica leads.
+    pub fn reached(&mut self, now: i64) {
+        self.answered = Some(now);
+    }
+
+    /// No leader has answered for so long that agents must not rely on what they hear here.
+    pub fn is_alone(&self, now: i64, most: i64) -> bool {
+        let silent = |answered| now - answered > most;
+        self.answered.is_none_or(silent) && !fault!("lone_replica_keeps_its_agents")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(node: &str, session: u64, beat: u64) -> Known {
+        Known {
+            node: node.to_owned(),
+            session,
+            beat,
+        }
+    }
+
+    fn named(node: &str, session: u64) -> Vec<(String, u64)> {
+        vec![(node.to_owned(), session)]
+    }
+
+    #[test]
+    fn a_leader_is_told_what_is_new_and_a_new_one_everything() {
+        let mut upward = Upward::default();
+        let first = upward.news(vec![known("nodes/a", 1, 5)]);
+        assert_eq!(first.begun, named("nodes/a", 1));
+        assert_eq!(first.beats, [], "it is not accepted yet");
+        assert!(!upward.accepted("nodes/a", 7), "that is another one");
+        assert_eq!(upward.news(vec![known("nodes/a", 1, 5)]).beats, []);
+        assert!(upward.accepted("nodes/a", 1));
+        let beats = upward.news(vec![known("nodes/a", 1, 6)]);
+        assert_eq!(beats.beats, [known("nodes/a", 1, 6)]);
+        assert!(beats.begun.is_empty());
+        let same = upward.news(vec![known("nodes/a", 1, 6)]);
+        assert_eq!(same, News::default());
+        upward.begin();
+        let all = upward.news(vec![known("nodes/a", 1, 6)]);
+        assert_eq!((all.begun, all.beats), (named("nodes/a", 1), Vec::new()));
+    }
+
+    #[test]
+    fn what_is_over_is_told_before_what_takes_its_place() {
+        let mut upward = Upward::default();
+        upward.news(vec![known("nodes/a", 1, 0), known("nodes/b", 2, 0)]);
+        upward.accepted("nodes/a", 1);
+        let news = upward.news(vec![known("nodes/a", 3, 9)]);
+        let ended = [named("nodes/a", 1), named("nodes/b", 2)].concat();
+        assert_eq!((news.ended, news.begun), (ended, named("nodes/a", 3)));
+        assert_eq!(news.beats, [], "the new one is not accepted");
+        assert!(!upward.accepted("nodes/a", 1));
+        assert_eq!(upward.news(Vec::new()).ended, named("nodes/a", 3));
+    }
+
+    #[test]
+    fn who_hears_of_no_leader_is_alone() {
+        let mut upward = Upward::default();
+        assert!(upward.is_alone(0, 10), "it has never heard of one");
+        upward.reached(5);
+        assert!(!upward.is_alone(15, 10));
+        assert!(upward.is_alone(16, 10));
+    }
+}
