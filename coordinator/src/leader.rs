@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use batchai_common::names::last_id;
+use batchai_common::time::{boot_millis, now_millis};
 use batchai_proto::internal::v1::command::Kind;
 
 use crate::agents::contacts::Contacts;
@@ -59,7 +60,7 @@ pub async fn run(
         if !leads {
             continue;
         }
-        let mut heard = contacts.heard();
+        let mut heard = contacts.heard(boot_millis(), now_millis());
         // What was granted in an earlier term says nothing: another one may have led since.
         heard.leading = heard.leading.filter(|(term, _)| *term == now);
         heard.preparing = preparing.look(&state, heard.now);

@@ -13,20 +13,25 @@ use batchai_tests::sim::{Outcome, play};
 const SEEDS: u64 = 200;
 
 /// What must come up among the seeds, else they do not try what they are for.
-const SOMETIMES: [&str; 27] = [
+const SOMETIMES: [&str; 32] = [
     "a creation is asked for again",
     "a disk is slow",
     "a follower gets a snapshot",
+    "a follower has a report recorded",
     "a follower is cut off together with agents",
+    "a follower passes on a grant",
     "a lease is over amid a job",
     "a lease is over while its node is cut off",
     "a leader is lost while an attempt prepares",
+    "a leader refuses a session",
     "a leader stands still",
     "a machine reboots amid a job",
+    "a node has a live session already",
     "a read is answered",
     "a removed replica is told so",
     "a replica dies amid a write",
     "a replica gets a vote",
+    "a replica that is alone lets its agents go",
     "a replica is added",
     "a replica is removed",
     "a replica starts from a snapshot",

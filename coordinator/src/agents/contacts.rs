@@ -1,5 +1,5 @@
 //! When each node was last heard of by this replica, and who has its live session. Not part of the State; a replica starts knowing
-//! nobody.
+//! nobody. Times are milliseconds of the machine's boot clock, which callers read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -70,13 +70,13 @@ pub struct Live {
 
 impl Live {
     /// The node gave a sign of life.
-    pub fn heard(&self) {
-        self.contact.last_ms.store(boot_millis(), Ordering::Relaxed);
+    pub fn heard(&self, now: i64) {
+        self.contact.last_ms.store(now, Ordering::Relaxed);
     }
 
     /// A heartbeat of the node came.
-    pub fn beat(&self, number: u64) {
-        self.heard();
+    pub fn beat(&self, number: u64, now: i64) {
+        self.heard(now);
         // Behind the time: whoever reads the number finds a time that is not before it.
         self.contact.beat.store(number, Ordering::Release);
     }
@@ -90,6 +90,12 @@ impl Live {
     pub fn granted(&self) -> u64 {
         let (session, number) = *self.contact.granted.borrow();
         if session == self.session { number } else { 0 }
+    }
+
+    /// What the leader last said of this session, where that is another replica: whether it is the live one of its node.
+    pub fn stands(&self) -> Option<bool> {
+        let (session, live) = *self.contact.standing.borrow();
+        live.filter(|_| session == self.session)
     }
 
     /// Waits until the leader says whether this is the live session of the node; it may change its mind, or be another one.
@@ -235,13 +241,13 @@ impl Contacts {
     pub fn heard_lately(&self) -> Arc<Heard> {
         let mut lately = self.lately.lock().unwrap_or_else(PoisonError::into_inner);
         if lately.now == 0 || boot_millis() - lately.now > LATELY_MS {
-            *lately = Arc::new(self.heard());
+            *lately = Arc::new(self.heard(boot_millis(), now_millis()));
         }
         lately.clone()
     }
 
-    /// What was heard, for duties.
-    pub fn heard(&self) -> Heard {
+    /// What was heard, for duties, at a moment of the boot clock and of that of people.
+    pub fn heard(&self, now: i64, wall: i64) -> Heard {
         let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         let last = nodes
             .iter()
@@ -253,8 +259,8 @@ impl Contacts {
                 .clone()
                 .map(|(_, _, granted)| granted)
                 .unwrap_or_default(),
-            now: boot_millis(),
-            wall: now_millis(),
+            now,
+            wall,
             last: last.filter(|(_, last)| *last > 0).collect(),
             closed: self
                 .closed
@@ -289,9 +295,9 @@ mod tests {
         let contacts = Contacts::default();
         let live = contacts.claim("nodes/a").unwrap();
         assert!(contacts.claim("nodes/a").is_none());
-        assert!(!contacts.heard().is_alive("nodes/a"));
-        live.heard();
-        assert!(contacts.heard().is_alive("nodes/a"));
+        assert!(!contacts.heard(5, 0).is_alive("nodes/a"));
+        live.heard(5);
+        assert!(contacts.heard(5, 0).is_alive("nodes/a"));
         drop(live);
         assert!(contacts.claim("nodes/a").is_some());
     }
@@ -300,14 +306,14 @@ mod tests {
     fn grants_of_one_session_are_not_for_the_next() {
         let contacts = Contacts::default();
         let first = contacts.claim("nodes/a").unwrap();
-        first.beat(7);
+        first.beat(7, 5);
         let beats = contacts.beats();
         drop(first);
         assert_eq!(contacts.beats(), []);
         let second = contacts.claim("nodes/a").unwrap();
         contacts.grant(&beats[0]);
         assert_eq!(second.granted(), 0);
-        second.beat(1);
+        second.beat(1, 6);
         contacts.grant(&contacts.beats()[0]);
         assert_eq!(second.granted(), 1);
     }

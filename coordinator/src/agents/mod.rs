@@ -6,6 +6,7 @@
 //! Any replica has sessions. One that does not lead tells the leader of them (`link`, by `upward`), which says whether they are live,
 //! grants their leases and has their reports recorded (`relay`).
 
+pub mod branch;
 mod bundle;
 pub mod contacts;
 pub mod files;

@@ -3,12 +3,12 @@
 //! One stream for each replica. It holds the live sessions of its nodes for as long as it lasts and the replica gives signs of life;
 //! what is told for other nodes is not taken. It knows nothing of what commands mean.
 
-use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::names::{Kind as Noun, Name};
+use batchai_common::time::boot_millis;
 use batchai_proto::agent::v1::FileRequest;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::relay_service_server::RelayService;
@@ -17,17 +17,18 @@ use batchai_proto::internal::v1::{
     RelayedQuestion, RelayedRefusal, relayed_answer, relayed_command,
 };
 use tokio::sync::mpsc;
-use tokio_stream::Stream;
+use tokio_stream::Stream as Sequence;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::contacts::{Contacts, Live};
+use super::branch::Branch;
+use super::contacts::Contacts;
 use super::files::FileDesk;
 use crate::replica::Handle;
 use crate::replica::handle::{self, ReplicaError};
 use crate::replica::peers::{Peers, check_peer};
-use crate::state::{Rejection, limit};
+use crate::state::Rejection;
 
 /// A replica that says nothing for so long holds no sessions any more: it tells what is new several times a second.
 const SILENCE_MAX: Duration = Duration::from_secs(2);
@@ -47,7 +48,7 @@ pub struct Relay {
 
 #[tonic::async_trait]
 impl RelayService for Relay {
-    type RelayStream = Pin<Box<dyn Stream<Item = Result<RelayResponse, Status>> + Send>>;
+    type RelayStream = Pin<Box<dyn Sequence<Item = Result<RelayResponse, Status>> + Send>>;
 
     async fn relay(
         &self,
@@ -64,55 +65,44 @@ impl RelayService for Relay {
         self.replica.must_lead()?;
         let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
         let (asked, questions) = mpsc::channel(QUESTIONS_MAX);
-        let mut branch = Branch {
+        let mut stream = Stream {
             replica: self.replica.clone(),
             peers: self.peers.clone(),
-            contacts: self.contacts.clone(),
             desk: self.desk.clone(),
             hello,
-            held: BTreeMap::new(),
+            held: Branch::new(self.contacts.clone()),
             asked,
             outbox,
         };
         let shutdown = self.shutdown.clone();
         tokio::spawn(async move {
-            let deposed = branch.replica.clone();
+            let deposed = stream.replica.clone();
             let end = tokio::select! {
-                end = branch.take_in(incoming, questions) => end,
+                end = stream.take_in(incoming, questions) => end,
                 () = deposed.deposed() => {
                     Err(handle::unavailable(&deposed, &ReplicaError::NotLeader).into())
                 }
                 () = shutdown.cancelled() => Err(Status::unavailable("it is shutting down")),
             };
-            branch.leave(end);
+            stream.leave(end);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
     }
 }
 
-/// The sessions of one replica.
-struct Branch {
+/// What goes on with one replica.
+struct Stream {
     replica: Handle,
     peers: Peers,
-    contacts: Contacts,
     desk: FileDesk,
     hello: PeerHello,
-    held: BTreeMap<String, Held>,
+    held: Branch,
     /// Where questions to its nodes are put.
     asked: mpsc::Sender<(String, FileRequest)>,
     outbox: mpsc::Sender<Result<RelayResponse, Status>>,
 }
 
-/// A session that is with the replica.
-struct Held {
-    /// By its count.
-    session: u64,
-    live: Live,
-    /// The latest heartbeat that it was told is granted.
-    granted: u64,
-}
-
-impl Branch {
+impl Stream {
     async fn take_in(
         &mut self,
         mut incoming: Streaming<RelayRequest>,
@@ -155,13 +145,16 @@ impl Branch {
             }
         }
         for beat in request.beats {
-            let session = beat.session.unwrap_or_default();
-            let held = self.held.get(&session.node);
-            if let Some(held) = held.filter(|held| held.session == session.session) {
-                held.live.beat(beat.number);
-            }
+            let NodeSession { node, session } = beat.session.unwrap_or_default();
+            self.held.beat(&node, session, beat.number, boot_millis());
         }
-        response.granted = self.granted();
+        let granted = self.held.granted().into_iter();
+        response.granted = granted
+            .map(|(node, session, number)| NodeBeat {
+                session: Some(NodeSession { node, session }),
+                number,
+            })
+            .collect();
         self.record(request.commands);
         Ok(response)
     }
@@ -170,51 +163,17 @@ impl Branch {
     fn hold(&mut self, begun: &NodeSession) -> Result<bool, Status> {
         Name::parse(Noun::Node, &begun.node)
             .map_err(|error| invalid("begun.node", &error.to_string()))?;
-        // What it says last is so.
-        self.held.remove(&begun.node);
-        if self.held.len() >= limit(Noun::Node) {
-            return Err(Status::resource_exhausted(
-                "it has more sessions than there may be nodes",
-            ));
+        let held = self.held.hold(&begun.node, begun.session, boot_millis());
+        if held {
+            self.desk.attend(&begun.node, self.asked.clone());
         }
-        let Some(live) = self.contacts.claim_for_another(&begun.node) else {
-            return Ok(false);
-        };
-        live.heard();
-        self.desk.attend(&begun.node, self.asked.clone());
-        let held = Held {
-            session: begun.session,
-            live,
-            granted: 0,
-        };
-        self.held.insert(begun.node.clone(), held);
-        Ok(true)
+        Ok(held)
     }
 
     fn release(&mut self, ended: &NodeSession) {
-        let held = self.held.get(&ended.node);
-        if held.is_some_and(|held| held.session == ended.session) {
-            self.held.remove(&ended.node);
+        if self.held.release(&ended.node, ended.session) {
             self.desk.leave(&ended.node, &self.asked);
         }
-    }
-
-    /// The heartbeats that were granted since it was last told.
-    fn granted(&mut self) -> Vec<NodeBeat> {
-        let granted = self.held.iter_mut().filter_map(|(node, held)| {
-            let number = held.live.granted();
-            (number > held.granted).then(|| {
-                held.granted = number;
-                NodeBeat {
-                    session: Some(NodeSession {
-                        node: node.clone(),
-                        session: held.session,
-                    }),
-                    number,
-                }
-            })
-        });
-        granted.collect()
     }
 
     /// Has what agents said recorded; the answer follows when the log has decided.
@@ -233,7 +192,7 @@ impl Branch {
                 }
                 None => continue,
             };
-            if self.held.contains_key(&node) {
+            if self.held.holds(&node) {
                 tickets.push(command.ticket);
                 kinds.push(kind);
             } else {
@@ -260,7 +219,7 @@ impl Branch {
     }
 
     fn leave(self, end: Result<(), Status>) {
-        for node in self.held.keys() {
+        for node in self.held.nodes() {
             self.desk.leave(node, &self.asked);
         }
         if let Err(status) = end {

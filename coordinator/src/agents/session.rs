@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::HEARTBEAT_INTERVAL;
+use batchai_common::time::boot_millis;
 use batchai_proto::agent::v1::{
     Assignment, FileRequest, Hello, LeaseGrant, Report, SessionRequest, SessionResponse, Welcome,
     session_request, session_response,
@@ -99,7 +100,7 @@ impl Session {
             caller: caller(),
         };
         session.report(hello.report.unwrap_or_default()).await?;
-        session.live.heard();
+        session.live.heard(boot_millis());
         Ok(session)
     }
 
@@ -131,9 +132,11 @@ impl Session {
 
     async fn take_in(&self, incoming: &mut Streaming<SessionRequest>) -> Result<(), Status> {
         while let Some(request) = incoming.message().await? {
-            self.live.heard();
+            self.live.heard(boot_millis());
             match request.message {
-                Some(session_request::Message::Heartbeat(beat)) => self.live.beat(beat.number),
+                Some(session_request::Message::Heartbeat(beat)) => {
+                    self.live.beat(beat.number, boot_millis())
+                }
                 Some(session_request::Message::Report(report)) => {
                     // Who sends more waits, and nobody with him.
                     self.live.pace().await;

@@ -3,6 +3,7 @@
 use batchai_common::error::ApiError;
 use batchai_common::limits::SUSPECT_AFTER;
 use batchai_common::names::Kind as Noun;
+use batchai_common::time::{boot_millis, now_millis};
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{ConfirmNodeLost, ExpelNode};
 use batchai_proto::v1::node;
@@ -56,7 +57,7 @@ impl NodeService for Api {
         let name = parse(Noun::Node, &request.get_ref().name)?;
         let node = name.to_string();
         self.replica.must_lead()?;
-        let heard = self.contacts.heard();
+        let heard = self.contacts.heard(boot_millis(), now_millis());
         let refuse = |why: &str| {
             let (name, why) = (node.clone(), why.to_owned());
             Err(ApiError::WrongState { name, why }.into())

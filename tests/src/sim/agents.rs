@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use batchai_coordinator::replica::core::Proposed;
 use batchai_coordinator::state::assignments::assignments;
 use batchai_node_agent::lease::Lease;
 use batchai_node_agent::reconcile::{Action, Local, actions, observations};
@@ -12,15 +11,15 @@ use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
 use batchai_proto::v1;
 
+use super::Sim;
 use super::clocks::Clock;
-use super::{Asked, Sim};
 
 /// What an agent is doing with a coordinator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Talk {
     None,
     /// It said hello to a replica.
-    Registering(u64),
+    Waiting(u64),
     /// It has a session.
     Open(u64),
 }
@@ -111,10 +110,6 @@ impl Agent {
         matches!(self.talk, Talk::Open(_))
     }
 
-    pub fn talks_with(&self, id: u64) -> bool {
-        self.talk == Talk::Open(id)
-    }
-
     pub fn is_cut_off(&self, step: u64) -> bool {
         self.cut_until > step || self.isolated.1 > step
     }
@@ -123,25 +118,49 @@ impl Agent {
     pub fn isolate(&mut self, with: u64, until: u64) {
         self.isolated = (with, until);
         match self.talk {
-            Talk::Registering(id) | Talk::Open(id) if id == with => {}
+            Talk::Waiting(id) | Talk::Open(id) if id == with => {}
             _ => self.hang_up(),
         }
     }
 
-    /// What became of what it sent.
-    pub fn answer(&mut self, conversation: u64, proposed: &Proposed) {
+    /// What it has sent was recorded.
+    pub fn recorded(&mut self, conversation: u64) {
         if conversation != self.conversation {
             return;
         }
-        match (proposed, self.talk) {
-            (Proposed::Applied(Ok(_)), Talk::Registering(id)) => self.talk = Talk::Open(id),
-            (Proposed::Applied(Ok(_)), Talk::Open(_)) => {
+        match self.talk {
+            Talk::Waiting(id) => self.talk = Talk::Open(id),
+            Talk::Open(_) => {
                 if let Some(reporting) = self.reporting.take() {
                     self.reported = Some(reporting);
                 }
             }
+            Talk::None => {}
+        }
+    }
+
+    /// Its session is over.
+    pub fn dropped(&mut self, conversation: u64) {
+        if conversation == self.conversation {
             // It comes again with all that it knows.
-            _ => self.hang_up(),
+            self.hang_up();
+        }
+    }
+
+    /// Who it is.
+    pub fn registration(&self) -> RegisterNode {
+        RegisterNode {
+            name: self.name(),
+            uid: self.uid(),
+            incarnation: self.incarnation(),
+            facts: Some(v1::NodeFacts {
+                vm_size: "small".into(),
+                boot_id: format!("{}-{}", self.number, self.boot),
+                first_port: 20_000,
+                last_port: 20_099,
+                ..Default::default()
+            }),
+            empty: self.local.is_empty(),
         }
     }
 
@@ -317,46 +336,35 @@ impl Sim {
 
     fn talk(&mut self, i: usize) {
         let (name, step) = (self.agents[i].name(), self.step);
-        let talk = self.agents[i].talk;
-        match talk {
+        match self.agents[i].talk {
             Talk::None => {
                 let (with, until) = self.agents[i].isolated;
-                let reached = |id| id == with || until <= step;
-                let Some(id) = self.find_leader_among(reached) else {
+                let up = self.ids().into_iter().filter(|id| self.is_up(*id));
+                let reached: Vec<_> = up.filter(|id| *id == with || until <= step).collect();
+                let Some(id) = self.random.choice(reached) else {
                     return;
                 };
-                let agent = &mut self.agents[i];
-                agent.talk = Talk::Registering(id);
-                let asked = Asked::Agent(i, agent.conversation);
-                let register = RegisterNode {
-                    name,
-                    uid: agent.uid(),
-                    incarnation: agent.incarnation(),
-                    facts: Some(v1::NodeFacts {
-                        vm_size: "small".into(),
-                        boot_id: format!("{}-{}", agent.number, agent.boot),
-                        first_port: 20_000,
-                        last_port: 20_099,
-                        ..Default::default()
-                    }),
-                    empty: agent.local.is_empty(),
-                };
-                if !self.propose(id, Kind::RegisterNode(register), None, asked) {
+                let conversation = self.agents[i].conversation;
+                if self.greet(id, i, conversation, &name) {
+                    self.agents[i].talk = Talk::Waiting(id);
+                }
+            }
+            // One that stands still may go on.
+            Talk::Waiting(id) | Talk::Open(id) if !self.is_up(id) => {
+                if self.replicas[&id].core.is_none() || self.random.f64() < 0.02 {
                     self.agents[i].hang_up();
                 }
             }
-            // A session ends with its replica, and with that one's leadership.
-            Talk::Registering(id) | Talk::Open(id) if !self.leads(id) => {
+            Talk::Waiting(id) | Talk::Open(id)
+                if !self.serves(id, &name, self.agents[i].conversation) =>
+            {
                 self.agents[i].hang_up();
             }
-            Talk::Registering(_) => {}
+            Talk::Waiting(_) => {}
             Talk::Open(id) => {
-                let replica = self.replica(id);
-                let now = replica.clock.boot(step);
-                replica.heard.last.insert(name.clone(), now);
                 let agent = &mut self.agents[i];
                 let number = agent.lease.beat(agent.clock.boot(step));
-                self.replica(id).beats.insert(name.clone(), (number, now));
+                self.beat(id, &name, number);
                 let state = self.core(id).state().clone();
                 let assigned = state.nodes.get(&name).map_or(0, |node| node.assigned);
                 let agent = &mut self.agents[i];
@@ -385,7 +393,7 @@ impl Sim {
             return;
         }
         agent.reporting = Some(seen.clone());
-        let asked = Asked::Agent(i, agent.conversation);
+        let name = agent.name();
         let report = RecordReport {
             node: agent.name(),
             uid: agent.uid(),
@@ -398,8 +406,6 @@ impl Sim {
                 }),
             }),
         };
-        if !self.propose(id, Kind::RecordReport(report), None, asked) {
-            self.agents[i].hang_up();
-        }
+        self.say_for(id, &name, Kind::RecordReport(report));
     }
 }

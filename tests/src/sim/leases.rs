@@ -1,6 +1,5 @@
 //! Leases: production's cores at both ends, and the shims that end what is bound to them. That a shim kills in time is played.
 
-use batchai_coordinator::agents::lease::Beat;
 use batchai_node_agent::status::{FailureRecord, Phase};
 use batchai_proto::internal::v1::command::Kind;
 
@@ -33,13 +32,7 @@ impl Sim {
         if replica.reading.values().any(|reading| reading.lease) {
             return;
         }
-        let beat = |(node, (number, arrived)): (&String, &(u64, i64))| Beat {
-            node: node.clone(),
-            session: 0,
-            number: *number,
-            arrived: *arrived,
-        };
-        let beats = replica.beats.iter().map(beat).collect();
+        let beats = replica.contacts.beats();
         if !replica.leases.begin(beats) {
             return;
         }
@@ -69,19 +62,20 @@ impl Sim {
     /// A majority has spoken, or has not in time.
     pub(super) fn end_round(&mut self, id: u64, majority: bool) {
         self.look_at_leadership(id);
-        for beat in self.replica(id).leases.end(majority) {
-            let number = beat.number;
-            let talks = |agent: &super::Agent| agent.name() == beat.node && agent.talks_with(id);
-            let Some(agent) = self.agents.iter().position(talks) else {
-                continue;
-            };
-            self.grants.push(Grant {
-                due: self.step + self.random.u64(..DELAY_STEPS),
-                agent,
-                conversation: self.agents[agent].conversation,
-                number,
-            });
+        let replica = self.replica(id);
+        for beat in replica.leases.end(majority) {
+            replica.contacts.grant(&beat);
         }
+    }
+
+    /// A grant goes to an agent.
+    pub(super) fn grant(&mut self, agent: usize, conversation: u64, number: u64) {
+        self.grants.push(Grant {
+            due: self.step + self.random.u64(..DELAY_STEPS),
+            agent,
+            conversation,
+            number,
+        });
     }
 
     /// What grants have come, and whose lease is over.

@@ -14,7 +14,9 @@ mod leases;
 mod members;
 mod network;
 mod registers;
+mod relay;
 mod replicas;
+mod sessions;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -60,8 +62,10 @@ enum Asked {
     Client(usize),
     /// One whose history is judged, and what he is about.
     User(usize, u64),
-    /// In which of its conversations.
-    Agent(usize, u64),
+    /// A session with this replica, by its node and in which conversation.
+    Session(u64, String, u64),
+    /// One with another replica, and the stream it came over.
+    Relayed(u64, u64, String, u64),
     /// A replica is to be this.
     Admin(Role),
     Duty,
@@ -77,6 +81,8 @@ pub struct Sim {
     tickets: u64,
     /// Leases on their way to agents.
     grants: Vec<leases::Grant>,
+    /// What replicas and their leader tell each other of agents.
+    relayed: relay::Carried,
     agents: Vec<Agent>,
     clients: Vec<Client>,
     registers: Registers,
@@ -109,6 +115,7 @@ impl Sim {
                 .map(|i| Agent::new(i, Clock::draw(&mut random, options.clock > 0.0)))
                 .collect(),
             grants: Vec::new(),
+            relayed: relay::Carried::default(),
             clients: (0..3).map(Client::new).collect(),
             options,
             random,
@@ -160,6 +167,7 @@ impl Sim {
     fn once(&mut self) -> Result<(), String> {
         self.step += 1;
         self.deliver();
+        self.carry();
         for id in self.ids() {
             if self.is_up(id) {
                 self.tick(id);
@@ -169,6 +177,7 @@ impl Sim {
             if self.is_up(id) {
                 self.ask_for_leases(id);
                 self.lead(id);
+                self.step_sessions(id);
                 self.settle(id)?;
             }
             if self.is_up(id) {

@@ -108,7 +108,7 @@ impl Sim {
     }
 
     /// Whether something that comes from a replica is taken in by another one.
-    fn listens(&mut self, from: u64, to: u64) -> bool {
+    pub(super) fn listens(&mut self, from: u64, to: u64) -> bool {
         if self.network.is_cut(from, to) || !self.is_up(to) {
             return false;
         }

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use batchai_coordinator::agents::contacts::Contacts;
 use batchai_coordinator::agents::lease::Leases;
+use batchai_coordinator::agents::upward::Upward;
 use batchai_coordinator::duties::{Heard, Leader, duties};
 use batchai_coordinator::replica::core::{
     Core, CoreError, ELECTION_TICKS, Output, Proposed, SnapshotPolicy,
@@ -23,6 +25,8 @@ use super::disk::{Disk, Went};
 use super::faults::Options;
 use super::leases::LEASE_MS;
 use super::network::{Book, Sent};
+use super::relay::{Held, Stream};
+use super::sessions::Serving;
 use super::{Asked, ENSEMBLE, Sim};
 
 /// A proposal that nothing is heard of for so long is taken for unknown.
@@ -45,6 +49,9 @@ pub struct Reading {
     pub lease: bool,
 }
 
+/// A session waits for leave to read.
+pub type Opening = (String, u64);
+
 /// One replica.
 pub struct Replica {
     pub disk: Disk,
@@ -65,8 +72,16 @@ pub struct Replica {
     /// When nodes were heard of, and attempts first seen to prepare.
     pub heard: Heard,
     pub leases: Leases,
-    /// The number of the latest heartbeat of each node, and when it came.
-    pub beats: BTreeMap<String, (u64, i64)>,
+    pub contacts: Contacts,
+    /// The agents' sessions that it has, by node.
+    pub sessions: BTreeMap<String, Serving>,
+    /// What the leader is told of them, and over what.
+    pub upward: Upward,
+    pub stream: Option<Stream>,
+    /// Where it leads: the sessions of other replicas, by the stream that told of them.
+    pub branches: BTreeMap<(u64, u64), Held>,
+    /// Sessions that wait for leave to read.
+    pub openings: BTreeMap<u64, Opening>,
     pub waiting: BTreeMap<u64, (Asked, u64)>,
     pub reading: BTreeMap<u64, Reading>,
     /// A snapshot that is being written, and when that is done.
@@ -101,7 +116,12 @@ impl Replica {
             drawn: ((0, false), ELECTION_TICKS),
             heard: Heard::default(),
             leases: Leases::default(),
-            beats: BTreeMap::new(),
+            contacts: Contacts::default(),
+            sessions: BTreeMap::new(),
+            upward: Upward::default(),
+            stream: None,
+            branches: BTreeMap::new(),
+            openings: BTreeMap::new(),
             waiting: BTreeMap::new(),
             reading: BTreeMap::new(),
             writing: None,
@@ -160,7 +180,6 @@ impl Sim {
         replica.met.clear();
         replica.book = None;
         replica.leases = Leases::default();
-        replica.beats.clear();
         replica.heard = Heard {
             now: replica.clock.boot(step),
             ..Heard::default()
@@ -176,6 +195,11 @@ impl Sim {
         let core = replica.core.take();
         replica.writing = None;
         replica.reading.clear();
+        replica.openings.clear();
+        replica.sessions.clear();
+        replica.branches.clear();
+        replica.stream = None;
+        (replica.contacts, replica.upward) = (Contacts::default(), Upward::default());
         replica.disk.trouble(None);
         replica.disk.take();
         let waiting = std::mem::take(&mut replica.waiting);
@@ -274,6 +298,9 @@ impl Sim {
             }
         }
         for ticket in output.reads {
+            if let Some(opening) = self.replica(id).openings.remove(&ticket) {
+                self.admit(id, opening);
+            }
             if let Some(reading) = self.replica(id).reading.remove(&ticket) {
                 if reading.lease {
                     self.end_round(id, true);
@@ -319,6 +346,11 @@ impl Sim {
         if due {
             let duties = self.duties(id);
             self.note_losses(&duties);
+            let losing = duties.iter().filter_map(|duty| match duty {
+                Kind::LoseNode(lost) => Some(lost.node.clone()),
+                _ => None,
+            });
+            self.replica(id).contacts.hold(losing.collect());
             for kind in duties {
                 self.propose(id, kind, None, Asked::Duty);
             }
@@ -335,8 +367,11 @@ impl Sim {
             let since = replica.heard.preparing.get(&id).copied().unwrap_or(boot);
             (id, since)
         });
-        replica.heard.preparing = since.collect();
-        (replica.heard.now, replica.heard.wall) = (boot, wall);
+        let preparing = since.collect();
+        replica.heard = Heard {
+            preparing,
+            ..replica.contacts.heard(boot, wall)
+        };
         let granted = replica.leases.granted();
         replica.heard.leading = granted.map(|(term, since, _)| (term, since));
         replica.heard.granted = Arc::new(granted.map_or(BTreeMap::new(), |(_, _, g)| g.clone()));
@@ -411,7 +446,12 @@ impl Sim {
         match asked {
             Asked::Client(i) => self.answer_client(i, proposed),
             Asked::User(i, moment) => self.answer_user(i, moment, proposed),
-            Asked::Agent(i, conversation) => self.agents[i].answer(conversation, proposed),
+            Asked::Session(id, node, conversation) => {
+                self.answer_session(id, &node, conversation, proposed.into());
+            }
+            Asked::Relayed(from, stream, node, conversation) => {
+                self.send_back(from, stream, (node, conversation, proposed.into()));
+            }
             Asked::Admin(role) => self.answer_admin(role, proposed),
             Asked::Duty => {}
         }
@@ -419,12 +459,8 @@ impl Sim {
 
     /// A replica that says that it leads, as far as somebody who tries them in some order finds one.
     pub(super) fn find_leader(&mut self) -> Option<u64> {
-        self.find_leader_among(|_| true)
-    }
-
-    pub(super) fn find_leader_among(&mut self, reached: impl Fn(u64) -> bool) -> Option<u64> {
         let leading = self.replicas.keys().copied();
-        let leading = leading.filter(|id| self.leads(*id) && reached(*id));
+        let leading = leading.filter(|id| self.leads(*id));
         let leading: Vec<_> = leading.collect();
         self.random.choice(leading)
     }
