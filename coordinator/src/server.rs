@@ -38,7 +38,7 @@ use crate::agents::files::FileDesk;
 use crate::agents::granting;
 use crate::agents::join::Join;
 use crate::agents::link::{self, Link, Uplink};
-use crate::agents::relay::Relay;
+use crate::agents::relay::{Relay, Turns};
 use crate::agents::service::Agents;
 use crate::api::Api;
 use crate::audit::Audit;
@@ -60,6 +60,8 @@ use crate::secrets::Vault;
 
 /// Agents are let go when no leader has answered for so many of the least time that an election waits: by then another one would lead.
 const ALONE_ELECTIONS: u32 = 4;
+/// And not before: a single connection that stalls takes so long to be given up.
+const ALONE_LEAST: Duration = Duration::from_secs(4);
 /// How long open calls may take to end when the coordinator does.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// Calls that one connection may have open at once.
@@ -162,7 +164,8 @@ fn ways(
         desk: desk.clone(),
         first: started.ensemble.first.clone(),
         credentials: pki.map(Pki::client),
-        alone_after: Duration::from_millis(config.election_timeout) * ALONE_ELECTIONS,
+        alone_after: ALONE_LEAST
+            .max(Duration::from_millis(config.election_timeout) * ALONE_ELECTIONS),
     });
     (lanes, uplink, link)
 }
@@ -269,6 +272,7 @@ impl Shared {
 
     fn relay(&self) -> RelayServiceServer<Relay> {
         let relay = Relay {
+            turns: Turns::default(),
             replica: self.replica.clone(),
             peers: self.peers.clone(),
             contacts: self.contacts.clone(),

@@ -51,6 +51,8 @@ const CHANNEL_AGE_MAX: Duration = Duration::from_secs(3600);
 const STUCK_MAX: usize = 8;
 /// How often an answer is offered.
 const TRIES: u32 = 3;
+/// While another leader is found.
+const PAUSE: Duration = Duration::from_millis(300);
 
 /// Answers the coordinator's questions.
 pub struct Answerer {
@@ -117,6 +119,7 @@ async fn answer(
         if status.code() != Code::Unavailable {
             return;
         }
+        tokio::time::sleep(PAUSE).await;
     }
 }
 

@@ -6,6 +6,7 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::LAST_WORDS_BYTES_MAX;
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_proto::agent::v1::{AttemptObservation, Hello, Report};
+use batchai_proto::internal::v1::RegisterNode;
 use batchai_proto::v1::{NodeFacts, ResourceError};
 use prost::Message as _;
 use tonic::Status;
@@ -132,6 +133,14 @@ pub fn check(hello: &Hello, facts: &NodeFacts) -> Result<Name, Status> {
     if !hello.ensemble.is_empty() && uuid::Uuid::try_parse(&hello.ensemble).is_err() {
         faults.push(Fault::new("hello.ensemble", "must be a UUID"));
     }
+    check_facts(facts, &mut faults);
+    match (name, faults.is_empty()) {
+        (Ok(name), true) => Ok(name),
+        _ => Err(ApiError::Invalid(faults).into()),
+    }
+}
+
+fn check_facts(facts: &NodeFacts, faults: &mut Vec<Fault>) {
     let texts = [
         &facts.vm_size,
         &facts.image,
@@ -178,8 +187,26 @@ pub fn check(hello: &Hello, facts: &NodeFacts) -> Result<Name, Status> {
             "vm_size, boot_id and addresses must be given",
         ));
     }
-    match (name, faults.is_empty()) {
-        (Ok(name), true) => Ok(name),
-        _ => Err(ApiError::Invalid(faults).into()),
+}
+
+/// The same for what another replica has made of it.
+pub fn check_register(register: &RegisterNode) -> Result<(), Status> {
+    let mut faults = Vec::new();
+    for (field, text) in [
+        ("register_node.name", &register.name),
+        ("register_node.uid", &register.uid),
+        ("register_node.incarnation", &register.incarnation),
+    ] {
+        if text.len() > 2 * TEXT_BYTES_MAX {
+            faults.push(Fault::new(field, "is too long"));
+        }
+    }
+    check_facts(
+        register.facts.as_ref().unwrap_or(&NodeFacts::default()),
+        &mut faults,
+    );
+    match faults.is_empty() {
+        true => Ok(()),
+        false => Err(ApiError::Invalid(faults).into()),
     }
 }

@@ -15,8 +15,7 @@ use batchai_common::tls::Connector;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::relay_service_client::RelayServiceClient;
 use batchai_proto::internal::v1::{
-    NodeBeat, NodeSession, PeerHello, RelayRequest, RelayResponse, RelayedAnswer, RelayedCommand,
-    relayed_answer, relayed_command,
+    NodeBeat, NodeSession, PeerHello, RelayRequest, RelayResponse, RelayedCommand, relayed_command,
 };
 use prost::Message as _;
 use rustls::ClientConfig;
@@ -27,12 +26,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 use super::contacts::{Contacts, Live};
+use super::fate::outcome;
 use super::files::FileDesk;
-use super::upward::{News, Upward};
+use super::upward::{Known, News, Upward};
 use crate::replica::handle::{self, Role};
 use crate::replica::peers::{PEER_BYTES_MAX, Peers};
 use crate::replica::{Handle, ReplicaError};
-use crate::state::Rejection;
 
 /// The leader is told what is new this often, at least.
 const TELL_INTERVAL: Duration = Duration::from_millis(250);
@@ -122,9 +121,9 @@ impl Uplink {
             return self.replica.propose(kind).await;
         }
         let (reply, answer) = oneshot::channel();
-        let asked = self.asks.try_send(Ask { kind, reply });
-        asked.map_err(|_| ReplicaError::Busy)?;
         let applied = async {
+            let asked = self.asks.send(Ask { kind, reply }).await;
+            asked.map_err(|_| ReplicaError::Stopped)?;
             let revision = answer.await.map_err(|_| ReplicaError::Unknown)??;
             let mut published = self.replica.published();
             let here = published.wait_for(|published| published.state.revision >= revision);
@@ -317,6 +316,8 @@ impl Link {
         let contacts = self.parts.contacts.clone();
         let (mut tick, mut heard) = (every(TELL_INTERVAL), Instant::now());
         tokio::pin!(other);
+        // The leader must hold a session before it takes what that one says.
+        self.tell(&outbox);
         loop {
             tokio::select! {
                 _ = tick.tick() => {
@@ -324,11 +325,11 @@ impl Link {
                     if heard.elapsed() > SILENCE_MAX {
                         return Err(LinkError::Silent);
                     }
-                    self.tell(&outbox, None);
+                    self.tell(&outbox);
                 }
-                () = contacts.changed() => self.tell(&outbox, None),
-                // What finds no room waits for the next tick.
-                Some(ask) = self.asks.recv(), if outbox.capacity() > 0 => self.tell(&outbox, Some(ask)),
+                () = contacts.changed() => self.tell(&outbox),
+                // What finds no room waits for it.
+                Some(ask) = self.asks.recv(), if outbox.capacity() > 0 => self.pass(&outbox, ask),
                 response = incoming.message() => {
                     let response = response?.ok_or(LinkError::Ended)?;
                     heard = Instant::now();
@@ -341,16 +342,25 @@ impl Link {
         }
     }
 
-    /// Sends what is new, if there is room: else it is new the next time.
-    fn tell(&mut self, outbox: &mpsc::Sender<RelayRequest>, ask: Option<Ask>) {
+    /// Sends what is new of the sessions, if there is room: else it is new the next time.
+    fn tell(&mut self, outbox: &mpsc::Sender<RelayRequest>) {
+        if let Ok(place) = outbox.try_reserve() {
+            place.send(request(
+                self.upward.news(self.parts.contacts.own_sessions()),
+            ));
+        }
+        self.grant();
+    }
+
+    /// Sends what agents have said, as much as is there and fits.
+    fn pass(&mut self, outbox: &mpsc::Sender<RelayRequest>, ask: Ask) {
         let Ok(place) = outbox.try_reserve() else {
-            if let Some(ask) = ask {
-                let _ = ask.reply.send(Err(ReplicaError::Busy));
-            }
+            // Who waited may be gone.
+            let _ = ask.reply.send(Err(ReplicaError::Busy));
             return;
         };
-        let mut request = request(self.upward.news(self.parts.contacts.own_sessions()));
-        let (mut size, mut next) = (0, ask);
+        let mut request = RelayRequest::default();
+        let (mut size, mut next) = (0, Some(ask));
         while let Some(ask) = next {
             let kind = match ask.kind {
                 Kind::RegisterNode(register) => relayed_command::Kind::RegisterNode(register),
@@ -374,7 +384,17 @@ impl Link {
         place.send(request);
     }
 
+    /// Passes on what was granted, as far as the State here is.
+    fn grant(&mut self) {
+        let revision = self.parts.replica.published().borrow().state.revision;
+        for known in self.upward.due(revision) {
+            let contacts = &self.parts.contacts;
+            contacts.granted(&known.node, known.session, known.beat);
+        }
+    }
+
     fn take(&mut self, response: RelayResponse) {
+        self.grant();
         let contacts = &self.parts.contacts;
         for known in response.accepted {
             if self.upward.accepted(&known.node, known.session) {
@@ -385,9 +405,15 @@ impl Link {
             contacts.stand(&known.node, known.session, false);
         }
         for beat in response.granted {
-            let session = beat.session.unwrap_or_default();
-            contacts.granted(&session.node, session.session, beat.number);
+            let NodeSession { node, session } = beat.session.unwrap_or_default();
+            let known = Known {
+                node,
+                session,
+                beat: beat.number,
+            };
+            self.upward.granted(response.revision, known);
         }
+        self.grant();
         for answer in response.answers {
             if let Some(reply) = self.waiting.remove(&answer.ticket) {
                 // Who waited may be gone.
@@ -460,21 +486,6 @@ fn request(news: News) -> RelayRequest {
         begun: sessions(news.begun),
         beats: beats.collect(),
         commands: Vec::new(),
-    }
-}
-
-fn outcome(answer: RelayedAnswer) -> Result<i64, ReplicaError> {
-    match answer.outcome {
-        Some(relayed_answer::Outcome::Revision(revision)) => Ok(revision),
-        Some(relayed_answer::Outcome::Refusal(refusal)) => {
-            let (name, why) = (refusal.name, refusal.why);
-            Err(Rejection::WrongState { name, why }.into())
-        }
-        Some(relayed_answer::Outcome::Unknown(why)) => {
-            tracing::debug!(why, "what became of a report is not known");
-            Err(ReplicaError::Unknown)
-        }
-        None => Err(ReplicaError::Unknown),
     }
 }
 

@@ -3,18 +3,20 @@
 //! One stream for each replica. It holds the live sessions of its nodes for as long as it lasts and the replica gives signs of life;
 //! what is told for other nodes is not taken. It knows nothing of what commands mean.
 
+use std::collections::BTreeMap;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_common::time::boot_millis;
-use batchai_proto::agent::v1::FileRequest;
+use batchai_proto::agent::v1::{FileRequest, Report};
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::relay_service_server::RelayService;
 use batchai_proto::internal::v1::{
-    NodeBeat, NodeSession, PeerHello, RelayRequest, RelayResponse, RelayedAnswer, RelayedCommand,
-    RelayedQuestion, RelayedRefusal, relayed_answer, relayed_command,
+    NodeBeat, NodeSession, PeerHello, RelayRequest, RelayResponse, RelayedCommand, RelayedQuestion,
+    relayed_command,
 };
 use tokio::sync::mpsc;
 use tokio_stream::Stream as Sequence;
@@ -24,11 +26,13 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::branch::Branch;
 use super::contacts::Contacts;
+use super::fate::told;
 use super::files::FileDesk;
+use super::hello::{check_register, check_report};
 use crate::replica::Handle;
 use crate::replica::handle::{self, ReplicaError};
 use crate::replica::peers::{Peers, check_peer};
-use crate::state::Rejection;
+use crate::state::replicas;
 
 /// A replica that says nothing for so long holds no sessions any more: it tells what is new several times a second.
 const SILENCE_MAX: Duration = Duration::from_secs(2);
@@ -37,8 +41,20 @@ const OUTBOX_MAX: usize = 64;
 /// Questions to agents that are not sent.
 const QUESTIONS_MAX: usize = 64;
 
+/// A stream of a replica makes way for its next one.
+#[derive(Clone, Debug, Default)]
+struct Turn {
+    over: CancellationToken,
+    left: CancellationToken,
+}
+
+/// The streams of replicas.
+#[derive(Clone, Debug, Default)]
+pub struct Turns(Arc<Mutex<BTreeMap<u64, Turn>>>);
+
 /// Serves replicas that have agents' sessions.
 pub struct Relay {
+    pub turns: Turns,
     pub replica: Handle,
     pub peers: Peers,
     pub contacts: Contacts,
@@ -63,6 +79,19 @@ impl RelayService for Relay {
             first.and_then(|first| first.hello),
         )?;
         self.replica.must_lead()?;
+        self.must_belong(hello.from)?;
+        let turn = Turn::default();
+        let left = turn.left.clone().drop_guard();
+        let before = {
+            let turns = self.turns.0.lock();
+            let mut turns = turns.unwrap_or_else(PoisonError::into_inner);
+            turns.insert(hello.from, turn.clone())
+        };
+        // What the one before holds would be refused to this one.
+        if let Some(before) = before {
+            before.over.cancel();
+            before.left.cancelled().await;
+        }
         let (outbox, replies) = mpsc::channel(OUTBOX_MAX);
         let (asked, questions) = mpsc::channel(QUESTIONS_MAX);
         let mut stream = Stream {
@@ -82,11 +111,27 @@ impl RelayService for Relay {
                 () = deposed.deposed() => {
                     Err(handle::unavailable(&deposed, &ReplicaError::NotLeader).into())
                 }
+                () = turn.over.cancelled() => Err(Status::aborted("a later stream took its place")),
                 () = shutdown.cancelled() => Err(Status::unavailable("it is shutting down")),
             };
             stream.leave(end);
+            drop(left);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+}
+
+impl Relay {
+    /// Raft asks nothing of strangers; this would give them the sessions of nodes.
+    fn must_belong(&self, id: u64) -> Result<(), ApiError> {
+        let published = self.replica.published();
+        match published.borrow().state.replicas.contains_key(&id) {
+            true => Ok(()),
+            false => Err(ApiError::WrongState {
+                name: replicas::name(id),
+                why: "it does not belong to the ensemble; an administrator adds it".to_owned(),
+            }),
+        }
     }
 }
 
@@ -111,6 +156,14 @@ impl Stream {
         let silence = tokio::time::sleep(SILENCE_MAX);
         tokio::pin!(silence);
         loop {
+            // Who does not read is not listened to either, and then taken for silent.
+            let place = tokio::select! {
+                place = self.outbox.clone().reserve_owned() => place,
+                () = &mut silence => return Err(Status::resource_exhausted("it does not read")),
+            };
+            let Ok(place) = place else {
+                return Ok(());
+            };
             let response = tokio::select! {
                 request = incoming.message() => {
                     let Some(request) = request? else {
@@ -125,8 +178,7 @@ impl Stream {
                 },
                 () = &mut silence => return Err(Status::deadline_exceeded("it is not heard of")),
             };
-            let sent = self.outbox.try_send(Ok(response));
-            sent.map_err(|_| Status::resource_exhausted("it does not read"))?;
+            place.send(Ok(response));
         }
     }
 
@@ -148,6 +200,10 @@ impl Stream {
             let NodeSession { node, session } = beat.session.unwrap_or_default();
             self.held.beat(&node, session, beat.number, boot_millis());
         }
+        if !request.commands.is_empty() {
+            self.record(request.commands);
+            return Ok(response);
+        }
         let granted = self.held.granted().into_iter();
         response.granted = granted
             .map(|(node, session, number)| NodeBeat {
@@ -155,7 +211,8 @@ impl Stream {
                 number,
             })
             .collect();
-        self.record(request.commands);
+        // After the grants: what was given away before is in it.
+        response.revision = self.replica.published().borrow().state.revision;
         Ok(response)
     }
 
@@ -183,21 +240,12 @@ impl Stream {
         }
         let (mut tickets, mut kinds, mut answers) = (Vec::new(), Vec::new(), Vec::new());
         for command in commands {
-            let (node, kind) = match command.kind {
-                Some(relayed_command::Kind::RegisterNode(register)) => {
-                    (register.name.clone(), Kind::RegisterNode(register))
+            match self.check(command.kind) {
+                Ok(kind) => {
+                    tickets.push(command.ticket);
+                    kinds.push(kind);
                 }
-                Some(relayed_command::Kind::RecordReport(report)) => {
-                    (report.node.clone(), Kind::RecordReport(report))
-                }
-                None => continue,
-            };
-            if self.held.holds(&node) {
-                tickets.push(command.ticket);
-                kinds.push(kind);
-            } else {
-                let unheld = ReplicaError::Refused(format!("{node} has no live session there"));
-                answers.push(told(command.ticket, Err(unheld)));
+                Err(why) => answers.push(told(command.ticket, Err(ReplicaError::Refused(why)))),
             }
         }
         let (replica, outbox) = (self.replica.clone(), self.outbox.clone());
@@ -218,6 +266,26 @@ impl Stream {
         });
     }
 
+    /// What is to be recorded must be of a node whose session is held, and no larger than agents' own words may be.
+    fn check(&self, kind: Option<relayed_command::Kind>) -> Result<Kind, String> {
+        let text = |status: Status| status.message().to_owned();
+        let (node, kind) = match kind {
+            Some(relayed_command::Kind::RegisterNode(register)) => {
+                check_register(&register).map_err(text)?;
+                (register.name.clone(), Kind::RegisterNode(register))
+            }
+            Some(relayed_command::Kind::RecordReport(report)) => {
+                check_report(report.report.as_ref().unwrap_or(&Report::default())).map_err(text)?;
+                (report.node.clone(), Kind::RecordReport(report))
+            }
+            None => return Err("it is of a kind that this replica does not know".to_owned()),
+        };
+        match self.held.holds(&node) {
+            true => Ok(kind),
+            false => Err(format!("{node} has no live session there")),
+        }
+    }
+
     fn leave(self, end: Result<(), Status>) {
         for node in self.held.nodes() {
             self.desk.leave(node, &self.asked);
@@ -228,20 +296,6 @@ impl Stream {
             // It may be gone.
             let _ = self.outbox.try_send(Err(status));
         }
-    }
-}
-
-fn told(ticket: u64, result: Result<i64, ReplicaError>) -> RelayedAnswer {
-    let outcome = match result {
-        Ok(revision) => relayed_answer::Outcome::Revision(revision),
-        Err(ReplicaError::Rejected(Rejection::WrongState { name, why })) => {
-            relayed_answer::Outcome::Refusal(RelayedRefusal { name, why })
-        }
-        Err(error) => relayed_answer::Outcome::Unknown(error.to_string()),
-    };
-    RelayedAnswer {
-        ticket,
-        outcome: Some(outcome),
     }
 }
 

@@ -32,6 +32,8 @@ use crate::state::{Rejection, State, assignments::assignments, restore};
 
 /// What a session may have to send and the agent has not taken: it reads at once or is cut off.
 pub const OUTBOX_MAX: usize = 16;
+/// Reports of an agent that wait to be recorded.
+const REPORTS_MAX: usize = 8;
 /// Certificates are looked at this often while a session lasts.
 const EXPIRY_LOOK_INTERVAL: Duration = Duration::from_secs(60);
 /// Where the secrets of a set-up task stand.
@@ -131,6 +133,24 @@ impl Session {
     }
 
     async fn take_in(&self, incoming: &mut Streaming<SessionRequest>) -> Result<(), Status> {
+        let (reports, mut next) = mpsc::channel(REPORTS_MAX);
+        let record = async {
+            while let Some(report) = next.recv().await {
+                self.live.pace().await;
+                self.report(report).await?;
+            }
+            Ok(())
+        };
+        let ((), ()) = tokio::try_join!(self.read(incoming, reports), record)?;
+        Ok(())
+    }
+
+    /// Heartbeats count while reports wait to be recorded.
+    async fn read(
+        &self,
+        incoming: &mut Streaming<SessionRequest>,
+        reports: mpsc::Sender<Report>,
+    ) -> Result<(), Status> {
         while let Some(request) = incoming.message().await? {
             self.live.heard(boot_millis());
             match request.message {
@@ -138,9 +158,8 @@ impl Session {
                     self.live.beat(beat.number, boot_millis())
                 }
                 Some(session_request::Message::Report(report)) => {
-                    // Who sends more waits, and nobody with him.
-                    self.live.pace().await;
-                    self.report(report).await?;
+                    // Who sends more waits, and nobody with him. The end of the other side is seen there.
+                    let _ = reports.send(report).await;
                 }
                 Some(session_request::Message::Hello(_)) | None => {
                     let fault = Fault::new("message", "only the first message is a hello");
@@ -215,7 +234,7 @@ impl Session {
             return Ok(());
         };
         let topic = Topic::Assignments(self.name.clone());
-        let mut changes = self.replica.hub().follow(topic);
+        let mut changes = self.replica.hub().follow(topic.clone());
         let mut grants = self.live.grants();
         let published = self.replica.published();
         let welcome = Welcome {
@@ -224,8 +243,10 @@ impl Session {
             heartbeat_interval: prost_types::Duration::try_from(HEARTBEAT_INTERVAL).ok(),
         };
         send(outbox, session_response::Message::Welcome(welcome))?;
-        let mut sent = -1;
+        let (mut sent, mut granted) = (-1, 0);
         loop {
+            // Before the State is looked at: what had been taken from the node by then is not in its list any more.
+            let heartbeat = self.live.granted();
             // Cloned, so that the list is not made while the replica waits to publish.
             let state = published.borrow().state.clone();
             if let Some(refusal) = self.caller.refusal(&state) {
@@ -239,23 +260,26 @@ impl Session {
                 }
                 send(outbox, session_response::Message::Assignments(list))?;
             }
+            let lease = self.lease.min(longest_lease(&state));
+            if heartbeat > granted && !lease.is_zero() {
+                granted = heartbeat;
+                let lease = prost_types::Duration::try_from(lease).ok();
+                let grant = LeaseGrant { heartbeat, lease };
+                send(outbox, session_response::Message::LeaseGrant(grant))?;
+            }
             tokio::select! {
                 () = expiry(&self.caller) => {
                     let why = "the certificate has expired";
                     return Err(ApiError::Unauthenticated { why }.into());
                 }
-                changed = changes.changed() => {
-                    changed.map_err(|_| unavailable("the replica has stopped"))?;
-                }
-                Ok(()) = grants.changed() => {
-                    grants.mark_unchanged();
-                    let heartbeat = self.live.granted();
-                    let lease = self.lease.min(longest_lease(&state));
-                    if heartbeat > 0 && !lease.is_zero() {
-                        let lease = prost_types::Duration::try_from(lease).ok();
-                        send(outbox, session_response::Message::LeaseGrant(LeaseGrant { heartbeat, lease }))?;
+                changed = changes.changed() => if changed.is_err() {
+                    if published.has_changed().is_err() {
+                        return Err(unavailable("the replica has stopped"));
                     }
-                }
+                    // The State has jumped, by a snapshot.
+                    changes = self.replica.hub().follow(topic.clone());
+                },
+                Ok(()) = grants.changed() => grants.mark_unchanged(),
                 Some((_, question)) = questions.recv() => {
                     // Assignments go before: who asked is told that there is no answer.
                     if outbox.capacity() > OUTBOX_MAX / 2 {

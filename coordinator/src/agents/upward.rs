@@ -31,6 +31,8 @@ pub struct News {
 #[derive(Clone, Debug, Default)]
 pub struct Upward {
     told: BTreeMap<String, Told>,
+    /// Grants that wait for the State here, by node.
+    granted: BTreeMap<String, Granted>,
     /// When a leader answered last, if one ever did.
     answered: Option<i64>,
 }
@@ -42,10 +44,52 @@ struct Told {
     beat: u64,
 }
 
+/// A heartbeat is granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Granted {
+    revision: i64,
+    session: u64,
+    beat: u64,
+}
+
 impl Upward {
     /// From now on it is another leader, or one that may have forgotten.
     pub fn begin(&mut self) {
         self.told.clear();
+        self.granted.clear();
+    }
+
+    /// The leader has granted a heartbeat, when its State was at this revision. It may have given work of the node away before: an agent must
+    /// not hear of its lease before it can hear of that.
+    pub fn granted(&mut self, revision: i64, known: Known) {
+        let Known {
+            node,
+            session,
+            beat,
+        } = known;
+        let granted = Granted {
+            revision,
+            session,
+            beat,
+        };
+        self.granted.insert(node, granted);
+    }
+
+    /// The grants that may be passed on where the State is at this revision.
+    pub fn due(&mut self, revision: i64) -> Vec<Known> {
+        let mut due = Vec::new();
+        self.granted.retain(|node, granted| {
+            let later = granted.revision > revision && !fault!("granted_before_the_state");
+            if !later {
+                due.push(Known {
+                    node: node.clone(),
+                    session: granted.session,
+                    beat: granted.beat,
+                });
+            }
+            later
+        });
+        due
     }
 
     /// What the leader is to be told, of all the sessions that there are.
@@ -147,6 +191,18 @@ mod tests {
         assert_eq!(news.beats, [], "the new one is not accepted");
         assert!(!upward.accepted("nodes/a", 1));
         assert_eq!(upward.news(Vec::new()).ended, named("nodes/a", 3));
+    }
+
+    #[test]
+    fn a_grant_waits_for_the_state_that_it_was_given_in() {
+        let mut upward = Upward::default();
+        upward.granted(9, known("nodes/a", 1, 5));
+        assert_eq!(upward.due(8), []);
+        assert_eq!(upward.due(9), [known("nodes/a", 1, 5)]);
+        assert_eq!(upward.due(9), []);
+        upward.granted(9, known("nodes/a", 1, 6));
+        upward.begin();
+        assert_eq!(upward.due(9), [], "that was another leader's");
     }
 
     #[test]

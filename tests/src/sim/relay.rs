@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use batchai_coordinator::agents::branch::Branch;
-use batchai_coordinator::agents::upward::News;
+use batchai_coordinator::agents::upward::{Known, News};
 use batchai_proto::internal::v1::command::Kind;
 
 use super::sessions::Fate;
@@ -35,6 +35,7 @@ pub type Answer = (String, u64, Fate);
 
 #[derive(Default)]
 struct Reply {
+    revision: i64,
     accepted: Vec<(String, u64)>,
     refused: Vec<(String, u64)>,
     granted: Vec<(String, u64, u64)>,
@@ -176,6 +177,13 @@ impl Sim {
         let replica = self.replica(to);
         let now = replica.clock.boot(step);
         let contacts = replica.contacts.clone();
+        // A later stream takes the place of an earlier one.
+        let branches = &mut replica.branches;
+        branches.retain(|(of, number), _| *of != from || *number == stream);
+        let revision = replica
+            .core
+            .as_ref()
+            .map_or(0, |core| core.state().revision);
         let held = replica
             .branches
             .entry((from, stream))
@@ -184,7 +192,10 @@ impl Sim {
                 heard: step,
             });
         held.heard = step;
-        let mut reply = Reply::default();
+        let mut reply = Reply {
+            revision,
+            ..Reply::default()
+        };
         for (node, session) in news.ended {
             held.branch.release(&node, session);
         }
@@ -245,8 +256,13 @@ impl Sim {
         for (node, session) in reply.refused {
             replica.contacts.stand(&node, session, false);
         }
-        for (node, session, number) in reply.granted {
-            replica.contacts.granted(&node, session, number);
+        for (node, session, beat) in reply.granted {
+            let known = Known {
+                node,
+                session,
+                beat,
+            };
+            replica.upward.granted(reply.revision, known);
         }
         for (node, conversation, fate) in reply.answers {
             self.checks.saw("a follower has a report recorded");

@@ -12,7 +12,7 @@ const CONFIRM_STEPS: u64 = 60;
 /// What nobody has recorded is said again for so long.
 const PATIENCE_STEPS: u64 = 200;
 /// Without an answer of a leader for so long, agents are let go.
-const ALONE_MS: i64 = 2000;
+const ALONE_MS: i64 = 4000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -128,6 +128,14 @@ impl Sim {
             replica.stream = None;
         } else {
             replica.branches.clear();
+        }
+        let revision = replica
+            .core
+            .as_ref()
+            .map_or(0, |core| core.state().revision);
+        for due in replica.upward.due(revision) {
+            let contacts = &replica.contacts;
+            contacts.granted(&due.node, due.session, due.beat);
         }
         if replica.upward.is_alone(now, ALONE_MS) && !replica.sessions.is_empty() {
             replica.sessions.clear();

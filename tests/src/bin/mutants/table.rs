@@ -96,6 +96,7 @@ pub const FAULTS: &[Fault] = &[
         Rules,
         &[Coordinator, Simulator],
     ),
+    ("granted_before_the_state", Rules, &[Coordinator, Simulator]),
     (
         "lone_replica_keeps_its_agents",
         Code,
