@@ -92,7 +92,12 @@ impl LogStore for Disk {
             return self.store.append(entries, hard_state);
         };
         if let Some(kept) = kept {
-            self.store.append(&entries[..kept], hard_state)?;
+            // What is committed is not what is not there: else what stood in its place would be taken for it.
+            let mut there = hard_state.cloned();
+            if let (Some(there), Some(first)) = (&mut there, entries.first()) {
+                there.commit = there.commit.min(first.index - 1 + kept as u64);
+            }
+            self.store.append(&entries[..kept], there.as_ref())?;
         }
         self.fate().went.died = Some(kept.is_some() && !entries.is_empty());
         Err(StoreError::Io {
