@@ -22,6 +22,8 @@ pub struct Stream {
     number: u64,
     /// When the leader was heard of.
     heard: u64,
+    /// Nothing of it has reached the leader.
+    fresh: bool,
 }
 
 /// The leader's end.
@@ -103,6 +105,7 @@ impl Sim {
                 leader,
                 number,
                 heard: step,
+                fresh: true,
             });
         }
         let replica = self.replica(id);
@@ -173,6 +176,15 @@ impl Sim {
         let current = self.replicas[&from].stream.as_ref();
         if current.is_none_or(|current| current.number != stream) {
             return;
+        }
+        // Nor one that the leader has given up: it has ended the stream.
+        let held = self.replicas[&to].branches.contains_key(&(from, stream));
+        if !held && !current.is_some_and(|current| current.fresh) {
+            self.break_stream(from);
+            return;
+        }
+        if let Some(current) = &mut self.replica(from).stream {
+            current.fresh = false;
         }
         let replica = self.replica(to);
         let now = replica.clock.boot(step);
