@@ -36,7 +36,7 @@ use crate::state::replicas;
 
 /// A replica that says nothing for so long holds no sessions any more: it tells what is new several times a second.
 const SILENCE_MAX: Duration = Duration::from_secs(2);
-/// Answers that the replica has not taken: it reads at once or is cut off.
+/// Answers that the replica has not taken: until it reads them it is not listened to.
 const OUTBOX_MAX: usize = 64;
 /// Questions to agents that are not sent.
 const QUESTIONS_MAX: usize = 64;
