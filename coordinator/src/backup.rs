@@ -18,7 +18,7 @@ use raft::eraftpb::{ConfState, HardState};
 use crate::boot::{self, BEGUN, RESTORED, ServerError};
 use crate::ensemble::Ensemble;
 use crate::replica::store::disk::DiskStore;
-use crate::replica::store::{FORMAT, LogStore as _, snapshot};
+use crate::replica::store::{FORMAT, LogStore, StoreError, snapshot};
 use crate::state::digest::Digest;
 use crate::state::{State, invariants, restore};
 
@@ -204,14 +204,31 @@ fn make_store(
             source,
         })?;
     }
-    let voters = ConfState::from((identity.voters.clone(), vec![]));
+    let (mut store, _) = DiskStore::open(path, identity)?;
+    begin_with(&mut store, identity.replica_id, index, state)?;
+    drop(store);
+    // As the coordinator will read it.
+    DiskStore::open(path, identity)?;
+    Ok(())
+}
+
+/// Has an empty store begin with a State as of an index, for a replica that is alone.
+///
+/// # Errors
+/// It cannot be written.
+pub fn begin_with(
+    store: &mut impl LogStore,
+    replica: u64,
+    index: u64,
+    state: &State,
+) -> Result<(), StoreError> {
+    let voters = ConfState::from((vec![replica], vec![]));
     let conf_state = voters.write_to_bytes();
     let mark = SnapshotMark {
         index,
         term: TERM,
         conf_state: conf_state.expect("what is in memory can be encoded"),
     };
-    let (mut store, _) = DiskStore::open(path, identity)?;
     store.snapshots().write(&mark, state)?;
     store.install(&mark, LogBegin { index, term: TERM })?;
     let hard_state = HardState {
@@ -219,11 +236,7 @@ fn make_store(
         commit: index,
         ..HardState::default()
     };
-    store.append(&[], Some(&hard_state))?;
-    drop(store);
-    // As the coordinator will read it.
-    DiskStore::open(path, identity)?;
-    Ok(())
+    store.append(&[], Some(&hard_state))
 }
 
 /// What a person is told of a backup.

@@ -142,13 +142,21 @@ pub fn actions(list: &AssignmentList, local: &[Local], leased: bool) -> Vec<Acti
     actions
 }
 
-/// What is here of before a restore and not asked for, as it is.
+/// What is here of before a restore and not asked for, as it is: whoever decides about it must know of all. What a dead shim left and
+/// nobody has swept yet may run.
 pub fn strays(list: &AssignmentList, local: &[Local]) -> Vec<AttemptObservation> {
     let discarded = |found: &Local| list.discarded.contains(&found.attempt);
     let strays = local
         .iter()
         .filter(|found| is_stray(list, &found.attempt) || discarded(found));
-    strays.filter_map(observation).collect()
+    let told = |found: &Local| {
+        observation(found).unwrap_or_else(|| AttemptObservation {
+            attempt: found.attempt.clone(),
+            phase: NodePhase::Running as i32,
+            ..AttemptObservation::default()
+        })
+    };
+    strays.map(told).collect()
 }
 
 /// What to report: everything the journal shows, and the absence of what it should show.
@@ -290,6 +298,13 @@ mod tests {
                 ..unknown.clone()
             };
             assert!(strays(&first, std::slice::from_ref(&local)).is_empty());
+            let unswept = Local {
+                swept: false,
+                ..local.clone()
+            };
+            let seen = strays(&unknown, &[unswept]);
+            let may_run = local.lost() || local.shim;
+            assert_eq!(seen[0].phase() == NodePhase::Running, may_run, "{local:?}");
             assert_ne!(actions(&first, &[local], true), []);
         }
         let discarded = second(None, &["1-5"]);

@@ -13,7 +13,8 @@ use batchai_tests::sim::{Outcome, play};
 const SEEDS: u64 = 200;
 
 /// What must come up among the seeds, else they do not try what they are for.
-const SOMETIMES: [&str; 32] = [
+const SOMETIMES: [&str; 36] = [
+    "a backup is restored",
     "a creation is asked for again",
     "a disk is slow",
     "a follower gets a snapshot",
@@ -35,12 +36,15 @@ const SOMETIMES: [&str; 32] = [
     "a replica is added",
     "a replica is removed",
     "a replica starts from a snapshot",
+    "a restore is accepted",
     "a shim dies amid a job",
     "a snapshot travels during a change of the membership",
     "a vote is split",
     "a wiped replica is replaced",
     "a write is torn",
     "an agent is killed amid a job",
+    "an attempt is adopted",
+    "an attempt is discarded",
     "leadership is handed over",
     "the clock of a leader jumps back",
     "the leader changes",

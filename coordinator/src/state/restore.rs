@@ -21,21 +21,19 @@ use super::agreement::Comparison;
 use super::attempts::{self, Attempt, AttemptNode, Phase, Work};
 use super::{ENSEMBLE, Job, Node, Rejection, State, Step, jobs, nodes};
 
-/// Revisions go on behind all that were ever made, so that none is used for two things: by more than can have been made since the
-/// backup, and, as epochs are seconds, by more than are made in a second for each of them.
-const REVISIONS_SKIPPED: i64 = 1_000_000_000;
-const REVISIONS_PER_EPOCH: i64 = 1_000_000;
+/// Revisions go on behind all that were ever made, so that none is used for two things: epochs are seconds, and nobody makes so many
+/// revisions in one.
+const REVISIONS_PER_EPOCH: i64 = 1_000_000_000;
 /// As many nodes or attempts as a refusal names.
 const NAMED_MAX: usize = 10;
 
 /// The State of a backup as one replica begins with it, alone. The others are gone, and their ids with them.
 pub fn restored(mut state: State, epoch: i64, own: Replica) -> State {
     state.epoch = epoch;
-    let skipped = state.revision + REVISIONS_SKIPPED;
-    state.revision = match fault!("revisions_used_again") {
-        true => state.revision,
-        false => skipped.max(epoch.saturating_mul(REVISIONS_PER_EPOCH)),
-    };
+    if !fault!("revisions_used_again") {
+        let first = epoch.saturating_mul(REVISIONS_PER_EPOCH);
+        state.revision = first.max(state.revision + 1);
+    }
     state.restored = true;
     state.comparison = Comparison::default();
     let revision = state.revision;
@@ -162,6 +160,9 @@ pub(super) fn take_in(step: &mut Step<'_>, node: &str, list: &StrayList) {
     for (id, _) in &before {
         step.state.strays.remove(&(node.to_owned(), id.clone()));
     }
+    // What such a node holds and did not tell of at first was known here then, and is not asked for any more.
+    let node_of = |state: &State| state.nodes.get(node).cloned();
+    let told_all = node_of(step.state).is_some_and(|node| node.epoch == list.epoch);
     let mut told = false;
     for stray in &list.strays {
         let id = stray.seen.clone().unwrap_or_default().attempt;
@@ -171,13 +172,8 @@ pub(super) fn take_in(step: &mut Step<'_>, node: &str, list: &StrayList) {
         let known = before.iter().find(|(before, _)| *before == id);
         let decided = known.is_some_and(|(_, known)| known.discarded);
         // What the State knows and does not ask for any more has ended; what it does ask for was adopted meanwhile.
-        let over = step.state.attempts.contains_key(&id);
-        if step
-            .state
-            .nodes
-            .get(node)
-            .is_some_and(|n| n.attempt.as_ref() == Some(&id))
-        {
+        let over = step.state.attempts.contains_key(&id) || (told_all && known.is_none());
+        if node_of(step.state).is_some_and(|node| node.attempt.as_ref() == Some(&id)) {
             continue;
         }
         told |= over && !decided;
@@ -189,12 +185,7 @@ pub(super) fn take_in(step: &mut Step<'_>, node: &str, list: &StrayList) {
         let key = (node.to_owned(), id);
         step.state.strays.insert(key, Arc::new(stored));
     }
-    if step
-        .state
-        .nodes
-        .get(node)
-        .is_some_and(|n| n.epoch != list.epoch)
-    {
+    if !told_all {
         nodes::change(step, node, |node| node.epoch = list.epoch);
     }
     if told {

@@ -294,3 +294,28 @@ fn an_expelled_node_holds_nothing_that_matters() {
     e.ok(C::AcceptRestore(AcceptRestore { force: false }));
     assert!(e.state.strays.is_empty());
 }
+
+#[test]
+fn what_was_known_and_is_over_needs_no_decision_though_its_job_is_deleted() {
+    let mut e = Ensemble::with_nodes(1, 1);
+    let job = e.submit("j", 1, |_| {});
+    e.see(&job, 0, P::Ready, &[]);
+    let (backup, known) = (e.state.clone(), e.attempt(&job));
+    restore(&mut e, &backup);
+    tell(&mut e, "nodes/n0", SECOND, &[]);
+    e.ok(C::AcceptRestore(AcceptRestore { force: false }));
+    e.see(&job, 0, P::Ended, &[(0, Some(0))]);
+    e.ok(C::Delete(batchai_proto::internal::v1::Delete {
+        name: job.clone(),
+        ..Default::default()
+    }));
+    e.settle();
+    assert!(!e.state.attempts.contains_key(&known.id));
+    // The node has not forgotten it yet.
+    tell(&mut e, "nodes/n0", SECOND, &[stray(&known, P::Ended)]);
+    assert_eq!(restore::undecided(&e.state).count(), 0);
+    let list = assignments::assignments(&e.state, "nodes/n0");
+    assert_eq!(list.discarded, std::slice::from_ref(&known.id));
+    tell(&mut e, "nodes/n0", SECOND, &[]);
+    assert!(!restore::may_hold_strays(&e.state, "nodes/n0"));
+}

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use batchai_coordinator::state::assignments::assignments;
 use batchai_node_agent::lease::Lease;
-use batchai_node_agent::reconcile::{Action, Local, actions, observations};
+use batchai_node_agent::reconcile::{Action, Local, actions, observations, strays};
 use batchai_node_agent::status::{Phase, RankStatus, Status};
-use batchai_proto::agent::v1::{AssignmentList, AttemptObservation, Report, StrayList};
+use batchai_proto::agent::v1::{
+    Assignment, AssignmentList, AttemptObservation, Host, Report, Stray, StrayList,
+};
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
 use batchai_proto::v1;
@@ -46,11 +48,11 @@ pub struct Agent {
     /// Attempts that are not bound to it.
     pub unfenced: BTreeSet<String>,
     list: Option<AssignmentList>,
-    /// The journal: attempts, and the job of each.
-    pub local: BTreeMap<String, (Local, String)>,
+    /// The journal: attempts, and whose each is.
+    pub local: BTreeMap<String, (Local, Stray)>,
     /// What was reported, and whether that is on its way.
-    reported: Option<Vec<AttemptObservation>>,
-    reporting: Option<Vec<AttemptObservation>>,
+    reported: Option<Report>,
+    reporting: Option<Report>,
 }
 
 impl Agent {
@@ -96,10 +98,18 @@ impl Agent {
                 .is_some_and(|s| s.phase == Phase::Ended);
             local.started && local.shim && !ended
         });
-        live.map(|(local, job)| (local.attempt.as_str(), job.as_str()))
+        live.map(|(local, of)| (local.attempt.as_str(), of.job.as_str()))
     }
 
-    fn hang_up(&mut self) {
+    /// For who looks into a failure.
+    pub fn how_it_is(&self) -> String {
+        let (name, talk, list) = (self.name(), self.talk, self.list.as_ref());
+        let wanted = list.map(|list| (list.revision, list.assignments.len()));
+        let local: Vec<_> = self.local.values().map(|(local, _)| local).collect();
+        format!("{name}: {talk:?}, list {wanted:?}, {local:?}")
+    }
+
+    pub fn hang_up(&mut self) {
         self.talk = Talk::None;
         self.conversation += 1;
         self.list = None;
@@ -195,11 +205,6 @@ impl Agent {
     fn act(&mut self, action: &Action) {
         match action {
             Action::Start(id) => {
-                let job = self.list.iter().flat_map(|list| &list.assignments);
-                let job = job
-                    .filter(|a| &a.attempt == id)
-                    .filter_map(|a| a.job.as_ref());
-                let job = job.map(|job| job.name.clone()).next().unwrap_or_default();
                 let local = Local {
                     attempt: id.clone(),
                     shim: true,
@@ -207,11 +212,13 @@ impl Agent {
                     status: Some(Status::default()),
                     ..Local::default()
                 };
-                let wanted = self.list.iter().flat_map(|list| &list.assignments);
-                if wanted.filter(|a| &a.attempt == id).any(|a| !a.fenced) {
+                let mut wanted = self.list.iter().flat_map(|list| &list.assignments);
+                let wanted = wanted.find(|a| &a.attempt == id);
+                let wanted = wanted.expect("it is started because it is asked for");
+                if !wanted.fenced {
                     self.unfenced.insert(id.clone());
                 }
-                self.local.insert(id.clone(), (local, job));
+                self.local.insert(id.clone(), (local, origin(wanted)));
             }
             Action::Launch(id) => {
                 let master = self.list.iter().flat_map(|list| &list.assignments);
@@ -245,6 +252,23 @@ impl Agent {
                 self.unfenced.remove(id);
             }
         }
+    }
+}
+
+/// What is kept of an attempt for those who do not know it.
+fn origin(assignment: &Assignment) -> Stray {
+    let job = assignment.job.clone().unwrap_or_default();
+    let host = |host: &Host| Host {
+        node: host.node.clone(),
+        port: host.port,
+        ..Host::default()
+    };
+    Stray {
+        seen: None,
+        job: job.name,
+        job_uid: job.uid,
+        hosts: assignment.hosts.iter().map(host).collect(),
+        set_up: assignment.set_up,
     }
 }
 
@@ -388,7 +412,22 @@ impl Sim {
             .values()
             .map(|(local, _)| local.clone())
             .collect();
-        let seen = observations(&list, &local);
+        let stray = |seen: AttemptObservation| {
+            let (_, origin) = &agent.local[&seen.attempt];
+            Stray {
+                seen: Some(seen),
+                ..origin.clone()
+            }
+        };
+        let found = strays(&list, &local).into_iter().map(stray);
+        let strays = StrayList {
+            epoch: list.epoch,
+            strays: found.collect(),
+        };
+        let seen = Report {
+            attempts: observations(&list, &local),
+            strays: agent.list.is_some().then_some(strays),
+        };
         if agent.reported.as_ref() == Some(&seen) {
             return;
         }
@@ -398,13 +437,7 @@ impl Sim {
             node: agent.name(),
             uid: agent.uid(),
             incarnation: agent.incarnation(),
-            report: Some(Report {
-                attempts: seen,
-                strays: agent.list.as_ref().map(|list| StrayList {
-                    epoch: list.epoch,
-                    strays: Vec::new(),
-                }),
-            }),
+            report: Some(seen),
         };
         self.say_for(id, &name, Kind::RecordReport(report));
     }

@@ -42,6 +42,9 @@ pub struct Checks {
     /// How far each replica was when it was looked at, and the time in its State.
     looked: BTreeMap<u64, (u64, (i64, i32))>,
     latest: i64,
+    /// The revision that the ensemble began with, and how many there were before it began anew.
+    began: i64,
+    before: i64,
     trace: u32,
 }
 
@@ -50,9 +53,36 @@ impl Checks {
         self.sometimes.insert(what);
     }
 
-    /// The latest revision that any replica has applied.
-    pub fn revision(&self) -> i64 {
-        self.latest
+    /// Commands that were applied.
+    pub fn commands(&self) -> i64 {
+        self.before + self.latest - self.began
+    }
+
+    /// Everything begins anew with the State of a backup: what came after it is forgotten, and nothing of it is used again.
+    pub fn restored(&mut self, state: &State) -> Result<(), String> {
+        invariants::check(state)?;
+        if state.revision <= self.latest {
+            return Err(format!("revisions_are_used_once: {}", state.revision));
+        }
+        self.before = self.commands();
+        (self.began, self.latest) = (state.revision, state.revision);
+        self.acknowledged = state.revision;
+        self.jobs.retain(|job| state.jobs.contains_key(job));
+        self.deleted.retain(|job| {
+            let job = state.jobs.get(job);
+            job.is_none_or(|job| job.deleting.is_some())
+        });
+        let ended = state.jobs.values().filter(|job| job.ended());
+        self.ended = ended
+            .map(|job| (job.spec.uid.clone(), job.state as i32))
+            .collect();
+        self.leaders.clear();
+        self.candidates.clear();
+        self.states.clear();
+        self.whole.clear();
+        self.digests.clear();
+        self.looked.clear();
+        Ok(())
     }
 
     pub fn trace(&self) -> u32 {

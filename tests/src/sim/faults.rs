@@ -37,6 +37,8 @@ pub struct Options {
     /// An agent is killed, or its machine reboots.
     pub agent_crash: f64,
     pub reboot: f64,
+    /// Everything that the replicas have is lost, and a backup is restored.
+    pub restore: f64,
 }
 
 impl Options {
@@ -48,11 +50,13 @@ impl Options {
         let (torn, slow) = (chance(0.004), chance(0.01));
         let (agent_crash, reboot) = (chance(0.01), chance(0.004));
         // Not in every world: what goes wrong without them must be seen as well.
-        let mut now_and_then = |most: f64| match random.bool() {
+        let now_and_then = |random: &mut fastrand::Rng, most: f64| match random.bool() {
             true => random.f64() * most,
             false => 0.0,
         };
-        let (clock, change) = (now_and_then(0.01), now_and_then(0.02));
+        let (clock, change) = (now_and_then(random, 0.01), now_and_then(random, 0.02));
+        // Drawn apart: worlds without restores stay what they were before there were any.
+        let restore = now_and_then(&mut random.clone().fork(), 0.001);
         Options {
             replicas: [1, 3, 3, 3, 5][random.usize(..5)],
             agents: random.usize(2..6),
@@ -70,6 +74,7 @@ impl Options {
             change,
             agent_crash,
             reboot,
+            restore,
         }
     }
 

@@ -16,12 +16,15 @@ mod network;
 mod registers;
 mod relay;
 mod replicas;
+mod restores;
 mod sessions;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use batchai_coordinator::duties::Heard;
+use batchai_coordinator::replica::core::Core;
 use batchai_coordinator::scheduler::explain::pending_reason;
+use batchai_coordinator::state::State;
 use batchai_proto::internal::v1::replica::Role;
 
 use agents::Agent;
@@ -33,6 +36,7 @@ use members::Admin;
 use network::Network;
 use registers::Registers;
 use replicas::Replica;
+use restores::Ensemble;
 
 /// Milliseconds of the clock in one step, which is a tick of every replica.
 const STEP_MS: i64 = 50;
@@ -68,6 +72,8 @@ enum Asked {
     Relayed(u64, u64, String, u64),
     /// A replica is to be this.
     Admin(Role),
+    /// Of an administrator, after a restore.
+    Decision(&'static str),
     Duty,
 }
 
@@ -87,6 +93,7 @@ pub struct Sim {
     clients: Vec<Client>,
     registers: Registers,
     admin: Admin,
+    ensemble: Ensemble,
     checks: Checks,
     healed: bool,
     /// The cluster was told to have all nodes.
@@ -117,6 +124,7 @@ impl Sim {
             grants: Vec::new(),
             relayed: relay::Carried::default(),
             clients: (0..3).map(Client::new).collect(),
+            ensemble: Ensemble::new((1..=options.replicas).collect()),
             options,
             random,
             step: 0,
@@ -136,7 +144,8 @@ impl Sim {
 
     fn run(&mut self) -> Result<Outcome, String> {
         let enough = self.options.commands;
-        while self.checks.revision() < enough && self.step < FAULTY_STEPS_MAX {
+        while self.checks.commands() < enough && self.step < FAULTY_STEPS_MAX {
+            self.fail_ensemble()?;
             self.fail_something();
             self.once()?;
             if self.step.is_multiple_of(SOFTEN_STEPS) {
@@ -157,7 +166,7 @@ impl Sim {
         Ok(Outcome {
             operations: self.registers.judge(&state)?,
             trace: self.checks.trace(),
-            commands: self.checks.revision(),
+            commands: self.checks.commands(),
             steps: self.step,
             sometimes: self.checks.sometimes.clone(),
         })
@@ -189,6 +198,7 @@ impl Sim {
         self.step_clients();
         self.step_users();
         self.step_admin();
+        self.step_restored();
         for id in self.ids() {
             if self.is_up(id) {
                 self.settle(id)?;
@@ -221,17 +231,37 @@ impl Sim {
                 return format!("replica {id} is behind: {applied:?} of {known}");
             }
         }
-        if let Some(job) = first.jobs.values().find(|job| !job.ended()) {
-            let why = pending_reason(first, &Heard::default(), job);
-            let nodes = first.nodes.values();
-            let nodes = nodes.map(|n| (n.cluster.is_some(), n.leaving, n.attempt.clone()));
-            let nodes: Vec<_> = nodes.collect();
-            return format!("{} is {:?}: {why}; {nodes:?}", job.spec.name, job.state);
+        if first.restored {
+            let strays: Vec<_> = first.strays.keys().collect();
+            return format!("the restore is not accepted: {strays:?}");
+        }
+        if first.jobs.values().any(|job| !job.ended()) {
+            return self.why_jobs_wait(first);
         }
         let busy = self.clients.iter().any(Client::is_busy) || self.registers.is_busy();
         match !self.grown || busy {
             true => "a client waits".to_owned(),
             false => String::new(),
         }
+    }
+
+    /// As the leader sees it.
+    fn why_jobs_wait(&self, state: &State) -> String {
+        let none = Heard::default();
+        let leads = |replica: &&Replica| replica.core.as_ref().is_some_and(Core::leads);
+        let leader = self.replicas.values().find(leads);
+        let heard = leader.map_or(&none, |leader| &leader.heard);
+        let open = state.jobs.values().filter(|job| !job.ended());
+        let why = open.map(|job| {
+            let name = &job.spec.name;
+            format!(
+                "{name}, {:?}: {}",
+                job.state,
+                pending_reason(state, heard, job)
+            )
+        });
+        let agents = self.agents.iter().map(Agent::how_it_is);
+        let (why, agents): (Vec<_>, Vec<_>) = (why.collect(), agents.collect());
+        format!("{}; {}; {heard:?}", why.join("; "), agents.join("; "))
     }
 }

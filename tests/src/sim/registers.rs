@@ -51,6 +51,8 @@ pub struct Registers {
     /// Rises with everything that is seen: no two things happen at once.
     moment: u64,
     histories: [Vec<Op>; OBJECTS],
+    /// Of ensembles that are gone.
+    past: Vec<(usize, Vec<Op>)>,
 }
 
 fn group(object: usize) -> String {
@@ -167,21 +169,44 @@ impl Registers {
         }
     }
 
+    /// Everything begins anew with the State of a backup. What was not answered until then may have happened.
+    pub fn begin_anew(&mut self, state: &State) {
+        for user in 0..USERS {
+            if let Some(doing) = self.doing[user].take() {
+                self.note(user, &doing, doing.begun, None);
+            }
+        }
+        for object in 0..OBJECTS {
+            let past = std::mem::take(&mut self.histories[object]);
+            self.past.push((object, past));
+            let there = look(state, object);
+            if let Outcome::Shown(value, _) = there {
+                self.look_at(object, Call::Create(value), there);
+            }
+        }
+    }
+
+    fn look_at(&mut self, object: usize, call: Call, seen: Outcome) {
+        let begun = self.now();
+        let ended = Some((self.now(), seen));
+        let client = 0;
+        self.histories[object].push(Op {
+            client,
+            call,
+            begun,
+            ended,
+        });
+    }
+
     /// In the end the State says what there is.
     pub fn judge(&mut self, state: &State) -> Result<usize, String> {
-        let mut all = 0;
         for object in 0..OBJECTS {
-            let begun = self.now();
-            let ended = Some((self.now(), look(state, object)));
-            let call = Call::Read;
-            let client = 0;
-            self.histories[object].push(Op {
-                client,
-                call,
-                begun,
-                ended,
-            });
-            let history = &self.histories[object];
+            self.look_at(object, Call::Read, look(state, object));
+        }
+        let last = self.histories.iter().enumerate();
+        let past = self.past.iter().map(|(object, history)| (*object, history));
+        let mut all = 0;
+        for (object, history) in past.chain(last) {
             all += history.len();
             match check(history, BUDGET) {
                 Verdict::Linearizable => {}

@@ -130,6 +130,13 @@ impl Sim {
         }
     }
 
+    fn break_if(&mut self, id: u64, number: u64) {
+        let stream = self.replicas[&id].stream.as_ref();
+        if stream.is_some_and(|stream| stream.number == number) {
+            self.break_stream(id);
+        }
+    }
+
     /// What was said arrives.
     pub(super) fn carry(&mut self) {
         let step = self.step;
@@ -152,14 +159,9 @@ impl Sim {
                     self.take_up((from, to, message.stream), news, said);
                 }
                 Said::Down(reply) if whole => self.take_down(to, message.stream, reply),
-                // Where it is not the cut that broke it, whoever waits is told.
-                Said::Up(..) => {
-                    let stream = self.replicas[&from].stream.as_ref();
-                    if stream.is_some_and(|stream| stream.number == message.stream) {
-                        self.break_stream(from);
-                    }
-                }
-                Said::Down(_) => {}
+                // Nothing is lost of a stream that goes on.
+                Said::Up(..) => self.break_if(from, message.stream),
+                Said::Down(_) => self.break_if(to, message.stream),
             }
         }
     }

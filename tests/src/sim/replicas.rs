@@ -158,7 +158,7 @@ impl Sim {
 
     /// Starts a replica on what its disk has. Also one that comes later is told of those that were first, as production's are.
     pub(super) fn start(&mut self, id: u64) {
-        let (voters, step) = ((1..=self.options.replicas).collect(), self.step);
+        let (voters, step) = (self.ensemble.first.clone(), self.step);
         let replica = self.replica(id);
         let recovered = replica.disk.recover(ReplicaIdentity {
             format: FORMAT,
@@ -358,7 +358,7 @@ impl Sim {
     }
 
     fn duties(&mut self, id: u64) -> Vec<Kind> {
-        let (step, first) = (self.step, self.options.replicas);
+        let (step, first) = (self.step, self.ensemble.first.clone());
         let replica = self.replica(id);
         let (boot, wall) = (replica.clock.boot(step), replica.clock.wall(step));
         let state = replica.core.as_ref().expect("it is up").state();
@@ -378,12 +378,14 @@ impl Sim {
         let term = replica.core.as_ref().map(|core| core.term().0);
         replica.heard.leading = replica.heard.leading.filter(|(of, _)| Some(*of) == term);
         replica.heard.replicas = replica.peers.records();
-        let first = (1..=first).map(|id| batchai_proto::internal::v1::Replica {
-            id,
-            role: Role::Voter as i32,
-            endpoint: endpoint(id),
-            ..Default::default()
-        });
+        let first = first
+            .into_iter()
+            .map(|id| batchai_proto::internal::v1::Replica {
+                id,
+                role: Role::Voter as i32,
+                endpoint: endpoint(id),
+                ..Default::default()
+            });
         let leader = Leader {
             replica: id as i64,
             ensemble: ENSEMBLE.into(),
@@ -453,7 +455,11 @@ impl Sim {
                 self.send_back(from, stream, (node, conversation, proposed.into()));
             }
             Asked::Admin(role) => self.answer_admin(role, proposed),
-            Asked::Duty => {}
+            Asked::Decision(what) if matches!(proposed, Proposed::Applied(Ok(_))) => {
+                self.checks.saw(what);
+            }
+            // What is not done yet is seen by the State.
+            Asked::Decision(_) | Asked::Duty => {}
         }
     }
 
