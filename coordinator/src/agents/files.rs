@@ -44,24 +44,23 @@ pub struct FileDesk {
 
 #[derive(Default)]
 struct Inner {
-    agents: BTreeMap<String, Questions>,
+    /// By node: who attends, and where to ask.
+    agents: BTreeMap<String, (u64, Questions)>,
+    attendances: u64,
     open: HashMap<String, (String, Parts)>,
 }
 
 impl FileDesk {
-    /// From now on questions to a node go there.
-    pub fn attend(&self, node: &str, questions: Questions) {
+    /// From now on questions to a node go there, for as long as what is returned is kept.
+    pub fn attend(&self, node: &str, questions: Questions) -> Attendance {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.agents.retain(|_, agent| !agent.is_closed());
-        inner.agents.insert(node.to_owned(), questions);
-    }
-
-    /// From now on they do not go there any more.
-    pub fn leave(&self, node: &str, questions: &Questions) {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let agent = inner.agents.get(node);
-        if agent.is_some_and(|agent| agent.same_channel(questions)) {
-            inner.agents.remove(node);
+        inner.attendances += 1;
+        let number = inner.attendances;
+        inner.agents.insert(node.to_owned(), (number, questions));
+        Attendance {
+            desk: self.clone(),
+            node: node.to_owned(),
+            number,
         }
     }
 
@@ -71,7 +70,7 @@ impl FileDesk {
         let sent = inner
             .agents
             .get(node)
-            .map(|agent| agent.try_send((node.to_owned(), question)));
+            .map(|(_, agent)| agent.try_send((node.to_owned(), question)));
         if !matches!(sent, Some(Ok(()))) {
             tracing::debug!(node, "a question about files is lost");
         }
@@ -81,8 +80,8 @@ impl FileDesk {
     pub fn ask(&self, node: &str, question: FileRequest) -> Result<Answer, ApiError> {
         let (sender, parts) = mpsc::channel(PARTS_MAX);
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let agent = inner.agents.get(node).filter(|agent| !agent.is_closed());
-        let agent = agent.ok_or_else(|| unavailable(node, "is not in contact"))?;
+        let agent = inner.agents.get(node);
+        let (_, agent) = agent.ok_or_else(|| unavailable(node, "is not in contact"))?;
         let id = question.id.clone();
         agent
             .try_send((node.to_owned(), question))
@@ -145,6 +144,25 @@ impl FileDesk {
     }
 }
 
+/// Somebody answers for a node. Dropping it makes an end of that.
+pub struct Attendance {
+    desk: FileDesk,
+    node: String,
+    number: u64,
+}
+
+impl Drop for Attendance {
+    fn drop(&mut self) {
+        let inner = self.desk.inner.lock();
+        let mut inner = inner.unwrap_or_else(PoisonError::into_inner);
+        let agent = inner.agents.get(&self.node);
+        // Another one may attend by now.
+        if agent.is_some_and(|(number, _)| *number == self.number) {
+            inner.agents.remove(&self.node);
+        }
+    }
+}
+
 /// An answer on its way.
 pub struct Answer {
     desk: FileDesk,
@@ -185,4 +203,25 @@ fn unavailable(node: &str, why: &str) -> ApiError {
 
 fn invalid(field: &str, why: &str) -> Status {
     ApiError::Invalid(vec![Fault::new(field, why)]).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_asked_where_it_was_attended_last_until_that_is_over() {
+        let desk = FileDesk::default();
+        let question = || FileRequest::default();
+        let (first, mut asked_first) = mpsc::channel(1);
+        let (second, mut asked_second) = mpsc::channel(1);
+        assert!(desk.ask("nodes/a", question()).is_err());
+        let earlier = desk.attend("nodes/a", first);
+        let later = desk.attend("nodes/a", second);
+        drop(earlier);
+        assert!(desk.ask("nodes/a", question()).is_ok());
+        assert!(asked_first.try_recv().is_err() && asked_second.try_recv().is_ok());
+        drop(later);
+        assert!(desk.ask("nodes/a", question()).is_err());
+    }
 }

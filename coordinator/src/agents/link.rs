@@ -15,7 +15,7 @@ use batchai_common::tls::Connector;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::relay_service_client::RelayServiceClient;
 use batchai_proto::internal::v1::{
-    NodeBeat, NodeSession, PeerHello, RelayRequest, RelayResponse, RelayedCommand, relayed_command,
+    PeerHello, RelayRequest, RelayResponse, RelayedCommand, relayed_command,
 };
 use prost::Message as _;
 use rustls::ClientConfig;
@@ -28,7 +28,7 @@ use tonic::{Status, Streaming};
 use super::contacts::{Contacts, Live};
 use super::fate::outcome;
 use super::files::FileDesk;
-use super::upward::{Known, News, Upward};
+use super::upward::Upward;
 use crate::replica::handle::{self, Role};
 use crate::replica::peers::{PEER_BYTES_MAX, Peers};
 use crate::replica::{Handle, ReplicaError};
@@ -333,9 +333,8 @@ impl Link {
                 response = incoming.message() => {
                     let response = response?.ok_or(LinkError::Ended)?;
                     heard = Instant::now();
-                    self.upward.reached(boot_millis());
-                    self.look();
                     self.take(response);
+                    self.look();
                 }
                 () = &mut other => return Ok(()),
             }
@@ -345,9 +344,7 @@ impl Link {
     /// Sends what is new of the sessions, if there is room: else it is new the next time.
     fn tell(&mut self, outbox: &mpsc::Sender<RelayRequest>) {
         if let Ok(place) = outbox.try_reserve() {
-            place.send(request(
-                self.upward.news(self.parts.contacts.own_sessions()),
-            ));
+            place.send(self.upward.news(self.parts.contacts.own_sessions()));
         }
         self.grant();
     }
@@ -395,32 +392,18 @@ impl Link {
 
     fn take(&mut self, response: RelayResponse) {
         self.grant();
-        let contacts = &self.parts.contacts;
-        for known in response.accepted {
-            if self.upward.accepted(&known.node, known.session) {
-                contacts.stand(&known.node, known.session, true);
-            }
-        }
-        for known in response.refused {
-            contacts.stand(&known.node, known.session, false);
-        }
-        for beat in response.granted {
-            let NodeSession { node, session } = beat.session.unwrap_or_default();
-            let known = Known {
-                node,
-                session,
-                beat: beat.number,
-            };
-            self.upward.granted(response.revision, known);
+        let taken = self.upward.take(response, boot_millis());
+        for (of, live) in taken.standings {
+            self.parts.contacts.stand(&of.node, of.session, live);
         }
         self.grant();
-        for answer in response.answers {
+        for answer in taken.answers {
             if let Some(reply) = self.waiting.remove(&answer.ticket) {
                 // Who waited may be gone.
                 let _ = reply.send(outcome(answer));
             }
         }
-        for asked in response.questions {
+        for asked in taken.questions {
             if let Some(question) = asked.question {
                 // Who asked hears nothing, and gives up.
                 self.parts.desk.pass(&asked.node, question);
@@ -464,29 +447,6 @@ fn greet(
         let greeted = tokio::time::timeout(GREETING_MAX, greeting).await;
         greeted.unwrap_or(Err(LinkError::Silent))
     })
-}
-
-fn request(news: News) -> RelayRequest {
-    let sessions = |list: Vec<(String, u64)>| {
-        let named = list.into_iter();
-        named
-            .map(|(node, session)| NodeSession { node, session })
-            .collect()
-    };
-    let beats = news.beats.into_iter().map(|known| NodeBeat {
-        session: Some(NodeSession {
-            node: known.node,
-            session: known.session,
-        }),
-        number: known.beat,
-    });
-    RelayRequest {
-        hello: None,
-        ended: sessions(news.ended),
-        begun: sessions(news.begun),
-        beats: beats.collect(),
-        commands: Vec::new(),
-    }
 }
 
 fn every(interval: Duration) -> Interval {

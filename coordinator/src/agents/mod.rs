@@ -9,7 +9,7 @@
 pub mod branch;
 mod bundle;
 pub mod contacts;
-mod fate;
+pub mod fate;
 pub mod files;
 pub mod granting;
 mod hello;

@@ -9,15 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::names::{Kind as Noun, Name};
 use batchai_common::time::boot_millis;
-use batchai_proto::agent::v1::{FileRequest, Report};
+use batchai_proto::agent::v1::FileRequest;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::relay_service_server::RelayService;
-use batchai_proto::internal::v1::{
-    NodeBeat, NodeSession, PeerHello, RelayRequest, RelayResponse, RelayedCommand, RelayedQuestion,
-    relayed_command,
-};
+use batchai_proto::internal::v1::{PeerHello, RelayRequest, RelayResponse, RelayedQuestion};
 use tokio::sync::mpsc;
 use tokio_stream::Stream as Sequence;
 use tokio_stream::wrappers::ReceiverStream;
@@ -27,8 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::branch::Branch;
 use super::contacts::Contacts;
 use super::fate::told;
-use super::files::FileDesk;
-use super::hello::{check_register, check_report};
+use super::files::{Attendance, FileDesk};
 use crate::replica::Handle;
 use crate::replica::handle::{self, ReplicaError};
 use crate::replica::peers::{Peers, check_peer};
@@ -101,6 +96,7 @@ impl RelayService for Relay {
             hello,
             held: Branch::new(self.contacts.clone()),
             asked,
+            attended: BTreeMap::new(),
             outbox,
         };
         let shutdown = self.shutdown.clone();
@@ -144,6 +140,8 @@ struct Stream {
     held: Branch,
     /// Where questions to its nodes are put.
     asked: mpsc::Sender<(String, FileRequest)>,
+    /// Its nodes are asked over this stream.
+    attended: BTreeMap<String, Attendance>,
     outbox: mpsc::Sender<Result<RelayResponse, Status>>,
 }
 
@@ -186,79 +184,37 @@ impl Stream {
         // It may have been removed since it said hello.
         let state = self.replica.published().borrow().state.clone();
         self.peers.check_known(&state, &self.hello)?;
-        let mut response = RelayResponse::default();
-        for ended in request.ended {
-            self.release(&ended);
+        let heard = self.held.take_in(request, boot_millis())?;
+        for node in heard.ended {
+            self.attended.remove(&node);
         }
-        for begun in request.begun {
-            match self.hold(&begun)? {
-                true => response.accepted.push(begun),
-                false => response.refused.push(begun),
-            }
+        for node in heard.begun {
+            let attendance = self.desk.attend(&node, self.asked.clone());
+            self.attended.insert(node, attendance);
         }
-        for beat in request.beats {
-            let NodeSession { node, session } = beat.session.unwrap_or_default();
-            self.held.beat(&node, session, beat.number, boot_millis());
-        }
-        if !request.commands.is_empty() {
-            self.record(request.commands);
-            return Ok(response);
-        }
-        let granted = self.held.granted().into_iter();
-        response.granted = granted
-            .map(|(node, session, number)| NodeBeat {
-                session: Some(NodeSession { node, session }),
-                number,
-            })
-            .collect();
+        self.record(heard.commands);
         // After the grants: what was given away before is in it.
-        response.revision = self.replica.published().borrow().state.revision;
-        Ok(response)
-    }
-
-    /// Claims the live session of a node; `false` where another has it.
-    fn hold(&mut self, begun: &NodeSession) -> Result<bool, Status> {
-        Name::parse(Noun::Node, &begun.node)
-            .map_err(|error| invalid("begun.node", &error.to_string()))?;
-        let held = self.held.hold(&begun.node, begun.session, boot_millis());
-        if held {
-            self.desk.attend(&begun.node, self.asked.clone());
-        }
-        Ok(held)
-    }
-
-    fn release(&mut self, ended: &NodeSession) {
-        if self.held.release(&ended.node, ended.session) {
-            self.desk.leave(&ended.node, &self.asked);
-        }
+        let revision = self.replica.published().borrow().state.revision;
+        Ok(RelayResponse {
+            revision,
+            ..heard.response
+        })
     }
 
     /// Has what agents said recorded; the answer follows when the log has decided.
-    fn record(&self, commands: Vec<RelayedCommand>) {
+    fn record(&self, commands: Vec<(u64, Kind)>) {
         if commands.is_empty() {
             return;
         }
-        let (mut tickets, mut kinds, mut answers) = (Vec::new(), Vec::new(), Vec::new());
-        for command in commands {
-            match self.check(command.kind) {
-                Ok(kind) => {
-                    tickets.push(command.ticket);
-                    kinds.push(kind);
-                }
-                Err(why) => answers.push(told(command.ticket, Err(ReplicaError::Refused(why)))),
-            }
-        }
+        let (tickets, kinds): (Vec<_>, Vec<_>) = commands.into_iter().unzip();
         let (replica, outbox) = (self.replica.clone(), self.outbox.clone());
         tokio::spawn(async move {
             let results = replica.propose_all(kinds, None).await;
-            answers.extend(
-                tickets
-                    .into_iter()
-                    .zip(results)
-                    .map(|(t, result)| told(t, result)),
-            );
+            let answers = tickets.into_iter().zip(results);
             let response = RelayResponse {
-                answers,
+                answers: answers
+                    .map(|(ticket, result)| told(ticket, result))
+                    .collect(),
                 ..RelayResponse::default()
             };
             // A stream that has ended leaves them unknown, as it says.
@@ -266,30 +222,7 @@ impl Stream {
         });
     }
 
-    /// What is to be recorded must be of a node whose session is held, and no larger than agents' own words may be.
-    fn check(&self, kind: Option<relayed_command::Kind>) -> Result<Kind, String> {
-        let text = |status: Status| status.message().to_owned();
-        let (node, kind) = match kind {
-            Some(relayed_command::Kind::RegisterNode(register)) => {
-                check_register(&register).map_err(text)?;
-                (register.name.clone(), Kind::RegisterNode(register))
-            }
-            Some(relayed_command::Kind::RecordReport(report)) => {
-                check_report(report.report.as_ref().unwrap_or(&Report::default())).map_err(text)?;
-                (report.node.clone(), Kind::RecordReport(report))
-            }
-            None => return Err("it is of a kind that this replica does not know".to_owned()),
-        };
-        match self.held.holds(&node) {
-            true => Ok(kind),
-            false => Err(format!("{node} has no live session there")),
-        }
-    }
-
     fn leave(self, end: Result<(), Status>) {
-        for node in self.held.nodes() {
-            self.desk.leave(node, &self.asked);
-        }
         if let Err(status) = end {
             let (replica, reason) = (self.hello.from, status.message());
             tracing::info!(replica, reason, "agents of another replica are not relayed");

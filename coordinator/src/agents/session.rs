@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 use super::contacts::Live;
-use super::files::QUESTIONS_MAX;
+use super::files::{Attendance, QUESTIONS_MAX};
 use super::hello::{check, check_ensemble, check_epoch, check_report};
 use super::link::Uplink;
 use super::service::Agents;
@@ -53,6 +53,8 @@ pub struct Session {
     caller: Caller,
     /// Taken by whoever sends.
     questions: Option<mpsc::Receiver<(String, FileRequest)>>,
+    /// For as long as the session lasts.
+    _attendance: Attendance,
 }
 
 impl Session {
@@ -87,7 +89,7 @@ impl Session {
             registered.map_err(|error| status(&replica, error))?;
         }
         let (asked, questions) = mpsc::channel(QUESTIONS_MAX);
-        desk.attend(&name, asked);
+        let attendance = desk.attend(&name, asked);
         let questions = Some(questions);
         let session = Session {
             replica,
@@ -100,6 +102,7 @@ impl Session {
             vault: agents.vault.clone(),
             lease: agents.lease,
             caller: caller(),
+            _attendance: attendance,
         };
         session.report(hello.report.unwrap_or_default()).await?;
         session.live.heard(boot_millis());

@@ -7,6 +7,9 @@
 use std::collections::BTreeMap;
 
 use batchai_common::fault;
+use batchai_proto::internal::v1::{
+    NodeBeat, NodeSession, RelayRequest, RelayResponse, RelayedAnswer, RelayedQuestion,
+};
 
 /// A session that the replica has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,13 +21,13 @@ pub struct Known {
     pub beat: u64,
 }
 
-/// What is new since the leader was told last: in this order.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct News {
-    /// Nodes, and the numbers of their sessions.
-    pub ended: Vec<(String, u64)>,
-    pub begun: Vec<(String, u64)>,
-    pub beats: Vec<Known>,
+/// What the leader has said, as far as others have to act on it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Taken {
+    /// Whether sessions are the live ones of their nodes.
+    pub standings: Vec<(NodeSession, bool)>,
+    pub answers: Vec<RelayedAnswer>,
+    pub questions: Vec<RelayedQuestion>,
 }
 
 /// What one leader was told. All times are milliseconds of the machine's boot clock.
@@ -59,18 +62,31 @@ impl Upward {
         self.granted.clear();
     }
 
+    /// Takes in what the leader says.
+    pub fn take(&mut self, response: RelayResponse, now: i64) -> Taken {
+        self.reached(now);
+        let (mut accepted, refused) = (response.accepted, response.refused);
+        accepted.retain(|session| self.accepted(session));
+        let accepted = accepted.into_iter().map(|session| (session, true));
+        let refused = refused.into_iter().map(|session| (session, false));
+        for beat in response.granted {
+            self.granted(response.revision, beat);
+        }
+        Taken {
+            standings: accepted.chain(refused).collect(),
+            answers: response.answers,
+            questions: response.questions,
+        }
+    }
+
     /// The leader has granted a heartbeat, when its State was at this revision. It may have given work of the node away before: an agent must
     /// not hear of its lease before it can hear of that.
-    pub fn granted(&mut self, revision: i64, known: Known) {
-        let Known {
-            node,
-            session,
-            beat,
-        } = known;
+    fn granted(&mut self, revision: i64, beat: NodeBeat) {
+        let NodeSession { node, session } = beat.session.unwrap_or_default();
         let granted = Granted {
             revision,
             session,
-            beat,
+            beat: beat.number,
         };
         self.granted.insert(node, granted);
     }
@@ -93,17 +109,21 @@ impl Upward {
     }
 
     /// What the leader is to be told, of all the sessions that there are.
-    pub fn news(&mut self, known: Vec<Known>) -> News {
-        let mut news = News::default();
+    pub fn news(&mut self, known: Vec<Known>) -> RelayRequest {
+        let mut news = RelayRequest::default();
+        let named = |node: &str, session| NodeSession {
+            node: node.to_owned(),
+            session,
+        };
         let mut told = std::mem::take(&mut self.told);
         for known in known {
             let before = told.remove(&known.node);
             let mut now = match before {
                 Some(before) if before.session == known.session => before,
                 before => {
-                    let ended = before.map(|before| (known.node.clone(), before.session));
+                    let ended = before.map(|before| named(&known.node, before.session));
                     news.ended.extend(ended);
-                    news.begun.push((known.node.clone(), known.session));
+                    news.begun.push(named(&known.node, known.session));
                     Told {
                         session: known.session,
                         accepted: false,
@@ -111,22 +131,24 @@ impl Upward {
                     }
                 }
             };
-            let node = known.node.clone();
             if now.accepted && known.beat > now.beat {
                 now.beat = known.beat;
-                news.beats.push(known);
+                news.beats.push(NodeBeat {
+                    session: Some(named(&known.node, known.session)),
+                    number: known.beat,
+                });
             }
-            self.told.insert(node, now);
+            self.told.insert(known.node, now);
         }
-        let gone = told.into_iter().map(|(node, gone)| (node, gone.session));
+        let gone = told.iter().map(|(node, gone)| named(node, gone.session));
         news.ended.extend(gone);
         news
     }
 
     /// The leader takes a session for the live one of its node. Says whether the session is still what it was told of.
-    pub fn accepted(&mut self, node: &str, session: u64) -> bool {
-        let told = self.told.get_mut(node);
-        let told = told.filter(|told| told.session == session);
+    fn accepted(&mut self, of: &NodeSession) -> bool {
+        let told = self.told.get_mut(&of.node);
+        let told = told.filter(|told| told.session == of.session);
         told.is_some_and(|told| {
             told.accepted = true;
             true
@@ -157,8 +179,23 @@ mod tests {
         }
     }
 
-    fn named(node: &str, session: u64) -> Vec<(String, u64)> {
-        vec![(node.to_owned(), session)]
+    fn named(node: &str, session: u64) -> Vec<NodeSession> {
+        let node = node.to_owned();
+        vec![NodeSession { node, session }]
+    }
+
+    fn beat(node: &str, session: u64, number: u64) -> NodeBeat {
+        let session = named(node, session).pop();
+        NodeBeat { session, number }
+    }
+
+    /// The leader takes a session for the live one; whether that is said on.
+    fn accepted(upward: &mut Upward, node: &str, session: u64) -> bool {
+        let response = RelayResponse {
+            accepted: named(node, session),
+            ..RelayResponse::default()
+        };
+        !upward.take(response, 0).standings.is_empty()
     }
 
     #[test]
@@ -167,14 +204,14 @@ mod tests {
         let first = upward.news(vec![known("nodes/a", 1, 5)]);
         assert_eq!(first.begun, named("nodes/a", 1));
         assert_eq!(first.beats, [], "it is not accepted yet");
-        assert!(!upward.accepted("nodes/a", 7), "that is another one");
+        assert!(!accepted(&mut upward, "nodes/a", 7), "that is another one");
         assert_eq!(upward.news(vec![known("nodes/a", 1, 5)]).beats, []);
-        assert!(upward.accepted("nodes/a", 1));
+        assert!(accepted(&mut upward, "nodes/a", 1));
         let beats = upward.news(vec![known("nodes/a", 1, 6)]);
-        assert_eq!(beats.beats, [known("nodes/a", 1, 6)]);
+        assert_eq!(beats.beats, [beat("nodes/a", 1, 6)]);
         assert!(beats.begun.is_empty());
         let same = upward.news(vec![known("nodes/a", 1, 6)]);
-        assert_eq!(same, News::default());
+        assert_eq!(same, RelayRequest::default());
         upward.begin();
         let all = upward.news(vec![known("nodes/a", 1, 6)]);
         assert_eq!((all.begun, all.beats), (named("nodes/a", 1), Vec::new()));
@@ -184,25 +221,42 @@ mod tests {
     fn what_is_over_is_told_before_what_takes_its_place() {
         let mut upward = Upward::default();
         upward.news(vec![known("nodes/a", 1, 0), known("nodes/b", 2, 0)]);
-        upward.accepted("nodes/a", 1);
+        accepted(&mut upward, "nodes/a", 1);
         let news = upward.news(vec![known("nodes/a", 3, 9)]);
         let ended = [named("nodes/a", 1), named("nodes/b", 2)].concat();
         assert_eq!((news.ended, news.begun), (ended, named("nodes/a", 3)));
         assert_eq!(news.beats, [], "the new one is not accepted");
-        assert!(!upward.accepted("nodes/a", 1));
+        assert!(!accepted(&mut upward, "nodes/a", 1));
         assert_eq!(upward.news(Vec::new()).ended, named("nodes/a", 3));
     }
 
     #[test]
     fn a_grant_waits_for_the_state_that_it_was_given_in() {
         let mut upward = Upward::default();
-        upward.granted(9, known("nodes/a", 1, 5));
+        let response = |number| RelayResponse {
+            granted: vec![beat("nodes/a", 1, number)],
+            revision: 9,
+            ..RelayResponse::default()
+        };
+        upward.take(response(5), 0);
         assert_eq!(upward.due(8), []);
         assert_eq!(upward.due(9), [known("nodes/a", 1, 5)]);
         assert_eq!(upward.due(9), []);
-        upward.granted(9, known("nodes/a", 1, 6));
+        upward.take(response(6), 0);
         upward.begin();
         assert_eq!(upward.due(9), [], "that was another leader's");
+    }
+
+    #[test]
+    fn a_refused_session_is_told_so_and_an_answer_is_a_sign_of_life() {
+        let mut upward = Upward::default();
+        let response = RelayResponse {
+            refused: named("nodes/a", 1),
+            ..RelayResponse::default()
+        };
+        let taken = upward.take(response, 7);
+        assert_eq!(taken.standings, [(named("nodes/a", 1).remove(0), false)]);
+        assert!(!upward.is_alone(8, 10));
     }
 
     #[test]

@@ -168,6 +168,7 @@ impl Agent {
                 boot_id: format!("{}-{}", self.number, self.boot),
                 first_port: 20_000,
                 last_port: 20_099,
+                addresses: vec!["10.0.0.1".into()],
                 ..Default::default()
             }),
             empty: self.local.is_empty(),

@@ -68,8 +68,8 @@ enum Asked {
     User(usize, u64),
     /// A session with this replica, by its node and in which conversation.
     Session(u64, String, u64),
-    /// One with another replica, and the stream it came over.
-    Relayed(u64, u64, String, u64),
+    /// One with another replica, the stream it came over, and its ticket there.
+    Relayed(u64, u64, u64),
     /// A replica is to be this.
     Admin(Role),
     /// Of an administrator, after a restore.

@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 
 use batchai_coordinator::agents::branch::Branch;
-use batchai_coordinator::agents::upward::{Known, News};
-use batchai_proto::internal::v1::command::Kind;
+use batchai_coordinator::agents::fate::{outcome, told};
+use batchai_coordinator::replica::ReplicaError;
+use batchai_proto::internal::v1::{RelayRequest, RelayResponse};
 
-use super::sessions::Fate;
 use super::{Asked, Sim};
 
 /// The leader is told what is new this often, at least.
@@ -24,6 +24,8 @@ pub struct Stream {
     heard: u64,
     /// Nothing of it has reached the leader.
     fresh: bool,
+    /// What is to be recorded, by ticket: the node whose agent said it, and in which of its conversations.
+    asked: BTreeMap<u64, (String, u64)>,
 }
 
 /// The leader's end.
@@ -32,22 +34,9 @@ pub struct Held {
     heard: u64,
 }
 
-/// What became of what an agent has said: its node, in which conversation, and how.
-pub type Answer = (String, u64, Fate);
-
-#[derive(Default)]
-struct Reply {
-    revision: i64,
-    accepted: Vec<(String, u64)>,
-    refused: Vec<(String, u64)>,
-    granted: Vec<(String, u64, u64)>,
-    answers: Vec<Answer>,
-}
-
 enum Said {
-    /// What is new, and what agents have said.
-    Up(News, Vec<(String, u64, Kind)>),
-    Down(Reply),
+    Up(RelayRequest),
+    Down(RelayResponse),
 }
 
 struct Message {
@@ -106,16 +95,27 @@ impl Sim {
                 number,
                 heard: step,
                 fresh: true,
+                asked: BTreeMap::new(),
             });
         }
         let replica = self.replica(id);
         let number = replica.stream.as_ref().map_or(0, |stream| stream.number);
         let news = replica.upward.news(replica.contacts.own_sessions());
-        let unsaid = self.unsaid(id);
-        let quiet = news == News::default() && unsaid.is_empty();
-        if !quiet || step.is_multiple_of(TELL_STEPS) {
-            self.say(id, leader, number, Said::Up(news, unsaid));
+        if news != RelayRequest::default() || step.is_multiple_of(TELL_STEPS) {
+            self.say(id, leader, number, Said::Up(news));
         }
+        let unsaid = self.unsaid(id);
+        if unsaid.is_empty() {
+            return;
+        }
+        let mut request = RelayRequest::default();
+        for (command, node, conversation) in unsaid {
+            if let Some(stream) = &mut self.replica(id).stream {
+                stream.asked.insert(command.ticket, (node, conversation));
+            }
+            request.commands.push(command);
+        }
+        self.say(id, leader, number, Said::Up(request));
     }
 
     /// A replica gives its stream up. The leader notices at once, or by the silence.
@@ -155,10 +155,10 @@ impl Sim {
             }
             let whole = self.listens(from, to);
             match message.said {
-                Said::Up(news, said) if whole && self.leads(to) => {
-                    self.take_up((from, to, message.stream), news, said);
+                Said::Up(request) if whole && self.leads(to) => {
+                    self.take_up((from, to, message.stream), request);
                 }
-                Said::Down(reply) if whole => self.take_down(to, message.stream, reply),
+                Said::Down(response) if whole => self.take_down(to, message.stream, response),
                 // Nothing is lost of a stream that goes on.
                 Said::Up(..) => self.break_if(from, message.stream),
                 Said::Down(_) => self.break_if(to, message.stream),
@@ -167,12 +167,7 @@ impl Sim {
     }
 
     /// The leader hears of sessions.
-    fn take_up(
-        &mut self,
-        (from, to, stream): (u64, u64, u64),
-        news: News,
-        said: Vec<(String, u64, Kind)>,
-    ) {
+    fn take_up(&mut self, (from, to, stream): (u64, u64, u64), request: RelayRequest) {
         let step = self.step;
         // One that was given up says nothing any more.
         let current = self.replicas[&from].stream.as_ref();
@@ -194,66 +189,48 @@ impl Sim {
         // A later stream takes the place of an earlier one.
         let branches = &mut replica.branches;
         branches.retain(|(of, number), _| *of != from || *number == stream);
-        let revision = replica
-            .core
-            .as_ref()
-            .map_or(0, |core| core.state().revision);
-        let held = replica
-            .branches
-            .entry((from, stream))
-            .or_insert_with(|| Held {
-                branch: Branch::new(contacts),
-                heard: step,
-            });
+        let held = branches.entry((from, stream)).or_insert_with(|| Held {
+            branch: Branch::new(contacts),
+            heard: step,
+        });
         held.heard = step;
-        let mut reply = Reply {
+        let heard = held.branch.take_in(request, now);
+        let heard = heard.expect("replicas make sense");
+        let revision = self.core(to).state().revision;
+        let response = RelayResponse {
             revision,
-            ..Reply::default()
+            ..heard.response
         };
-        for (node, session) in news.ended {
-            held.branch.release(&node, session);
-        }
-        for (node, session) in news.begun {
-            match held.branch.hold(&node, session, now) {
-                true => reply.accepted.push((node, session)),
-                false => reply.refused.push((node, session)),
-            }
-        }
-        for beat in news.beats {
-            held.branch.beat(&beat.node, beat.session, beat.beat, now);
-        }
-        reply.granted = held.branch.granted();
-        let mut asked = Vec::new();
-        for (node, conversation, kind) in said {
-            match held.branch.holds(&node) {
-                true => asked.push((node, conversation, kind)),
-                false => reply.answers.push((node, conversation, Fate::NotRecorded)),
-            }
-        }
-        self.say(to, from, stream, Said::Down(reply));
-        for (node, conversation, kind) in asked {
-            let back = Asked::Relayed(from, stream, node.clone(), conversation);
+        self.say(to, from, stream, Said::Down(response));
+        for (ticket, kind) in heard.commands {
+            let back = Asked::Relayed(from, stream, ticket);
             if !self.propose(to, kind, None, back) {
-                self.send_back(from, stream, (node, conversation, Fate::NotRecorded));
+                self.send_back(from, stream, ticket, Err(ReplicaError::NotLeader));
             }
         }
     }
 
     /// What became of something goes to the replica whose agent said it.
-    pub(super) fn send_back(&mut self, replica: u64, stream: u64, answer: Answer) {
+    pub(super) fn send_back(
+        &mut self,
+        replica: u64,
+        stream: u64,
+        ticket: u64,
+        result: Result<i64, ReplicaError>,
+    ) {
         let theirs = self.replicas[&replica].stream.as_ref();
         let Some(leader) = theirs.filter(|s| s.number == stream).map(|s| s.leader) else {
             return;
         };
-        let reply = Reply {
-            answers: vec![answer],
-            ..Reply::default()
+        let response = RelayResponse {
+            answers: vec![told(ticket, result)],
+            ..RelayResponse::default()
         };
-        self.say(leader, replica, stream, Said::Down(reply));
+        self.say(leader, replica, stream, Said::Down(response));
     }
 
     /// A replica hears what the leader says.
-    fn take_down(&mut self, id: u64, stream: u64, reply: Reply) {
+    fn take_down(&mut self, id: u64, stream: u64, response: RelayResponse) {
         let step = self.step;
         let replica = self.replica(id);
         let current = replica.stream.as_mut();
@@ -261,26 +238,18 @@ impl Sim {
             return;
         };
         current.heard = step;
-        replica.upward.reached(replica.clock.boot(step));
-        for (node, session) in reply.accepted {
-            if replica.upward.accepted(&node, session) {
-                replica.contacts.stand(&node, session, true);
-            }
+        let now = replica.clock.boot(step);
+        let taken = replica.upward.take(response, now);
+        for (of, live) in taken.standings {
+            replica.contacts.stand(&of.node, of.session, live);
         }
-        for (node, session) in reply.refused {
-            replica.contacts.stand(&node, session, false);
-        }
-        for (node, session, beat) in reply.granted {
-            let known = Known {
-                node,
-                session,
-                beat,
-            };
-            replica.upward.granted(reply.revision, known);
-        }
-        for (node, conversation, fate) in reply.answers {
+        let answered = taken.answers.into_iter().filter_map(|answer| {
+            let asked = current.asked.remove(&answer.ticket)?;
+            Some((asked, outcome(answer)))
+        });
+        for ((node, conversation), result) in answered.collect::<Vec<_>>() {
             self.checks.saw("a follower has a report recorded");
-            self.answer_session(id, &node, conversation, fate);
+            self.answer_session(id, &node, conversation, result);
         }
     }
 }

@@ -7,6 +7,7 @@ use batchai_coordinator::agents::contacts::Contacts;
 use batchai_coordinator::agents::lease::Leases;
 use batchai_coordinator::agents::upward::Upward;
 use batchai_coordinator::duties::{Heard, Leader, duties};
+use batchai_coordinator::replica::ReplicaError;
 use batchai_coordinator::replica::core::{
     Core, CoreError, ELECTION_TICKS, Output, Proposed, SnapshotPolicy,
 };
@@ -98,6 +99,16 @@ fn hello(id: u64) -> PeerHello {
         endpoint: endpoint(id),
         version: String::new(),
         feature_level: FEATURE_LEVEL,
+    }
+}
+
+/// As production's callers get it.
+fn result(proposed: &Proposed) -> Result<i64, ReplicaError> {
+    match proposed {
+        Proposed::Applied(Ok(revision)) => Ok(*revision),
+        Proposed::Applied(Err(rejection)) => Err(rejection.clone().into()),
+        Proposed::NotLeader => Err(ReplicaError::NotLeader),
+        Proposed::Unknown => Err(ReplicaError::Unknown),
     }
 }
 
@@ -449,10 +460,10 @@ impl Sim {
             Asked::Client(i) => self.answer_client(i, proposed),
             Asked::User(i, moment) => self.answer_user(i, moment, proposed),
             Asked::Session(id, node, conversation) => {
-                self.answer_session(id, &node, conversation, proposed.into());
+                self.answer_session(id, &node, conversation, result(proposed));
             }
-            Asked::Relayed(from, stream, node, conversation) => {
-                self.send_back(from, stream, (node, conversation, proposed.into()));
+            Asked::Relayed(from, stream, ticket) => {
+                self.send_back(from, stream, ticket, result(proposed));
             }
             Asked::Admin(role) => self.answer_admin(role, proposed),
             Asked::Decision(what) if matches!(proposed, Proposed::Applied(Ok(_))) => {

@@ -2,8 +2,10 @@
 //! by whoever leads, opened once it is certain that the State is not an old one, and over when the leader refuses them or none answers.
 
 use batchai_coordinator::agents::contacts::Live;
-use batchai_coordinator::replica::core::{Core, Proposed};
+use batchai_coordinator::replica::ReplicaError;
+use batchai_coordinator::replica::core::Core;
 use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{RelayedCommand, relayed_command};
 
 use super::{Asked, Sim};
 
@@ -31,25 +33,6 @@ struct Saying {
     sent: bool,
     /// The revision from which on the State has it.
     recorded: Option<i64>,
-}
-
-/// What became of it.
-#[derive(Clone, Copy, Debug)]
-pub enum Fate {
-    Recorded(i64),
-    Refused,
-    /// Or never will be known.
-    NotRecorded,
-}
-
-impl From<&Proposed> for Fate {
-    fn from(proposed: &Proposed) -> Fate {
-        match proposed {
-            Proposed::Applied(Ok(revision)) => Fate::Recorded(*revision),
-            Proposed::Applied(Err(_)) => Fate::Refused,
-            Proposed::NotLeader | Proposed::Unknown => Fate::NotRecorded,
-        }
-    }
 }
 
 /// One session.
@@ -251,17 +234,28 @@ impl Sim {
         }
     }
 
-    /// What is to be sent to the leader, of all that agents have said: nodes, and in which of their conversations.
-    pub(super) fn unsaid(&mut self, id: u64) -> Vec<(String, u64, Kind)> {
+    /// What is to be sent to the leader, of all that agents have said: of which node, and in which conversation.
+    pub(super) fn unsaid(&mut self, id: u64) -> Vec<(RelayedCommand, String, u64)> {
+        let mut tickets = self.tickets;
         let sessions = self.replica(id).sessions.iter_mut();
         let unsaid = sessions.filter_map(|(node, serving)| {
             let conversation = serving.conversation;
             let saying = serving.saying.as_mut();
             let saying = saying.filter(|saying| !saying.sent && saying.recorded.is_none())?;
             saying.sent = true;
-            Some((node.clone(), conversation, saying.kind.clone()))
+            tickets += 1;
+            let kind = Some(match saying.kind.clone() {
+                Kind::RegisterNode(register) => relayed_command::Kind::RegisterNode(register),
+                Kind::RecordReport(report) => relayed_command::Kind::RecordReport(report),
+                other => unreachable!("agents do not say {other:?}"),
+            });
+            let ticket = tickets;
+            let command = RelayedCommand { ticket, kind };
+            Some((command, node.clone(), conversation))
         });
-        unsaid.collect()
+        let unsaid = unsaid.collect();
+        self.tickets = tickets;
+        unsaid
     }
 
     /// The stream to the leader broke: what was not answered is said again.
@@ -274,21 +268,29 @@ impl Sim {
     }
 
     /// What became of what an agent has said.
-    pub(super) fn answer_session(&mut self, id: u64, node: &str, conversation: u64, fate: Fate) {
+    pub(super) fn answer_session(
+        &mut self,
+        id: u64,
+        node: &str,
+        conversation: u64,
+        result: Result<i64, ReplicaError>,
+    ) {
         let replica = self.replica(id);
         let serving = replica.sessions.get_mut(node);
         let Some(serving) = serving.filter(|serving| serving.conversation == conversation) else {
             return;
         };
-        match (fate, &mut serving.saying) {
-            (Fate::Recorded(revision), Some(saying)) => saying.recorded = Some(revision),
-            (Fate::NotRecorded, Some(saying)) => saying.sent = false,
-            (Fate::Refused, _) => {
+        match (result, &mut serving.saying) {
+            (Ok(revision), Some(saying)) => saying.recorded = Some(revision),
+            (Err(ReplicaError::NotLeader | ReplicaError::Unknown), Some(saying)) => {
+                saying.sent = false;
+            }
+            (Err(ReplicaError::Rejected(_) | ReplicaError::Refused(_)), _) => {
                 let agent = serving.agent;
                 replica.sessions.remove(node);
                 self.agents[agent].dropped(conversation);
             }
-            (_, None) => {}
+            _ => {}
         }
     }
 
