@@ -23,6 +23,8 @@ use std::os::unix::fs::{DirBuilderExt, FileExt as _, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use batchai_common::crash_point;
+
 use crate::lease::{self, Held};
 use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use nix::libc;
@@ -305,6 +307,7 @@ impl AttemptDir {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
             opened => {
                 let file = opened.map_err(at(&path))?;
+                crash_point!("shim_begins");
                 file.sync_all().map_err(at(&path))?;
                 sync_dir(&self.path)?;
                 Ok(true)
@@ -337,6 +340,7 @@ impl AttemptDir {
             fs::remove_dir_all(&gone).map_err(at(&gone))?;
         }
         fs::rename(&self.path, &gone).map_err(at(&self.path))?;
+        crash_point!("agent_forgot_in_part");
         fs::remove_dir_all(&gone).map_err(at(&gone))
     }
 }

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use batchai_common::crash_point;
 use batchai_common::error::causes;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
 use batchai_common::tls::Connector;
@@ -178,6 +179,7 @@ impl Shipper {
             .synced
             .max(u64::try_from(reply.synced_bytes).unwrap_or_default());
         if reply.unwanted || file.synced >= file.size {
+            crash_point!("agent_shipped_a_log");
             self.watch.status.notify_one();
         }
         sent

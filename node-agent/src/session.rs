@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use batchai_common::crash_point;
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::time::boot_millis;
 use batchai_common::tls::Connector;
@@ -165,6 +166,10 @@ impl Session {
                     session_request::Message::Report(report)
                 }
             };
+            crash_point!(
+                "agent_is_to_report",
+                matches!(message, session_request::Message::Report(_))
+            );
             if outbox.send(request(message)).await.is_err() {
                 return Ok(());
             }

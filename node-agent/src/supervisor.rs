@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use batchai_common::crash_point;
 use batchai_common::time::boot_millis;
 use batchai_proto::agent::v1::{
     Assignment, AssignmentList, AttemptObservation, Host, Report, Stray, StrayList,
@@ -106,6 +107,15 @@ impl Supervisor {
         let strays = known.then(|| self.strays(&list, &local)).transpose()?;
         let attempts = observations(&list, &local);
         let seen = Report { attempts, strays };
+        crash_point!(
+            "agent_saw_an_end",
+            local.iter().any(|found| {
+                found
+                    .status
+                    .as_ref()
+                    .is_some_and(|status| status.phase == Phase::Ended)
+            })
+        );
         self.observed.send_if_modified(|known| {
             let changed = *known != seen;
             *known = seen;
@@ -215,7 +225,12 @@ impl Supervisor {
         match (action, assignment) {
             (Action::Start(_), Some(assignment)) => self.start(&dir, assignment),
             (Action::Launch(_), Some(assignment)) => self.launch(&dir, assignment),
-            (Action::Stop(_), _) => stop(&dir),
+            (Action::Stop(_), _) => {
+                crash_point!("agent_is_to_stop");
+                stop(&dir)?;
+                crash_point!("agent_stopped");
+                Ok(())
+            }
             (Action::Sweep(_), _) => {
                 self.sweep(id);
                 Ok(())
@@ -241,6 +256,7 @@ impl Supervisor {
             return Ok(());
         }
         dir.create()?;
+        crash_point!("agent_made_a_directory");
         if let Err(error) = self.watch.add(dir) {
             tracing::warn!(%error, "changes of an attempt are noticed late");
         }
@@ -294,8 +310,10 @@ impl Supervisor {
         };
         dir.write(ORIGIN, &origin(assignment), true)?;
         dir.write(PREPARE, &plan.preparation, true)?;
+        crash_point!("agent_wrote_a_plan");
         match self.spawn(dir, &shim::secrets_of(assignment)) {
             Ok(child) => {
+                crash_point!("agent_started_a_shim");
                 self.children.insert(dir.id(), child);
             }
             Err(error) => tracing::error!(%error, attempt = dir.id(), "a shim cannot be started"),
@@ -325,7 +343,12 @@ impl Supervisor {
 
     fn launch(&self, dir: &AttemptDir, assignment: &Assignment) -> Result<(), JournalError> {
         match plan(assignment, &self.facts) {
-            Ok(plan) => dir.write(LAUNCH, &plan.processes, false),
+            Ok(plan) => {
+                crash_point!("agent_is_to_launch");
+                dir.write(LAUNCH, &plan.processes, false)?;
+                crash_point!("agent_launched");
+                Ok(())
+            }
             // It was planned once already, from the same assignment.
             Err(error) => {
                 tracing::error!(%error, attempt = dir.id(), "cannot be launched");
@@ -338,6 +361,7 @@ impl Supervisor {
         let swept = shim::sweep(&self.facts.node_uid, |attempt| attempt != id);
         match swept {
             Ok(()) => {
+                crash_point!("agent_swept");
                 self.swept.insert(id.to_owned());
             }
             Err(error) => tracing::error!(%error, attempt = id, "an attempt is not gone"),

@@ -71,6 +71,8 @@ pub struct Ensemble {
     token: String,
     /// More arguments of the coordinator.
     pub coordinator_args: Vec<String>,
+    /// Variables that its daemons get, beyond those of the test.
+    pub variables: Vec<(String, String)>,
     pub coordinator: Option<Process>,
     pub agents: BTreeMap<String, Process>,
 }
@@ -99,6 +101,7 @@ impl Ensemble {
             endpoint: String::new(),
             token: String::new(),
             coordinator_args: Vec::new(),
+            variables: Vec::new(),
             coordinator: None,
             agents: BTreeMap::new(),
         };
@@ -138,7 +141,8 @@ impl Ensemble {
         let data = data.to_string_lossy();
         let args = ["coordinator", "--listen", &listen, "--data", &data];
         let more = self.coordinator_args.iter().map(String::as_str);
-        let mut process = Process::start(args.into_iter().chain(more), &log);
+        let args = args.into_iter().chain(more);
+        let mut process = Process::start_with(args, &self.variables(), &log);
         process.line("ready ");
         self.coordinator = Some(process);
         if self.token.is_empty() {
@@ -155,8 +159,14 @@ impl Ensemble {
     pub fn start_agent_as(&mut self, name: &str, user: &str) {
         let log = self.path().join(format!("{name}.log"));
         let args = agent_args(self.path(), &self.endpoint, name, user);
-        let process = Process::start_with(args, &self.join_token(), &log);
+        let variables = [&self.variables()[..], &self.join_token()].concat();
+        let process = Process::start_with(args, &variables, &log);
         self.agents.insert(name.to_owned(), process);
+    }
+
+    fn variables(&self) -> Vec<(&str, &str)> {
+        let variables = self.variables.iter();
+        variables.map(|(n, v)| (n.as_str(), v.as_str())).collect()
     }
 
     /// The variable by which new agents join.

@@ -14,4 +14,5 @@ pub mod register;
 pub mod replicas;
 pub mod requirement;
 pub mod sim;
+pub mod torture;
 pub mod volume;

@@ -16,8 +16,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// The command as it was built with this test.
 pub fn under_test() -> PathBuf {
     let mut path = std::env::current_exe().expect("a process knows its own file");
-    // The benchmarks carry the command themselves.
-    if path.ends_with("bench") {
+    // These carry the command themselves.
+    if path.ends_with("bench") || path.ends_with("torture") {
         return path;
     }
     // target/{profile}/deps/{test} or target/{profile}/{program}

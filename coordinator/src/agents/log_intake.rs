@@ -1,5 +1,6 @@
 //! Takes in the log files that one agent ships.
 
+use batchai_common::crash_point;
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::{CALL_TIMEOUT, LOG_CHUNK_BYTES_MAX};
 use batchai_common::names::{Kind, Name};
@@ -121,6 +122,7 @@ impl Intake {
                 }),
                 false => self.logs.append(key, offset, chunk.data).await,
             };
+            crash_point!("coordinator_kept_a_chunk");
             let stored = kept.map_err(|error| {
                 tracing::error!(%error, attempt, node, file, "cannot keep a log file");
                 unavailable("its disk takes no more logs")

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use batchai_common::crash_point;
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::time::boot_millis;
@@ -187,6 +188,7 @@ impl Session {
         };
         let recorded = self.uplink.propose(Kind::RecordReport(command)).await;
         recorded.map_err(|error| status(&self.replica, error))?;
+        crash_point!("coordinator_recorded_a_report");
         Ok(())
     }
 
@@ -261,6 +263,10 @@ impl Session {
                 for assignment in &mut list.assignments {
                     self.unseal(&state, assignment);
                 }
+                crash_point!(
+                    "coordinator_is_to_send_assignments",
+                    !list.assignments.is_empty()
+                );
                 send(outbox, session_response::Message::Assignments(list))?;
             }
             let lease = self.lease.min(longest_lease(&state));

@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use batchai_common::fault;
 use batchai_common::time::boot_time;
+use batchai_common::{crash_point, fault};
 use nix::sys::signal::Signal;
 
 use super::run::{Ending, RESERVE, Shim, WRITE_AGAIN};
@@ -126,10 +126,12 @@ impl Shim {
         self.status.files = self.dir.logs()?;
         // Without its record the attempt would count as lost, and the job would run again.
         self.give_up_reserve();
+        crash_point!("shim_is_to_write_its_record");
         while let Err(error) = self.dir.write(STATUS, &self.status, true) {
             super::tell(&format!("the exit record cannot be written: {error}"));
             std::thread::sleep(WRITE_AGAIN);
         }
+        crash_point!("shim_wrote_its_record");
         Ok(())
     }
 

@@ -21,7 +21,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use batchai_common::shutdown;
+use batchai_common::{crash_point, shutdown};
 use nix::sys::prctl;
 use nix::unistd::setsid;
 
@@ -81,6 +81,7 @@ fn begin(dir: &AttemptDir) -> Result<(), ShimError> {
     let Some(_lock) = dir.take_lock()? else {
         return Ok(());
     };
+    crash_point!("shim_has_its_lock");
     // A session of its own: no terminal and no process group of the agent's reaches it.
     setsid().map_err(system("setsid"))?;
     // Orphans of the job become its children, so that none can leave its tree.
@@ -88,7 +89,10 @@ fn begin(dir: &AttemptDir) -> Result<(), ShimError> {
     let shim = run::Shim::new(dir.clone(), secrets)?;
     // Last of what can fail: from here on the attempt has begun, and it begins once.
     match dir.begin()? {
-        true => shim.run(),
+        true => {
+            crash_point!("shim_began");
+            shim.run()
+        }
         false => Ok(()),
     }
 }

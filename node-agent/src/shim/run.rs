@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use batchai_common::crash_point;
 use batchai_common::limits;
 use batchai_common::time::boot_time;
 use nix::errno::Errno;
@@ -170,6 +171,7 @@ impl Shim {
         let (dir, plan) = (self.dir.clone(), self.plan.clone());
         match process::helper(|| prepare::run(&dir, &plan)) {
             Ok(pid) => {
+                crash_point!("shim_forked_its_helper");
                 self.running.push(Running {
                     rank: SETUP,
                     pid,
@@ -212,6 +214,7 @@ impl Shim {
                 if let Err(error) = self.start(&command) {
                     self.fail(start_failure("JobPreparationFailed", &command, &error));
                 }
+                crash_point!("shim_forked_the_preparation");
             }
             None => self.ready(),
         }
@@ -221,7 +224,9 @@ impl Shim {
     fn ready(&mut self) {
         self.log.say("ready; waiting for the other nodes");
         self.status.phase = Phase::Ready;
+        crash_point!("shim_is_ready");
         self.publish();
+        crash_point!("shim_said_it_is_ready");
     }
 
     /// Waits for a signal, a file of the agent's, output, or the next time to look.
@@ -348,7 +353,9 @@ impl Shim {
         {
             status.exit_code = Some(code);
         }
+        crash_point!("shim_saw_a_rank_end");
         self.publish();
+        crash_point!("shim_said_a_rank_ended");
         if self.running.is_empty() {
             self.end("all ranks of this node have ended");
         }
@@ -417,7 +424,9 @@ impl Shim {
             self.log
                 .say("no process runs on this node; it waits until the job is over");
         }
+        crash_point!("shim_launched");
         self.publish();
+        crash_point!("shim_said_it_launched");
     }
 
     fn start(&mut self, plan: &ProcessPlan) -> io::Result<i32> {
@@ -429,6 +438,7 @@ impl Shim {
             may_gain: self.plan.may_gain,
         };
         let started = process::start(plan, &self.secrets, rights)?;
+        crash_point!("shim_forked_a_rank", plan.rank >= 0);
         self.running.push(Running {
             rank: plan.rank,
             pid: started.pid,

@@ -12,7 +12,7 @@ mod agreement;
 mod members;
 mod snapshots;
 
-use batchai_common::fault;
+use batchai_common::{crash_point, fault};
 use std::collections::BTreeMap;
 
 use batchai_proto::internal::v1::{Command, SnapshotMark};
@@ -372,7 +372,9 @@ impl<S: LogStore> Core<S> {
         self.came.clear();
         self.apply(ready.take_committed_entries(), output)?;
         if ready.must_sync() && !fault!("log_not_written") {
+            crash_point!("replica_is_to_write");
             self.store.append(ready.entries(), ready.hs())?;
+            crash_point!("replica_wrote");
         }
         let log = self.raw.mut_store();
         log.append(ready.entries());
@@ -388,6 +390,7 @@ impl<S: LogStore> Core<S> {
         // With one voter this is where new entries are committed.
         self.apply(light.take_committed_entries(), output)?;
         self.raw.advance_apply();
+        crash_point!("replica_applied", !output.revisions.is_empty());
         let applied = self.raw.raft.raft_log.applied;
         let later = self.reading.split_off(
             &(applied

@@ -1,0 +1,30 @@
+//! Torture: `cargo run --release -p batchai-tests --bin torture -- agent-kill [--kills N] [--ranks N]`.
+//!
+//! It ends with a line of what was gone through, or fails at the first thing that is not as it should be. This program is the `batchai`
+//! command too, for every other first argument: what is tortured is what was built.
+
+use std::process::ExitCode;
+
+use batchai_tests::torture;
+
+fn main() -> ExitCode {
+    match std::env::args().nth(1).as_deref() {
+        Some("agent-kill") => {
+            let outcome = torture::agent_kill(number("--kills", 200), number("--ranks", 50));
+            println!("{outcome:?}: nothing was lost");
+        }
+        None => {
+            eprintln!("usage: torture agent-kill [--kills N] [--ranks N]");
+            return ExitCode::from(2);
+        }
+        Some(_) => return batchai::main(),
+    }
+    ExitCode::SUCCESS
+}
+
+/// A number that was given by its name.
+fn number(name: &str, usual: usize) -> usize {
+    let mut given = std::env::args().skip(2).skip_while(|arg| arg != name);
+    let given = given.nth(1).and_then(|text| text.parse().ok());
+    given.unwrap_or(usual)
+}
