@@ -22,6 +22,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::copier::{self, Copier};
+use super::ending::start_failure;
 use super::logs::{Drained, ExecutionLog, Stream, last_words};
 use super::process::Rights;
 use super::secrets::Secrets;
@@ -486,24 +487,5 @@ impl Shim {
         if let Err(error) = written {
             super::tell(&format!("the status cannot be written: {error}"));
         }
-    }
-}
-
-/// What a shell would say, with its exit codes.
-fn start_failure(code: &str, plan: &ProcessPlan, error: &io::Error) -> FailureRecord {
-    let program = plan.argv.first().cloned().unwrap_or_default();
-    let exit_code = match error.kind() {
-        io::ErrorKind::NotFound => 127,
-        _ => 126,
-    };
-    FailureRecord {
-        code: code.to_owned(),
-        message: format!("cannot start {program}: {error}"),
-        details: vec![
-            ("program".into(), program),
-            ("error".into(), error.to_string()),
-        ],
-        exit_code: Some(exit_code),
-        ..FailureRecord::default()
     }
 }
