@@ -34,6 +34,9 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// A shim that fails before it begins is not started more often than this.
 const STARTS_MAX: u32 = 3;
 
+/// It is not the job's fault.
+const SHIM_FAILED: &str = "ShimFailed";
+
 /// The loop and what it needs.
 pub struct Supervisor {
     pub journal: Arc<Journal>,
@@ -261,52 +264,22 @@ impl Supervisor {
             tracing::warn!(%error, "changes of an attempt are noticed late");
         }
         if !assignment.fault.is_empty() {
-            return refuse(
-                dir,
-                FailureRecord {
-                    code: "JobSecretsFailed".into(),
-                    message: assignment.fault.clone(),
-                    ..FailureRecord::default()
-                },
-            );
+            return refuse(dir, "JobSecretsFailed", assignment.fault.clone());
         }
         if let Have::Never(why) = have {
-            return refuse(
-                dir,
-                FailureRecord {
-                    code: "JobBundleFailed".into(),
-                    message: format!("the job's bundle cannot be had: {why}"),
-                    ..FailureRecord::default()
-                },
-            );
+            let message = format!("the job's bundle cannot be had: {why}");
+            return refuse(dir, "JobBundleFailed", message);
         }
         let starts = self.starts.entry(dir.id()).or_default();
         *starts += 1;
         if *starts > STARTS_MAX {
             let message = "the shim does not start; the agent's log says why".to_owned();
-            return refuse(
-                dir,
-                FailureRecord {
-                    code: "ShimFailed".into(),
-                    message,
-                    infrastructure: true,
-                    ..FailureRecord::default()
-                },
-            );
+            return refuse(dir, SHIM_FAILED, message);
         }
         // The whole plan is made now, so that what makes no sense is said before anything runs.
         let plan = match plan(assignment, &self.facts) {
             Ok(plan) => plan,
-            Err(error) => {
-                return refuse(
-                    dir,
-                    FailureRecord {
-                        code: "JobStartRefused".into(),
-                        message: error.to_string(),
-                        ..FailureRecord::default()
-                    },
-                );
-            }
+            Err(error) => return refuse(dir, "JobStartRefused", error.to_string()),
         };
         dir.write(ORIGIN, &origin(assignment), true)?;
         dir.write(PREPARE, &plan.preparation, true)?;
@@ -390,14 +363,19 @@ fn stop(dir: &AttemptDir) -> Result<(), JournalError> {
 }
 
 /// Ends an attempt that never began.
-fn refuse(dir: &AttemptDir, failure: FailureRecord) -> Result<(), JournalError> {
+fn refuse(dir: &AttemptDir, code: &str, message: String) -> Result<(), JournalError> {
     // Taken for good, so that no shim begins it after all; unless one has.
     if !dir.begin()? {
         return Ok(());
     }
     let status = Status {
         phase: Phase::Ended,
-        failure: Some(failure),
+        failure: Some(FailureRecord {
+            infrastructure: code == SHIM_FAILED,
+            code: code.to_owned(),
+            message,
+            ..FailureRecord::default()
+        }),
         ..Status::default()
     };
     dir.write(STATUS, &status, true)
