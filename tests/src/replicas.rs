@@ -228,10 +228,16 @@ impl Replicas {
 
     /// Starts an agent that knows some of the replicas.
     pub fn start_agent_at(&mut self, name: &str, endpoints: &str) {
+        self.start_agent_by(&[], name, endpoints);
+    }
+
+    /// The same, started by another program, which becomes it.
+    pub fn start_agent_by(&mut self, prefix: &[String], name: &str, endpoints: &str) {
         self.make_token();
         let log = self.dir.path().join(format!("{name}.log"));
         let args = agent_args(self.path(), endpoints, name, "self");
-        let process = Process::start_with(args, &[("BATCHAI_JOIN_TOKEN", &self.token)], &log);
+        let variables = [("BATCHAI_JOIN_TOKEN", &*self.token)];
+        let process = Process::start_by(prefix, args, &variables, &log);
         self.agents.insert(name.to_owned(), process);
     }
 

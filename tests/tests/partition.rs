@@ -3,110 +3,15 @@
 //!
 //! What a majority has accepted meanwhile, nobody may read as if it were not so.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use batchai_tests::network::Network;
 use batchai_tests::process::until;
 use batchai_tests::replicas::Replicas;
-use batchai_tests::requirement;
 
 /// Nobody is answered where there is no majority; who asks there gives up after so long.
 const GIVEN_UP: Duration = Duration::from_secs(3);
-
-/// A bridge and three machines at it, in namespaces of their own.
-struct Network {
-    hub: String,
-    names: Vec<String>,
-}
-
-fn ip(args: &[&str]) {
-    let output = Command::new("ip").args(args).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "ip {args:?}: {said}");
-}
-
-fn address(id: u64) -> String {
-    format!("10.78.0.{id}")
-}
-
-impl Network {
-    fn new(test: &str) -> Network {
-        let name = |part: &str| format!("batchai-{}-{test}-{part}", std::process::id());
-        let network = Network {
-            hub: name("hub"),
-            names: ["1", "2", "3"].map(name).to_vec(),
-        };
-        ip(&["netns", "add", &network.hub]);
-        let hub = ["-n", &network.hub];
-        let at_hub = |args: &[&str]| ip(&[&hub[..], args].concat());
-        at_hub(&["link", "add", "br0", "type", "bridge"]);
-        at_hub(&["link", "set", "br0", "up"]);
-        for (id, name) in (1..).zip(&network.names) {
-            ip(&["netns", "add", name]);
-            let port = format!("to{id}");
-            let peer = ["type", "veth", "peer", "name", "eth0", "netns", name];
-            at_hub(&[&["link", "add", &port][..], &peer].concat());
-            at_hub(&["link", "set", &port, "master", "br0", "up"]);
-            let at = format!("{}/24", address(id));
-            ip(&["-n", name, "addr", "add", &at, "dev", "eth0"]);
-            ip(&["-n", name, "link", "set", "eth0", "up"]);
-            ip(&["-n", name, "link", "set", "lo", "up"]);
-        }
-        network
-    }
-
-    fn replicas(&self) -> Replicas {
-        let place = |(id, name): (u64, &String)| {
-            let into = format!("--net=/run/netns/{name}");
-            let prefix = ["nsenter".to_owned(), into];
-            (format!("https://{}:7070", address(id)), prefix.to_vec())
-        };
-        Replicas::start_at((1..).zip(&self.names).map(place).collect(), &[])
-    }
-
-    /// Plugs a machine out of the bridge, or in again.
-    fn plug(&self, id: u64, state: &str) {
-        ip(&["-n", &self.hub, "link", "set", &format!("to{id}"), state]);
-    }
-
-    /// Cuts a machine off without its noticing, as a switch that fails does: the line stays up. Or puts it back.
-    fn lose(&self, id: u64, lost: bool) {
-        let port = format!("to{id}");
-        let of = ["-n", &self.hub, "link", "set", &port];
-        match lost {
-            true => ip(&[&of[..], &["nomaster"]].concat()),
-            false => ip(&[&of[..], &["master", "br0"]].concat()),
-        }
-    }
-
-    /// Has what a machine sends to the others go nowhere; it still hears them.
-    fn mute(&self, id: u64, muted: bool) {
-        for other in (1..=3).filter(|other| *other != id) {
-            let to = address(other);
-            let of = ["-n", &self.names[id as usize - 1], "neigh"];
-            let nowhere = [
-                "lladdr",
-                "02:00:00:00:00:99",
-                "dev",
-                "eth0",
-                "nud",
-                "permanent",
-            ];
-            match muted {
-                true => ip(&[&of[..], &["replace", &to], &nowhere].concat()),
-                false => ip(&[&of[..], &["del", &to, "dev", "eth0"]].concat()),
-            }
-        }
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        for name in self.names.iter().chain([&self.hub]) {
-            let _ = Command::new("ip").args(["netns", "del", name]).status();
-        }
-    }
-}
 
 /// The network and what runs in it; the processes end first.
 struct World {
@@ -117,14 +22,8 @@ struct World {
 impl World {
     /// None where it cannot be: then the test was told so.
     fn new(test: &str) -> Option<World> {
-        if !nix::unistd::geteuid().is_root() {
-            requirement::skip("only root makes network namespaces");
-            return None;
-        }
-        requirement::program("ip", "iproute2 has it")?;
-        requirement::program("nsenter", "util-linux has it")?;
-        let network = Network::new(test);
-        let e = network.replicas();
+        let network = Network::new(test, 3)?;
+        let e = network.replicas(&[]);
         e.ok_at(e.endpoint(1), &["group", "create", "-n", "before"]);
         Some(World { e, network })
     }

@@ -1,4 +1,4 @@
-//! Torture: `cargo run --release -p batchai-tests --bin torture -- agent-kill [--kills N] [--ranks N]`.
+//! Torture: `cargo run --release -p batchai-tests --bin torture -- agent-kill [--kills N] [--ranks N]`, or `node-loss [--rounds N]`.
 //!
 //! It ends with a line of what was gone through, or fails at the first thing that is not as it should be. This program is the `batchai`
 //! command too, for every other first argument: what is tortured is what was built.
@@ -13,8 +13,12 @@ fn main() -> ExitCode {
             let outcome = torture::agent_kill(number("--kills", 200), number("--ranks", 50));
             println!("{outcome:?}: nothing was lost");
         }
+        Some("node-loss") => match torture::node_loss(number("--rounds", 50)) {
+            Some(outcome) => println!("{outcome:?}: nothing ran twice at once"),
+            None => return ExitCode::FAILURE,
+        },
         None => {
-            eprintln!("usage: torture agent-kill [--kills N] [--ranks N]");
+            eprintln!("usage: torture agent-kill [--kills N] [--ranks N] | node-loss [--rounds N]");
             return ExitCode::from(2);
         }
         Some(_) => return batchai::main(),
