@@ -1,11 +1,14 @@
-//! Benchmarks: `cargo run --release -p batchai-tests --bin bench -- smoke`, or `tls`, `failover --kills N`, `writes`.
+//! Benchmarks: `cargo run --release -p batchai-tests --bin bench -- smoke`, or `tls`, `failover --kills N`, `writes`,
+//! `logs [--ranks N] [--lines N]`, `spawn`.
 //!
 //! Each measure is a JSON line on standard output; what is for people goes to standard error. This program is the
 //! `batchai` command too, for every other first argument: what is measured is what was built.
 
 mod failover;
+mod logs;
 mod measure;
 mod smoke;
+mod spawn;
 mod tls;
 mod writes;
 
@@ -15,10 +18,21 @@ fn main() -> ExitCode {
     match std::env::args().nth(1).as_deref() {
         Some("smoke") => smoke::run(),
         Some("tls") => tls::run(),
-        Some("failover") => failover::run(kills()),
+        Some("failover") => failover::run(number("--kills", 100)),
         Some("writes") => writes::run(),
+        Some("logs") => logs::run(number("--ranks", 100), number("--lines", 100)),
+        Some("spawn") => spawn::run(),
+        // A rank of `logs`.
+        Some("stamps") => {
+            let numbers = std::env::args()
+                .skip(2)
+                .filter_map(|text| text.parse().ok());
+            logs::stamps(&numbers.collect::<Vec<_>>());
+        }
         None => {
-            eprintln!("usage: bench smoke|tls|failover [--kills N]|writes");
+            eprintln!(
+                "usage: bench smoke|tls|failover [--kills N]|writes|logs [--ranks N] [--lines N]|spawn"
+            );
             return ExitCode::from(2);
         }
         Some(_) => return batchai::main(),
@@ -26,9 +40,9 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// How many leaders to cut down.
-fn kills() -> usize {
-    let mut given = std::env::args().skip(2).skip_while(|arg| arg != "--kills");
+/// A number that was given by its name.
+fn number(name: &str, usual: usize) -> usize {
+    let mut given = std::env::args().skip(2).skip_while(|arg| arg != name);
     let given = given.nth(1).and_then(|text| text.parse().ok());
-    given.unwrap_or(100)
+    given.unwrap_or(usual)
 }

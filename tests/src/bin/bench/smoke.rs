@@ -53,15 +53,15 @@ pub fn run() {
 }
 
 /// A `batchai dev` that ends with the benchmark.
-struct Dev {
+pub struct Dev {
     child: Child,
-    endpoint: String,
+    pub endpoint: String,
     took_ms: f64,
     dir: std::path::PathBuf,
 }
 
 impl Dev {
-    fn start(dir: &Path) -> Dev {
+    pub fn start(dir: &Path) -> Dev {
         let began = Instant::now();
         let mut child = Command::new(under_test())
             .args(["dev", "--agents", "1", "--listen", "127.0.0.1:0", "--data"])
@@ -150,7 +150,7 @@ async fn jobs(dev: &Dev, dir: &Path) {
 }
 
 /// A shim is two processes, the other of which copies the logs: they count together.
-fn memory(dir: &Path, name: &str, program: &str, goal: f64) {
+pub fn memory(dir: &Path, name: &str, program: &str, goal: f64) {
     let all = processes_of(dir);
     let found = all
         .iter()
@@ -194,7 +194,7 @@ async fn one_job(channel: &Route, dir: &Path, id: &str) -> f64 {
     (started - began.as_secs_f64()) * 1000.0
 }
 
-fn job(dir: &Path, id: &str, command_line: &str) -> v1::CreateJobRequest {
+pub fn job(dir: &Path, id: &str, command_line: &str) -> v1::CreateJobRequest {
     let command_line = command_line.to_owned();
     v1::CreateJobRequest {
         parent: format!("{WORKSPACE}/experiments/e"),
@@ -214,7 +214,7 @@ fn job(dir: &Path, id: &str, command_line: &str) -> v1::CreateJobRequest {
     }
 }
 
-async fn create(channel: &Route) -> Result<(), tonic::Status> {
+pub async fn create(channel: &Route) -> Result<(), tonic::Status> {
     let group = v1::CreateResourceGroupRequest {
         resource_group_id: "g".to_owned(),
         resource_group: None,
