@@ -30,6 +30,10 @@ pub fn schedule(state: &State, heard: &Heard, log_home: i64) -> Vec<Place> {
         .filter(|cluster| !cluster.queue.is_empty() && cluster.deleting.is_none());
     for cluster in waiting {
         let mut free = fit::Free::of(state, heard, cluster);
+        if free.count() == 0 {
+            // Nobody of a queue fits, however long it is.
+            continue;
+        }
         for job in order::candidates(state, heard, cluster) {
             if plan.len() >= PLACEMENTS_MAX {
                 return plan;
