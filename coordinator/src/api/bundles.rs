@@ -66,12 +66,17 @@ impl BundleService for Api {
 impl Api {
     /// The bundles of new jobs must be there; from now on they are in use.
     pub(super) async fn use_bundles(&self, jobs: &[Job]) -> Result<(), ApiError> {
-        let mut names: Vec<_> = jobs.iter().map(|job| job.bundle.clone()).collect();
+        let named = jobs.iter().filter(|job| !job.bundle.is_empty());
+        let mut names: Vec<_> = named.map(|job| job.bundle.clone()).collect();
+        if names.is_empty() {
+            // Nothing to wait for on another thread.
+            return Ok(());
+        }
         names.sort_unstable();
         names.dedup();
         let store = self.bundles.clone();
         let use_all = move || {
-            for name in names.into_iter().filter(|name| !name.is_empty()) {
+            for name in names {
                 let kind = Noun::Bundle;
                 let digest = batchai_common::names::last_id(&name);
                 if !store.use_now(digest).map_err(internal)? {
