@@ -7,6 +7,7 @@ use batchai_common::fault;
 use batchai_common::time::millis;
 use batchai_proto::internal::v1::RequestKey;
 use imbl::{OrdMap, OrdSet};
+use std::sync::Arc;
 
 use super::{Rejection, State};
 
@@ -15,14 +16,14 @@ pub const REQUESTS_MAX: usize = 10_000;
 /// For so long.
 pub const AGE_MAX_MS: i64 = 60 * 60 * 1000;
 
-/// Caller and id.
-type Key = (String, String);
+/// Caller and id. Shared: a change copies some tree nodes full of them.
+type Key = Arc<(String, String)>;
 
 /// The requests that are remembered.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Requests {
     /// What each asked for, and when it was carried out.
-    known: OrdMap<Key, (Vec<u8>, i64)>,
+    known: OrdMap<Key, (Arc<[u8]>, i64)>,
     /// The same by age.
     ages: OrdSet<(i64, Key)>,
 }
@@ -33,10 +34,10 @@ pub struct Requests {
 /// Another request has the same id.
 pub(super) fn is_repeated(state: &State, request: &RequestKey) -> Result<bool, Rejection> {
     let now = millis(&state.time);
-    let key = (request.caller.clone(), request.id.clone());
+    let key = key(request);
     match state.requests.known.get(&key) {
         Some((_, then)) if now - then > AGE_MAX_MS => Ok(fault!("request_remembered_for_ever")),
-        Some((digest, _)) if *digest == request.digest => Ok(!fault!("request_applied_twice")),
+        Some((digest, _)) if **digest == *request.digest => Ok(!fault!("request_applied_twice")),
         Some(_) => Err(Rejection::RequestIdReused {
             id: request.id.clone(),
         }),
@@ -48,10 +49,10 @@ pub(super) fn is_repeated(state: &State, request: &RequestKey) -> Result<bool, R
 pub(super) fn remember(state: &mut State, request: &RequestKey) {
     let now = millis(&state.time);
     let requests = &mut state.requests;
-    let key = (request.caller.clone(), request.id.clone());
+    let key = key(request);
     if let Some((_, then)) = requests
         .known
-        .insert(key.clone(), (request.digest.clone(), now))
+        .insert(key.clone(), (request.digest.as_slice().into(), now))
     {
         requests.ages.remove(&(then, key.clone()));
     }
@@ -65,17 +66,21 @@ pub(super) fn remember(state: &mut State, request: &RequestKey) {
     }
 }
 
+fn key(request: &RequestKey) -> Key {
+    Arc::new((request.caller.clone(), request.id.clone()))
+}
+
 impl Requests {
     /// What each asked for, by caller and id, and when it was carried out, in milliseconds.
-    pub(super) fn known(&self) -> &OrdMap<Key, (Vec<u8>, i64)> {
+    pub(super) fn known(&self) -> &OrdMap<Key, (Arc<[u8]>, i64)> {
         &self.known
     }
 
     /// Remembers what was remembered before.
     pub(super) fn restore(&mut self, request: &RequestKey, time: i64) {
-        let key = (request.caller.clone(), request.id.clone());
+        let key = key(request);
         self.known
-            .insert(key.clone(), (request.digest.clone(), time));
+            .insert(key.clone(), (request.digest.as_slice().into(), time));
         self.ages.insert((time, key));
     }
 

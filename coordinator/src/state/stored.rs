@@ -1,5 +1,7 @@
 //! PURE. How what is in a State is written down: in snapshots, and to tell States apart.
 
+use std::sync::Arc;
+
 use batchai_proto::internal::v1::snapshot_record::Kind as Record;
 use batchai_proto::internal::v1::{
     DataKey, RequestKey, StateHeader, StoredAttempt, StoredAttemptNode, StoredCluster,
@@ -58,12 +60,12 @@ pub(super) fn data_keys(workspace: &str, keys: &[DataKey]) -> Record {
     Record::DataKeys(StoredDataKeys { workspace, keys })
 }
 
-pub(super) fn request((caller, id): &(String, String), known: &(Vec<u8>, i64)) -> Record {
+pub(super) fn request((caller, id): &(String, String), known: &(Arc<[u8]>, i64)) -> Record {
     let (digest, time) = known;
     let key = RequestKey {
         caller: caller.clone(),
         id: id.clone(),
-        digest: digest.clone(),
+        digest: digest.to_vec(),
     };
     Record::Request(StoredRequest {
         key: Some(key),
