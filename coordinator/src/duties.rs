@@ -15,6 +15,7 @@ use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 
 use imbl::OrdMap;
+use std::borrow::Borrow;
 use std::sync::Arc;
 
 use crate::scheduler;
@@ -140,8 +141,13 @@ fn deletion(state: &State, name: &str) -> Vec<Kind> {
 }
 
 /// The deletion of everything of a kind that a name holds; `None` for what is on its way out.
-fn held<T>(state: &State, table: &OrdMap<String, T>, name: &str, kind: Noun) -> Vec<Option<Kind>> {
-    let going = |child: &String| {
+fn held<K: Ord + Borrow<str>, T>(
+    state: &State,
+    table: &OrdMap<K, T>,
+    name: &str,
+    kind: Noun,
+) -> Vec<Option<Kind>> {
+    let going = |child: &str| {
         state.deleting.contains(child)
             || state
                 .jobs

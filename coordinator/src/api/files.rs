@@ -210,7 +210,7 @@ impl Api {
         loop {
             // In this order: what an ended job has written was there before it was looked at.
             let state = self.read().await?;
-            let job = state.jobs.get(&stream.place.job);
+            let job = state.jobs.get(stream.place.job.as_str());
             let ended = job.is_none_or(|job| job.ended());
             let sent = match attempt_of(&state, &stream.place.job)? {
                 Some(attempt) if stream.is_another(&attempt.id) => {

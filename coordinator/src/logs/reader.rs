@@ -201,7 +201,7 @@ impl Reader {
         let published = self.replica.published();
         let state = &published.borrow().state;
         let name = &self.request.job;
-        let job = state.jobs.get(name);
+        let job = state.jobs.get(name.as_str());
         let job = job.ok_or(ApiError::NotFound {
             kind: Kind::Job,
             name: name.clone(),
@@ -251,7 +251,7 @@ impl Reader {
         let state = &published.borrow().state;
         state
             .jobs
-            .get(&self.request.job)
+            .get(self.request.job.as_str())
             .is_none_or(|job| job.ended())
     }
 

@@ -51,7 +51,7 @@ impl Revision {
     /// About how much memory it keeps that nothing else does.
     fn bytes(&self) -> usize {
         let cost = |event: &Event| match event {
-            Event::Changed { name } => self.state.jobs.get(name).map_or(0, |job| {
+            Event::Changed { name } => self.state.jobs.get(name.as_str()).map_or(0, |job| {
                 let attempt = job
                     .attempt
                     .as_ref()

@@ -171,7 +171,7 @@ fn check_plan(state: &State, job: &Job, plan: &Place) -> Result<(), Rejection> {
 /// Re-validates a placement whole; all of its nodes start or none.
 pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> {
     let state = &*step.state;
-    let job = state.jobs.get(&plan.job).cloned();
+    let job = state.jobs.get(plan.job.as_str()).cloned();
     let job = job.ok_or_else(|| not_found(Kind::Job, &plan.job))?;
     check_plan(state, &job, plan)?;
     let id = attempt::id(state.epoch, state.revision);

@@ -20,7 +20,7 @@ use super::{Rejection, State, Step, check_etag, check_new, etag, keys, not_found
 pub struct QueueKey {
     pub priority: Reverse<i32>,
     pub submitted: i64,
-    pub job: String,
+    pub job: Arc<str>,
 }
 
 /// A cluster.
@@ -58,9 +58,9 @@ impl Cluster {
     }
 
     /// The jobs that wait for its nodes or have some.
-    pub fn jobs(&self) -> impl Iterator<Item = &String> {
-        let queued = self.queue.iter().map(|key| &key.job);
-        self.running.iter().chain(queued)
+    pub fn jobs(&self) -> impl Iterator<Item = &str> {
+        let queued = self.queue.iter().map(|key| &*key.job);
+        self.running.iter().map(String::as_str).chain(queued)
     }
 
     fn manual(&self) -> v1::ManualScaleSettings {

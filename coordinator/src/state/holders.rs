@@ -3,6 +3,7 @@
 //! One that is deleted with what it holds stays, `DELETING`, until all of that is gone; what takes it away, one by one,
 //! are the leader's duties.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -185,8 +186,12 @@ fn first_child(state: &State, kinds: &[Kind], name: &str) -> Option<(Kind, Strin
     kinds.iter().find_map(first)
 }
 
-fn first_of<T>(table: &OrdMap<String, T>, parent: &str, kind: Kind) -> Option<String> {
+fn first_of<K: Ord + Borrow<str>, T>(
+    table: &OrdMap<K, T>,
+    parent: &str,
+    kind: Kind,
+) -> Option<String> {
     children(table, parent, kind, "")
         .next()
-        .map(|(name, _)| name.clone())
+        .map(|(name, _)| name.to_owned())
 }

@@ -55,7 +55,7 @@ fn what_is_being_deleted_exists(state: &State) -> Result<(), String> {
 }
 
 fn parents_exist(state: &State) -> Result<(), String> {
-    let orphan = |name: &String| format!("parents_exist: {name}");
+    let orphan = |name: &str| format!("parents_exist: {name}");
     for name in state.workspaces.keys() {
         let parent = names::parent(name).unwrap_or_default();
         state
@@ -141,7 +141,10 @@ fn nodes_and_attempts_agree(state: &State) -> Result<(), String> {
     }
     for (id, attempt) in &state.attempts {
         let latest = match &attempt.work {
-            Work::Job(job) => state.jobs.get(job).and_then(|job| job.attempt.as_ref()),
+            Work::Job(job) => state
+                .jobs
+                .get(job.as_str())
+                .and_then(|job| job.attempt.as_ref()),
             Work::SetUp => attempt.nodes.first().and_then(|n| {
                 let setup = state.nodes.get(&n.node)?.setup.as_ref()?;
                 Some(&setup.attempt)
@@ -227,14 +230,14 @@ fn secrets_are_sealed_and_forgotten(state: &State) -> Result<(), String> {
         }
     }
     let jobs = state.jobs.iter();
-    let jobs = jobs.map(|(name, job)| (name, &job.spec.secrets, !job.ended()));
+    let jobs = jobs.map(|(name, job)| (&**name, &job.spec.secrets, !job.ended()));
     let attempts = state.attempts.values().map(|attempt| {
         let open = attempt.phase != Phase::Ended;
-        (&attempt.spec.name, &attempt.spec.secrets, open)
+        (attempt.spec.name.as_str(), &attempt.spec.secrets, open)
     });
     let clusters = state.clusters.iter().filter_map(|(name, cluster)| {
         let task = cluster.spec.node_setup.as_ref()?.setup_task.as_ref()?;
-        Some((name, &task.secrets, true))
+        Some((name.as_str(), &task.secrets, true))
     });
     for (name, secrets, open) in jobs.chain(attempts).chain(clusters) {
         for secret in secrets.iter().filter(|s| !s.value.is_empty()) {

@@ -69,7 +69,7 @@ impl Job {
             } else {
                 self.submitted
             },
-            job: self.spec.name.clone(),
+            job: self.spec.name.as_str().into(),
         }
     }
 }
@@ -121,7 +121,7 @@ pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejectio
     };
     state.submissions += 1;
     let key = job.queue_key();
-    state.jobs.insert(name.clone(), Arc::new(job));
+    state.jobs.insert(key.job.clone(), Arc::new(job));
     step.made(Kind::Job, name);
     step.changed(name);
     clusters::change(step, &spec.cluster, |cluster| {

@@ -28,6 +28,7 @@ mod verdict;
 pub mod vm_size_aliases;
 
 use batchai_common::fault;
+use std::borrow::Borrow;
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -77,7 +78,8 @@ pub struct State {
     pub workspaces: OrdMap<String, Arc<v1::Workspace>>,
     pub clusters: OrdMap<String, Arc<Cluster>>,
     pub experiments: OrdMap<String, Arc<v1::Experiment>>,
-    pub jobs: OrdMap<String, Arc<Job>>,
+    /// Every change copies some tree nodes full of names: there are many of these, and they are shared.
+    pub jobs: OrdMap<Arc<str>, Arc<Job>>,
     pub nodes: OrdMap<String, Arc<Node>>,
     /// The latest attempt of every job that has one, by attempt id.
     pub attempts: OrdMap<String, Arc<Attempt>>,
@@ -378,12 +380,12 @@ impl State {
         kind: Kind,
         prefix: &str,
         after: &str,
-    ) -> Box<dyn Iterator<Item = &'a String> + Send + 'a> {
-        fn of<'a, T: Send + Sync>(
-            table: &'a OrdMap<String, T>,
+    ) -> Box<dyn Iterator<Item = &'a str> + Send + 'a> {
+        fn of<'a, K: Ord + Borrow<str> + Send + Sync, T: Send + Sync>(
+            table: &'a OrdMap<K, T>,
             prefix: &str,
             after: &str,
-        ) -> Box<dyn Iterator<Item = &'a String> + Send + 'a> {
+        ) -> Box<dyn Iterator<Item = &'a str> + Send + 'a> {
             Box::new(behind(table, prefix, after).map(|(name, _)| name))
         }
         match kind {
@@ -463,12 +465,12 @@ pub(crate) fn check_stays(state: &State, name: &str) -> Result<(), Rejection> {
 }
 
 /// The resources of a table that one parent holds, by name, from behind a name on.
-pub fn children<'a, T>(
-    table: &'a OrdMap<String, T>,
+pub fn children<'a, K: Ord + Borrow<str>, T>(
+    table: &'a OrdMap<K, T>,
     parent: &str,
     kind: Kind,
     after: &str,
-) -> impl Iterator<Item = (&'a String, &'a T)> + use<'a, T> {
+) -> impl Iterator<Item = (&'a str, &'a T)> + use<'a, K, T> {
     let prefix = match kind.parent() {
         Some(_) => format!("{parent}/{}/", kind.collection()),
         None => format!("{}/", kind.collection()),
@@ -477,19 +479,20 @@ pub fn children<'a, T>(
 }
 
 /// The resources of a table whose names begin alike, by name, from behind a name on.
-fn behind<'a, T>(
-    table: &'a OrdMap<String, T>,
+fn behind<'a, K: Ord + Borrow<str>, T>(
+    table: &'a OrdMap<K, T>,
     prefix: &str,
     after: &str,
-) -> impl Iterator<Item = (&'a String, &'a T)> + use<'a, T> {
+) -> impl Iterator<Item = (&'a str, &'a T)> + use<'a, K, T> {
     let prefix = prefix.to_owned();
     let begin = match after {
-        "" => Bound::Included(prefix.clone()),
-        after => Bound::Excluded(after.to_owned()),
+        "" => Bound::Included(prefix.as_str()),
+        after => Bound::Excluded(after),
     };
     table
-        .range((begin, Bound::Unbounded))
-        .take_while(move |(name, _)| name.starts_with(&prefix))
+        .range::<_, str>((begin, Bound::Unbounded))
+        .map(|(name, value)| (name.borrow(), value))
+        .take_while(move |(name, _): &(&str, _)| name.starts_with(&prefix))
 }
 
 #[cfg(test)]

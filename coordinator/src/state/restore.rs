@@ -255,7 +255,7 @@ pub fn adoptable<'a>(state: &'a State, id: &str) -> Result<(Stray, &'a Arc<Job>)
             "these of its nodes have not reported it: {missing}"
         ));
     }
-    let job = state.jobs.get(&stray.job);
+    let job = state.jobs.get(stray.job.as_str());
     let job = job.filter(|job| job.spec.uid == stray.job_uid);
     let job = job.ok_or_else(|| format!("its job is not known here: {}", stray.job))?;
     if job.state != v1::job::State::Queued || job.deleting.is_some() {

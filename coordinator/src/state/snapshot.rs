@@ -351,7 +351,8 @@ fn add_job(state: &mut State, stored: StoredJob) -> Result<(), SnapshotError> {
     {
         Arc::make_mut(attempt).spec = job.spec.clone();
     }
-    state.jobs.insert(job.spec.name.clone(), Arc::new(job));
+    let name = job.queue_key().job;
+    state.jobs.insert(name, Arc::new(job));
     Ok(())
 }
 
@@ -388,13 +389,13 @@ fn derive(mut state: State) -> State {
         state.grants.insert((binding.member.clone(), name));
     }
     for kind in [Kind::Cluster, Kind::Experiment, Kind::Job] {
-        let names: Vec<_> = state.names(kind, "", "").cloned().collect();
+        let names: Vec<_> = state.names(kind, "", "").map(str::to_owned).collect();
         for name in names.iter().filter(|_| limit_of_workspace(kind).is_some()) {
             let key = (keys::workspace_of(name).to_owned(), kind);
             *state.held.entry(key).or_insert(0) += 1;
         }
     }
-    for (name, job) in state.jobs.clone() {
+    for job in state.jobs.clone().values() {
         let Some(cluster) = state.clusters.get_mut(&job.spec.cluster) else {
             continue;
         };
@@ -402,7 +403,7 @@ fn derive(mut state: State) -> State {
         match job.state {
             v1::job::State::Queued => drop(cluster.queue.insert(job.queue_key())),
             v1::job::State::Running | v1::job::State::Terminating => {
-                drop(cluster.running.insert(name));
+                drop(cluster.running.insert(job.spec.name.clone()));
             }
             _ => {}
         }

@@ -1582,7 +1582,7 @@ proptest! {
                 }
                 Action::See { job, node, phase, code, infrastructure } => {
                     let Some(name) = names.get(job) else { continue };
-                    let Some(job) = e.state.jobs.get(name) else { continue };
+                    let Some(job) = e.state.jobs.get(name.as_str()) else { continue };
                     let Some(id) = job.attempt.clone() else { continue };
                     let attempt = e.state.attempts[&id].clone();
                     if node >= attempt.nodes.len() { continue }

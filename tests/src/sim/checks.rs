@@ -67,9 +67,10 @@ impl Checks {
         self.before = self.commands();
         (self.began, self.latest) = (state.revision, state.revision);
         self.acknowledged = state.revision;
-        self.jobs.retain(|job| state.jobs.contains_key(job));
+        self.jobs
+            .retain(|job| state.jobs.contains_key(job.as_str()));
         self.deleted.retain(|job| {
-            let job = state.jobs.get(job);
+            let job = state.jobs.get(job.as_str());
             job.is_none_or(|job| job.deleting.is_some())
         });
         let ended = state.jobs.values().filter(|job| job.ended());
@@ -271,7 +272,7 @@ impl Checks {
         let lost = self
             .jobs
             .iter()
-            .find(|job| !state.jobs.contains_key(*job) && !self.deleted.contains(*job));
+            .find(|job| !state.jobs.contains_key(job.as_str()) && !self.deleted.contains(*job));
         match lost {
             Some(job) => Err(format!("no_acknowledged_job_lost: {job}")),
             None => Ok(()),

@@ -132,7 +132,7 @@ impl Sim {
             };
             return Some((Kind::Delete(delete), key));
         }
-        let jobs: Vec<_> = state.jobs.keys().cloned().collect();
+        let jobs: Vec<_> = state.jobs.keys().map(|name| name.to_string()).collect();
         let any = |random: &mut fastrand::Rng| random.choice(&jobs).cloned();
         let kind = match self.random.u32(..20) {
             0..=9 if open < OPEN_JOBS_MAX => {
