@@ -30,7 +30,6 @@ use crate::access::{Caller, WORK, Who, find_token, scope};
 use crate::audit::Audit;
 use crate::call::Call;
 use crate::replica::Handle;
-use crate::state::State;
 use quota::{Permit, Quota, stranger};
 use watched::Watched;
 
@@ -266,7 +265,7 @@ impl Gate {
         if self.lab {
             return Ok(Caller::lab());
         }
-        let state: State = self.replica.published().borrow().state.clone();
+        let state = self.replica.published().borrow().state.clone();
         let shown = ticket
             .peer
             .as_ref()

@@ -99,7 +99,7 @@ impl ClusterService for Api {
             labels,
             scale_settings,
         };
-        self.show(&self.update(update).await?, &name)
+        self.show(&*self.update(update).await?, &name)
     }
 
     async fn resize_cluster(
@@ -128,7 +128,7 @@ impl ClusterService for Api {
                 auto_scale: None,
             }),
         };
-        self.show(&self.update(update).await?, &name)
+        self.show(&*self.update(update).await?, &name)
     }
 
     async fn delete_cluster(

@@ -87,7 +87,7 @@ impl ExperimentService for Api {
             labels,
             scale_settings: None,
         };
-        self.show(&self.update(update).await?, &name)
+        self.show(&*self.update(update).await?, &name)
     }
 
     async fn delete_experiment(

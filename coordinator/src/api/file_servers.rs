@@ -49,7 +49,7 @@ impl FileServerService for Api {
         let page = (request.page_size, request.page_token.as_str());
         let kind = (Noun::FileServer, "FileServer");
         let query = Query::new(kind, &request.parent, page, &request.filter)?;
-        query.check_parent(&self.read().await?)?;
+        query.check_parent(&*self.read().await?)?;
         Ok(Response::new(ListFileServersResponse::default()))
     }
 

@@ -26,7 +26,7 @@ impl InformationService for Api {
         let mut faults = Faults::default();
         faults.location("location", &location);
         faults.finish(Some(()))?;
-        let usages = usages(&self.read().await?, &location);
+        let usages = usages(&*self.read().await?, &location);
         Ok(Response::new(ListUsagesResponse { usages }))
     }
 

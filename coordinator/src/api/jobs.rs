@@ -133,7 +133,7 @@ impl JobService for Api {
             labels,
             scale_settings: None,
         };
-        self.show(&self.update(update).await?, &name)
+        self.show(&*self.update(update).await?, &name)
     }
 
     async fn terminate_job(

@@ -80,7 +80,7 @@ pub struct Api {
 
 impl Api {
     /// A State that has everything that was acknowledged before this call.
-    async fn read(&self) -> Result<State, ApiError> {
+    async fn read(&self) -> Result<Arc<State>, ApiError> {
         self.replica.read().await.map_err(|error| match error {
             // Nothing was asked to change: it may be asked again.
             ReplicaError::TimedOut | ReplicaError::Unknown => self.unavailable(&error),
@@ -89,7 +89,7 @@ impl Api {
     }
 
     /// Has a command applied; returns the State that it led to.
-    async fn write(&self, kind: Kind) -> Result<State, ApiError> {
+    async fn write(&self, kind: Kind) -> Result<Arc<State>, ApiError> {
         let revision = self.replica.propose(kind).await;
         let revision = revision.map_err(|error| self.error(error))?;
         led_to(revision);
@@ -97,7 +97,7 @@ impl Api {
     }
 
     /// The State of a revision, or the latest where that changed nothing or is forgotten.
-    fn at(&self, revision: i64) -> State {
+    fn at(&self, revision: i64) -> Arc<State> {
         match self.replica.hub().at(revision) {
             Some(known) => known.state.clone(),
             None => self.replica.published().borrow().state.clone(),
@@ -105,7 +105,7 @@ impl Api {
     }
 
     /// Has a request carried out, once, or only tried.
-    async fn write_once(&self, kind: Kind, once: Once) -> Result<State, ApiError> {
+    async fn write_once(&self, kind: Kind, once: Once) -> Result<Arc<State>, ApiError> {
         if once.validate_only {
             let mut state = self.read().await?;
             let index = state.applied_index + 1;
@@ -115,7 +115,7 @@ impl Api {
                 kind: Some(kind),
             };
             // On a State of our own, which nobody else ever sees.
-            apply(&mut state, index, &command).map_err(rejected)?;
+            apply(Arc::make_mut(&mut state), index, &command).map_err(rejected)?;
             return Ok(state);
         }
         // Under the same id, others ask for something else.
@@ -151,7 +151,7 @@ impl Api {
     async fn get<R: Resource>(&self, name: &str) -> Result<Response<R>, Status> {
         let name = parse(R::KIND, name)?;
         self.may_show(R::KIND)?;
-        self.show(&self.read().await?, name.as_str())
+        self.show(&*self.read().await?, name.as_str())
     }
 
     /// A page of resources, and the token of the next.
@@ -184,7 +184,7 @@ impl Api {
     }
 
     /// Changes a resource; returns a State that has the change.
-    async fn update(&self, update: Update) -> Result<State, ApiError> {
+    async fn update(&self, update: Update) -> Result<Arc<State>, ApiError> {
         self.write(Kind::Update(update)).await
     }
 

@@ -93,7 +93,7 @@ impl ResourceGroupService for Api {
             labels,
             scale_settings: None,
         };
-        self.show(&self.update(update).await?, &name)
+        self.show(&*self.update(update).await?, &name)
     }
 
     async fn delete_resource_group(

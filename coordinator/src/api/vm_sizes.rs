@@ -24,7 +24,7 @@ impl VmSizeService for Api {
         &self,
         _: Request<ListVmSizesRequest>,
     ) -> Result<Response<ListVmSizesResponse>, Status> {
-        let vm_sizes = vm_sizes(&self.read().await?);
+        let vm_sizes = vm_sizes(&*self.read().await?);
         Ok(Response::new(ListVmSizesResponse { vm_sizes }))
     }
 

@@ -124,7 +124,7 @@ enum Next {
 impl<M: Resource, R> Watcher<M, R> {
     async fn run(
         &mut self,
-        state: State,
+        state: Arc<State>,
         backlog: Vec<Arc<Revision>>,
         outbox: &Outbox<R>,
     ) -> Result<(), ApiError> {
@@ -155,7 +155,7 @@ impl<M: Resource, R> Watcher<M, R> {
     /// Sends what there is, or what has happened since.
     async fn catch_up(
         &mut self,
-        state: State,
+        state: Arc<State>,
         backlog: Vec<Arc<Revision>>,
         outbox: &Outbox<R>,
     ) -> Result<Next, ApiError> {

@@ -87,7 +87,7 @@ impl WorkspaceService for Api {
             labels,
             scale_settings: None,
         };
-        self.show(&self.update(update).await?, &name)
+        self.show(&*self.update(update).await?, &name)
     }
 
     async fn rotate_workspace_key(
@@ -100,7 +100,7 @@ impl WorkspaceService for Api {
             return Err(not_found(Noun::Workspace, &name).into());
         }
         self.rotate(&state, name.as_str()).await?;
-        self.show(&self.read().await?, name.as_str())
+        self.show(&*self.read().await?, name.as_str())
     }
 
     async fn delete_workspace(

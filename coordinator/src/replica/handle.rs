@@ -47,7 +47,8 @@ pub enum ReplicaError {
 /// The State as everyone but the replica sees it.
 #[derive(Clone, Debug, Default)]
 pub struct Published {
-    pub state: State,
+    /// Shared, for a State has many tables: every call looks at it.
+    pub state: Arc<State>,
     /// This replica leads and has applied all that was committed before it did.
     pub leads: bool,
     pub leader: Option<u64>,
@@ -134,7 +135,7 @@ impl Handle {
     }
 
     /// A State that has everything that was acknowledged, by any replica, before this call.
-    pub async fn read(&self) -> Result<State, ReplicaError> {
+    pub async fn read(&self) -> Result<Arc<State>, ReplicaError> {
         let (reply, answer) = oneshot::channel();
         self.of_client(Request::Read(reply))?;
         self.answer(answer).await?;

@@ -42,7 +42,7 @@ pub enum Topic {
 #[derive(Debug)]
 pub struct Revision {
     /// What it led to.
-    pub state: State,
+    pub state: Arc<State>,
     /// What it changed.
     pub events: Vec<Event>,
 }
@@ -233,10 +233,10 @@ mod tests {
     use super::*;
 
     fn revision(number: i64, name: &str) -> Revision {
-        let state = State {
+        let state = Arc::new(State {
             revision: number,
             ..State::default()
-        };
+        });
         let name = name.to_owned();
         Revision {
             state,
@@ -291,10 +291,10 @@ mod tests {
             HISTORY_BYTES_MAX / CHANGE_BYTES / 4
         ];
         for number in 1..=10 {
-            let state = State {
+            let state = Arc::new(State {
                 revision: number,
                 ..State::default()
-            };
+            });
             let events = events.clone();
             hub.notify(vec![Revision { state, events }]);
         }

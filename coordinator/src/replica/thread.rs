@@ -371,7 +371,7 @@ impl<S: LogStore> Loop<S> {
                 || (published.leads, published.leader, published.term) != (leads, leader, term);
             if changed {
                 *published = Published {
-                    state: core.state().clone(),
+                    state: Arc::new(core.state().clone()),
                     leads,
                     leader,
                     term,

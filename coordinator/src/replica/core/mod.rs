@@ -14,6 +14,7 @@ mod snapshots;
 
 use batchai_common::{crash_point, fault};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use batchai_proto::internal::v1::{Command, SnapshotMark};
 use prost::Message as _;
@@ -422,7 +423,7 @@ impl<S: LogStore> Core<S> {
             let result = result.map(|result| {
                 result.map(|events| {
                     if !events.is_empty() {
-                        let state = self.state.clone();
+                        let state = Arc::new(self.state.clone());
                         output.revisions.push(Revision { state, events });
                     }
                     revision
