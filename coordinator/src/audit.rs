@@ -16,6 +16,8 @@ use tokio::sync::{broadcast, mpsc};
 
 /// Records that are not written yet: calls wait when there are more.
 const QUEUE_MAX: usize = 4096;
+/// Records that share a write.
+const BATCH_MAX: usize = 256;
 /// Records that who follows has not taken: he is cut off when there are more.
 const FOLLOWED_MAX: usize = 1024;
 /// A file that is larger is put aside.
@@ -100,17 +102,27 @@ struct Writer {
 
 impl Writer {
     fn run(mut self, mut records: mpsc::Receiver<AuditRecord>) {
-        while let Some(record) = records.blocking_recv() {
-            if let Err(error) = self.write(&record) {
-                tracing::error!(%error, ?record, "cannot be written to the audit log");
+        let mut taken = Vec::new();
+        while records.blocking_recv_many(&mut taken, BATCH_MAX) > 0 {
+            for at in 0..KINDS.len() {
+                let of_kind = taken.iter().filter(|r| usize::from(is_nobody(r)) == at);
+                let of_kind: Vec<_> = of_kind.collect();
+                if let Err(error) = self.write(at, &of_kind) {
+                    tracing::error!(%error, records = ?of_kind, "cannot be written to the audit log");
+                }
             }
-            // Nobody may be following.
-            let _ = self.written.send(record);
+            for record in taken.drain(..) {
+                // Nobody may be following.
+                let _ = self.written.send(record);
+            }
         }
     }
 
-    fn write(&mut self, record: &AuditRecord) -> io::Result<()> {
-        let at = usize::from(is_nobody(record));
+    /// Those that waited together share a write.
+    fn write(&mut self, at: usize, records: &[&AuditRecord]) -> io::Result<()> {
+        if records.is_empty() {
+            return Ok(());
+        }
         if self.files[at].metadata()?.len() > FILE_BYTES_MAX {
             let path = |number| path(&self.root, KINDS[at], number);
             for number in (0..FILES_MAX).rev() {
@@ -120,10 +132,13 @@ impl Writer {
             }
             self.files[at] = open(&self.root, KINDS[at])?;
         }
-        let message = batchai_proto::reflect::dynamic("AuditRecord", record);
-        let mut line = serde_json::to_vec(&message)?;
-        line.push(b'\n');
-        self.files[at].write_all(&line)
+        let mut lines = Vec::new();
+        for record in records {
+            let message = batchai_proto::reflect::dynamic("AuditRecord", *record);
+            serde_json::to_writer(&mut lines, &message)?;
+            lines.push(b'\n');
+        }
+        self.files[at].write_all(&lines)
     }
 }
 
