@@ -151,7 +151,11 @@ async fn follow(client: &Client, name: &str, count: usize) -> Done {
         }
     });
     let (job, ()) = tokio::try_join!(ended, followed)?;
-    for error in job.errors.iter().filter(|error| error.code != "JobFailed") {
+    // An exit code says for itself what a signal needs words for.
+    let plain = |error: &v1::ResourceError| {
+        error.code == "JobFailed" && error.details.iter().all(|detail| detail.name != "signal")
+    };
+    for error in job.errors.iter().filter(|error| !plain(error)) {
         say!("batchai: {}: {}", error.code, error.message);
     }
     Ok(ExitCode::from(exit_code(&job)))

@@ -11,6 +11,7 @@ pub mod limits;
 pub mod names;
 pub mod ranks;
 pub mod shutdown;
+pub mod signals;
 pub mod telemetry;
 pub mod time;
 pub mod tls;

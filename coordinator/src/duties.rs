@@ -307,6 +307,7 @@ fn late(heard: &Heard, attempt: &Attempt) -> Option<Kind> {
         error: Some(error),
         exit_code: None,
         infrastructure: false,
+        ends_job: false,
     };
     Some(Kind::FailAttempt(FailAttempt {
         attempt: attempt.id.clone(),

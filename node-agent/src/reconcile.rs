@@ -3,7 +3,7 @@
 //! Level, not edge: it remembers nothing, so an agent that was killed at any line goes on from what lies there.
 
 use batchai_common::limits::LAST_WORDS_BYTES_MAX;
-use batchai_common::{attempt, fault};
+use batchai_common::{attempt, fault, signals};
 use batchai_proto::agent::v1::assignment::Desired;
 use batchai_proto::agent::v1::{Assignment, AssignmentList, AttemptObservation, Failure};
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
@@ -207,6 +207,11 @@ fn observation(found: &Local) -> Option<AttemptObservation> {
     let rank = |r: &crate::status::RankStatus| JobRank {
         rank: r.rank,
         exit_code: r.exit_code,
+        signal: r
+            .signal
+            .and_then(signals::name)
+            .unwrap_or_default()
+            .to_owned(),
     };
     let file = |(name, size): &(String, u64)| JobLogFile {
         name: name.clone(),
@@ -219,6 +224,7 @@ fn observation(found: &Local) -> Option<AttemptObservation> {
         files: status.files.iter().map(file).collect(),
         failure: status.failure.map(failure),
         last_words: status.last_words,
+        first_failed: status.first_failed,
     })
 }
 
@@ -245,6 +251,7 @@ fn failure(record: FailureRecord) -> Failure {
         }),
         exit_code: record.exit_code,
         infrastructure: record.infrastructure,
+        ends_job: record.ends_job,
     }
 }
 

@@ -23,6 +23,8 @@ pub struct RankStatus {
     pub pid: i32,
     /// 128 + n for signal n.
     pub exit_code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
 }
 
 /// What went wrong apart from a rank's exit code.
@@ -35,6 +37,8 @@ pub struct FailureRecord {
     pub exit_code: Option<i32>,
     /// The job is not to blame.
     pub infrastructure: bool,
+    /// It is no failed run, which might be tried again.
+    pub ends_job: bool,
 }
 
 /// All of it.
@@ -44,7 +48,9 @@ pub struct Status {
     pub phase: Phase,
     pub ranks: Vec<RankStatus>,
     pub failure: Option<FailureRecord>,
-    /// The end of what the first rank that failed said on standard error.
+    /// The first rank that failed, before it was told to end.
+    pub first_failed: Option<i32>,
+    /// The end of what that one said on standard error.
     pub last_words: String,
     /// Log files and their final sizes; set at the end.
     pub files: Vec<(String, u64)>,

@@ -362,16 +362,18 @@ fn stop(dir: &AttemptDir) -> Result<(), JournalError> {
         })
 }
 
-/// Ends an attempt that never began.
+/// Ends an attempt that never began. What the job is to blame for would be refused again: it is no failed run.
 fn refuse(dir: &AttemptDir, code: &str, message: String) -> Result<(), JournalError> {
     // Taken for good, so that no shim begins it after all; unless one has.
     if !dir.begin()? {
         return Ok(());
     }
+    let infrastructure = code == SHIM_FAILED;
     let status = Status {
         phase: Phase::Ended,
         failure: Some(FailureRecord {
-            infrastructure: code == SHIM_FAILED,
+            infrastructure,
+            ends_job: !infrastructure,
             code: code.to_owned(),
             message,
             ..FailureRecord::default()

@@ -82,6 +82,17 @@ fn when_a_node_is_not_heard_of_jobs_do_as_they_were_told_and_nothing_runs_twice(
         (starts(&e, "again") == 2).then_some(())
     });
     assert_ne!(node_of(&e, "again"), stopped);
+    let again = e.job("again");
+    let error = &again["errors"][0];
+    let message = error["message"].as_str().unwrap();
+    assert_eq!(
+        (&error["code"], &again["infrastructureRetryCount"]),
+        (&json!("NodeLost"), &json!(1))
+    );
+    assert!(
+        message.contains(&format!("nodes/{stopped} was not heard of")),
+        "{message}"
+    );
     let failed = e.until_job("fails", "FAILED");
     assert_eq!(failed["errors"][0]["code"], "NodeLost", "{failed}");
     let waits = until("the job to say what it waits for", || {

@@ -227,6 +227,8 @@ fn discarded_work_ends_and_a_second_restore_of_a_backup_has_another_epoch() {
     let node = &stray["nodes"][0];
     assert_ne!(node["ranks"][0]["rank"], 1, "{stray}");
     assert_eq!(node["ranks"][0]["exitCode"], 0, "{stray}");
+    let signal = node["ranks"][0]["signal"].as_str();
+    assert!(signal.unwrap_or_default().is_empty(), "{stray}");
     assert!(node["files"][0]["name"].is_string(), "{stray}");
     assert_ne!(node["files"][0]["sizeBytes"], "1", "{stray}");
     let attempt = stray["attempt"].as_str().unwrap().to_owned();

@@ -13,10 +13,11 @@ use batchai_tests::sim::{Outcome, play};
 const SEEDS: u64 = 200;
 
 /// What must come up among the seeds, else they do not try what they are for.
-const SOMETIMES: [&str; 36] = [
+const SOMETIMES: [&str; 37] = [
     "a backup is restored",
     "a creation is asked for again",
     "a disk is slow",
+    "a failed run is tried again",
     "a follower gets a snapshot",
     "a follower has a report recorded",
     "a follower is cut off together with agents",

@@ -883,7 +883,11 @@ fn jobs_tell_of_their_life() {
     assert_eq!(stdout.size_bytes, 4);
     let error = &job.errors[0];
     assert_eq!(error.code, "JobFailed");
-    assert!(error.message.contains("ended with 3"), "{}", error.message);
+    assert!(
+        error.message.contains("ended with exit code 3"),
+        "{}",
+        error.message
+    );
     assert!(
         error
             .details

@@ -18,6 +18,7 @@ const ID_BYTES_MAX: usize = 64;
 const PATH_BYTES_MAX: usize = 4096;
 const TEXT_BYTES_MAX: usize = (128 << 10) - 128;
 const WALL_CLOCK_DEFAULT_S: i64 = 7 * 24 * 3600;
+const RETRIES_MAX: i32 = 100;
 /// Ten years.
 const WALL_CLOCK_MAX_S: i64 = 10 * 366 * 24 * 3600;
 /// Where paths may begin with a variable.
@@ -188,8 +189,14 @@ fn check_constraints(faults: &mut Faults, given: Option<JobConstraints>) -> JobC
             "must be from 1 second to 10 years, in whole seconds",
         );
     }
+    let max_retries = given.map_or(0, |given| given.max_retries);
+    if !(0..=RETRIES_MAX).contains(&max_retries) {
+        let why = format!("must be from 0 to {RETRIES_MAX}");
+        faults.invalid("job.constraints.max_retries", why);
+    }
     JobConstraints {
         max_wall_clock_time: Some(limit),
+        max_retries,
     }
 }
 

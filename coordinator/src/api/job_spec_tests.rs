@@ -54,7 +54,7 @@ fn defaults_are_filled_in() {
 #[test]
 fn every_fault_is_named() {
     type Spoil = fn(&mut Job);
-    let cases: [(&str, Spoil); 22] = [
+    let cases: [(&str, Spoil); 25] = [
         ("job.cluster", |j| j.cluster = "c".into()),
         ("job.node_count", |j| j.node_count = 0),
         ("job.node_count", |j| j.node_count = -3),
@@ -113,8 +113,22 @@ fn every_fault_is_named() {
             let zero = prost_types::Duration::default();
             j.constraints = Some(JobConstraints {
                 max_wall_clock_time: Some(zero),
+                max_retries: 0,
             });
         }),
+        ("job.constraints.max_retries", |j| {
+            j.constraints = Some(JobConstraints {
+                max_wall_clock_time: None,
+                max_retries: 101,
+            });
+        }),
+        ("job.constraints.max_retries", |j| {
+            j.constraints = Some(JobConstraints {
+                max_wall_clock_time: None,
+                max_retries: -1,
+            });
+        }),
+        ("job.retry_count", |j| j.retry_count = 1),
         ("job", |j| j.custom_toolkit_settings = None),
         ("job", |j| {
             j.py_torch_settings = Some(PyTorchSettings {

@@ -126,6 +126,8 @@ fn job(state: &State, heard: &Heard, job: &Job) -> v1::Job {
         attempt: attempt.map(|attempt| attempt.view()),
         provisioning_state,
         provisioning_state_transition_time: since,
+        retry_count: job.retries,
+        infrastructure_retry_count: job.infrastructure_retries,
         ..spec
     }
 }

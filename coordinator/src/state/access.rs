@@ -11,7 +11,7 @@ use batchai_proto::v1::token::Kind as TokenKind;
 use batchai_proto::v1::{RoleBinding, Token};
 
 use super::{
-    Rejection, State, Step, attempts, check_etag, check_new, etag, names, nodes, not_found, restore,
+    Rejection, State, Step, check_etag, check_new, etag, loss, names, nodes, not_found, restore,
 };
 
 /// A machine that has joined by a token.
@@ -216,7 +216,7 @@ pub(super) fn expel_node(step: &mut Step<'_>, command: &ExpelNode) -> Result<(),
         return Ok(());
     };
     if let Some(attempt) = &node.attempt {
-        attempts::lose_node(step, attempt, name);
+        loss::gone(step, attempt, name, &format!("{name} was expelled"));
     }
     nodes::change(step, name, |node| {
         node.expelled = true;

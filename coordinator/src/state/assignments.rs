@@ -63,6 +63,7 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
         set_up: attempt.work == Work::SetUp,
         workspace_number: workspace.map_or(0, |workspace| workspace.number),
         fenced: loss::is_fenced(attempt),
+        number: attempt.number,
     })
 }
 

@@ -22,7 +22,7 @@ use batchai_proto::v1;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 use prost_types::Timestamp;
 
-use super::verdict::failed;
+use super::verdict::{failed, with_others};
 use super::{Job, Rejection, State, Step, jobs, keys, nodes, not_found, restore, setup};
 
 pub use super::verdict::{Outcome, Verdict, error, rank_count, verdict};
@@ -45,7 +45,9 @@ pub struct AttemptNode {
     pub phase: NodePhase,
     pub ranks: Vec<v1::JobRank>,
     pub files: Vec<v1::JobLogFile>,
-    /// The end of what the first of its processes that failed said.
+    /// The rank of the first of its processes that failed.
+    pub first_failed: Option<i32>,
+    /// The end of what it said.
     pub last_words: String,
 }
 
@@ -68,6 +70,7 @@ impl AttemptNode {
             phase: NodePhase::Preparing,
             ranks: Vec::new(),
             files: Vec::new(),
+            first_failed: None,
             last_words: String::new(),
         }
     }
@@ -282,6 +285,12 @@ pub(super) fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation
         node.phase = seen.phase();
     }
     merge_ranks(&mut node.ranks, &seen.ranks, own);
+    let has_failed = |rank: &i32| {
+        node.ranks
+            .iter()
+            .any(|r| r.rank == *rank && r.exit_code.is_some_and(|code| code != 0))
+    };
+    node.first_failed = node.first_failed.or(seen.first_failed.filter(has_failed));
     if node.last_words.is_empty() {
         node.last_words.clone_from(&seen.last_words);
     }
@@ -289,29 +298,44 @@ pub(super) fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation
         node.files = seen.files.clone();
     }
     if changed.outcome.is_none() {
-        changed.outcome = match &seen.failure {
-            Some(failure) => Some(failed(failure)),
+        // What went wrong behind the first process that failed is not why.
+        let failure = seen.failure.as_ref();
+        let failure = failure.filter(|_| changed.nodes[index].first_failed.is_none());
+        let outcome = match failure {
+            Some(failure) => Some(failed(failure, Some(name))),
             None => verdict(changed),
         };
+        changed.outcome = outcome.map(|outcome| bounded(step.state, changed, outcome));
     }
     if attempt != before {
         store(step, attempt);
     }
 }
 
-/// Ranks are known once they have started; an exit code, once known, stays.
+/// A run that failed is one more try of a job that has retries left, and else its end.
+fn bounded(state: &State, attempt: &Attempt, outcome: Outcome) -> Outcome {
+    let job = attempt.job().and_then(|name| state.jobs.get(name));
+    match outcome.verdict {
+        Verdict::Retry if job.is_none_or(|job| !job.has_retries()) => Outcome {
+            verdict: Verdict::Failed,
+            ..outcome
+        },
+        _ => outcome,
+    }
+}
+
+/// Ranks are known once they have started; how one ended, once known, stays.
 fn merge_ranks(known: &mut Vec<v1::JobRank>, seen: &[v1::JobRank], own: Range<usize>) {
-    let mut merged: BTreeMap<_, _> = known.iter().map(|rank| (rank.rank, *rank)).collect();
+    let mut merged: BTreeMap<_, _> = known.iter().map(|rank| (rank.rank, rank.clone())).collect();
     let is_own = |rank: &&v1::JobRank| usize::try_from(rank.rank).is_ok_and(|r| own.contains(&r));
     for rank in seen
         .iter()
         .filter(|rank| fault!("ranks_of_others") || is_own(rank))
     {
-        let known = merged.entry(rank.rank).or_insert(*rank);
-        known.exit_code = known
-            .exit_code
-            .filter(|_| !fault!("exit_code_changes"))
-            .or(rank.exit_code);
+        let known = merged.entry(rank.rank).or_insert_with(|| rank.clone());
+        if known.exit_code.is_none() || fault!("exit_code_changes") {
+            known.clone_from(rank);
+        }
     }
     *known = merged.into_values().collect();
 }
@@ -339,23 +363,24 @@ pub(super) fn fail(step: &mut Step<'_>, command: &FailAttempt) -> Result<(), Rej
     decide(
         step,
         &command.attempt,
-        failed(&command.failure.clone().unwrap_or_default()),
+        failed(&command.failure.clone().unwrap_or_default(), None),
     );
     Ok(())
 }
 
-/// Sets how an attempt ends, unless that is decided; what a user wants goes before a mere return to the queue.
+/// Sets how an attempt ends, unless that is decided; that the job ends goes before a mere return to the queue.
 pub(super) fn decide(step: &mut Step<'_>, id: &str, outcome: Outcome) {
     let Some(attempt) = step.state.attempts.get(id) else {
         return;
     };
     let mut attempt = attempt.clone();
-    let open = attempt.outcome.as_ref().is_none_or(|decided| {
-        matches!(
-            decided.verdict,
-            Verdict::Requeue | Verdict::InfrastructureFailed
-        )
-    });
+    let outcome = bounded(step.state, &attempt, outcome);
+    let open = match attempt.outcome.as_ref().map(|decided| decided.verdict) {
+        None | Some(Verdict::Requeue | Verdict::InfrastructureFailed) => true,
+        // It failed by itself: what its nodes met with later is not why it runs again.
+        Some(Verdict::Retry) => outcome.verdict == Verdict::Failed,
+        Some(Verdict::Succeeded | Verdict::Failed) => false,
+    };
     if open && attempt.phase != Phase::Ended {
         Arc::make_mut(&mut attempt).outcome = Some(outcome);
         store(step, attempt);
@@ -390,7 +415,7 @@ fn store(step: &mut Step<'_>, mut attempt: Arc<Attempt>) {
     }
     match (&attempt.work, &attempt.outcome) {
         (Work::Job(job), Some(outcome)) if attempt.phase == Phase::Ended => {
-            jobs::finish(step, job, outcome);
+            jobs::finish(step, job, &with_others(&attempt, outcome));
         }
         (Work::Job(job), _) => jobs::change(step, job, |_| {}),
         (Work::SetUp, _) => {}

@@ -1,7 +1,8 @@
 //! PURE. What must hold of every State, by name. Tests and simulations check all of it after every step.
 
 use super::attempts::{Phase, Work};
-use super::{Attempt, State, keys};
+use super::jobs::INFRASTRUCTURE_RETRIES_MAX;
+use super::{Attempt, Job, State, keys};
 use batchai_common::attempt;
 use batchai_common::names::{self, Kind};
 
@@ -12,6 +13,7 @@ pub fn check(state: &State) -> Result<(), String> {
     members_and_nodes_agree(state)?;
     nodes_and_attempts_agree(state)?;
     ended_jobs_are_whole(state)?;
+    retries_have_a_bound(state)?;
     what_is_being_deleted_exists(state)?;
     secrets_are_sealed_and_forgotten(state)?;
     grants_and_bindings_agree(state)?;
@@ -78,6 +80,20 @@ fn parents_exist(state: &State) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+fn retries_have_a_bound(state: &State) -> Result<(), String> {
+    let within = |job: &Job| {
+        let allowed = job.spec.constraints.map_or(0, |c| c.max_retries);
+        let counted = job.retries + job.infrastructure_retries;
+        job.retries <= allowed
+            && job.infrastructure_retries <= INFRASTRUCTURE_RETRIES_MAX
+            && counted <= job.attempts
+    };
+    match state.jobs.iter().find(|(_, job)| !within(job)) {
+        Some((name, _)) => Err(format!("retries_have_a_bound: {name}")),
+        None => Ok(()),
+    }
 }
 
 fn queue_holds_exactly_the_queued_jobs(state: &State) -> Result<(), String> {

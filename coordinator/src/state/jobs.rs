@@ -4,7 +4,7 @@
 //! create -> QUEUED -> RUNNING -> SUCCEEDED | FAILED
 //!             ^  |       |  \-> TERMINATING -> FAILED
 //!             |  \-------|----> FAILED              (terminated while queued)
-//!             \----------/                          (infrastructure lost, node taken away)
+//!             \----------/                          (infrastructure lost, node taken away, a failed run with retries left)
 //! ```
 //! When a running job is over is decided in `attempts`; here is only what follows for the job.
 
@@ -46,6 +46,8 @@ pub struct Job {
     pub attempts: i32,
     /// How many of them infrastructure ended.
     pub infrastructure_retries: i32,
+    /// How many of them failed and were tried again.
+    pub retries: i32,
     /// Since when it is removed as soon as it has ended.
     pub deleting: Option<Timestamp>,
 }
@@ -56,7 +58,13 @@ impl Job {
         matches!(self.state, JobState::Succeeded | JobState::Failed)
     }
 
-    /// Its place in the queue of its cluster.
+    /// A run that fails is not its end.
+    pub(super) fn has_retries(&self) -> bool {
+        let allowed = self.spec.constraints.map_or(0, |c| c.max_retries);
+        self.retries < allowed || fault!("failed_runs_tried_without_bound")
+    }
+
+    /// Its place in the queue of its cluster: as it goes back there, the old one.
     pub(super) fn queue_key(&self) -> QueueKey {
         let priority = match self.spec.scheduling_priority() {
             SchedulingPriority::Unspecified => SchedulingPriority::Normal,
@@ -117,6 +125,7 @@ pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejectio
         attempt: None,
         attempts: 0,
         infrastructure_retries: 0,
+        retries: 0,
         deleting: None,
     };
     state.submissions += 1;
@@ -226,7 +235,7 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
         return;
     };
     let requeue = match outcome.verdict {
-        Verdict::Requeue => true,
+        Verdict::Requeue | Verdict::Retry => true,
         Verdict::InfrastructureFailed => {
             fault!("retries_without_bound")
                 || job.infrastructure_retries < INFRASTRUCTURE_RETRIES_MAX
@@ -239,6 +248,8 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
             job.state = JobState::Queued;
             job.infrastructure_retries +=
                 i32::from(outcome.verdict == Verdict::InfrastructureFailed);
+            job.retries += i32::from(outcome.verdict == Verdict::Retry);
+            job.errors = outcome.errors.clone();
             return;
         }
         let succeeded = outcome.verdict == Verdict::Succeeded;
@@ -251,6 +262,14 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
         job.end_time = Some(time);
         job.exit_code = outcome.exit_code;
         job.errors = outcome.errors.clone();
+        if outcome.verdict == Verdict::InfrastructureFailed {
+            for error in &mut job.errors {
+                let why = format!(
+                    "; it ran again {INFRASTRUCTURE_RETRIES_MAX} times before, as often as it may"
+                );
+                error.message.push_str(&why);
+            }
+        }
         keys::forget(&mut job.spec);
     });
     clusters::change(step, &job.spec.cluster, |cluster| {
@@ -271,3 +290,7 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
         remove(step, name);
     }
 }
+
+#[cfg(test)]
+#[path = "retries_tests.rs"]
+mod tests;

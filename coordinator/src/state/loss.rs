@@ -26,7 +26,7 @@ pub fn is_fenced(attempt: &Attempt) -> bool {
     on_node_loss(attempt) == OnNodeLoss::Requeue
 }
 
-/// Whether an expired lease ends a node's part in it: it is fenced, or will not run again.
+/// Whether an expired lease ends a node's part in it: it is fenced, or will not run again. A run that failed and is tried again does.
 pub fn ends_by_lease(attempt: &Attempt) -> bool {
     let over = attempt
         .outcome
@@ -90,12 +90,17 @@ pub(super) fn confirm(step: &mut Step<'_>, command: &ConfirmNodeLost) -> Result<
     nodes::change(step, name, |node| node.epoch = epoch);
     if let Some(attempt) = &node.attempt {
         let message = format!("{name} was confirmed to be lost");
-        let fails = step.state.attempts.get(attempt);
-        let fails = fails.is_some_and(|a| on_node_loss(a) == OnNodeLoss::Fail);
-        attempts::decide(step, attempt, Outcome::node_lost(name, &message, !fails));
-        attempts::lose_node(step, attempt, name);
+        gone(step, attempt, name, &message);
     }
     Ok(())
+}
+
+/// Nothing of an attempt runs on a node any more, for sure: who waits for that waits no longer.
+pub(super) fn gone(step: &mut Step<'_>, id: &str, node: &str, message: &str) {
+    let attempt = step.state.attempts.get(id);
+    let fails = attempt.is_some_and(|a| on_node_loss(a) == OnNodeLoss::Fail);
+    attempts::decide(step, id, Outcome::node_lost(node, message, !fails));
+    attempts::lose_node(step, id, node);
 }
 
 /// The node that a job waits for, which does not run again by itself.

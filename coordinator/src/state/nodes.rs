@@ -13,7 +13,7 @@ use prost_types::Timestamp;
 
 use super::attempts::{self, Outcome};
 use super::setup::{self, Setup};
-use super::{Rejection, State, Step, check_new, clusters, jobs, not_found, vm_size_aliases};
+use super::{Rejection, State, Step, check_new, clusters, jobs, loss, not_found, vm_size_aliases};
 use batchai_proto::internal::v1::terminate_job::Cause;
 
 /// A machine with an agent.
@@ -125,7 +125,10 @@ pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<()
         && !fault!("reboot_loses_nothing")
         && let Some(attempt) = &known.attempt
     {
-        attempts::lose_node(step, attempt, name);
+        let message = format!(
+            "{name} has begun anew: its machine was restarted, or its agent lost its journal"
+        );
+        loss::gone(step, attempt, name, &message);
     }
     // A machine that changed its size or image is no longer what its cluster was made of.
     let as_before = known.facts.vm_size == facts.vm_size && known.facts.image == facts.image;
@@ -224,13 +227,15 @@ pub(super) fn release(step: &mut Step<'_>, command: &ReleaseNode) -> Result<(), 
         let job = job.and_then(|attempt| attempt.job().map(str::to_owned));
         match command.option() {
             // What it is set up for is not to be.
-            _ if job.is_none() => attempts::decide(step, attempt, Outcome::requeue_for_resize()),
+            _ if job.is_none() => {
+                attempts::decide(step, attempt, Outcome::requeue_for_resize(&command.node))
+            }
             NodeDeallocationOption::WaitForJobCompletion => {}
             NodeDeallocationOption::Terminate => {
                 jobs::terminate(step, &job.unwrap_or_default(), Cause::Unspecified)?;
             }
             NodeDeallocationOption::Requeue | NodeDeallocationOption::Unspecified => {
-                attempts::decide(step, attempt, Outcome::requeue_for_resize());
+                attempts::decide(step, attempt, Outcome::requeue_for_resize(&command.node));
             }
         }
     }

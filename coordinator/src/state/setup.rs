@@ -163,6 +163,7 @@ fn spec(cluster: &Cluster) -> v1::Job {
                 seconds: WALL_CLOCK_S,
                 nanos: 0,
             }),
+            max_retries: 0,
         }),
         custom_toolkit_settings: Some(v1::CustomToolkitSettings {
             command_line: task.command_line,
@@ -184,7 +185,8 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
             Verdict::InfrastructureFailed if setup.retries < INFRASTRUCTURE_RETRIES_MAX => {
                 setup.retries += i32::from(!fault!("set_up_retries_not_counted"));
             }
-            Verdict::InfrastructureFailed | Verdict::Failed => {
+            // Of a set-up that fails there is no other try: `attempts` makes no `Retry` of it.
+            Verdict::InfrastructureFailed | Verdict::Failed | Verdict::Retry => {
                 setup.error = outcome.errors.first().cloned();
             }
         }
@@ -216,7 +218,7 @@ pub(super) fn end_of(step: &mut Step<'_>, name: &str) {
     let attempt = node.and_then(|node| step.state.attempts.get(node.attempt.as_ref()?));
     if let Some(attempt) = attempt.filter(|attempt| attempt.job().is_none()) {
         let id = attempt.id.clone();
-        attempts::decide(step, &id, Outcome::requeue_for_resize());
+        attempts::decide(step, &id, Outcome::requeue_for_resize(name));
     }
 }
 

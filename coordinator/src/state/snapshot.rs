@@ -284,6 +284,7 @@ fn add_attempt(state: &mut State, stored: StoredAttempt) -> Result<(), SnapshotE
                 1 => Verdict::Failed,
                 2 => Verdict::Requeue,
                 3 => Verdict::InfrastructureFailed,
+                4 => Verdict::Retry,
                 _ => return Err(value("the verdict")),
             },
             exit_code: outcome.exit_code,
@@ -299,6 +300,7 @@ fn add_attempt(state: &mut State, stored: StoredAttempt) -> Result<(), SnapshotE
             port: node.port,
             ranks: seen.ranks,
             files: seen.files,
+            first_failed: node.first_failed,
             last_words: node.last_words,
         });
     }
@@ -337,6 +339,7 @@ fn add_job(state: &mut State, stored: StoredJob) -> Result<(), SnapshotError> {
         attempt: Some(stored.attempt).filter(|attempt| !attempt.is_empty()),
         attempts: stored.attempts,
         infrastructure_retries: stored.infrastructure_retries,
+        retries: stored.retries,
         deleting: stored.deleting,
         spec: {
             spec.state = 0;

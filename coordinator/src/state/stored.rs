@@ -100,6 +100,7 @@ pub(super) fn job(job: &Job) -> StoredJob {
         attempts: job.attempts,
         infrastructure_retries: job.infrastructure_retries,
         deleting: job.deleting,
+        retries: job.retries,
     }
 }
 
@@ -108,6 +109,7 @@ pub(super) fn attempt(attempt: &Attempt, as_placed: bool) -> StoredAttempt {
         seen: Some(n.view()),
         port: n.port,
         last_words: n.last_words.clone(),
+        first_failed: n.first_failed,
     });
     StoredAttempt {
         id: attempt.id.clone(),

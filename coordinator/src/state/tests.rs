@@ -280,17 +280,26 @@ impl Ensemble {
         ranks: &[(i32, Option<i32>)],
         failure: Option<Failure>,
     ) {
-        let node = attempt.nodes[i].node.clone();
-        let ranks = ranks
-            .iter()
-            .map(|&(rank, exit_code)| v1::JobRank { rank, exit_code });
-        let observation = AttemptObservation {
-            attempt: attempt.id.clone(),
+        let ranks = ranks.iter().map(|&(rank, exit_code)| v1::JobRank {
+            rank,
+            exit_code,
+            ..Default::default()
+        });
+        let seen = AttemptObservation {
             phase: phase as i32,
             ranks: ranks.collect(),
-            files: Vec::new(),
             failure,
-            last_words: String::new(),
+            ..Default::default()
+        };
+        self.report(attempt, i, seen);
+    }
+
+    /// Reports for the i-th node of an attempt, whatever it is.
+    pub(super) fn report(&mut self, attempt: &Attempt, i: usize, seen: AttemptObservation) {
+        let node = attempt.nodes[i].node.clone();
+        let observation = AttemptObservation {
+            attempt: attempt.id.clone(),
+            ..seen
         };
         let known = &self.state.nodes[&node];
         let report = RecordReport {
@@ -720,7 +729,7 @@ fn a_failed_preparation_fails_the_job_with_its_exit_code() {
     let failure = Failure {
         error: Some(error),
         exit_code: Some(3),
-        infrastructure: false,
+        ..Default::default()
     };
     e.see_attempt(&attempt, 0, P::Ended, &[], Some(failure));
     e.see_attempt(&attempt, 1, P::Ended, &[], None);
@@ -1443,7 +1452,7 @@ fn action() -> impl Strategy<Value = Action> {
 }
 
 /// The State as it comes back from its records, each encoded and decoded.
-fn through_a_snapshot(state: &State) -> State {
+pub(super) fn through_a_snapshot(state: &State) -> State {
     use prost::Message as _;
     let mut builder = snapshot::Builder::default();
     for record in snapshot::records(state) {

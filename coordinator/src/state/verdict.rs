@@ -1,11 +1,15 @@
 //! PURE. Whether an attempt is over, and how: read from what its nodes have seen, by the toolkit's rule.
 
+use batchai_common::signals;
 use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::terminate_job::Cause;
 use batchai_proto::v1;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 
 use super::attempts::{Attempt, AttemptNode, Work};
+
+/// Processes of other nodes that an error names.
+const OTHERS_MAX: usize = 5;
 
 /// How an attempt ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +20,8 @@ pub enum Verdict {
     Requeue,
     /// Back to the queue as often as the bound allows.
     InfrastructureFailed,
+    /// The run failed, and the job has retries left: back to the queue.
+    Retry,
 }
 
 /// How an attempt ends, and why.
@@ -55,8 +61,10 @@ impl Outcome {
     }
 
     /// Its node is needed elsewhere.
-    pub fn requeue_for_resize() -> Outcome {
-        Outcome::new(Verdict::Requeue, None, Vec::new())
+    pub fn requeue_for_resize(node: &str) -> Outcome {
+        let message = format!("{node} was taken from its cluster");
+        let error = error("NodeReleased", &message, &[("node", node)]);
+        Outcome::new(Verdict::Requeue, None, vec![error])
     }
 }
 
@@ -84,64 +92,119 @@ pub fn error(code: &str, message: &str, details: &[(&str, &str)]) -> v1::Resourc
     }
 }
 
-/// What a node says went wrong.
-pub(super) fn failed(failure: &Failure) -> Outcome {
-    let verdict = if failure.infrastructure {
-        Verdict::InfrastructureFailed
-    } else {
-        Verdict::Failed
+/// What is said to have gone wrong, by a node where one says it. A run that failed is taken for one that is tried again: who decides
+/// knows how often.
+pub(super) fn failed(failure: &Failure, node: Option<&str>) -> Outcome {
+    let verdict = match (failure.infrastructure, failure.ends_job) {
+        (true, _) => Verdict::InfrastructureFailed,
+        (false, true) => Verdict::Failed,
+        (false, false) => Verdict::Retry,
     };
     let unsaid = || error("NodeFailed", "the node did not say what went wrong", &[]);
-    let error = failure.error.clone().unwrap_or_else(unsaid);
+    let mut error = failure.error.clone().unwrap_or_else(unsaid);
+    let node = node.filter(|_| error.details.iter().all(|d| d.name != "node"));
+    error.details.extend(node.map(|node| v1::NameValuePair {
+        name: "node".to_owned(),
+        value: node.to_owned(),
+    }));
     Outcome::new(verdict, failure.exit_code, vec![error])
+}
+
+/// The first process that failed. Of those of one node it says so itself. Those of several nodes are never weighed against each other,
+/// as their clocks cannot be: the first node that told of one has had it decided.
+fn first_failed(attempt: &Attempt) -> Option<(&AttemptNode, &v1::JobRank)> {
+    let nodes = attempt.nodes.iter();
+    let ranks = nodes.flat_map(|node| node.ranks.iter().map(move |rank| (node, rank)));
+    let failed = ranks.filter(|(_, rank)| rank.exit_code.is_some_and(|code| code != 0));
+    failed.min_by_key(|(node, rank)| (node.first_failed != Some(rank.rank), rank.rank))
+}
+
+/// How a process ended, and what that means.
+fn how(rank: &v1::JobRank) -> String {
+    let code = rank.exit_code.unwrap_or_default();
+    match (rank.signal.as_str(), signals::of_exit_code(code), code) {
+        ("", _, 126) => {
+            "ended with exit code 126: so says a shell whose command is not executable".to_owned()
+        }
+        ("", _, 127) => {
+            "ended with exit code 127: so says a shell that finds no such command".to_owned()
+        }
+        ("", None, code) => format!("ended with exit code {code}"),
+        ("", Some(signal), code) => {
+            format!("ended with exit code {code}: so says a shell whose command {signal} has ended")
+        }
+        (signal, _, code) => format!("was ended by {signal}, which counts as exit code {code}"),
+    }
+}
+
+fn process_failed(attempt: &Attempt, node: &AttemptNode, rank: &v1::JobRank) -> Outcome {
+    let code = rank.exit_code.unwrap_or_default();
+    let (number, name, how) = (rank.rank, &node.node, how(rank));
+    let (kind, message) = match attempt.work {
+        Work::Job(_) => (
+            "JobFailed",
+            format!("Job failed with non-zero exit code: rank {number} on {name} {how}"),
+        ),
+        Work::SetUp => (
+            "SetupTaskFailed",
+            format!("the set-up task {how} on {name}"),
+        ),
+    };
+    let signal = match rank.signal.as_str() {
+        "" => signals::of_exit_code(code).unwrap_or_default(),
+        signal => signal,
+    };
+    let (number, exit_code) = (number.to_string(), code.to_string());
+    let details = [
+        ("rank", number.as_str()),
+        ("node", name),
+        ("exitCode", &exit_code),
+        ("signal", signal),
+        ("stderr", &node.last_words),
+    ];
+    let details: Vec<_> = details.into_iter().filter(|d| !d.1.is_empty()).collect();
+    let error = error(kind, &message, &details);
+    Outcome::new(Verdict::Retry, Some(code), vec![error])
+}
+
+/// How an attempt that is over has ended, with the processes that failed by themselves on other nodes than the one that was heard of
+/// first: that need not be the one where it began.
+pub(super) fn with_others(attempt: &Attempt, outcome: &Outcome) -> Outcome {
+    let mut outcome = outcome.clone();
+    let Some(error) = outcome.errors.iter_mut().find(|e| e.code == "JobFailed") else {
+        return outcome;
+    };
+    let named = error.details.iter().find(|d| d.name == "node");
+    let named = named.map(|detail| detail.value.clone());
+    let others = attempt.nodes.iter().filter_map(|node| {
+        let rank = node
+            .ranks
+            .iter()
+            .find(|r| node.first_failed == Some(r.rank))?;
+        let other = named.as_ref() != Some(&node.node);
+        other.then(|| format!("rank {} on {} {}", rank.rank, node.node, how(rank)))
+    });
+    let others: Vec<_> = others.take(OTHERS_MAX).collect();
+    if !others.is_empty() {
+        error.details.push(v1::NameValuePair {
+            name: "otherRanks".to_owned(),
+            value: others.join("; "),
+        });
+    }
+    outcome
 }
 
 /// The toolkit's rule: is the job over, and how? The first failure decides; without one, the job is over when all of its
 /// ranks are: of a custom job that is one process on the master, unless it asks for some on every node.
 pub fn verdict(attempt: &Attempt) -> Option<Outcome> {
-    let ranks = || {
-        attempt
-            .nodes
-            .iter()
-            .flat_map(|node| node.ranks.iter().map(move |r| (node, r)))
-    };
-    let failure = ranks().filter(|(_, r)| r.exit_code.is_some_and(|code| code != 0));
-    if let Some((node, rank)) = failure.min_by_key(|(_, r)| r.rank) {
-        let code = rank.exit_code.unwrap_or_default();
-        let (kind, message) = match attempt.work {
-            Work::Job(_) => (
-                "JobFailed",
-                format!(
-                    "Job failed with non-zero exit code: rank {} on {} ended with {code}",
-                    rank.rank, node.node
-                ),
-            ),
-            Work::SetUp => (
-                "SetupTaskFailed",
-                format!(
-                    "the set-up task ended with exit code {code} on {}",
-                    node.node
-                ),
-            ),
-        };
-        let details = [
-            ("rank", rank.rank.to_string()),
-            ("node", node.node.clone()),
-            ("exitCode", code.to_string()),
-            ("stderr", node.last_words.clone()),
-        ];
-        let details: Vec<_> = details
-            .iter()
-            .map(|(name, value)| (*name, value.as_str()))
-            .filter(|(_, value)| !value.is_empty())
-            .collect();
-        let error = error(kind, &message, &details);
-        return Some(Outcome::new(Verdict::Failed, Some(code), vec![error]));
+    if let Some((node, rank)) = first_failed(attempt) {
+        return Some(process_failed(attempt, node, rank));
     }
     let count = attempt.rank_count();
     let own = |rank: i32| usize::try_from(rank).is_ok_and(|rank| rank < count);
-    let done = ranks()
-        .filter(|(_, r)| r.exit_code == Some(0) && own(r.rank))
+    let ranks = attempt.nodes.iter().flat_map(|node| &node.ranks);
+    let done = ranks
+        .filter(|r| r.exit_code == Some(0) && own(r.rank))
         .count();
     if done == count {
         return Some(Outcome::new(Verdict::Succeeded, Some(0), Vec::new()));
@@ -152,21 +215,17 @@ pub fn verdict(attempt: &Attempt) -> Option<Outcome> {
         .iter()
         .find(|n| n.phase == NodePhase::Ended && !ranks_are_done(n));
     let all_ended = attempt.nodes.iter().all(|n| n.phase == NodePhase::Ended);
-    let (node, message) = match (lost, early) {
+    let (node, what) = match (lost, early) {
         (Some(node), _) => (
             node,
-            "the node lost the attempt: nobody knows how its processes ended",
+            "lost the attempt: nobody knows how its processes ended",
         ),
-        (None, Some(node)) => (node, "the node ended the attempt without being told to"),
-        (None, None) if all_ended => (attempt.nodes.first()?, "a rank was never started"),
+        (None, Some(node)) => (node, "ended the attempt without being told to"),
+        (None, None) if all_ended => (attempt.nodes.first()?, "never started a rank"),
         (None, None) => return None,
     };
-    let error = error("NodeLost", message, &[("node", &node.node)]);
-    Some(Outcome::new(
-        Verdict::InfrastructureFailed,
-        None,
-        vec![error],
-    ))
+    let node = &node.node;
+    Some(Outcome::node_lost(node, &format!("{node} {what}"), true))
 }
 
 fn ranks_are_done(node: &AttemptNode) -> bool {

@@ -46,6 +46,7 @@ pub fn common(
     set("AZ_BATCHAI_MPI_HOST_FILE", paths.hostfile.clone());
     set("AZ_BATCHAI_NUM_GPUS", facts.gpu_count.to_string());
     set("AZ_BATCH_HOST_LIST", addresses.join(","));
+    set("AZ_BATCHAI_ATTEMPT", assignment.number.to_string());
     for (id, path) in &paths.inputs {
         set(&format!("AZ_BATCHAI_INPUT_{id}"), path.clone());
     }

@@ -13,6 +13,7 @@ fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
     };
     Assignment {
         attempt: "1-7".into(),
+        number: 3,
         hosts: (0..hosts).map(host).collect(),
         host_index: index as i32,
         job: Some(Job {
@@ -125,6 +126,7 @@ fn the_environment_is_the_originals() {
         ("AZ_BATCHAI_OUTPUT_MODEL", "/out/seg/ment/Models"),
         ("AZ_BATCHAI_OUTPUT_PLAIN", "/out/seg/ment/outputs"),
         ("AZ_BATCHAI_NUM_GPUS", "4"),
+        ("AZ_BATCHAI_ATTEMPT", "3"),
         ("AZ_BATCH_HOST_LIST", "10.0.0.4,10.0.0.5"),
         ("OUT", "/out/seg/ment/Models/x"),
         ("PATH", "/bin"),

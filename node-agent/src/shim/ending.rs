@@ -1,7 +1,6 @@
 //! How an attempt ends on this host: SIGTERM, the grace, SIGKILL until nothing is left, the last copy of the logs, the exit
 //! record.
 
-use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,7 +11,6 @@ use nix::sys::signal::Signal;
 use super::run::{Ending, RESERVE, Shim, WRITE_AGAIN};
 use super::{ShimError, tree};
 use crate::journal::{STATUS, read_lease};
-use crate::launch::ProcessPlan;
 use crate::status::{FailureRecord, Phase};
 
 /// Processes that SIGKILL does not end within this time are stuck in the kernel.
@@ -153,24 +151,5 @@ impl Shim {
     pub(super) fn give_up_reserve(&self) {
         // It may be given up already.
         let _ = std::fs::remove_file(self.dir.path.join(RESERVE));
-    }
-}
-
-/// What a shell would say, with its exit codes.
-pub(super) fn start_failure(code: &str, plan: &ProcessPlan, error: &io::Error) -> FailureRecord {
-    let program = plan.argv.first().cloned().unwrap_or_default();
-    let exit_code = match error.kind() {
-        io::ErrorKind::NotFound => 127,
-        _ => 126,
-    };
-    FailureRecord {
-        code: code.to_owned(),
-        message: format!("cannot start {program}: {error}"),
-        details: vec![
-            ("program".into(), program),
-            ("error".into(), error.to_string()),
-        ],
-        exit_code: Some(exit_code),
-        ..FailureRecord::default()
     }
 }

@@ -5,6 +5,7 @@
 //! agent through the attempt's directory only (see `journal`). One thread, one loop (`run`), no tokio: small, and free
 //! to fork.
 
+mod children;
 mod copier;
 mod ending;
 mod logs;

@@ -6,7 +6,6 @@
 //!      \___________________________|   stop, failure, wall clock, all ranks done
 //! ```
 
-use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,23 +18,22 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
+use super::children::{StartError, start_failure};
 use super::copier::{self, Copier};
-use super::ending::start_failure;
-use super::logs::{Drained, ExecutionLog, Stream, last_words};
+use super::logs::{Drained, ExecutionLog, Stream};
 use super::process::Rights;
 use super::secrets::Secrets;
 use super::{ShimError, prepare, process, system};
-use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, SETUP_FAILED, STATUS, STOP};
+use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, STATUS, STOP};
 use crate::launch::{Preparation, ProcessPlan};
 use crate::status::{FailureRecord, Phase, RankStatus, Status};
 
 /// While processes are being ended the loop looks this often.
 const ENDING_STEP: Duration = Duration::from_millis(20);
 /// The rank numbers of the process that makes directories, and of the preparation command.
-const SETUP: i32 = -2;
-const PREPARATION: i32 = -1;
+pub(super) const SETUP: i32 = -2;
+pub(super) const PREPARATION: i32 = -1;
 /// Kept free for the records of the attempt, should its logs fill the disk.
 pub(super) const RESERVE: &str = "reserve";
 const RESERVE_BYTES: usize = 64 << 10;
@@ -190,39 +188,7 @@ impl Shim {
         Ok(())
     }
 
-    fn set_up(&mut self, code: i32) -> Result<(), ShimError> {
-        if !matches!(self.ending, Ending::No) {
-            return Ok(());
-        }
-        if code != 0 {
-            let unsaid = FailureRecord {
-                code: "JobDirectoryFailed".into(),
-                message: format!("making directories ended with exit code {code}"),
-                infrastructure: true,
-                ..FailureRecord::default()
-            };
-            let said = self.dir.read(SETUP_FAILED)?;
-            self.fail(said.unwrap_or(unsaid));
-            return Ok(());
-        }
-        self.start_copier();
-        match self.plan.command.clone() {
-            Some(command) => {
-                self.log.say(&format!(
-                    "running the preparation command: {:?}",
-                    command.argv
-                ));
-                if let Err(error) = self.start(&command) {
-                    self.fail(start_failure("JobPreparationFailed", &command, &error));
-                }
-                crash_point!("shim_forked_the_preparation");
-            }
-            None => self.ready(),
-        }
-        Ok(())
-    }
-
-    fn ready(&mut self) {
+    pub(super) fn ready(&mut self) {
         self.log.say("ready; waiting for the other nodes");
         self.status.phase = Phase::Ready;
         crash_point!("shim_is_ready");
@@ -288,84 +254,6 @@ impl Shim {
         });
     }
 
-    /// Takes in the exits of ranks, and buries orphans.
-    fn reap(&mut self, buffer: &mut Vec<u8>) -> Result<(), ShimError> {
-        loop {
-            let (pid, code) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), code),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid.as_raw(), 128 + signal as i32),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(()),
-                Ok(_) | Err(Errno::EINTR) => continue,
-                Err(error) => return Err(system("waitpid")(error)),
-            };
-            if self.copier.as_ref().is_some_and(|copier| copier.pid == pid) {
-                self.copier = None;
-                let to = &self.plan.copy_to;
-                self.log
-                    .say(&format!("log files are not copied to {to} any more"));
-            }
-            let Some(at) = self.running.iter().position(|running| running.pid == pid) else {
-                continue;
-            };
-            let Running { rank, stderr, .. } = self.running.remove(at);
-            // What it printed last is in the file before anyone hears that it ended.
-            self.drain(buffer);
-            match rank {
-                SETUP => self.set_up(code)?,
-                PREPARATION => self.prepared(code, &stderr),
-                rank => self.rank_ended(rank, code, &stderr),
-            }
-        }
-    }
-
-    fn prepared(&mut self, code: i32, stderr: &str) {
-        self.log.say(&format!(
-            "the preparation command ended with exit code {code}"
-        ));
-        match (code, self.ending) {
-            (0, Ending::No) => self.ready(),
-            (_, Ending::No) => self.fail(FailureRecord {
-                code: "JobPreparationFailed".into(),
-                message: format!("the job preparation command failed with exit code {code}"),
-                details: vec![
-                    ("exitCode".into(), code.to_string()),
-                    ("stderr".into(), self.last_words(stderr)),
-                ],
-                exit_code: Some(code),
-                ..FailureRecord::default()
-            }),
-            _ => {}
-        }
-    }
-
-    fn rank_ended(&mut self, rank: i32, code: i32, stderr: &str) {
-        self.log
-            .say(&format!("rank {rank} ended with exit code {code}"));
-        // What ends because it is told to has nothing to say about why.
-        let first = self.status.last_words.is_empty() && matches!(self.ending, Ending::No);
-        if code != 0 && first {
-            self.status.last_words = self.last_words(stderr);
-        }
-        if let Some(status) = self
-            .status
-            .ranks
-            .iter_mut()
-            .find(|status| status.rank == rank)
-        {
-            status.exit_code = Some(code);
-        }
-        crash_point!("shim_saw_a_rank_end");
-        self.publish();
-        crash_point!("shim_said_a_rank_ended");
-        if self.running.is_empty() {
-            self.end("all ranks of this node have ended");
-        }
-    }
-
-    fn last_words(&self, file: &str) -> String {
-        last_words(&self.dir.path.join(LOGS).join(file))
-    }
-
     /// Does what the agent's files and signals say.
     fn obey(&mut self) -> Result<(), ShimError> {
         while self
@@ -414,11 +302,11 @@ impl Shim {
                     let rank = RankStatus {
                         rank: plan.rank,
                         pid,
-                        exit_code: None,
+                        ..RankStatus::default()
                     };
                     self.status.ranks.push(rank);
                 }
-                Err(error) => return self.fail(start_failure("JobFailed", plan, &error)),
+                Err(error) => return self.fail(start_failure("JobFailed", plan, error)),
             }
         }
         if processes.is_empty() {
@@ -430,7 +318,7 @@ impl Shim {
         crash_point!("shim_said_it_launched");
     }
 
-    fn start(&mut self, plan: &ProcessPlan) -> io::Result<i32> {
+    pub(super) fn start(&mut self, plan: &ProcessPlan) -> Result<i32, StartError> {
         let logs = self.dir.path.join(LOGS);
         let rights = Rights {
             open_files: self.open_files,
@@ -438,17 +326,20 @@ impl Shim {
             user: self.plan.user.as_ref(),
             may_gain: self.plan.may_gain,
         };
-        let started = process::start(plan, &self.secrets, rights)?;
+        let started = process::start(plan, &self.secrets, rights).map_err(StartError::Program)?;
         crash_point!("shim_forked_a_rank", plan.rank >= 0);
         self.running.push(Running {
             rank: plan.rank,
             pid: started.pid,
             stderr: plan.stderr.clone(),
         });
-        self.streams
-            .push(Stream::new(started.stdout, &logs.join(&plan.stdout))?);
-        self.streams
-            .push(Stream::new(started.stderr, &logs.join(&plan.stderr))?);
+        for (pipe, file) in [
+            (started.stdout, &plan.stdout),
+            (started.stderr, &plan.stderr),
+        ] {
+            let stream = Stream::new(pipe, &logs.join(file)).map_err(StartError::Log)?;
+            self.streams.push(stream);
+        }
         Ok(started.pid)
     }
 
@@ -459,8 +350,11 @@ impl Shim {
         let seconds = self.plan.wall_clock_s;
         self.fail(FailureRecord {
             code: "JobWallClockTimeExceeded".into(),
-            message: format!("the job took longer than its maxWallClockTime of {seconds} s"),
+            message: format!(
+                "the job took longer than its maxWallClockTime of {seconds} s, and was ended; if it only needs more time, give it more"
+            ),
             details: vec![("seconds".into(), seconds.to_string())],
+            ends_job: true,
             ..FailureRecord::default()
         });
     }
@@ -472,7 +366,7 @@ impl Shim {
         self.end(&message);
     }
 
-    fn start_copier(&mut self) {
+    pub(super) fn start_copier(&mut self) {
         let (from, to) = (self.dir.path.join(LOGS), PathBuf::from(&self.plan.copy_to));
         match copier::start(&from, &to, self.plan.user.as_ref()) {
             Ok(copier) => self.copier = Some(copier),
@@ -481,7 +375,7 @@ impl Shim {
     }
 
     /// Says how things are; where that cannot be written now, later.
-    fn publish(&mut self) {
+    pub(super) fn publish(&mut self) {
         let written = self.dir.write(STATUS, &self.status, false);
         self.unsaid = written.is_err();
         if let Err(error) = written {

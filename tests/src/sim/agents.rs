@@ -233,7 +233,7 @@ impl Agent {
                     let rank = RankStatus {
                         rank: 0,
                         pid: 1,
-                        exit_code: None,
+                        ..RankStatus::default()
                     };
                     status.ranks = if master { vec![rank] } else { Vec::new() };
                 }

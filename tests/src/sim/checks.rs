@@ -122,6 +122,9 @@ impl Checks {
             }
             invariants::check(state)?;
             gangs_are_whole(state)?;
+            if state.jobs.values().any(|job| job.retries > 0) {
+                self.saw("a failed run is tried again");
+            }
             self.terminal_states_never_leave(state)?;
         }
         match index.is_multiple_of(WHOLE_EVERY) {

@@ -145,6 +145,10 @@ impl Sim {
                     custom_toolkit_settings: Some(v1::CustomToolkitSettings::default()),
                     // Most are to run again.
                     on_node_loss: [0, 0, 0, 0, 1, 1, 2, 3][self.random.usize(..8)],
+                    constraints: Some(v1::JobConstraints {
+                        max_wall_clock_time: None,
+                        max_retries: [0, 0, 1, 3][self.random.usize(..4)],
+                    }),
                     ..Default::default()
                 })
             }

@@ -59,6 +59,11 @@ pub const FAULTS: &[Fault] = &[
     ("attempt_outlives_job", Code, &[Coordinator, Simulator]),
     ("retries_without_bound", Code, &[Coordinator, Simulator]),
     (
+        "failed_runs_tried_without_bound",
+        Code,
+        &[Coordinator, Simulator],
+    ),
+    (
         "job_stays_among_the_running",
         Code,
         &[Coordinator, Simulator],

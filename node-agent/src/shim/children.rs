@@ -1,0 +1,200 @@
+//! How the processes of an attempt end, and what follows from that; also where one of them does not even start.
+
+use std::io;
+
+use batchai_common::{crash_point, signals};
+use nix::errno::Errno;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+
+use super::logs::last_words;
+use super::run::{Ending, PREPARATION, Running, SETUP, Shim};
+use super::{ShimError, system};
+use crate::journal::{LOGS, SETUP_FAILED};
+use crate::launch::ProcessPlan;
+use crate::status::FailureRecord;
+
+/// How a process ended.
+#[derive(Clone, Copy)]
+struct Exit {
+    /// 128 + n for signal n.
+    code: i32,
+    signal: Option<i32>,
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let code = self.code;
+        match self.signal {
+            None => write!(out, "ended with exit code {code}"),
+            Some(signal) => {
+                let name = signals::name(signal).unwrap_or("a signal");
+                write!(out, "was ended by {name}, which counts as exit code {code}")
+            }
+        }
+    }
+}
+
+/// Why a process does not run.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StartError {
+    #[error("{0}")]
+    Program(io::Error),
+    /// Its log files cannot be made.
+    #[error("its log file cannot be made: {0}")]
+    Log(io::Error),
+}
+
+impl Shim {
+    /// Takes in the exits of ranks, and buries orphans.
+    pub(super) fn reap(&mut self, buffer: &mut Vec<u8>) -> Result<(), ShimError> {
+        loop {
+            let (pid, exit) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), Exit { code, signal: None }),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                    let (code, signal) = (128 + signal as i32, Some(signal as i32));
+                    (pid.as_raw(), Exit { code, signal })
+                }
+                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(()),
+                Ok(_) | Err(Errno::EINTR) => continue,
+                Err(error) => return Err(system("waitpid")(error)),
+            };
+            if self.copier.as_ref().is_some_and(|copier| copier.pid == pid) {
+                self.copier = None;
+                let to = &self.plan.copy_to;
+                self.log
+                    .say(&format!("log files are not copied to {to} any more"));
+            }
+            let Some(at) = self.running.iter().position(|running| running.pid == pid) else {
+                continue;
+            };
+            let Running { rank, stderr, .. } = self.running.remove(at);
+            // What it printed last is in the file before anyone hears that it ended.
+            self.drain(buffer);
+            match rank {
+                SETUP => self.set_up(exit)?,
+                PREPARATION => self.prepared(exit, &stderr),
+                rank => self.rank_ended(rank, exit, &stderr),
+            }
+        }
+    }
+
+    /// Directories are there, or could not be made.
+    fn set_up(&mut self, exit: Exit) -> Result<(), ShimError> {
+        if !matches!(self.ending, Ending::No) {
+            return Ok(());
+        }
+        if exit.code != 0 {
+            let unsaid = FailureRecord {
+                code: "JobDirectoryFailed".into(),
+                message: format!("the process that makes the job's directories {exit}"),
+                infrastructure: true,
+                ..FailureRecord::default()
+            };
+            let said = self.dir.read(SETUP_FAILED)?;
+            self.fail(said.unwrap_or(unsaid));
+            return Ok(());
+        }
+        self.start_copier();
+        match self.plan.command.clone() {
+            Some(command) => {
+                self.log.say(&format!(
+                    "running the preparation command: {:?}",
+                    command.argv
+                ));
+                if let Err(error) = self.start(&command) {
+                    self.fail(start_failure("JobPreparationFailed", &command, error));
+                }
+                crash_point!("shim_forked_the_preparation");
+            }
+            None => self.ready(),
+        }
+        Ok(())
+    }
+
+    fn prepared(&mut self, exit: Exit, stderr: &str) {
+        self.log.say(&format!("the preparation command {exit}"));
+        match (exit.code, self.ending) {
+            (0, Ending::No) => self.ready(),
+            (code, Ending::No) => {
+                let mut details = vec![("exitCode".to_owned(), code.to_string())];
+                let signal = exit.signal.and_then(signals::name);
+                if let Some(signal) = signal.or_else(|| signals::of_exit_code(code)) {
+                    details.push(("signal".to_owned(), signal.to_owned()));
+                }
+                details.push(("stderr".to_owned(), self.last_words(stderr)));
+                self.fail(FailureRecord {
+                    code: "JobPreparationFailed".into(),
+                    message: format!(
+                        "the job preparation command {exit}; the job's own did not begin"
+                    ),
+                    details,
+                    exit_code: Some(code),
+                    ..FailureRecord::default()
+                });
+            }
+            _ => {}
+        }
+    }
+
+    fn rank_ended(&mut self, rank: i32, exit: Exit, stderr: &str) {
+        self.log.say(&format!("rank {rank} {exit}"));
+        // What ends because it is told to has nothing to say about why.
+        let first = self.status.first_failed.is_none() && matches!(self.ending, Ending::No);
+        if exit.code != 0 && first {
+            self.status.first_failed = Some(rank);
+            self.status.last_words = self.last_words(stderr);
+        }
+        let mut ranks = self.status.ranks.iter_mut();
+        if let Some(status) = ranks.find(|status| status.rank == rank) {
+            status.exit_code = Some(exit.code);
+            status.signal = exit.signal;
+        }
+        crash_point!("shim_saw_a_rank_end");
+        self.publish();
+        crash_point!("shim_said_a_rank_ended");
+        if self.running.is_empty() {
+            self.end("all ranks of this node have ended");
+        }
+    }
+
+    fn last_words(&self, file: &str) -> String {
+        last_words(&self.dir.path.join(LOGS).join(file))
+    }
+}
+
+/// A program that cannot be started fails the run, with the exit codes of a shell; that the node cannot keep its logs does not.
+pub(super) fn start_failure(code: &str, plan: &ProcessPlan, error: StartError) -> FailureRecord {
+    let program = plan.argv.first().cloned().unwrap_or_default();
+    let message = format!("cannot start {program}: {error}");
+    let mut details = vec![
+        ("program".to_owned(), program),
+        ("error".to_owned(), error.to_string()),
+    ];
+    let source = match error {
+        StartError::Program(source) => source,
+        StartError::Log(_) => {
+            return FailureRecord {
+                code: "ShimFailed".into(),
+                message,
+                details,
+                infrastructure: true,
+                ..FailureRecord::default()
+            };
+        }
+    };
+    let exit_code = match source.kind() {
+        io::ErrorKind::NotFound => 127,
+        _ => 126,
+    };
+    details.push(("exitCode".to_owned(), exit_code.to_string()));
+    if plan.rank != PREPARATION {
+        details.push(("rank".to_owned(), plan.rank.to_string()));
+    }
+    FailureRecord {
+        code: code.to_owned(),
+        message,
+        details,
+        exit_code: Some(exit_code),
+        ..FailureRecord::default()
+    }
+}
