@@ -125,6 +125,19 @@ until [ -e $AZ_BATCHAI_JOB_TEMP/pid ]; do sleep 0.05; done
 while kill -0 $(cat $AZ_BATCHAI_JOB_TEMP/pid) 2>/dev/null; do sleep 0.01; done
 trap '' TERM; echo second >&2; exit 4";
 
+/// The agent stands still meanwhile, and then tells of both at once.
+fn one_report_of_both(e: &Ensemble, name: &str) {
+    let pid = e.path().join(format!("nodes/a1/jobs/w/e/{name}/pid"));
+    until("the second to run", || pid.exists().then_some(()));
+    e.agents["a1"].signal(Signal::SIGSTOP);
+    until("both to end", || {
+        let all = processes_of(e.path());
+        let left = all.iter().any(|(_, line)| line.contains("echo second"));
+        (!left).then_some(())
+    });
+    e.agents["a1"].signal(Signal::SIGCONT);
+}
+
 /// The ways in which processes of the job end.
 fn of_processes(e: &Ensemble) -> Vec<Ending> {
     let plain = e.path().join("plain");
@@ -175,6 +188,7 @@ fn of_processes(e: &Ensemble) -> Vec<Ending> {
             }),
             "JobFailed",
         )
+        .inject(one_report_of_both)
         .exit(3)
         .says(&["rank 1 on nodes/"])
         .detail("rank", "1")

@@ -232,7 +232,7 @@ pub(super) fn release(step: &mut Step<'_>, command: &ReleaseNode) -> Result<(), 
             }
             NodeDeallocationOption::WaitForJobCompletion => {}
             NodeDeallocationOption::Terminate => {
-                jobs::terminate(step, &job.unwrap_or_default(), Cause::Unspecified)?;
+                jobs::terminate(step, &job.unwrap_or_default(), Cause::NodeReleased)?;
             }
             NodeDeallocationOption::Requeue | NodeDeallocationOption::Unspecified => {
                 attempts::decide(step, attempt, Outcome::requeue_for_resize(&command.node));

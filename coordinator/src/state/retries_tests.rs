@@ -66,7 +66,7 @@ fn a_failed_run_is_tried_again_as_often_as_the_job_says_and_what_infrastructure_
     // Nothing of that is forgotten, and all of it tells States apart.
     assert_eq!(through_a_snapshot(&e.state), e.state);
     let mut other = e.state.clone();
-    Arc::make_mut(other.jobs.get_mut(&job).unwrap()).retries += 1;
+    Arc::make_mut(other.jobs.get_mut(job.as_str()).unwrap()).retries += 1;
     assert_ne!(Digest::of(&other), Digest::of(&e.state));
     ids.push(e.attempt(&job).id.clone());
     end(&mut e, &job, 4);
@@ -183,7 +183,7 @@ fn what_takes_too_long_is_refused_terminated_or_deleted_is_not_tried_again() {
         ..Default::default()
     }));
     e.see_attempt(&attempt, 1, P::Ended, &[], None);
-    assert!(!e.state.jobs.contains_key(&job));
+    assert!(!e.state.jobs.contains_key(job.as_str()));
 }
 
 /// A job of two ranks that runs, of which one node has failed and the other is not heard of.

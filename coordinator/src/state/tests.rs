@@ -1036,6 +1036,11 @@ fn shrinking_does_to_running_jobs_what_was_asked_for() {
         e.see(&job, 0, P::Ended, &[(0, Some(0))]);
         e.see(&job, 1, P::Ended, &[]);
         assert_eq!(e.state_of(&job), expected, "{option:?}");
+        let errors = &e.job(&job).errors;
+        let said = errors
+            .iter()
+            .any(|e| e.message.contains("taken from its cluster"));
+        assert_eq!(said, expected != JobState::Succeeded, "{errors:?}");
         assert!(
             e.state.nodes.values().all(|node| node.cluster.is_none()),
             "{option:?}"

@@ -46,6 +46,11 @@ impl Outcome {
         let (code, message) = match cause {
             Cause::Unspecified => ("JobTerminated", "the job was terminated by the user"),
             Cause::ClusterDeleted => ("ClusterDeleted", "the job's cluster was deleted"),
+            Cause::NodeReleased => (
+                "JobTerminated",
+                "the job was terminated because a node of it was taken from its cluster, which terminates jobs then \
+                 (nodeDeallocationOption)",
+            ),
         };
         Outcome::new(Verdict::Failed, None, vec![error(code, message, &[])])
     }
