@@ -18,6 +18,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundles::Fetcher;
+use crate::cgroups::Group;
 use crate::config::Config;
 use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
@@ -90,9 +91,11 @@ pub async fn run(
         vm_size: config.vm_size.or(identity.vm_size.clone()),
         ..config
     };
-    let facts = hardware::facts(&config)?;
+    let groups = shim::detect(&identity.uid, config.isolation.as_deref())?;
+    let facts = hardware::facts(&config, groups.as_ref())?;
     let (uid, vm_size, image) = (&identity.uid, &facts.vm_size, &facts.image);
-    tracing::info!(node = node_id, uid, vm_size, image, "node");
+    let isolation = &facts.isolation;
+    tracing::info!(node = node_id, uid, vm_size, image, isolation, "node");
     let watch = Watch::new()?;
     sweep_strays(&journal, &identity.uid, &watch)?;
     let fresh = shows.map(|shows| tokio::spawn(shows.keep_fresh(connector.clone())));
@@ -101,6 +104,7 @@ pub async fn run(
         expelled: Arc::default(),
         users,
         limits: config.job_limits.clone(),
+        groups,
         node_id,
         identity,
         facts,
@@ -129,6 +133,8 @@ struct Parts {
     expelled: Arc<AtomicBool>,
     users: JobUsers,
     limits: Vec<JobLimit>,
+    /// Where the groups of attempts are.
+    groups: Option<Group>,
     node_id: String,
     identity: Identity,
     facts: NodeFacts,
@@ -148,7 +154,7 @@ impl Parts {
         let (ask, questions) = mpsc::channel(QUESTIONS_MAX);
         let (lease, leased) = watch::channel(0);
         let kept = self.journal.bundles();
-        let jobs = (self.users.clone(), self.limits.clone());
+        let jobs = (self.users.clone(), self.limits.clone(), self.groups.clone());
         let paths = (kept.as_path(), &*self.journal.lease());
         let facts = hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs);
         let own_name = (self.node_id.clone(), self.identity.uid.clone());
@@ -283,7 +289,7 @@ fn end_jobs_of(journal: &Journal, uid: &str) -> Result<(), AgentError> {
         }
         if !alive || Instant::now() > until {
             // What a shim left that died, and what one left that would not end.
-            return Ok(shim::sweep(uid, |_| false)?);
+            return Ok(shim::sweep(journal, uid, |_| false)?);
         }
         std::thread::sleep(END_JOBS_STEP);
     }
@@ -306,23 +312,24 @@ fn node_id(config: &Config) -> Result<String, AgentError> {
 /// Ends processes of attempts that no living shim holds: of earlier agents of this node that were cut down. One that is
 /// stuck in the kernel does not keep the node out of service.
 fn sweep_strays(journal: &Journal, uid: &str, watch: &Watch) -> Result<(), AgentError> {
-    let mut held = HashSet::new();
     for dir in journal.attempts()? {
         if let Err(error) = watch.add(&dir) {
             tracing::warn!(%error, attempt = dir.id(), "changes of an attempt are noticed late");
         }
-        match dir.shim() {
-            Ok(None) => {}
-            Ok(Some(_)) => {
-                held.insert(dir.id());
-            }
-            Err(error) => {
-                tracing::error!(%error, attempt = dir.id(), "taken for alive");
-                held.insert(dir.id());
+    }
+    // Asked about what was found: a shim that an earlier agent has just started may begin meanwhile.
+    let held = |attempt: &str| {
+        let shim = journal.attempt(attempt).map(|dir| dir.shim());
+        match shim {
+            None | Some(Ok(None)) => false,
+            Some(Ok(Some(_))) => true,
+            Some(Err(error)) => {
+                tracing::error!(%error, attempt, "taken for alive");
+                true
             }
         }
-    }
-    if let Err(error) = shim::sweep(uid, |attempt| held.contains(attempt)) {
+    };
+    if let Err(error) = shim::sweep(journal, uid, held) {
         tracing::error!(%error, "strays of an earlier agent are left");
     }
     Ok(())

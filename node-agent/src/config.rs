@@ -88,6 +88,9 @@ pub struct Config {
     /// The port of this machine's SSH server, for people who want to log in.
     #[arg(long, default_value_t = 22, value_name = "PORT")]
     pub ssh_port: u16,
+    /// For tests: the one way to end all that a job started at once that is tried, as nodes name it in `isolation`.
+    #[arg(long, hide = true, value_name = "METHOD")]
+    pub isolation: Option<String>,
     /// End all jobs of this node when the agent ends. Without it they go on, and the next agent takes them over.
     #[arg(long)]
     pub end_jobs_on_stop: bool,

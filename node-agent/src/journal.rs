@@ -7,7 +7,7 @@
 //! DATA/bundles/                  what was fetched of bundles
 //! DATA/attempts/{attempt}/
 //!     origin.json                whose work it is; written by the agent
-//!     prepare.json  launch.json  what the shim shall do; written by the agent
+//!     prepare.json  launch.json  what the shim shall do, and the group of its processes; written by the agent
 //!     stop                       it shall end; written by the agent; `true` where the node is ending
 //!     lock                       held by the living shim
 //!     started                    made once, by the shim that began

@@ -1,13 +1,14 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `status <- {launch, lease, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, files} <- supervisor <- agent`.
+//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, files} <- supervisor <- agent`.
 //!
-//! `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
+//! `cgroups`, `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
 
 mod agent;
 mod bundles;
+pub mod cgroups;
 mod config;
 mod files;
 #[cfg(any(test, fuzzing))]
@@ -33,6 +34,7 @@ use batchai_common::{shutdown, telemetry};
 
 pub use agent::end_jobs;
 pub use config::Config;
+pub use shim::homes;
 
 /// The command line of an agent.
 #[derive(Debug, clap::Args)]

@@ -331,7 +331,7 @@ impl Supervisor {
     }
 
     fn sweep(&mut self, id: &str) {
-        let swept = shim::sweep(&self.facts.node_uid, |attempt| attempt != id);
+        let swept = shim::sweep(&self.journal, &self.facts.node_uid, |attempt| attempt != id);
         match swept {
             Ok(()) => {
                 crash_point!("agent_swept");

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use batchai_common::tls::credentials::write_private;
 use batchai_common::tls::{Authority, Identity};
+use batchai_node_agent::cgroups::Group;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -289,6 +290,19 @@ impl Ensemble {
         self.ok(&args)
     }
 
+    /// Where its agents may have groups of processes.
+    pub fn groups(&self) -> Vec<Group> {
+        let agents = std::fs::read_dir(self.path().join("agents"));
+        let agents = agents.into_iter().flatten().flatten();
+        let uids = agents.filter_map(|agent| {
+            let node = std::fs::read(agent.path().join("node.json")).ok()?;
+            let node: Value = serde_json::from_slice(&node).ok()?;
+            Some(node["uid"].as_str()?.to_owned())
+        });
+        uids.flat_map(|uid| batchai_node_agent::homes(&uid).unwrap_or_default())
+            .collect()
+    }
+
     /// Ends the daemons in order and asserts that nothing of the ensemble is left.
     pub fn assert_nothing_left(&mut self) {
         for process in self.agents.values_mut().chain(&mut self.coordinator) {
@@ -308,5 +322,8 @@ impl Drop for Ensemble {
         self.coordinator = None;
         // Shims outlive their agents by design.
         sweep(self.dir.path());
+        for home in self.groups() {
+            let _ = home.end();
+        }
     }
 }

@@ -756,6 +756,9 @@ fn nodes_are_shown_whole() {
     assert_eq!(facts.agent_version, env!("CARGO_PKG_VERSION"));
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     assert_eq!(facts.kernel_version, kernel.trim());
+    // As the kernel of this machine and the rights of this test have it.
+    let ways = ["cgroup-kill", "cgroup-freezer", "process-tree"];
+    assert!(ways.contains(&facts.isolation.as_str()));
     assert!(facts.root.ends_with("nodes/a1"));
     assert_eq!(
         (facts.first_port, facts.last_port, facts.ssh_port),

@@ -27,7 +27,8 @@ const IMPURE: [&str; 14] = [
 ];
 
 /// These must be PURE.
-const PURE: [&str; 14] = [
+const PURE: [&str; 15] = [
+    "node-agent/src/cgroups.rs",
     "coordinator/src/agents/lease.rs",
     "coordinator/src/agents/upward.rs",
     "node-agent/src/lease.rs",
@@ -61,7 +62,7 @@ const COORDINATOR: [&[&str]; 13] = [
     &["lib", "main"],
 ];
 const NODE_AGENT: [&[&str]; 10] = [
-    &["status"],
+    &["cgroups", "status"],
     &["launch", "lease", "reconcile"],
     &["config"],
     &["hardware", "journal", "user"],

@@ -147,6 +147,7 @@ fn check_facts(facts: &NodeFacts, faults: &mut Vec<Fault>) {
         &facts.boot_id,
         &facts.root,
         &facts.agent_version,
+        &facts.isolation,
     ];
     let gpus = facts.gpus.iter().flat_map(|gpu| [&gpu.uuid, &gpu.model]);
     let long = texts.into_iter().chain(gpus).chain(&facts.addresses);

@@ -12,6 +12,7 @@ use std::path::Path;
 
 use batchai_proto::v1::NodeFacts;
 
+use crate::cgroups::{Group, PROCESS_TREE};
 use crate::config::Config;
 use crate::launch::{HostFacts, JobLimit, JobUsers};
 
@@ -41,7 +42,7 @@ pub enum HardwareError {
 const INHERITED: [&str; 7] = ["PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ"];
 
 /// Describes the machine for its registration.
-pub fn facts(config: &Config) -> Result<NodeFacts, HardwareError> {
+pub fn facts(config: &Config, groups: Option<&Group>) -> Result<NodeFacts, HardwareError> {
     let sysfs = Sysfs::of_this_machine();
     let mut gpus = gpu::gpus();
     gpus.extend(sysfs.amd_gpus());
@@ -69,6 +70,9 @@ pub fn facts(config: &Config) -> Result<NodeFacts, HardwareError> {
         disks: sysfs.disks(),
         numa_nodes: sysfs.numa_nodes(),
         rdma_devices: sysfs.rdma_devices(),
+        isolation: groups
+            .map_or(PROCESS_TREE, |groups| groups.method.name())
+            .to_owned(),
     })
 }
 
@@ -95,7 +99,7 @@ pub fn host_facts(
     facts: &NodeFacts,
     node_uid: &str,
     (bundles, lease): (&Path, &Path),
-    (users, limits): (JobUsers, Vec<JobLimit>),
+    (users, limits, groups): (JobUsers, Vec<JobLimit>, Option<Group>),
 ) -> HostFacts {
     let base = INHERITED
         .iter()
@@ -112,6 +116,7 @@ pub fn host_facts(
             .and_then(|address| interface(address)),
         users,
         limits,
+        groups,
         base_env: base.collect::<BTreeMap<_, _>>(),
     }
 }

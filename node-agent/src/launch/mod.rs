@@ -18,6 +18,7 @@ use batchai_proto::agent::v1::Assignment;
 use batchai_proto::v1::Job;
 use serde::{Deserialize, Serialize};
 
+use crate::cgroups::Group;
 pub use environment::ATTEMPT_TAG;
 use paths::Paths;
 pub use users::{JobLimit, JobUser, JobUsers, Limited};
@@ -57,6 +58,9 @@ pub struct Preparation {
     /// What its processes may take, beyond what they inherit.
     #[serde(default)]
     pub limits: Vec<JobLimit>,
+    /// The group of all of its processes, where the agent can make one.
+    #[serde(default)]
+    pub group: Option<Group>,
     /// Its processes may start what has more rights than they.
     #[serde(default)]
     pub may_gain: bool,
@@ -93,6 +97,8 @@ pub struct HostFacts {
     pub users: JobUsers,
     /// What their processes may take.
     pub limits: Vec<JobLimit>,
+    /// Where their groups of processes are.
+    pub groups: Option<Group>,
     /// What every process inherits: PATH, HOME and the like.
     pub base_env: BTreeMap<String, String>,
 }
@@ -224,6 +230,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         }),
         None => None,
     };
+    let groups = &context.facts.groups;
     let limit = job
         .constraints
         .as_ref()
@@ -237,6 +244,9 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         bundle: bundle(context),
         user: context.user.clone(),
         limits: context.facts.limits.clone(),
+        group: groups
+            .as_ref()
+            .map(|groups| groups.below(&assignment.attempt)),
         may_gain: assignment.set_up,
         command,
         copy_to: paths.stdouterr.clone(),

@@ -2,6 +2,7 @@ use batchai_proto::agent::v1::Host;
 use batchai_proto::v1;
 
 use super::*;
+use crate::cgroups::Method;
 
 fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
     let host = |i: usize| Host {
@@ -30,6 +31,10 @@ fn facts() -> HostFacts {
     HostFacts {
         users: JobUsers::Own,
         limits: Vec::new(),
+        groups: Some(Group {
+            method: Method::CgroupKill,
+            path: "/cgroup/batchai-u".into(),
+        }),
         node_uid: "u".into(),
         root: "/r".into(),
         bundles: "/data/bundles".into(),
@@ -150,6 +155,11 @@ fn the_environment_is_the_originals() {
         [("/r/jobs/w/e/j/hostfile".to_owned(), hosts.to_owned())]
     );
     assert_eq!(preparation.execution_log, "execution-n0.log");
+    let group = preparation.group.unwrap();
+    assert_eq!(
+        (group.method, group.path.to_str()),
+        (Method::CgroupKill, Some("/cgroup/batchai-u/1-7"))
+    );
 }
 
 #[test]

@@ -35,7 +35,8 @@ pub struct Copier {
 pub fn start(from: &Path, to: &Path, user: Option<&JobUser>) -> io::Result<Copier> {
     let (stopped, stop) = pipe2(OFlag::O_CLOEXEC)?;
     let own = stop.as_raw_fd();
-    let pid = process::helper(|| {
+    // In no group: it copies what they said last that were killed in theirs.
+    let pid = process::helper(None, || {
         // Its own copy of the end that the shim closes would keep it from ever being closed.
         match close(own)
             .map_err(io::Error::from)

@@ -9,7 +9,8 @@ use batchai_common::{crash_point, fault};
 use nix::sys::signal::Signal;
 
 use super::run::{Ending, RESERVE, Shim, WRITE_AGAIN};
-use super::{ShimError, tree};
+use super::{ShimError, group, tree};
+use crate::cgroups::Group;
 use crate::journal::{STATUS, read_lease};
 use crate::status::{FailureRecord, Phase};
 
@@ -81,6 +82,8 @@ impl Shim {
                 };
             }
             Ending::Killed { until } => {
+                self.kill_group();
+                // Also with a group: root may leave it.
                 let left = self.tree();
                 // Stopped first, so that none of them can start another while the others are killed.
                 tree::signal_all(&left, Signal::SIGSTOP);
@@ -107,8 +110,21 @@ impl Shim {
         let mut tree = tree::descendants(std::process::id() as i32, copier);
         // Known by themselves, should the kernel not tell whose child is whose.
         let known = self.running.iter().map(|running| running.pid);
-        tree.extend(known.filter(|pid| !tree.contains(pid)).collect::<Vec<_>>());
+        let grouped = self.plan.group.iter().flat_map(Group::processes);
+        tree.extend(known.chain(grouped));
+        tree.sort_unstable();
+        tree.dedup();
         tree
+    }
+
+    /// At once, whoever starts whom in it meanwhile.
+    fn kill_group(&self) {
+        let Some(group) = &self.plan.group else {
+            return;
+        };
+        if let Err(error) = group.kill() {
+            super::tell(&format!("the group cannot be killed: {error}"));
+        }
     }
 
     /// A node that is told to end, or whose ranks have, is done when nothing is left of them.
@@ -121,6 +137,7 @@ impl Shim {
         self.drain(buffer);
         self.streams.clear();
         self.log.say("ended");
+        self.leave_group();
         self.finish_copy();
         self.status.phase = Phase::Ended;
         self.status.files = self.dir.logs()?;
@@ -133,6 +150,19 @@ impl Shim {
         }
         crash_point!("shim_wrote_its_record");
         Ok(())
+    }
+
+    /// Nothing is in it any more. Where it cannot be removed the agent does it when it starts.
+    fn leave_group(&self) {
+        let Some(group) = &self.plan.group else {
+            return;
+        };
+        if let Err(error) = group.end() {
+            super::tell(&format!("the group cannot be removed: {error}"));
+        }
+        if let Some(home) = group.path.parent() {
+            group::leave(home);
+        }
     }
 
     /// Lets the copier finish, but not for ever: it may hang on a dead mount.

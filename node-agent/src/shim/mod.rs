@@ -8,6 +8,7 @@
 mod children;
 mod copier;
 mod ending;
+mod group;
 mod logs;
 mod prepare;
 mod process;
@@ -28,6 +29,7 @@ use nix::unistd::setsid;
 
 use crate::journal::{AttemptDir, JournalError};
 
+pub use group::{detect, homes};
 pub use root::{Root, RootError};
 pub use secrets::{hand_over, of as secrets_of};
 pub use tree::sweep;
@@ -88,6 +90,9 @@ fn begin(dir: &AttemptDir) -> Result<(), ShimError> {
     // Orphans of the job become its children, so that none can leave its tree.
     prctl::set_child_subreaper(true).map_err(system("subreaper"))?;
     let shim = run::Shim::new(dir.clone(), secrets)?;
+    if let Some(group) = &shim.plan.group {
+        group.create().map_err(system("make the group"))?;
+    }
     // Last of what can fail: from here on the attempt has begun, and it begins once.
     match dir.begin()? {
         true => {

@@ -6,13 +6,14 @@
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::unistd::geteuid;
 
 use super::root::MARKER;
 use super::share;
 use super::unpack::{bound_memory, unpack};
+use crate::cgroups::unescape;
 use crate::journal::{AttemptDir, SETUP_FAILED};
 use crate::launch::Preparation;
 use crate::status::FailureRecord;
@@ -181,30 +182,6 @@ fn open_up(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Spaces and the like stand in mountinfo as a backslash and three octal digits.
-fn unescape(text: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt as _;
-    let bytes = text.as_bytes();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut i = 0;
-    while i < bytes.len() {
-        let octal = text
-            .get(i + 1..i + 4)
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match (bytes[i], octal) {
-            (b'\\', Some(byte)) => {
-                out.push(byte);
-                i += 4;
-            }
-            (byte, _) => {
-                out.push(byte);
-                i += 1;
-            }
-        }
-    }
-    PathBuf::from(std::ffi::OsString::from_vec(out))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,11 +206,5 @@ mod tests {
             .collect();
         assert_eq!(left, [MARKER]);
         assert!(outside.join("precious").exists());
-    }
-
-    #[test]
-    fn mount_points_are_read_as_they_are_meant() {
-        assert_eq!(unescape("/a\\040b\\134c"), Path::new("/a b\\c"));
-        assert_eq!(unescape("/plain\\9"), Path::new("/plain\\9"));
     }
 }

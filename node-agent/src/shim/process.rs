@@ -1,6 +1,7 @@
 //! Starts the processes of an attempt, and the shim's own helpers.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,6 +14,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, setsid};
 
 use super::secrets::Secrets;
+use crate::cgroups::Group;
 use crate::launch::{JobLimit, JobUser, ProcessPlan};
 use crate::user::{Identity, become_user, give_up_privileges, take_limit};
 
@@ -26,6 +28,8 @@ pub struct Started {
 /// What a process may.
 #[derive(Clone, Copy)]
 pub struct Rights<'a> {
+    /// The group that it is in, with all that it starts.
+    pub group: Option<&'a Group>,
     /// How many files it may have open, soft and hard.
     pub open_files: Option<(u64, u64)>,
     /// What it may take beyond that.
@@ -51,7 +55,7 @@ pub fn start(plan: &ProcessPlan, secrets: &Secrets, rights: Rights<'_>) -> io::R
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    in_its_own_session(&mut command, rights);
+    in_its_own_session(&mut command, rights)?;
     let mut child = command.spawn()?;
     let missing = || io::Error::other("a pipe is missing");
     let stdout = OwnedFd::from(child.stdout.take().ok_or_else(missing)?);
@@ -69,8 +73,9 @@ pub fn start(plan: &ProcessPlan, secrets: &Secrets, rights: Rights<'_>) -> io::R
 
 /// What has to happen between fork and exec.
 #[allow(unsafe_code)]
-fn in_its_own_session(command: &mut Command, rights: Rights<'_>) {
+fn in_its_own_session(command: &mut Command, rights: Rights<'_>) -> io::Result<()> {
     let shim = getpid();
+    let entrance = rights.group.map(Group::entrance).transpose()?;
     let Rights {
         open_files,
         may_gain,
@@ -81,6 +86,8 @@ fn in_its_own_session(command: &mut Command, rights: Rights<'_>) {
     // SAFETY: the shim has one thread, and the closure makes system calls only: it allocates nothing unless it fails.
     unsafe {
         command.pre_exec(move || {
+            // First: it is the agent's to make, and nothing of the job's may run outside of it.
+            enter(entrance.as_ref())?;
             if let Some((soft, hard)) = open_files {
                 setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
             }
@@ -95,20 +102,31 @@ fn in_its_own_session(command: &mut Command, rights: Rights<'_>) {
             detach(shim)
         });
     }
+    Ok(())
+}
+
+/// Puts this process into a group.
+fn enter(entrance: Option<&File>) -> io::Result<()> {
+    entrance.map_or(Ok(()), |mut entrance| entrance.write_all(b"0"))
 }
 
 /// Runs something that may hang in a child that dies with the shim; returns its pid. It is forked and not started anew:
 /// it shares what the shim has in memory, and is there at once.
 #[allow(unsafe_code)]
-pub fn helper(work: impl FnOnce() -> i32) -> io::Result<i32> {
+pub fn helper(group: Option<&Group>, work: impl FnOnce() -> i32) -> io::Result<i32> {
     let shim = getpid();
+    let entrance = group.map(Group::entrance).transpose()?;
     // SAFETY: the shim has one thread, so that no lock is held by another one in the child, which never returns from
     // here.
     unsafe {
         match fork()? {
             ForkResult::Parent { child } => Ok(child.as_raw()),
             ForkResult::Child => {
-                let work = AssertUnwindSafe(|| detach(shim).map_or(1, |()| work()));
+                let work = AssertUnwindSafe(|| {
+                    enter(entrance.as_ref())
+                        .and_then(|()| detach(shim))
+                        .map_or(1, |()| work())
+                });
                 nix::libc::_exit(catch_unwind(work).unwrap_or(101))
             }
         }

@@ -168,7 +168,7 @@ impl Shim {
         }
         self.log.say("preparing");
         let (dir, plan) = (self.dir.clone(), self.plan.clone());
-        match process::helper(|| prepare::run(&dir, &plan)) {
+        match process::helper(plan.group.as_ref(), || prepare::run(&dir, &plan)) {
             Ok(pid) => {
                 crash_point!("shim_forked_its_helper");
                 self.running.push(Running {
@@ -321,6 +321,7 @@ impl Shim {
     pub(super) fn start(&mut self, plan: &ProcessPlan) -> Result<i32, StartError> {
         let logs = self.dir.path.join(LOGS);
         let rights = Rights {
+            group: self.plan.group.as_ref(),
             open_files: self.open_files,
             limits: &self.plan.limits,
             user: self.plan.user.as_ref(),

@@ -1,4 +1,4 @@
-//! Finds and ends everything that an attempt started: descendants of the shim, and strays by their tag.
+//! Finds and ends everything that an attempt started: descendants of the shim, and strays by their group and their tag.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -7,6 +7,8 @@ use std::io;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::group;
+use crate::journal::Journal;
 use crate::launch::ATTEMPT_TAG;
 
 /// All descendants of a process, but for one that is left alone with what is below it.
@@ -48,18 +50,19 @@ pub fn signal_all(pids: &[i32], signal: Signal) {
     }
 }
 
-/// Kills every process on this machine that carries the tag of an attempt of a node, where the attempt is not one that
-/// `keep` says is alive, until none is left.
+/// Kills every process on this machine that is in the group or carries the tag of an attempt of a node, where the attempt
+/// is not one that `keep` says is alive, until none is left.
 ///
 /// # Errors
 /// Names the processes that do not die.
-pub fn sweep(node_uid: &str, keep: impl Fn(&str) -> bool) -> io::Result<()> {
+pub fn sweep(journal: &Journal, node_uid: &str, keep: impl Fn(&str) -> bool) -> io::Result<()> {
     const ROUNDS_MAX: usize = 100;
+    let grouped = group::sweep(journal, node_uid, &keep);
     let mut left = BTreeSet::new();
     for _ in 0..ROUNDS_MAX {
         left = tagged(node_uid, &keep)?;
         if left.is_empty() {
-            return Ok(());
+            return grouped;
         }
         let pids: Vec<_> = left.iter().copied().collect();
         signal_all(&pids, Signal::SIGKILL);
