@@ -4,8 +4,8 @@
 //! The points are in builds with `--cfg batchai_faults` only; in any other this looks after their names.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::{Path, PathBuf};
+
+use batchai_tests::sources;
 
 /// Who dies at a point, and in how many attempts the job may end: only what a shim held is begun anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,33 +53,9 @@ const POINTS: &[(&str, Victim)] = &[
     ("coordinator_kept_a_chunk", Coordinator),
 ];
 
-fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            sources(&path, found);
-        } else if path.extension().is_some_and(|e| e == "rs") {
-            found.push(path);
-        }
-    }
-}
-
 #[test]
 fn every_point_is_tried_and_is_there_once() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let mut found = Vec::new();
-    for krate in ["common", "coordinator", "node-agent", "cli"] {
-        sources(&root.join(krate).join("src"), &mut found);
-    }
-    let mut there = Vec::new();
-    for path in found {
-        let text = fs::read_to_string(path).unwrap();
-        // A longer one is written over several lines.
-        let points = text.split("crash_point!(").skip(1);
-        let names = points.filter_map(|rest| rest.trim_start().strip_prefix('"'));
-        there.extend(names.map(|rest| rest.split('"').next().unwrap().to_owned()));
-    }
-    there.sort();
+    let there = sources::given_to("crash_point");
     let mut tried: Vec<_> = POINTS.iter().map(|(name, _)| (*name).to_owned()).collect();
     tried.sort();
     assert_eq!(there, tried);
@@ -91,6 +67,8 @@ fn every_point_is_tried_and_is_there_once() {
 #[cfg(batchai_faults)]
 mod with_faults {
     use std::collections::BTreeMap;
+    use std::fs;
+    use std::path::PathBuf;
     use std::time::{Duration, Instant};
 
     use batchai_tests::ensemble::{Ensemble, IN};

@@ -6,53 +6,22 @@ mod table;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use batchai_tests::process::under_test;
+use batchai_tests::sources;
 
 /// So many at least were thought of from the code, by somebody who did not know what is checked.
 const CODE_MIN: usize = 30;
-const CRATES: [&str; 5] = ["proto", "common", "coordinator", "node-agent", "cli"];
 /// What every `batchai` has in it: without them nothing would follow from not finding others.
 const REAL: [&str; 2] = [
     "BATCHAI_JOB_USER",
     "neither slot of the witness file is whole",
 ];
 
-fn files(dir: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            files(&path, found);
-        } else if path.extension().is_some_and(|e| e == "rs") {
-            found.push(path);
-        }
-    }
-}
-
-/// The names of all faults in the sources, each as often as it is there.
-fn in_the_sources() -> Vec<String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let mut found = Vec::new();
-    for krate in CRATES {
-        files(&root.join(krate).join("src"), &mut found);
-    }
-    let texts = found.iter().map(|path| fs::read_to_string(path).unwrap());
-    let names = texts.flat_map(|text| {
-        let parts = text.split("fault!(\"").skip(1);
-        let names: Vec<_> = parts
-            .map(|rest| rest.split('"').next().unwrap().to_owned())
-            .collect();
-        names
-    });
-    names.collect()
-}
-
 #[test]
 fn every_fault_is_tried_and_every_one_tried_is_there_once() {
-    let mut there = in_the_sources();
-    there.sort();
+    let there = sources::given_to("fault");
     let mut tried: Vec<_> = table::FAULTS
         .iter()
         .map(|fault| fault.0.to_owned())

@@ -1,12 +1,11 @@
 //! The rules of the house, as a test.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+
+use batchai_tests::sources::{self, CRATES};
 
 const FILE_LINES_MAX: usize = 500;
 const FUNCTION_LINES_MAX: usize = 70;
-const CRATES: [&str; 5] = ["proto", "common", "coordinator", "node-agent", "cli"];
 
 /// What PURE files may not name: they see no clock, randomness, I/O or order but that of ordered maps.
 const IMPURE: [&str; 14] = [
@@ -74,44 +73,10 @@ const NODE_AGENT: [&[&str]; 10] = [
     &["lib", "main"],
 ];
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap()
-        .to_owned()
-}
-
-/// Path from the root and content of every source file.
-fn sources(dir: &str) -> BTreeMap<String, String> {
-    fn collect(dir: &Path, found: &mut Vec<PathBuf>) {
-        for entry in fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                collect(&path, found);
-            } else if path.extension().is_some_and(|e| e == "rs") {
-                found.push(path);
-            }
-        }
-    }
-    let mut found = Vec::new();
-    collect(&root().join(dir), &mut found);
-    assert!(!found.is_empty());
-    let relative = |path: &Path| {
-        path.strip_prefix(root())
-            .unwrap()
-            .to_string_lossy()
-            .into_owned()
-    };
-    found
-        .iter()
-        .map(|path| (relative(path), fs::read_to_string(path).unwrap()))
-        .collect()
-}
-
 fn all_sources() -> BTreeMap<String, String> {
     CRATES
         .iter()
-        .flat_map(|name| sources(&format!("{name}/src")))
+        .flat_map(|name| sources::of(&format!("{name}/src")))
         .collect()
 }
 
@@ -158,7 +123,7 @@ fn pure_files_are_pure() {
 
 fn check_arrows(krate: &str, levels: &[&[&str]]) {
     let level = |module: &str| levels.iter().position(|level| level.contains(&module));
-    for (path, text) in sources(&format!("{krate}/src")) {
+    for (path, text) in sources::of(&format!("{krate}/src")) {
         if is_test(&path) {
             continue;
         }
@@ -183,19 +148,19 @@ fn check_arrows(krate: &str, levels: &[&[&str]]) {
 fn arrows_point_down() {
     check_arrows("coordinator", &COORDINATOR);
     check_arrows("node-agent", &NODE_AGENT);
-    for (path, text) in sources("coordinator/src") {
+    for (path, text) in sources::of("coordinator/src") {
         assert!(
             !text.contains("batchai_node_agent"),
             "{path} names the other daemon"
         );
     }
-    for (path, text) in sources("node-agent/src") {
+    for (path, text) in sources::of("node-agent/src") {
         assert!(
             !text.contains("batchai_coordinator"),
             "{path} names the other daemon"
         );
     }
-    for (path, text) in sources("common/src") {
+    for (path, text) in sources::of("common/src") {
         let daemons = text.contains("batchai_node_agent") || text.contains("batchai_coordinator");
         assert!(!daemons, "{path} names a daemon");
     }

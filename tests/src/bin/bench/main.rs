@@ -14,6 +14,8 @@ mod writes;
 
 use std::process::ExitCode;
 
+use batchai_tests::given::number;
+
 fn main() -> ExitCode {
     match std::env::args().nth(1).as_deref() {
         Some("smoke") => smoke::run(),
@@ -38,11 +40,4 @@ fn main() -> ExitCode {
         Some(_) => return batchai::main(),
     }
     ExitCode::SUCCESS
-}
-
-/// A number that was given by its name.
-fn number(name: &str, usual: usize) -> usize {
-    let mut given = std::env::args().skip(2).skip_while(|arg| arg != name);
-    let given = given.nth(1).and_then(|text| text.parse().ok());
-    given.unwrap_or(usual)
 }

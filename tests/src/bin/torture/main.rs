@@ -5,6 +5,7 @@
 
 use std::process::ExitCode;
 
+use batchai_tests::given::number;
 use batchai_tests::torture;
 
 fn main() -> ExitCode {
@@ -24,11 +25,4 @@ fn main() -> ExitCode {
         Some(_) => return batchai::main(),
     }
     ExitCode::SUCCESS
-}
-
-/// A number that was given by its name.
-fn number(name: &str, usual: usize) -> usize {
-    let mut given = std::env::args().skip(2).skip_while(|arg| arg != name);
-    let given = given.nth(1).and_then(|text| text.parse().ok());
-    given.unwrap_or(usual)
 }
