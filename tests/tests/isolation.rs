@@ -200,3 +200,18 @@ fn an_agent_that_may_make_no_groups_says_so() {
     assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
     assert_eq!(e.log("j", "stdout.txt"), "54321\n");
 }
+
+#[test]
+fn what_spares_an_agent_when_memory_is_short_does_not_spare_its_jobs() {
+    let e = Ensemble::with_cluster(1);
+    // Upwards anybody may; what counts is that the job has another one.
+    let agent = e.agents["a1"].pid();
+    fs::write(format!("/proc/{agent}/oom_score_adj"), "500").unwrap();
+    let command = json!({ "commandLine": "cat /proc/self/oom_score_adj" });
+    e.submit(
+        "j",
+        json!({ "nodeCount": 1, "customToolkitSettings": command }),
+    );
+    assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
+    assert_eq!(e.log("j", "stdout.txt"), "0\n");
+}

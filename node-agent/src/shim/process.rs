@@ -1,6 +1,6 @@
 //! Starts the processes of an attempt, and the shim's own helpers.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -88,6 +88,8 @@ fn in_its_own_session(command: &mut Command, rights: Rights<'_>) -> io::Result<(
         command.pre_exec(move || {
             // First: it is the agent's to make, and nothing of the job's may run outside of it.
             enter(entrance.as_ref())?;
+            // What spares the agent and the shim is not for jobs. A container may not let it be changed: then it stays.
+            let _ = fs::write("/proc/self/oom_score_adj", "0");
             if let Some((soft, hard)) = open_files {
                 setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?;
             }
