@@ -1654,3 +1654,33 @@ proptest! {
         prop_assert_eq!(through_a_snapshot(&e.state), e.state.clone());
     }
 }
+
+#[test]
+fn whatever_a_state_holds_is_in_its_digest() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    e.run_two(|_| {});
+    let whole = e.state.clone();
+    let parts: [(&str, fn(&mut State)); 9] = [
+        ("resource_groups", |s| s.resource_groups.clear()),
+        ("workspaces", |s| s.workspaces.clear()),
+        ("clusters", |s| s.clusters.clear()),
+        ("experiments", |s| s.experiments.clear()),
+        ("jobs", |s| s.jobs.clear()),
+        ("attempts", |s| s.attempts.clear()),
+        ("nodes", |s| s.nodes.clear()),
+        ("one field of a node", |s| {
+            for name in s.nodes.clone().keys() {
+                Arc::make_mut(s.nodes.get_mut(name).unwrap()).leaving = true;
+            }
+        }),
+        ("revision", |s| s.revision += 1),
+    ];
+    for (part, change) in parts {
+        let mut other = whole.clone();
+        change(&mut other);
+        assert!(other != whole, "there is nothing to change: {part}");
+        assert_ne!(Digest::of(&other), Digest::of(&whole), "{part}");
+        let digest = Digest::of(&whole).advance(&whole, &other);
+        assert_eq!(digest, Digest::of(&other), "{part}");
+    }
+}
