@@ -1660,7 +1660,8 @@ fn whatever_a_state_holds_is_in_its_digest() {
     let mut e = Ensemble::with_nodes(2, 2);
     e.run_two(|_| {});
     let whole = e.state.clone();
-    let parts: [(&str, fn(&mut State)); 9] = [
+    type Change = fn(&mut State);
+    let parts: [(&str, Change); 9] = [
         ("resource_groups", |s| s.resource_groups.clear()),
         ("workspaces", |s| s.workspaces.clear()),
         ("clusters", |s| s.clusters.clear()),
@@ -1682,5 +1683,42 @@ fn whatever_a_state_holds_is_in_its_digest() {
         assert_ne!(Digest::of(&other), Digest::of(&whole), "{part}");
         let digest = Digest::of(&whole).advance(&whole, &other);
         assert_eq!(digest, Digest::of(&other), "{part}");
+    }
+}
+
+#[test]
+fn a_digest_that_is_kept_up_is_that_of_the_whole_also_where_requests_are_forgotten() {
+    let mut state = Ensemble::new(0).state.clone();
+    let first = state.time.seconds;
+    let mut digest = Digest::of(&state);
+    let mut before = state.clone();
+    for number in 0..requests::REQUESTS_MAX + 1500 {
+        let command = Command {
+            time: Some(prost_types::Timestamp {
+                seconds: first + number as i64 / 100,
+                nanos: 0,
+            }),
+            request: Some(RequestKey {
+                caller: "users/u".into(),
+                // Scattered, as those of clients are.
+                id: format!("{:08x}", (number as u32).wrapping_mul(2_654_435_761)),
+                digest: vec![1; 32],
+            }),
+            kind: Some(C::Update(batchai_proto::internal::v1::Update {
+                name: "resourceGroups/g".into(),
+                labels: Some(batchai_proto::internal::v1::Labels {
+                    labels: [("n".to_owned(), number.to_string())].into(),
+                }),
+                ..Default::default()
+            })),
+        };
+        apply(&mut state, number as u64 + 1, &command).unwrap();
+        if number % 50 == 0 {
+            digest = digest.advance(&before, &state);
+            before = state.clone();
+        }
+        if number % 500 == 0 {
+            assert_eq!(digest, Digest::of(&state), "after {number}");
+        }
     }
 }
