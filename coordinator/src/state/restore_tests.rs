@@ -3,7 +3,8 @@
 use batchai_proto::agent::v1::{AttemptObservation, Host, Report, Stray, StrayList};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
-    AcceptRestore, AdoptAttempt, DiscardAttempt, RecordReport, RegisterNode, Replica,
+    AcceptRestore, AdoptAttempt, DiscardAttempt, Place, PlaceNode, RecordReport, RegisterNode,
+    Replica,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
@@ -318,4 +319,30 @@ fn what_was_known_and_is_over_needs_no_decision_though_its_job_is_deleted() {
     assert_eq!(list.discarded, std::slice::from_ref(&known.id));
     tell(&mut e, "nodes/n0", SECOND, &[]);
     assert!(!restore::may_hold_strays(&e.state, "nodes/n0"));
+}
+
+#[test]
+fn an_older_list_takes_nothing_away_and_a_plan_is_refused_before_the_restore_is_accepted() {
+    let (mut e, backup, job, attempt) = placed_after_the_backup();
+    restore(&mut e, &backup);
+    tell(&mut e, "nodes/n0", SECOND, &[stray(&attempt, P::Running)]);
+    tell(&mut e, "nodes/n0", 1, &[]);
+    assert_eq!(restore::undecided(&e.state).count(), 1);
+    for node in ["nodes/n0", "nodes/n1"] {
+        tell(&mut e, node, SECOND, &[]);
+    }
+    let nodes = ["nodes/n0", "nodes/n1"].into_iter().zip(20_001..);
+    let nodes = nodes.map(|(node, port)| PlaceNode {
+        node: node.to_owned(),
+        node_revision: e.state.nodes[node].revision,
+        port,
+    });
+    let plan = Place {
+        job: job.clone(),
+        job_revision: e.state.jobs[job.as_str()].revision,
+        nodes: nodes.collect(),
+        log_home: 1,
+    };
+    let refused = e.try_apply(C::Place(plan)).unwrap_err().to_string();
+    assert!(refused.contains("not accepted"), "{refused}");
 }

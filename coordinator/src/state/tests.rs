@@ -1722,3 +1722,16 @@ fn a_digest_that_is_kept_up_is_that_of_the_whole_also_where_requests_are_forgott
         }
     }
 }
+
+#[test]
+fn a_job_that_would_fit_does_not_overtake_the_one_whose_turn_it_is() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let first = e.submit("first", 1, |_| {});
+    let large = e.submit("large", 2, |_| {});
+    let small = e.submit("small", 1, |_| {});
+    let states = [&first, &large, &small].map(|job| e.state_of(job));
+    assert_eq!(
+        states,
+        [JobState::Running, JobState::Queued, JobState::Queued]
+    );
+}

@@ -5,6 +5,8 @@ use batchai_proto::internal::v1::replica::Role;
 use batchai_proto::internal::v1::{ChangeReplica, InitEnsemble, Replica, ReplicaIdentity};
 use batchai_proto::v1;
 
+use raft::eraftpb::HardState;
+
 use super::*;
 use crate::replica::store::FORMAT;
 use crate::replica::store::memory::MemoryStore;
@@ -560,4 +562,55 @@ fn without_a_majority_for_any_state_nothing_is_written() {
         propose(&mut net, 7, group("c")),
         Proposed::Applied(Ok(_))
     ));
+}
+
+#[test]
+fn who_hears_of_no_leader_does_not_raise_the_term_by_itself() {
+    let mut core = start(&MemoryStore::default(), 1, &[1, 2, 3]);
+    for _ in 0..100 {
+        core.tick();
+        core.all_ready(&mut |_| {}).unwrap();
+    }
+    assert_eq!(core.term(), (0, false), "nobody would vote for it");
+}
+
+#[test]
+fn a_vote_that_was_given_is_kept_over_a_restart() {
+    let store = MemoryStore::default();
+    let voted = HardState {
+        term: 5,
+        vote: 2,
+        commit: 0,
+        ..HardState::default()
+    };
+    store.clone().append(&[], Some(&voted)).unwrap();
+    let mut core = start(&store, 1, &[1, 2, 3]);
+    let mut asks = Message::default();
+    asks.set_msg_type(MessageType::MsgRequestVote);
+    (asks.from, asks.to, asks.term) = (3, 1, 5);
+    core.step(asks).unwrap();
+    let mut answers = Vec::new();
+    core.all_ready(&mut |mut sent| answers.append(&mut sent))
+        .unwrap();
+    assert_eq!(answers.len(), 1);
+    assert!(
+        answers[0].reject,
+        "it has voted for another one in that term"
+    );
+}
+
+#[test]
+fn nobody_is_handed_the_lead_who_was_not_heard_of_lately() {
+    let mut net = Net::new(&[1, 2, 3]);
+    let leader = net.elect();
+    let other = (1..=3).find(|id| *id != leader).unwrap();
+    net.cut.push(other);
+    for _ in 0..3 * ELECTION_TICKS {
+        net.cores.values_mut().for_each(Core::tick);
+        net.settle();
+    }
+    let core = net.cores.get_mut(&leader).unwrap();
+    assert!(core.leads());
+    let refused = core.hand_over(other).unwrap_err();
+    assert!(refused.contains("not in contact"), "{refused}");
 }
