@@ -20,6 +20,7 @@ use crate::measure::{Better, print, quantile};
 /// What the one rank prints: lines of eighty bytes.
 const BYTES: usize = 256 << 20;
 const CHUNK_BYTES: usize = 64 << 10;
+const WINDOW_BYTES: u32 = 8 << 20;
 /// How often each of many ranks prints, and for how long.
 const TURNS_PER_S: u64 = 20;
 const PRINTING_S: u64 = 10;
@@ -81,7 +82,11 @@ async fn bare() -> f64 {
     let listener = listener.expect("loopback has a port");
     let at = listener.local_addr().expect("it is bound");
     let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-    let server = tonic::transport::Server::builder().add_service(BundleServiceServer::new(Sink));
+    // As tonic has it, the windows would be what is measured.
+    let server = tonic::transport::Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .add_service(BundleServiceServer::new(Sink));
     let serving = tokio::spawn(server.serve_with_incoming(incoming));
     let client = BundleServiceClient::connect(format!("http://{at}")).await;
     let mut client = client.expect("it listens");
