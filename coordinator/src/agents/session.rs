@@ -139,8 +139,12 @@ impl Session {
     async fn take_in(&self, incoming: &mut Streaming<SessionRequest>) -> Result<(), Status> {
         let (reports, mut next) = mpsc::channel(REPORTS_MAX);
         let record = async {
-            while let Some(report) = next.recv().await {
+            while let Some(mut report) = next.recv().await {
                 self.live.pace().await;
+                // Each says all that the node sees: the latest is enough.
+                while let Ok(later) = next.try_recv() {
+                    report = later;
+                }
                 self.report(report).await?;
             }
             Ok(())

@@ -34,7 +34,7 @@ pub fn run(ranks: usize, lines: usize) {
         let bare = bare().await;
         print("bare_stream", bare, "MB/s", None, Better::Higher);
         let dir = tempfile::tempdir().expect("a directory");
-        let dev = Dev::start(dir.path());
+        let dev = Dev::start(dir.path(), 1);
         let credentials = dir.path().join("coordinator/admin.pem");
         let route = connector(&dev.endpoint, &credentials).connect().await;
         let route = route.expect("dev is ready");

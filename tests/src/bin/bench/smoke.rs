@@ -36,7 +36,7 @@ pub fn run() {
         Better::Lower,
     );
     let dir = tempfile::tempdir().expect("a directory");
-    let dev = Dev::start(dir.path());
+    let dev = Dev::start(dir.path(), 1);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -61,10 +61,11 @@ pub struct Dev {
 }
 
 impl Dev {
-    pub fn start(dir: &Path) -> Dev {
+    pub fn start(dir: &Path, agents: usize) -> Dev {
         let began = Instant::now();
         let mut child = Command::new(under_test())
-            .args(["dev", "--agents", "1", "--listen", "127.0.0.1:0", "--data"])
+            .args(["dev", "--agents", &agents.to_string()])
+            .args(["--listen", "127.0.0.1:0", "--data"])
             .arg(dir)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -100,7 +101,7 @@ impl Drop for Dev {
 
 fn start_once() -> f64 {
     let dir = tempfile::tempdir().expect("a directory");
-    let dev = Dev::start(dir.path());
+    let dev = Dev::start(dir.path(), 1);
     eprintln!("dev was ready after {:.0} ms", dev.took_ms);
     dev.took_ms
 }
@@ -252,7 +253,7 @@ pub async fn create(channel: &Route) -> Result<(), tonic::Status> {
         .nodes;
     let vm_size = nodes[0].facts.clone().unwrap_or_default().vm_size;
     let manual = v1::ManualScaleSettings {
-        target_node_count: 1,
+        target_node_count: nodes.len() as i32,
         ..Default::default()
     };
     let cluster = v1::CreateClusterRequest {

@@ -15,8 +15,12 @@ use batchai_tests::process::{processes_of, until};
 use super::smoke::{Dev, create, job, memory};
 use crate::measure::{Better, print};
 
-const JOBS: usize = 200;
+const JOBS_PER_NODE: usize = 100;
+const NODES: usize = 8;
+const STARTS: usize = 200;
 const RANKS: i32 = 500;
+/// Seldom enough that looking costs little beside the jobs.
+const LOOK: Duration = Duration::from_millis(50);
 const LOOKED_AT: Duration = Duration::from_secs(10);
 /// A hundredth of a second: what the kernel counts in.
 const TICKS_PER_S: f64 = 100.0;
@@ -24,32 +28,42 @@ const TICKS_PER_S: f64 = 100.0;
 pub fn run() {
     let bare = bare();
     print("bare_spawns", bare, "1/s", None, Better::Higher);
+    // One after the other, as long as each takes; and as many at once as the machine bears.
+    for (name, nodes, goal) in [
+        ("jobs_on_one_node", 1, None),
+        ("jobs_of_one_process", NODES, Some(bare / 4.0)),
+    ] {
+        let dir = tempfile::tempdir().expect("a directory");
+        on(nodes, dir.path(), async |route| {
+            let ours = jobs(&route, dir.path(), nodes * JOBS_PER_NODE).await;
+            print(name, ours, "1/s", goal, Better::Higher);
+        });
+    }
     let dir = tempfile::tempdir().expect("a directory");
-    let dev = Dev::start(dir.path());
+    on(1, dir.path(), async |route| {
+        many_ranks(&route, dir.path()).await
+    });
+}
+
+/// Does something with a `batchai dev` of so many nodes, in one cluster.
+fn on(nodes: usize, dir: &Path, work: impl AsyncFnOnce(Route)) {
+    let dev = Dev::start(dir, nodes);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     runtime.expect("a runtime").block_on(async {
-        let credentials = dir.path().join("coordinator/admin.pem");
+        let credentials = dir.join("coordinator/admin.pem");
         let route = connector(&dev.endpoint, &credentials).connect().await;
         let route = route.expect("dev is ready");
         create(&route).await.expect("the resources are new");
-        let ours = jobs(&route, dir.path()).await;
-        print(
-            "jobs_of_one_process",
-            ours,
-            "1/s",
-            Some(bare / 4.0),
-            Better::Higher,
-        );
-        many_ranks(&route, dir.path()).await;
+        work(route).await;
     });
 }
 
 /// The program of the jobs, started one after the other.
 fn bare() -> f64 {
     let begin = Instant::now();
-    for _ in 0..JOBS {
+    for _ in 0..STARTS {
         let ended = Command::new("bash")
             .args(["-c", "true"])
             .stdin(Stdio::null())
@@ -57,30 +71,30 @@ fn bare() -> f64 {
             .status();
         assert!(ended.expect("bash is there").success());
     }
-    JOBS as f64 / begin.elapsed().as_secs_f64()
+    STARTS as f64 / begin.elapsed().as_secs_f64()
 }
 
-/// So many jobs on one node, all in its queue from the beginning.
-async fn jobs(route: &Route, dir: &Path) -> f64 {
+/// So many jobs, all in the queue from the beginning: those that end in a second.
+async fn jobs(route: &Route, dir: &Path, count: usize) -> f64 {
     let mut client = JobServiceClient::new(route.clone());
-    let begin = Instant::now();
-    let requests = (0..JOBS).map(|i| job(dir, &format!("j{i}"), "true"));
+    let requests = (0..count).map(|i| job(dir, &format!("j{i}"), "true"));
     let requests: Vec<_> = requests.collect();
     let parent = requests[0].parent.clone();
-    let batch = v1::BatchCreateJobsRequest {
-        parent: parent.clone(),
-        requests,
-        request_id: String::new(),
-        validate_only: false,
-    };
-    client
-        .batch_create_jobs(batch)
-        .await
-        .expect("they are valid");
+    let begin = Instant::now();
+    for some in requests.chunks(JOBS_PER_NODE) {
+        let batch = v1::BatchCreateJobsRequest {
+            parent: parent.clone(),
+            requests: some.to_vec(),
+            request_id: String::new(),
+            validate_only: false,
+        };
+        let created = client.batch_create_jobs(batch).await;
+        created.expect("they are valid");
+    }
     loop {
         let list = v1::ListJobsRequest {
             parent: parent.clone(),
-            page_size: JOBS as i32,
+            page_size: count as i32,
             ..Default::default()
         };
         let jobs = client.list_jobs(list).await.expect("dev runs").into_inner();
@@ -88,10 +102,10 @@ async fn jobs(route: &Route, dir: &Path) -> f64 {
             .jobs
             .iter()
             .filter(|job| job.state() == State::Succeeded);
-        if ended.count() == JOBS {
-            return JOBS as f64 / begin.elapsed().as_secs_f64();
+        if ended.count() == count {
+            return count as f64 / begin.elapsed().as_secs_f64();
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(LOOK).await;
     }
 }
 
