@@ -5,6 +5,7 @@
 //! from the rest (queues, counts) is not in it. It guards against defects, not against somebody who makes a State to fit.
 
 use std::cmp::Ordering;
+use std::sync::Arc;
 
 use batchai_common::fault;
 use batchai_proto::internal::v1::SnapshotRecord;
@@ -13,6 +14,7 @@ use imbl::{OrdMap, OrdSet};
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
+use super::access::Joined;
 use super::{State, stored};
 
 /// What tells States apart.
@@ -69,6 +71,35 @@ fn number(record: Record) -> u128 {
 
 struct Sum(u128);
 
+/// Whether a record is the one it was. Most are shared by both States, and need not be looked into.
+trait Same {
+    fn same(&self, other: &Self) -> bool;
+}
+
+impl<T: PartialEq> Same for Arc<T> {
+    fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(self, other) || self == other
+    }
+}
+
+impl Same for (Arc<[u8]>, i64) {
+    fn same(&self, other: &Self) -> bool {
+        self == other
+    }
+}
+
+impl Same for Joined {
+    fn same(&self, other: &Self) -> bool {
+        self == other
+    }
+}
+
+impl Same for i64 {
+    fn same(&self, other: &Self) -> bool {
+        self == other
+    }
+}
+
 impl Sum {
     fn add(&mut self, record: Record) {
         self.0 = self.0.wrapping_add(number(record));
@@ -83,7 +114,7 @@ impl Sum {
         self.add(after);
     }
 
-    fn table<K: Ord, V: PartialEq>(
+    fn table<K: Ord, V: Same>(
         &mut self,
         before: &OrdMap<K, V>,
         after: &OrdMap<K, V>,
@@ -103,7 +134,7 @@ impl Sum {
             let gone = old.next_if(|_| order.is_le());
             let come = new.next_if(|_| order.is_ge());
             if let (Some((_, a)), Some((_, b))) = (gone, come)
-                && a == b
+                && a.same(b)
             {
                 continue;
             }

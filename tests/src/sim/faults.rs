@@ -5,6 +5,9 @@ use batchai_coordinator::replica::core::Core;
 use super::Sim;
 use super::disk::Trouble;
 
+/// Their States are large, and every look at one takes longer.
+const OLD_ONE_IN: u32 = 12;
+
 /// What a world is like, and how often what goes wrong: chances for each message, or in each step.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -39,6 +42,8 @@ pub struct Options {
     pub reboot: f64,
     /// Everything that the replicas have is lost, and a backup is restored.
     pub restore: f64,
+    /// It begins as one that has been written to for long.
+    pub old: bool,
 }
 
 impl Options {
@@ -56,7 +61,9 @@ impl Options {
         };
         let (clock, change) = (now_and_then(random, 0.01), now_and_then(random, 0.02));
         // Drawn apart: worlds without restores stay what they were before there were any.
-        let restore = now_and_then(&mut random.clone().fork(), 0.001);
+        let mut apart = random.clone().fork();
+        let restore = now_and_then(&mut apart, 0.001);
+        let old = apart.u32(..OLD_ONE_IN) == 0;
         Options {
             replicas: [1, 3, 3, 3, 5][random.usize(..5)],
             agents: random.usize(2..6),
@@ -75,6 +82,7 @@ impl Options {
             agent_crash,
             reboot,
             restore,
+            old,
         }
     }
 

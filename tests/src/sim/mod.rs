@@ -144,6 +144,10 @@ impl Sim {
 
     fn run(&mut self) -> Result<Outcome, String> {
         let enough = self.options.commands;
+        if self.options.old {
+            self.restore(restores::old())?;
+            self.checks.saw("an ensemble has been written to for long");
+        }
         while self.checks.commands() < enough && self.step < FAULTY_STEPS_MAX {
             self.fail_ensemble()?;
             self.fail_something();

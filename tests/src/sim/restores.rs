@@ -4,20 +4,28 @@
 //! An administrator then does what the manual asks for: he decides about each attempt that the State does not know, and lets work be placed
 //! when every machine has come back; nothing is forced. Replicas that go on beside the new ensemble are not played.
 
+use std::sync::OnceLock;
+
+use batchai_common::time::from_millis;
 use batchai_coordinator::backup::begin_with;
 use batchai_coordinator::replica::store::snapshot;
-use batchai_coordinator::state::{State, restore};
+use batchai_coordinator::state::requests::REQUESTS_MAX;
+use batchai_coordinator::state::{State, apply, restore};
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::replica::Role;
 use batchai_proto::internal::v1::{
-    AcceptRestore, AdoptAttempt, DiscardAttempt, Replica as Member, SnapshotMark,
+    AcceptRestore, AdoptAttempt, Command, DiscardAttempt, InitEnsemble, Labels, Replica as Member,
+    RequestKey, SnapshotMark, Update,
 };
+use batchai_proto::v1;
 
+use super::clients::GROUP;
+use super::clocks::Clock;
 use super::members::Admin;
 use super::network::Network;
 use super::relay::Carried;
 use super::replicas::{Replica, endpoint};
-use super::{Asked, Sim};
+use super::{Asked, ENSEMBLE, Sim};
 
 /// How often a backup is made, and how often the administrator decides something, in each step.
 const BACKUPS: f64 = 0.01;
@@ -40,6 +48,59 @@ impl Ensemble {
             backup: None,
         }
     }
+}
+
+/// The backup of an ensemble that remembers all the requests it may: from then on each that is carried out has another one forgotten.
+/// Made once, and the same for all worlds.
+pub fn old() -> &'static [u8] {
+    static OLD: OnceLock<Vec<u8>> = OnceLock::new();
+    OLD.get_or_init(|| {
+        let mut state = State::default();
+        for number in 1..=REQUESTS_MAX as u64 + 1 {
+            let kind = match number {
+                1 => Kind::InitEnsemble(InitEnsemble {
+                    ensemble: ENSEMBLE.into(),
+                    ..Default::default()
+                }),
+                2 => Kind::CreateResourceGroup(v1::ResourceGroup {
+                    name: GROUP.into(),
+                    ..Default::default()
+                }),
+                _ => Kind::Update(Update {
+                    name: GROUP.into(),
+                    labels: Some(Labels {
+                        labels: [("n".to_owned(), number.to_string())].into(),
+                    }),
+                    ..Default::default()
+                }),
+            };
+            let command = Command {
+                // Until what every clock begins with: they are forgotten in this order, which is not that of their names.
+                time: Some(from_millis(
+                    Clock::default().wall(0) - 100 * (REQUESTS_MAX as i64 - number as i64),
+                )),
+                request: Some(RequestKey {
+                    caller: "users/old".into(),
+                    // Scattered, as those of clients are.
+                    id: format!("{:016x}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
+                    digest: vec![1; 32],
+                }),
+                kind: Some(kind),
+            };
+            apply(&mut state, number, &command).expect("what it is about is there");
+        }
+        backup(&state)
+    })
+}
+
+fn backup(state: &State) -> Vec<u8> {
+    let mark = SnapshotMark {
+        index: state.applied_index,
+        ..SnapshotMark::default()
+    };
+    let mut backup = Vec::new();
+    snapshot::encode(&mut backup, &mark, state).expect("memory is there");
+    backup
 }
 
 impl Sim {
@@ -69,16 +130,10 @@ impl Sim {
         if state.nodes.len() < self.agents.len() {
             return;
         }
-        let mark = SnapshotMark {
-            index: state.applied_index,
-            ..SnapshotMark::default()
-        };
-        let mut backup = Vec::new();
-        snapshot::encode(&mut backup, &mark, &state).expect("memory is there");
-        self.ensemble.backup = Some(backup);
+        self.ensemble.backup = Some(backup(&state));
     }
 
-    fn restore(&mut self, backup: &[u8]) -> Result<(), String> {
+    pub(super) fn restore(&mut self, backup: &[u8]) -> Result<(), String> {
         let (mark, state) = snapshot::decode(&mut &backup[..])?;
         for id in self.ids() {
             self.stop(id);
