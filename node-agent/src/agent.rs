@@ -18,7 +18,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::bundles::Fetcher;
-use crate::cgroups::Group;
+use crate::cgroups::Isolation;
 use crate::config::Config;
 use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
@@ -91,11 +91,11 @@ pub async fn run(
         vm_size: config.vm_size.or(identity.vm_size.clone()),
         ..config
     };
-    let groups = shim::detect(&identity.uid, config.isolation.as_deref())?;
-    let facts = hardware::facts(&config, groups.as_ref())?;
+    let isolation = shim::detect(&identity.uid, config.isolation.as_deref())?;
+    let facts = hardware::facts(&config, &isolation)?;
     let (uid, vm_size, image) = (&identity.uid, &facts.vm_size, &facts.image);
-    let isolation = &facts.isolation;
-    tracing::info!(node = node_id, uid, vm_size, image, isolation, "node");
+    let (ends, limits) = (&facts.isolation, &facts.enforced_limits);
+    tracing::info!(node = node_id, uid, vm_size, image, ends, ?limits, "node");
     let watch = Watch::new()?;
     sweep_strays(&journal, &identity.uid, &watch)?;
     let fresh = shows.map(|shows| tokio::spawn(shows.keep_fresh(connector.clone())));
@@ -104,7 +104,7 @@ pub async fn run(
         expelled: Arc::default(),
         users,
         limits: config.job_limits.clone(),
-        groups,
+        isolation,
         node_id,
         identity,
         facts,
@@ -133,8 +133,8 @@ struct Parts {
     expelled: Arc<AtomicBool>,
     users: JobUsers,
     limits: Vec<JobLimit>,
-    /// Where the groups of attempts are.
-    groups: Option<Group>,
+    /// What it can do with groups of processes.
+    isolation: Isolation,
     node_id: String,
     identity: Identity,
     facts: NodeFacts,
@@ -154,7 +154,11 @@ impl Parts {
         let (ask, questions) = mpsc::channel(QUESTIONS_MAX);
         let (lease, leased) = watch::channel(0);
         let kept = self.journal.bundles();
-        let jobs = (self.users.clone(), self.limits.clone(), self.groups.clone());
+        let jobs = (
+            self.users.clone(),
+            self.limits.clone(),
+            self.isolation.clone(),
+        );
         let paths = (kept.as_path(), &*self.journal.lease());
         let facts = hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs);
         let own_name = (self.node_id.clone(), self.identity.uid.clone());

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use batchai_proto::v1::job::{OnNodeLoss, SchedulingPriority};
-use batchai_proto::v1::{ContainerSettings, Job, JobConstraints, NameValuePair};
+use batchai_proto::v1::{ContainerSettings, Job, JobConstraints, NameValuePair, ResourceLimits};
 
 use super::faults::Faults;
 use super::{fields, toolkits, volumes};
@@ -19,6 +19,12 @@ const PATH_BYTES_MAX: usize = 4096;
 const TEXT_BYTES_MAX: usize = (128 << 10) - 128;
 const WALL_CLOCK_DEFAULT_S: i64 = 7 * 24 * 3600;
 const RETRIES_MAX: i32 = 100;
+const CPUS_MAX: f64 = 100_000.0;
+/// With less, what makes the job's directories would not run.
+const MEMORY_MIN_MIB: i64 = 16;
+/// A pebibyte.
+const MEMORY_MAX_MIB: i64 = 1 << 30;
+const PIDS_MIN: i32 = 16;
 /// Ten years.
 const WALL_CLOCK_MAX_S: i64 = 10 * 366 * 24 * 3600;
 /// Where paths may begin with a variable.
@@ -55,6 +61,7 @@ pub fn check(faults: &mut Faults, given: Job) -> Job {
         );
     }
     let constraints = check_constraints(faults, given.constraints);
+    check_limits(faults, given.resource_limits.as_ref());
     faults.labels("job.labels", &given.labels);
     if !given.bundle.is_empty() {
         faults.name("job.bundle", Noun::Bundle, &given.bundle);
@@ -172,6 +179,31 @@ pub fn no_longer_than_a_text(faults: &mut Faults, field: &str, text: &str) {
     if text.contains('\0') || text.len() > TEXT_BYTES_MAX {
         let why = format!("must have at most {TEXT_BYTES_MAX} bytes and no NUL");
         faults.invalid(field, why);
+    }
+}
+
+fn check_limits(faults: &mut Faults, given: Option<&ResourceLimits>) {
+    let Some(given) = given else {
+        return;
+    };
+    let ResourceLimits {
+        cpus,
+        memory_mib,
+        pids,
+    } = *given;
+    // What is no number is in no range.
+    if cpus != 0.0 && !(0.01..=CPUS_MAX).contains(&cpus) {
+        let why = format!("must be from 0.01 to {CPUS_MAX}, or 0 for no limit");
+        faults.invalid("job.resource_limits.cpus", why);
+    }
+    if memory_mib != 0 && !(MEMORY_MIN_MIB..=MEMORY_MAX_MIB).contains(&memory_mib) {
+        let why =
+            format!("must be from {MEMORY_MIN_MIB} to {MEMORY_MAX_MIB} MiB, or 0 for no limit");
+        faults.invalid("job.resource_limits.memory_mib", why);
+    }
+    if pids != 0 && pids < PIDS_MIN {
+        let why = format!("must be at least {PIDS_MIN}, or 0 for no limit");
+        faults.invalid("job.resource_limits.pids", why);
     }
 }
 

@@ -17,6 +17,10 @@ fn valid() -> Job {
     }
 }
 
+fn limited(job: &mut Job, change: fn(&mut v1::ResourceLimits)) {
+    change(job.resource_limits.get_or_insert_default());
+}
+
 fn faults_of(job: Job) -> Result<Job, ApiError> {
     let mut faults = Faults::default();
     let job = check(&mut faults, job);
@@ -54,7 +58,7 @@ fn defaults_are_filled_in() {
 #[test]
 fn every_fault_is_named() {
     type Spoil = fn(&mut Job);
-    let cases: [(&str, Spoil); 25] = [
+    let cases: [(&str, Spoil); 31] = [
         ("job.cluster", |j| j.cluster = "c".into()),
         ("job.node_count", |j| j.node_count = 0),
         ("job.node_count", |j| j.node_count = -3),
@@ -128,6 +132,22 @@ fn every_fault_is_named() {
                 max_retries: -1,
             });
         }),
+        ("job.resource_limits.cpus", |j| {
+            limited(j, |l| l.cpus = 0.001)
+        }),
+        ("job.resource_limits.cpus", |j| {
+            limited(j, |l| l.cpus = f64::NAN)
+        }),
+        ("job.resource_limits.cpus", |j| {
+            limited(j, |l| l.cpus = f64::INFINITY)
+        }),
+        ("job.resource_limits.memory_mib", |j| {
+            limited(j, |l| l.memory_mib = 15)
+        }),
+        ("job.resource_limits.memory_mib", |j| {
+            limited(j, |l| l.memory_mib = i64::MAX)
+        }),
+        ("job.resource_limits.pids", |j| limited(j, |l| l.pids = -1)),
         ("job.retry_count", |j| j.retry_count = 1),
         ("job", |j| j.custom_toolkit_settings = None),
         ("job", |j| {

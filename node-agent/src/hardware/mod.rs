@@ -12,7 +12,7 @@ use std::path::Path;
 
 use batchai_proto::v1::NodeFacts;
 
-use crate::cgroups::{Group, PROCESS_TREE};
+use crate::cgroups::{Isolation, PROCESS_TREE};
 use crate::config::Config;
 use crate::launch::{HostFacts, JobLimit, JobUsers};
 
@@ -42,7 +42,7 @@ pub enum HardwareError {
 const INHERITED: [&str; 7] = ["PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ"];
 
 /// Describes the machine for its registration.
-pub fn facts(config: &Config, groups: Option<&Group>) -> Result<NodeFacts, HardwareError> {
+pub fn facts(config: &Config, isolation: &Isolation) -> Result<NodeFacts, HardwareError> {
     let sysfs = Sysfs::of_this_machine();
     let mut gpus = gpu::gpus();
     gpus.extend(sysfs.amd_gpus());
@@ -70,9 +70,16 @@ pub fn facts(config: &Config, groups: Option<&Group>) -> Result<NodeFacts, Hardw
         disks: sysfs.disks(),
         numa_nodes: sysfs.numa_nodes(),
         rdma_devices: sysfs.rdma_devices(),
-        isolation: groups
+        isolation: isolation
+            .groups
+            .as_ref()
             .map_or(PROCESS_TREE, |groups| groups.method.name())
             .to_owned(),
+        enforced_limits: isolation
+            .seats
+            .iter()
+            .map(|seat| seat.controller.name().to_owned())
+            .collect(),
     })
 }
 
@@ -99,7 +106,7 @@ pub fn host_facts(
     facts: &NodeFacts,
     node_uid: &str,
     (bundles, lease): (&Path, &Path),
-    (users, limits, groups): (JobUsers, Vec<JobLimit>, Option<Group>),
+    (users, limits, isolation): (JobUsers, Vec<JobLimit>, Isolation),
 ) -> HostFacts {
     let base = INHERITED
         .iter()
@@ -116,7 +123,7 @@ pub fn host_facts(
             .and_then(|address| interface(address)),
         users,
         limits,
-        groups,
+        isolation,
         base_env: base.collect::<BTreeMap<_, _>>(),
     }
 }

@@ -18,7 +18,7 @@ use batchai_proto::agent::v1::Assignment;
 use batchai_proto::v1::Job;
 use serde::{Deserialize, Serialize};
 
-use crate::cgroups::Group;
+use crate::cgroups::{Bound, Group, Isolation, asked};
 pub use environment::ATTEMPT_TAG;
 use paths::Paths;
 pub use users::{JobLimit, JobUser, JobUsers, Limited};
@@ -61,6 +61,9 @@ pub struct Preparation {
     /// The group of all of its processes, where the agent can make one.
     #[serde(default)]
     pub group: Option<Group>,
+    /// The groups in which what its processes take together is limited, and counted.
+    #[serde(default)]
+    pub bounds: Vec<Bound>,
     /// Its processes may start what has more rights than they.
     #[serde(default)]
     pub may_gain: bool,
@@ -97,8 +100,8 @@ pub struct HostFacts {
     pub users: JobUsers,
     /// What their processes may take.
     pub limits: Vec<JobLimit>,
-    /// Where their groups of processes are.
-    pub groups: Option<Group>,
+    /// Where their groups of processes are, and what can be limited for those.
+    pub isolation: Isolation,
     /// What every process inherits: PATH, HOME and the like.
     pub base_env: BTreeMap<String, String>,
 }
@@ -128,6 +131,11 @@ pub enum LaunchError {
          lower number"
     )]
     NoUser { number: i64 },
+    #[error(
+        "{node} cannot limit {what} for a job, as its resourceLimits ask: the agent may make no control groups with that controller \
+         there (facts.enforcedLimits of the node says what it can); leave the limit out, or run the agent as root on a host that has them"
+    )]
+    NotLimited { node: String, what: &'static str },
     #[error("this agent cannot launch the job's toolkit; upgrade the agent")]
     UnknownToolkit,
 }
@@ -230,7 +238,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         }),
         None => None,
     };
-    let groups = &context.facts.groups;
+    let groups = &context.facts.isolation.groups;
     let limit = job
         .constraints
         .as_ref()
@@ -247,6 +255,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         group: groups
             .as_ref()
             .map(|groups| groups.below(&assignment.attempt)),
+        bounds: bounds(context)?,
         may_gain: assignment.set_up,
         command,
         copy_to: paths.stdouterr.clone(),
@@ -255,6 +264,26 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         wall_clock_s: u64::try_from(limit.seconds).unwrap_or_default(),
         grace_s: TERMINATION_GRACE.as_secs(),
     })
+}
+
+/// What the job asks to be limited, and what is counted of it in any case.
+fn bounds(context: &Context<'_>) -> Result<Vec<Bound>, LaunchError> {
+    let seats = &context.facts.isolation.seats;
+    let limits = context.job.resource_limits.unwrap_or_default();
+    let able = |wanted| seats.iter().any(|seat| seat.controller == wanted);
+    if let Some(lacks) = asked(&limits).find(|wanted| !able(*wanted)) {
+        return Err(LaunchError::NotLimited {
+            node: own_host(context.assignment)?.node.clone(),
+            what: lacks.name(),
+        });
+    }
+    let bounds = seats.iter().map(|seat| Bound {
+        seat: seat.below(&context.assignment.attempt),
+        settings: seat.settings(&limits),
+    });
+    // One that neither limits nor counts is not worth its making.
+    let of_use = |bound: &Bound| !bound.settings.is_empty() || bound.seat.kills_file().is_some();
+    Ok(bounds.filter(of_use).collect())
 }
 
 fn bundle(context: &Context<'_>) -> Option<(String, String)> {

@@ -31,10 +31,13 @@ fn facts() -> HostFacts {
     HostFacts {
         users: JobUsers::Own,
         limits: Vec::new(),
-        groups: Some(Group {
-            method: Method::CgroupKill,
-            path: "/cgroup/batchai-u".into(),
-        }),
+        isolation: Isolation {
+            groups: Some(Group {
+                method: Method::CgroupKill,
+                path: "/cgroup/batchai-u".into(),
+            }),
+            seats: Vec::new(),
+        },
         node_uid: "u".into(),
         root: "/r".into(),
         bundles: "/data/bundles".into(),

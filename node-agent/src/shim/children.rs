@@ -9,6 +9,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use super::logs::last_words;
 use super::run::{Ending, PREPARATION, Running, SETUP, Shim};
 use super::{ShimError, system};
+use crate::cgroups::Bound;
 use crate::journal::{LOGS, SETUP_FAILED};
 use crate::launch::ProcessPlan;
 use crate::status::FailureRecord;
@@ -91,7 +92,8 @@ impl Shim {
                 ..FailureRecord::default()
             };
             let said = self.dir.read(SETUP_FAILED)?;
-            self.fail(said.unwrap_or(unsaid));
+            let failure = self.out_of_memory(exit, None, "").or(said);
+            self.fail(failure.unwrap_or(unsaid));
             return Ok(());
         }
         self.start_copier();
@@ -122,6 +124,9 @@ impl Shim {
                     details.push(("signal".to_owned(), signal.to_owned()));
                 }
                 details.push(("stderr".to_owned(), self.last_words(stderr)));
+                if let Some(failure) = self.out_of_memory(exit, None, stderr) {
+                    return self.fail(failure);
+                }
                 self.fail(FailureRecord {
                     code: "JobPreparationFailed".into(),
                     message: format!(
@@ -140,7 +145,11 @@ impl Shim {
         self.log.say(&format!("rank {rank} {exit}"));
         // What ends because it is told to has nothing to say about why.
         let first = self.status.first_failed.is_none() && matches!(self.ending, Ending::No);
-        if exit.code != 0 && first {
+        // Why it failed is known then: no process is to be named that did so by itself.
+        let starved = self
+            .out_of_memory(exit, Some(rank), stderr)
+            .filter(|_| first);
+        if exit.code != 0 && first && starved.is_none() {
             self.status.first_failed = Some(rank);
             self.status.last_words = self.last_words(stderr);
         }
@@ -150,11 +159,48 @@ impl Shim {
             status.signal = exit.signal;
         }
         crash_point!("shim_saw_a_rank_end");
+        if let Some(failure) = starved {
+            return self.fail(failure);
+        }
         self.publish();
         crash_point!("shim_said_a_rank_ended");
         if self.running.is_empty() {
             self.end("all ranks of this node have ended");
         }
+    }
+
+    /// What failed where the kernel had killed for want of memory did so for that: the process itself was, or one of its own.
+    fn out_of_memory(&self, exit: Exit, rank: Option<i32>, stderr: &str) -> Option<FailureRecord> {
+        let kills: u64 = self.plan.bounds.iter().map(Bound::kills).sum();
+        if exit.code == 0 || kills == 0 {
+            return None;
+        }
+        let who = rank.map_or("what prepares the job".to_owned(), |rank| {
+            format!("rank {rank}")
+        });
+        let limit = self.plan.bounds.iter().find_map(Bound::memory_mib);
+        let why = match &limit {
+            Some(limit) => format!(
+                "the job's processes on this node need more memory than its resourceLimits.memoryMib of {limit} MiB"
+            ),
+            None => "the machine ran out of memory".to_owned(),
+        };
+        let mut details = vec![
+            ("exitCode".to_owned(), exit.code.to_string()),
+            ("killed".to_owned(), kills.to_string()),
+        ];
+        details.extend(rank.map(|rank| ("rank".to_owned(), rank.to_string())));
+        details.extend(limit.map(|limit| ("limitMib".to_owned(), limit)));
+        if !stderr.is_empty() {
+            details.push(("stderr".to_owned(), self.last_words(stderr)));
+        }
+        Some(FailureRecord {
+            code: "JobOutOfMemory".into(),
+            message: format!("{why}, and the kernel killed: {who} {exit}"),
+            details,
+            exit_code: Some(exit.code),
+            ..FailureRecord::default()
+        })
     }
 
     fn last_words(&self, file: &str) -> String {

@@ -36,7 +36,7 @@ pub fn start(from: &Path, to: &Path, user: Option<&JobUser>) -> io::Result<Copie
     let (stopped, stop) = pipe2(OFlag::O_CLOEXEC)?;
     let own = stop.as_raw_fd();
     // In no group: it copies what they said last that were killed in theirs.
-    let pid = process::helper(None, || {
+    let pid = process::helper((None, &[]), || {
         // Its own copy of the end that the shim closes would keep it from ever being closed.
         match close(own)
             .map_err(io::Error::from)

@@ -154,13 +154,16 @@ impl Shim {
 
     /// Nothing is in it any more. Where it cannot be removed the agent does it when it starts.
     fn leave_group(&self) {
-        let Some(group) = &self.plan.group else {
-            return;
-        };
-        if let Err(error) = group.end() {
+        let group = self.plan.group.as_ref();
+        if let Some(Err(error)) = group.map(Group::end) {
             super::tell(&format!("the group cannot be removed: {error}"));
         }
-        if let Some(home) = group.path.parent() {
+        for bound in &self.plan.bounds {
+            if let Err(error) = bound.seat.remove() {
+                super::tell(&format!("a group for a limit cannot be removed: {error}"));
+            }
+        }
+        if let Some(home) = group.and_then(|group| group.path.parent()) {
             group::leave(home);
         }
     }

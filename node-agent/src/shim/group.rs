@@ -1,6 +1,6 @@
 //! Groups of processes, made, ended and removed, and the try which of them this agent may make.
 //!
-//! It sets no limits. Who is in a group and leaves it, as root may, is not found by it: the walk and the sweep of `tree`
+//! It sets no limits (`seats` does). Who is in a group and leaves it, as root may, is not found by it: the walk and the sweep of `tree`
 //! are for that.
 
 use std::fs::{self, File, OpenOptions};
@@ -11,19 +11,20 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use super::seats;
 use super::tree::signal_all;
-use crate::cgroups::{Group, Method, places};
+use crate::cgroups::{Group, Isolation, Method, PROCESS_TREE, Seat, places};
 use crate::journal::{Journal, PREPARE};
 use crate::launch::Preparation;
 
-const PROCS: &str = "cgroup.procs";
+pub(super) const PROCS: &str = "cgroup.procs";
 const FREEZER: &str = "freezer.state";
 /// How often a group is looked at until it is frozen. One that has a process stuck in the kernel may never be.
 const FREEZE_LOOKS_MAX: usize = 100;
 const FREEZE_PAUSE: Duration = Duration::from_millis(1);
 /// How often a group is killed and removed until it is gone.
-const ROUNDS_MAX: usize = 100;
-const ROUND: Duration = Duration::from_millis(10);
+pub(super) const ROUNDS_MAX: usize = 100;
+pub(super) const ROUND: Duration = Duration::from_millis(10);
 
 impl Group {
     /// Makes it, with the directory of groups that it is in.
@@ -119,28 +120,63 @@ fn below(path: &Path) -> Vec<PathBuf> {
 
 /// Where the groups of a node's attempts can be, best first: named by the node, for several may share a machine.
 pub fn homes(node_uid: &str) -> io::Result<Vec<Group>> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let own = match fs::read_to_string("/proc/self/cgroup") {
-        // A kernel without them.
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        own => own?,
-    };
+    let (mounts, own) = own_places()?;
     let places = places(&mounts, &own).into_iter();
     let name = format!("batchai-{node_uid}");
     Ok(places.map(|place| place.below(&name)).collect())
 }
 
-/// Where this agent can make and end groups, by trying it. `only` names the one method that is wanted.
-pub fn detect(node_uid: &str, only: Option<&str>) -> io::Result<Option<Group>> {
+/// What the kernel says of its mounts, and of this process's place in each hierarchy.
+pub(super) fn own_places() -> io::Result<(String, String)> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    match fs::read_to_string("/proc/self/cgroup") {
+        // A kernel without them.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok((mounts, String::new())),
+        own => Ok((mounts, own?)),
+    }
+}
+
+/// Where this agent can make and end groups, and what it can limit, by trying it. `only` names the one method that is wanted;
+/// with that of no groups nothing is limited either.
+pub fn detect(node_uid: &str, only: Option<&str>) -> io::Result<Isolation> {
+    if only == Some(PROCESS_TREE) {
+        return Ok(Isolation::default());
+    }
     let homes = homes(node_uid)?.into_iter();
-    let mut wanted = homes.filter(|home| only.is_none_or(|only| only == home.method.name()));
-    Ok(wanted.find(|home| match works(home) {
-        Ok(()) => true,
-        Err(error) => {
+    let wanted = homes.filter(|home| only.is_none_or(|only| only == home.method.name()));
+    let mut best: Option<(Group, Vec<Seat>)> = None;
+    for home in wanted {
+        if let Err(error) = works(&home) {
             tracing::info!(%error, path = %home.path.display(), "no groups of processes here");
-            false
+            continue;
         }
-    }))
+        // A process is in one group of v2: the first place is not the best where another can limit what it takes.
+        let seats = match home.method {
+            Method::CgroupKill => seats::of_v2(&home),
+            Method::CgroupFreezer => Vec::new(),
+        };
+        let better = best
+            .as_ref()
+            .is_none_or(|(known, had)| known.method == home.method && seats.len() > had.len());
+        if better {
+            best = Some((home, seats));
+        }
+    }
+    let (groups, mut seats) = best.unzip();
+    let seats = seats.get_or_insert_default();
+    for seat in seats::of_v1(node_uid)? {
+        // A kernel has each controller in one hierarchy only.
+        if seats
+            .iter()
+            .all(|known| known.controller != seat.controller)
+        {
+            seats.push(seat);
+        }
+    }
+    Ok(Isolation {
+        groups,
+        seats: std::mem::take(seats),
+    })
 }
 
 fn works(home: &Group) -> io::Result<()> {
@@ -212,5 +248,5 @@ pub fn sweep(journal: &Journal, node_uid: &str, keep: &impl Fn(&str) -> bool) ->
         }
         leave(&home.path);
     }
-    failed
+    failed.and(seats::sweep(node_uid, keep))
 }

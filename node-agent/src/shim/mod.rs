@@ -14,6 +14,7 @@ mod prepare;
 mod process;
 mod root;
 mod run;
+mod seats;
 mod secrets;
 mod share;
 mod tree;
@@ -92,6 +93,9 @@ fn begin(dir: &AttemptDir) -> Result<(), ShimError> {
     let shim = run::Shim::new(dir.clone(), secrets)?;
     if let Some(group) = &shim.plan.group {
         group.create().map_err(system("make the group"))?;
+    }
+    for bound in &shim.plan.bounds {
+        bound.create().map_err(system("limit what the job takes"))?;
     }
     // Last of what can fail: from here on the attempt has begun, and it begins once.
     match dir.begin()? {

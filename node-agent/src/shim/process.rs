@@ -14,7 +14,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, setsid};
 
 use super::secrets::Secrets;
-use crate::cgroups::Group;
+use crate::cgroups::{Bound, Group};
 use crate::launch::{JobLimit, JobUser, ProcessPlan};
 use crate::user::{Identity, become_user, give_up_privileges, take_limit};
 
@@ -30,6 +30,8 @@ pub struct Started {
 pub struct Rights<'a> {
     /// The group that it is in, with all that it starts.
     pub group: Option<&'a Group>,
+    /// The groups in which what it takes is limited.
+    pub bounds: &'a [Bound],
     /// How many files it may have open, soft and hard.
     pub open_files: Option<(u64, u64)>,
     /// What it may take beyond that.
@@ -75,7 +77,7 @@ pub fn start(plan: &ProcessPlan, secrets: &Secrets, rights: Rights<'_>) -> io::R
 #[allow(unsafe_code)]
 fn in_its_own_session(command: &mut Command, rights: Rights<'_>) -> io::Result<()> {
     let shim = getpid();
-    let entrance = rights.group.map(Group::entrance).transpose()?;
+    let entrances = entrances(rights.group, rights.bounds)?;
     let Rights {
         open_files,
         may_gain,
@@ -87,7 +89,7 @@ fn in_its_own_session(command: &mut Command, rights: Rights<'_>) -> io::Result<(
     unsafe {
         command.pre_exec(move || {
             // First: it is the agent's to make, and nothing of the job's may run outside of it.
-            enter(entrance.as_ref())?;
+            enter(&entrances)?;
             // What spares the agent and the shim is not for jobs. A container may not let it be changed: then it stays.
             let _ = fs::write("/proc/self/oom_score_adj", "0");
             if let Some((soft, hard)) = open_files {
@@ -107,17 +109,28 @@ fn in_its_own_session(command: &mut Command, rights: Rights<'_>) -> io::Result<(
     Ok(())
 }
 
-/// Puts this process into a group.
-fn enter(entrance: Option<&File>) -> io::Result<()> {
-    entrance.map_or(Ok(()), |mut entrance| entrance.write_all(b"0"))
+fn entrances(group: Option<&Group>, bounds: &[Bound]) -> io::Result<Vec<File>> {
+    let group = group.map(|group| group.entrance().map(Some));
+    let bounds = bounds.iter().map(Bound::entrance);
+    let all = group.into_iter().chain(bounds);
+    all.filter_map(Result::transpose).collect()
+}
+
+/// Puts this process into groups.
+fn enter(entrances: &[File]) -> io::Result<()> {
+    let mut entrances = entrances.iter();
+    entrances.try_for_each(|mut entrance| entrance.write_all(b"0"))
 }
 
 /// Runs something that may hang in a child that dies with the shim; returns its pid. It is forked and not started anew:
 /// it shares what the shim has in memory, and is there at once.
 #[allow(unsafe_code)]
-pub fn helper(group: Option<&Group>, work: impl FnOnce() -> i32) -> io::Result<i32> {
+pub fn helper(
+    (group, bounds): (Option<&Group>, &[Bound]),
+    work: impl FnOnce() -> i32,
+) -> io::Result<i32> {
     let shim = getpid();
-    let entrance = group.map(Group::entrance).transpose()?;
+    let entrances = entrances(group, bounds)?;
     // SAFETY: the shim has one thread, so that no lock is held by another one in the child, which never returns from
     // here.
     unsafe {
@@ -125,7 +138,7 @@ pub fn helper(group: Option<&Group>, work: impl FnOnce() -> i32) -> io::Result<i
             ForkResult::Parent { child } => Ok(child.as_raw()),
             ForkResult::Child => {
                 let work = AssertUnwindSafe(|| {
-                    enter(entrance.as_ref())
+                    enter(&entrances)
                         .and_then(|()| detach(shim))
                         .map_or(1, |()| work())
                 });

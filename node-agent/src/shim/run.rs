@@ -168,7 +168,9 @@ impl Shim {
         }
         self.log.say("preparing");
         let (dir, plan) = (self.dir.clone(), self.plan.clone());
-        match process::helper(plan.group.as_ref(), || prepare::run(&dir, &plan)) {
+        match process::helper((plan.group.as_ref(), &plan.bounds), || {
+            prepare::run(&dir, &plan)
+        }) {
             Ok(pid) => {
                 crash_point!("shim_forked_its_helper");
                 self.running.push(Running {
@@ -322,6 +324,7 @@ impl Shim {
         let logs = self.dir.path.join(LOGS);
         let rights = Rights {
             group: self.plan.group.as_ref(),
+            bounds: &self.plan.bounds,
             open_files: self.open_files,
             limits: &self.plan.limits,
             user: self.plan.user.as_ref(),
