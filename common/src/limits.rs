@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+/// Processes that do not die, as far as a node names them.
+pub const STUCK_MAX: usize = 100;
 /// The largest message either end takes. A job with every list full stays far below it; raft entries do too.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 

@@ -178,6 +178,7 @@ impl Parts {
             children: HashMap::new(),
             starts: HashMap::new(),
             swept: HashSet::new(),
+            unswept: HashMap::new(),
         };
         let shipper = Shipper {
             journal: self.journal.clone(),
@@ -293,7 +294,8 @@ fn end_jobs_of(journal: &Journal, uid: &str) -> Result<(), AgentError> {
         }
         if !alive || Instant::now() > until {
             // What a shim left that died, and what one left that would not end.
-            return Ok(shim::sweep(journal, uid, |_| false)?);
+            let swept = shim::sweep(journal, uid, |_| false);
+            return Ok(swept.map_err(std::io::Error::other)?);
         }
         std::thread::sleep(END_JOBS_STEP);
     }

@@ -30,6 +30,8 @@ pub struct Local {
     pub swept: bool,
     /// Every log file has arrived at the coordinator, or nobody wants it.
     pub shipped: bool,
+    /// What is left of it that a sweep could not end.
+    pub unswept: Vec<i32>,
 }
 
 impl Local {
@@ -191,9 +193,15 @@ pub fn observations(list: &AssignmentList, local: &[Local]) -> Vec<AttemptObserv
 }
 
 fn observation(found: &Local) -> Option<AttemptObservation> {
-    // What a dead shim left may still run: nothing is said before it does not.
+    // What a dead shim left may still run: nothing is said before it does not, but what it is.
     if found.lost() && !found.swept && !fault!("loss_told_before_swept") {
-        return None;
+        let told = AttemptObservation {
+            attempt: found.attempt.clone(),
+            phase: NodePhase::Preparing as i32,
+            stuck: found.unswept.clone(),
+            ..AttemptObservation::default()
+        };
+        return (!found.unswept.is_empty()).then_some(told);
     }
     let status = found.status.clone().unwrap_or_default();
     let phase = match status.phase {
@@ -225,6 +233,7 @@ fn observation(found: &Local) -> Option<AttemptObservation> {
         failure: status.failure.map(failure),
         last_words: status.last_words,
         first_failed: status.first_failed,
+        stuck: status.stuck,
     })
 }
 

@@ -52,6 +52,8 @@ pub struct Status {
     pub first_failed: Option<i32>,
     /// The end of what that one said on standard error.
     pub last_words: String,
+    /// The process ids of what SIGKILL does not end.
+    pub stuck: Vec<i32>,
     /// Log files and their final sizes; set at the end.
     pub files: Vec<(String, u64)>,
 }

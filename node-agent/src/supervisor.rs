@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use batchai_common::crash_point;
+use batchai_common::limits::STUCK_MAX;
 use batchai_common::time::boot_millis;
 use batchai_proto::agent::v1::{
     Assignment, AssignmentList, AttemptObservation, Host, Report, Stray, StrayList,
@@ -55,6 +56,8 @@ pub struct Supervisor {
     pub starts: HashMap<String, u32>,
     /// Lost attempts of which no process is left.
     pub swept: HashSet<String>,
+    /// What is left of lost attempts that SIGKILL does not end.
+    pub unswept: HashMap<String, Vec<i32>>,
 }
 
 impl Supervisor {
@@ -207,6 +210,7 @@ impl Supervisor {
             stop_written: dir.has(STOP),
             swept: self.swept.contains(&attempt),
             shipped: self.shipped.is_done(dir)?,
+            unswept: self.unswept.get(&attempt).cloned().unwrap_or_default(),
             attempt,
         })
     }
@@ -242,6 +246,7 @@ impl Supervisor {
                 dir.remove()?;
                 self.starts.remove(id);
                 self.swept.remove(id);
+                self.unswept.remove(id);
                 self.shipped.forget(id);
                 Ok(())
             }
@@ -336,8 +341,15 @@ impl Supervisor {
             Ok(()) => {
                 crash_point!("agent_swept");
                 self.swept.insert(id.to_owned());
+                self.unswept.remove(id);
             }
-            Err(error) => tracing::error!(%error, attempt = id, "an attempt is not gone"),
+            Err(error) => {
+                tracing::error!(%error, attempt = id, "an attempt is not gone");
+                if let shim::SweepError::Left(pids) = error {
+                    let pids = pids.into_iter().take(STUCK_MAX).collect();
+                    self.unswept.insert(id.to_owned(), pids);
+                }
+            }
         }
     }
 }

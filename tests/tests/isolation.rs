@@ -215,3 +215,75 @@ fn what_spares_an_agent_when_memory_is_short_does_not_spare_its_jobs() {
     assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
     assert_eq!(e.log("j", "stdout.txt"), "0\n");
 }
+
+/// A group of cgroup v1 whose processes SIGKILL does not end: they are frozen.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn new(pid: i32) -> Option<Frozen> {
+        let name = format!("batchai-test-{}", std::process::id());
+        let group = Path::new("/sys/fs/cgroup/freezer").join(name);
+        fs::create_dir(&group).ok()?;
+        let group = Frozen(group);
+        fs::write(group.0.join("cgroup.procs"), pid.to_string()).ok()?;
+        fs::write(group.0.join("freezer.state"), "FROZEN").ok()?;
+        Some(group)
+    }
+
+    fn thaw(&self) {
+        fs::write(self.0.join("freezer.state"), "THAWED").unwrap();
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("freezer.state"), "THAWED");
+        let begun = Instant::now();
+        while fs::remove_dir(&self.0).is_err() && begun.elapsed().as_secs() < 5 {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+}
+
+#[test]
+fn what_does_not_die_is_named_by_its_node_which_gets_nothing_else_until_it_has() {
+    let Some((e, _)) = start("cgroup-kill") else {
+        return;
+    };
+    let run = |name: &str, command: &str| {
+        let settings = json!({ "commandLine": command });
+        e.submit(
+            name,
+            json!({ "nodeCount": 1, "customToolkitSettings": settings }),
+        );
+    };
+    run("stuck", "exec sleep 601");
+    let pid = until("the process to run", || {
+        let all = processes_of(e.path());
+        all.into_iter()
+            .find(|(_, line)| line.starts_with("sleep 601"))
+    });
+    let Some(frozen) = Frozen::new(pid.0) else {
+        requirement::skip("nothing can be frozen here by cgroup v1");
+        return;
+    };
+    e.ok(&[&["job", "terminate", "-n", "stuck", "--yes", "--no-wait"][..], &IN].concat());
+    run("next", "true");
+    let node = || e.json(&["node", "show", "-n", "a1"]);
+    let error = until("the node to say what does not die", || {
+        node()["errors"].get(0).cloned()
+    });
+    assert_eq!(error["code"], "ProcessesDoNotDie", "{error:#}");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains(&pid.0.to_string()), "{message}");
+    let shown = node();
+    assert_eq!(shown["state"], "UNUSABLE", "{shown:#}");
+    assert_eq!(e.job("stuck")["state"], "TERMINATING");
+    assert_eq!(e.job("next")["state"], "QUEUED");
+    frozen.thaw();
+    let stuck = e.until_job("stuck", "FAILED");
+    // What could not be ended for a while is not why the job did not go on.
+    assert_eq!(stuck["errors"][0]["code"], "JobTerminated", "{stuck:#}");
+    e.until_job("next", "SUCCEEDED");
+    assert_eq!(node().get("errors"), None);
+}

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::LAST_WORDS_BYTES_MAX;
+use batchai_common::limits::{LAST_WORDS_BYTES_MAX, STUCK_MAX};
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_proto::agent::v1::{AttemptObservation, Hello, Report};
 use batchai_proto::internal::v1::RegisterNode;
@@ -95,6 +95,7 @@ fn fit<'a>(seen: impl Iterator<Item = &'a AttemptObservation> + Clone) -> bool {
             .as_ref()
             .and_then(|failure| failure.error.as_ref());
         seen.attempt.len() <= TEXT_BYTES_MAX
+            && seen.stuck.len() <= STUCK_MAX
             && seen.last_words.len() <= LAST_WORDS_BYTES_MAX
             && seen.ranks.len() <= RANKS_MAX
             && seen

@@ -14,6 +14,7 @@ use prost_types::Timestamp;
 use super::cluster_spec;
 use crate::duties::Heard;
 use crate::scheduler::explain::pending_reason;
+use crate::state::attempts;
 use crate::state::{Cluster, Job, Node, State, etag, setup, vm_size_aliases};
 
 /// Errors of its nodes that a cluster shows.
@@ -140,7 +141,11 @@ fn node(state: &State, heard: &Heard, name: &str, node: &Node) -> v1::Node {
         etag: etag(node.revision),
         create_time: Some(node.create_time),
         state: node_state(state, heard, name, node) as i32,
-        errors: setup::error(node).into_iter().cloned().collect(),
+        errors: setup::error(node)
+            .cloned()
+            .into_iter()
+            .chain(attempts::stuck(state, name, node))
+            .collect(),
         cluster: node.cluster.clone().unwrap_or_default(),
         job: attempt
             .and_then(|attempt| attempt.job())
@@ -155,6 +160,7 @@ fn node_state(state: &State, heard: &Heard, name: &str, node: &Node) -> NodeStat
     match heard.is_alive(name) {
         _ if node.expelled => NodeState::Expelled,
         true if setup::error(node).is_some() => NodeState::Unusable,
+        true if attempts::stuck(state, name, node).is_some() => NodeState::Unusable,
         true if !setup::is_done(state, node) && !node.leaving => NodeState::Preparing,
         true => node.state(),
         false => NodeState::Unusable,

@@ -23,7 +23,7 @@ use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 use prost_types::Timestamp;
 
 use super::verdict::{failed, with_others};
-use super::{Job, Rejection, State, Step, jobs, keys, nodes, not_found, restore, setup};
+use super::{Job, Node, Rejection, State, Step, jobs, keys, nodes, not_found, restore, setup};
 
 pub use super::verdict::{Outcome, Verdict, error, rank_count, verdict};
 
@@ -49,6 +49,8 @@ pub struct AttemptNode {
     pub first_failed: Option<i32>,
     /// The end of what it said.
     pub last_words: String,
+    /// The process ids there of what SIGKILL does not end.
+    pub stuck: Vec<i32>,
 }
 
 impl AttemptNode {
@@ -72,6 +74,7 @@ impl AttemptNode {
             files: Vec::new(),
             first_failed: None,
             last_words: String::new(),
+            stuck: Vec::new(),
         }
     }
 }
@@ -125,6 +128,19 @@ impl Attempt {
             nodes: nodes.collect(),
         }
     }
+}
+
+/// What a node's work left there that does not end: it gets no other until it has.
+pub fn stuck(state: &State, name: &str, node: &Node) -> Option<v1::ResourceError> {
+    let attempt = state.attempts.get(node.attempt.as_ref()?)?;
+    let part = attempt.nodes.iter().find(|part| part.node == name)?;
+    let pids: Vec<_> = part.stuck.iter().map(i32::to_string).collect();
+    let pids = (!pids.is_empty()).then(|| pids.join(","))?;
+    let message = format!(
+        "processes that SIGKILL does not end keep the node from other work: {pids}; see what they wait for (/proc/PID/stack), or reboot it"
+    );
+    let details = [("pids", pids.as_str()), ("attempt", &attempt.id)];
+    Some(error("ProcessesDoNotDie", &message, &details))
 }
 
 /// Whether a plan still fits.
@@ -294,8 +310,14 @@ pub(super) fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation
     if node.last_words.is_empty() {
         node.last_words.clone_from(&seen.last_words);
     }
-    if matches!(node.phase, NodePhase::Ended | NodePhase::Lost) {
+    let gone = matches!(node.phase, NodePhase::Ended | NodePhase::Lost);
+    if gone {
         node.files = seen.files.clone();
+    }
+    let stuck = if gone { &[][..] } else { &seen.stuck };
+    if node.stuck != stuck {
+        node.stuck = stuck.to_vec();
+        nodes::change(step, name, |_| {});
     }
     if changed.outcome.is_none() {
         // What went wrong behind the first process that failed is not why.

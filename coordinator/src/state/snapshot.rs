@@ -301,6 +301,7 @@ fn add_attempt(state: &mut State, stored: StoredAttempt) -> Result<(), SnapshotE
             ranks: seen.ranks,
             files: seen.files,
             first_failed: node.first_failed,
+            stuck: node.stuck,
             last_words: node.last_words,
         });
     }

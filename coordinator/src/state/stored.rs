@@ -110,6 +110,7 @@ pub(super) fn attempt(attempt: &Attempt, as_placed: bool) -> StoredAttempt {
         port: n.port,
         last_words: n.last_words.clone(),
         first_failed: n.first_failed,
+        stuck: n.stuck.clone(),
     });
     StoredAttempt {
         id: attempt.id.clone(),

@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use batchai_common::limits::STUCK_MAX;
 use batchai_common::time::boot_time;
 use batchai_common::{crash_point, fault};
 use nix::sys::signal::Signal;
@@ -88,16 +89,13 @@ impl Shim {
                 // Stopped first, so that none of them can start another while the others are killed.
                 tree::signal_all(&left, Signal::SIGSTOP);
                 tree::signal_all(&left, Signal::SIGKILL);
-                if now >= until && !left.is_empty() && !self.stuck_said {
-                    self.stuck_said = true;
+                let left: Vec<_> = left.into_iter().take(STUCK_MAX).collect();
+                // Not why the job ended, whatever that was: it is the node that cannot be used.
+                if now >= until && left != self.status.stuck {
                     self.log
                         .say(&format!("processes that do not die: {left:?}"));
-                    self.fail(FailureRecord {
-                        code: "ProcessesDoNotDie".into(),
-                        message: format!("processes that do not die: {left:?}"),
-                        details: vec![("pids".into(), format!("{left:?}"))],
-                        ..FailureRecord::default()
-                    });
+                    self.status.stuck = left;
+                    self.publish();
                 }
             }
             _ => {}
@@ -140,6 +138,7 @@ impl Shim {
         self.leave_group();
         self.finish_copy();
         self.status.phase = Phase::Ended;
+        self.status.stuck.clear();
         self.status.files = self.dir.logs()?;
         // Without its record the attempt would count as lost, and the job would run again.
         self.give_up_reserve();

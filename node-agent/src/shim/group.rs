@@ -12,7 +12,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use super::seats;
-use super::tree::signal_all;
+use super::tree::{SweepError, signal_all};
 use crate::cgroups::{Group, Isolation, Method, PROCESS_TREE, Seat, places};
 use crate::journal::{Journal, PREPARE};
 use crate::launch::Preparation;
@@ -85,7 +85,7 @@ impl Group {
     ///
     /// # Errors
     /// Names the processes that do not die.
-    pub fn end(&self) -> io::Result<()> {
+    pub fn end(&self) -> Result<(), SweepError> {
         let mut removed = Ok(());
         for _ in 0..ROUNDS_MAX {
             if !self.processes().is_empty() {
@@ -101,10 +101,8 @@ impl Group {
         }
         let left = self.processes();
         match left.is_empty() {
-            true => removed,
-            false => Err(io::Error::other(format!(
-                "processes that do not die: {left:?}"
-            ))),
+            true => Ok(removed?),
+            false => Err(SweepError::Left(left)),
         }
     }
 }
@@ -179,7 +177,7 @@ pub fn detect(node_uid: &str, only: Option<&str>) -> io::Result<Isolation> {
     })
 }
 
-fn works(home: &Group) -> io::Result<()> {
+fn works(home: &Group) -> Result<(), SweepError> {
     let group = home.below("try");
     group.create()?;
     let tried = Command::new("cat")
@@ -195,7 +193,8 @@ fn works(home: &Group) -> io::Result<()> {
         });
     let removed = group.end();
     leave(&home.path);
-    tried.and(removed)
+    tried?;
+    removed
 }
 
 /// Whether a process can be put into a group, and ends by it.
@@ -220,7 +219,11 @@ pub fn leave(home: &Path) {
 ///
 /// # Errors
 /// Names what does not die; the others have ended.
-pub fn sweep(journal: &Journal, node_uid: &str, keep: &impl Fn(&str) -> bool) -> io::Result<()> {
+pub fn sweep(
+    journal: &Journal,
+    node_uid: &str,
+    keep: &impl Fn(&str) -> bool,
+) -> Result<(), SweepError> {
     let mut homes = homes(node_uid)?;
     // An earlier agent may have had another place.
     for dir in journal.attempts().map_err(io::Error::other)? {
@@ -248,5 +251,6 @@ pub fn sweep(journal: &Journal, node_uid: &str, keep: &impl Fn(&str) -> bool) ->
         }
         leave(&home.path);
     }
-    failed.and(seats::sweep(node_uid, keep))
+    failed?;
+    Ok(seats::sweep(node_uid, keep)?)
 }

@@ -33,7 +33,7 @@ use crate::journal::{AttemptDir, JournalError};
 pub use group::{detect, homes};
 pub use root::{Root, RootError};
 pub use secrets::{hand_over, of as secrets_of};
-pub use tree::sweep;
+pub use tree::{SweepError, sweep};
 #[cfg(any(test, fuzzing))]
 pub use unpack::unpack as unpack_bundle;
 

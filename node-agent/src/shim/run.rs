@@ -80,8 +80,6 @@ pub struct Shim {
     pub(super) launched: bool,
     /// The status on disk is not the latest.
     pub(super) unsaid: bool,
-    /// What does not die was said.
-    pub(super) stuck_said: bool,
     pub(super) copier: Option<Copier>,
     /// What its processes may have open, as it was before the shim took more for itself.
     pub(super) open_files: Option<(u64, u64)>,
@@ -127,7 +125,6 @@ impl Shim {
             fenced_until: None,
             launched: false,
             unsaid: false,
-            stuck_said: false,
             copier: None,
             open_files: limits::raise_open_files().ok(),
             signals,
@@ -211,7 +208,7 @@ impl Shim {
         );
         let timeout = match self.ending {
             Ending::No => self.deadline.saturating_sub(boot_time()),
-            _ if self.stuck_said => WRITE_AGAIN,
+            _ if !self.status.stuck.is_empty() => WRITE_AGAIN,
             _ => ENDING_STEP,
         };
         let fenced = self.plan.fence.is_some() && !self.is_killed();

@@ -11,6 +11,15 @@ use super::group;
 use crate::journal::Journal;
 use crate::launch::ATTEMPT_TAG;
 
+/// Why something of an attempt may still run.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    #[error("processes that do not die: {0:?}")]
+    Left(Vec<i32>),
+    #[error(transparent)]
+    System(#[from] io::Error),
+}
+
 /// All descendants of a process, but for one that is left alone with what is below it.
 pub fn descendants(root: i32, except: Option<i32>) -> Vec<i32> {
     let mut found = Vec::new();
@@ -55,7 +64,11 @@ pub fn signal_all(pids: &[i32], signal: Signal) {
 ///
 /// # Errors
 /// Names the processes that do not die.
-pub fn sweep(journal: &Journal, node_uid: &str, keep: impl Fn(&str) -> bool) -> io::Result<()> {
+pub fn sweep(
+    journal: &Journal,
+    node_uid: &str,
+    keep: impl Fn(&str) -> bool,
+) -> Result<(), SweepError> {
     const ROUNDS_MAX: usize = 100;
     let grouped = group::sweep(journal, node_uid, &keep);
     let mut left = BTreeSet::new();
@@ -68,9 +81,7 @@ pub fn sweep(journal: &Journal, node_uid: &str, keep: impl Fn(&str) -> bool) -> 
         signal_all(&pids, Signal::SIGKILL);
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
-    Err(io::Error::other(format!(
-        "processes that do not die: {left:?}"
-    )))
+    Err(SweepError::Left(left.into_iter().collect()))
 }
 
 fn tagged(node_uid: &str, keep: &impl Fn(&str) -> bool) -> io::Result<BTreeSet<i32>> {
