@@ -40,9 +40,8 @@ pub struct ReadRequest {
 const STALL_MAX: Duration = Duration::from_secs(60);
 /// So many files are named to who asked for another.
 const NAMES_MAX: usize = 20;
-/// A file appears without a change of the job: it is looked for soon, then less and less often.
-const LOOK_FIRST: Duration = Duration::from_millis(20);
-const LOOK_MAX: Duration = Duration::from_secs(1);
+/// Who waits for a file is told when it is made; what depends on time alone is looked at this often.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 type Outbox = mpsc::Sender<Result<StreamJobLogsResponse, Status>>;
 
@@ -145,10 +144,11 @@ impl Reader {
 
     /// Waits, if asked to follow, until the file exists.
     async fn find(&mut self) -> Result<Found, ApiError> {
-        let mut pause = LOOK_FIRST;
         let mut announced: Option<Instant> = None;
         loop {
             let attempt = self.attempt()?;
+            // Before it is looked for: what is made in between is not missed.
+            let made = attempt.as_ref().map(|a| self.logs.files_made(&a.id));
             for node in attempt.iter().flat_map(|a| &a.nodes) {
                 if self
                     .request
@@ -185,10 +185,9 @@ impl Reader {
             if stalled || !self.may_come(attempt.as_deref()) || !self.request.follow {
                 return Err(self.no_such_file(attempt.as_deref()));
             }
-            let soon = tokio::time::sleep(pause);
-            pause = (pause * 2).min(LOOK_MAX);
             tokio::select! {
-                () = soon => {}
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+                () = next_made(made) => {}
                 changed = self.changes.changed() => if changed.is_err() {
                     return Err(ApiError::Unavailable { why: "it is stopping".into(), leader: None });
                 },
@@ -283,6 +282,16 @@ impl Reader {
         let node = attempt.nodes.iter().find(|n| n.node == found.node)?;
         last_of(node, &self.request.file)
     }
+}
+
+/// Waits until a file is made; for ever where there is no attempt that could have any.
+async fn next_made(made: Option<watch::Receiver<()>>) {
+    if let Some(mut made) = made
+        && made.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 /// What is known of a file's end.

@@ -84,11 +84,35 @@ struct Open {
     length: watch::Sender<u64>,
 }
 
+/// Who waits for files of which attempt.
+#[derive(Clone, Default)]
+struct Made {
+    waiting: Arc<Mutex<HashMap<String, watch::Sender<()>>>>,
+}
+
+impl Made {
+    fn follow(&self, attempt: &str) -> watch::Receiver<()> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that nobody waits for any more are few: attempts whose followers have all found their files.
+        waiting.retain(|_, sender| sender.receiver_count() > 0);
+        let sender = waiting.entry(attempt.to_owned()).or_default();
+        sender.subscribe()
+    }
+
+    fn tell(&self, attempt: &str) {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sender) = waiting.get(attempt) {
+            sender.send_replace(());
+        }
+    }
+}
+
 /// All log files of this replica.
 #[derive(Clone)]
 pub struct LogStore {
     root: PathBuf,
     open: Arc<Mutex<HashMap<FileKey, Arc<Open>>>>,
+    made: Made,
 }
 
 impl LogStore {
@@ -98,6 +122,7 @@ impl LogStore {
         Ok(LogStore {
             root,
             open: Arc::default(),
+            made: Made::default(),
         })
     }
 
@@ -166,13 +191,16 @@ impl LogStore {
         if let (true, Some(parent)) = (create, path.parent()) {
             fs::create_dir_all(parent)?;
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(create)
-            .open(path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let (file, new) = match options.open(&path) {
+            Err(e) if create && e.kind() == io::ErrorKind::NotFound => {
+                (options.create(true).open(&path)?, true)
+            }
+            opened => (opened?, false),
+        };
         let length = file.metadata()?.len();
-        let new = Arc::new(Open {
+        let opened = Arc::new(Open {
             file: Arc::new(file),
             length: watch::Sender::new(length),
         });
@@ -186,8 +214,16 @@ impl LogStore {
                 .map(|(key, _)| key.clone());
             closed.and_then(|key| open.remove(&key));
         }
-        open.insert(key.clone(), new.clone());
-        Ok(new)
+        open.insert(key.clone(), opened.clone());
+        if new {
+            self.made.tell(&key.attempt);
+        }
+        Ok(opened)
+    }
+
+    /// Is told of every file of an attempt that is made from now on.
+    pub fn files_made(&self, attempt: &str) -> watch::Receiver<()> {
+        self.made.follow(attempt)
     }
 
     /// The attempts that have files. What else lies in the directory is not ours.

@@ -42,6 +42,9 @@ const FENCE_LOOK: Duration = Duration::from_secs(1);
 /// A record that could not be written is tried again this often.
 pub(super) const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
+/// What is waited for beside streams: signals and files of the agent's.
+const OTHERS: usize = 2;
+
 /// What the attempt's processes get on their way out.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Ending {
@@ -140,12 +143,12 @@ impl Shim {
         self.prepare()?;
         let mut buffer = Vec::new();
         while !self.over() {
-            self.wait()?;
+            let readable = self.wait()?;
             // Before anything is begun: it may have stood still until now.
             self.watch_the_fence();
             // Before children are looked for: one that ends later sends another signal.
             let told = self.take_signals();
-            self.drain(&mut buffer);
+            self.drain(&mut buffer, |at| readable.get(at).is_some_and(|it| *it));
             if told {
                 // Before the ranks are counted: a machine that shuts down tells them as well.
                 self.stopped();
@@ -196,8 +199,9 @@ impl Shim {
         crash_point!("shim_said_it_is_ready");
     }
 
-    /// Waits for a signal, a file of the agent's, output, or the next time to look.
-    fn wait(&self) -> Result<(), ShimError> {
+    /// Waits for a signal, a file of the agent's, output, or the next time to look. Returns which of the streams have something:
+    /// where many ranks print, looking at all of them each time would cost more than what they print.
+    fn wait(&self) -> Result<Vec<bool>, ShimError> {
         let mut fds = vec![
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
@@ -226,9 +230,13 @@ impl Shim {
         let timeout = timeout.as_millis().clamp(1, i32::MAX as u128) as i32;
         let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(error) => Err(system("poll")(error)),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(system("poll")(error)),
         }
+        let streams = fds.iter().skip(OTHERS);
+        // An error is read, too, as is the end.
+        let readable = streams.map(|fd| fd.revents().is_none_or(|events| !events.is_empty()));
+        Ok(readable.collect())
     }
 
     /// Whether one of the signals says to end.
@@ -240,9 +248,15 @@ impl Shim {
         told
     }
 
-    pub(super) fn drain(&mut self, buffer: &mut Vec<u8>) {
+    /// Takes what those of the streams have that are asked for.
+    pub(super) fn drain(&mut self, buffer: &mut Vec<u8>, asked: impl Fn(usize) -> bool) {
         let log = &self.log;
+        let mut at = 0;
         self.streams.retain_mut(|stream| {
+            at += 1;
+            if !asked(at - 1) {
+                return true;
+            }
             let before = stream.failure().is_some();
             let drained = stream.drain(buffer);
             if let (false, Some(error)) = (before, stream.failure()) {
