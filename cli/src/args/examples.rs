@@ -111,7 +111,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ),
     (
         "job file stream",
-        "batchai job file stream -j digits -f stdout.txt",
+        "batchai job file stream -j digits --all-ranks --tail 10",
     ),
     (
         "job file download",

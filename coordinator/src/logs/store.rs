@@ -3,14 +3,16 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use batchai_common::names::{Kind, Name, check_id};
+use batchai_common::time::now_millis;
 use bytes::Bytes;
 use tokio::sync::watch;
+
+use super::LogFile;
 
 /// Which file: names that are safe as parts of a path.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -78,12 +80,6 @@ pub struct Listed {
     pub modified: SystemTime,
 }
 
-/// A file that is being written or read.
-struct Open {
-    file: Arc<File>,
-    length: watch::Sender<u64>,
-}
-
 /// Who waits for files of which attempt.
 #[derive(Clone, Default)]
 struct Made {
@@ -111,7 +107,7 @@ impl Made {
 #[derive(Clone)]
 pub struct LogStore {
     root: PathBuf,
-    open: Arc<Mutex<HashMap<FileKey, Arc<Open>>>>,
+    open: Arc<Mutex<HashMap<FileKey, Arc<LogFile>>>>,
     made: Made,
 }
 
@@ -126,63 +122,45 @@ impl LogStore {
         })
     }
 
-    /// Writes a piece at an offset if the file reaches so far; what it has already is left alone. Returns the file's
-    /// length, from which the sender goes on.
-    pub async fn append(&self, key: FileKey, offset: u64, data: Bytes) -> io::Result<u64> {
+    /// Writes a piece at an offset if the file reaches so far; what it has already is left alone. Where the sender has `lost` what
+    /// lies before, the file gets a gap there. Returns the file's length, from which the sender goes on.
+    pub async fn append(
+        &self,
+        key: FileKey,
+        offset: u64,
+        data: Bytes,
+        lost: bool,
+    ) -> io::Result<u64> {
         let store = self.clone();
         let write = move || {
-            let open = store.open(&key, true)?;
-            let length = *open.length.borrow();
-            let end = offset + data.len() as u64;
-            if offset > length || end <= length {
-                return Ok(length);
-            }
+            let file = store.open(&key, true)?;
             check_space(&store.root)?;
-            open.file
-                .write_all_at(&data[(length - offset) as usize..], length)?;
-            open.length.send_replace(end);
-            Ok(end)
+            file.append(offset, &data, lost, now_millis())
         };
-        tokio::task::spawn_blocking(write)
-            .await
-            .map_err(io::Error::other)?
+        on_a_thread(write).await
     }
 
     /// Makes what is kept of a file survive a power cut; returns how much that is.
     pub async fn sync(&self, key: FileKey) -> io::Result<u64> {
         let store = self.clone();
         let sync = move || {
-            let open = store.open(&key, true)?;
-            let length = *open.length.borrow();
-            open.file.sync_data()?;
+            let length = store.open(&key, true)?.sync()?;
             // The file itself, and the directories that it is the first in.
             for dir in key.path(&store.root).ancestors().skip(1).take(3) {
                 File::open(dir)?.sync_all()?;
             }
             Ok(length)
         };
-        tokio::task::spawn_blocking(sync)
-            .await
-            .map_err(io::Error::other)?
+        on_a_thread(sync).await
     }
 
-    /// A file and its growing length; `None` where it does not exist.
-    pub async fn follow(
-        &self,
-        key: FileKey,
-    ) -> io::Result<Option<(Arc<File>, watch::Receiver<u64>)>> {
+    /// A file; `None` where it does not exist.
+    pub async fn find(&self, key: FileKey) -> io::Result<Option<Arc<LogFile>>> {
         let store = self.clone();
-        let open = move || match store.open(&key, false) {
-            Ok(open) => Ok(Some((open.file.clone(), open.length.subscribe()))),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e),
-        };
-        tokio::task::spawn_blocking(open)
-            .await
-            .map_err(io::Error::other)?
+        on_a_thread(move || present(store.open(&key, false))).await
     }
 
-    fn open(&self, key: &FileKey, create: bool) -> io::Result<Arc<Open>> {
+    fn open(&self, key: &FileKey, create: bool) -> io::Result<Arc<LogFile>> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = open.get(key) {
             return Ok(known.clone());
@@ -199,18 +177,11 @@ impl LogStore {
             }
             opened => (opened?, false),
         };
-        let length = file.metadata()?.len();
-        let opened = Arc::new(Open {
-            file: Arc::new(file),
-            length: watch::Sender::new(length),
-        });
+        let opened = Arc::new(LogFile::open(file, path)?);
         if open.len() >= OPEN_MAX {
-            let idle = |file: &Arc<Open>| {
-                Arc::strong_count(file) == 1 && file.length.receiver_count() == 0
-            };
             let closed = open
                 .iter()
-                .find(|(_, file)| idle(file))
+                .find(|(_, file)| !is_used(file))
                 .map(|(key, _)| key.clone());
             closed.and_then(|key| open.remove(&key));
         }
@@ -245,18 +216,13 @@ impl LogStore {
     /// Closes the files of attempts that have ended and that nobody reads; they are opened again when they are needed.
     pub fn close(&self, ended: impl Fn(&str) -> bool) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|key, file| {
-            let used = Arc::strong_count(file) > 1 || file.length.receiver_count() > 0;
-            used || !ended(&key.attempt)
-        });
+        open.retain(|key, file| is_used(file) || !ended(&key.attempt));
     }
 
     /// The files of an attempt, by name and node.
     pub async fn files(&self, attempt: &str) -> io::Result<Vec<Listed>> {
         let root = self.root.join(attempt);
-        tokio::task::spawn_blocking(move || list(&root))
-            .await
-            .map_err(io::Error::other)?
+        on_a_thread(move || list(&root)).await
     }
 
     /// Removes the files of an attempt.
@@ -265,11 +231,27 @@ impl LogStore {
     }
 }
 
+/// Whether somebody has it who does not want to open it again.
+fn is_used(file: &Arc<LogFile>) -> bool {
+    Arc::strong_count(file) > 1 || file.is_followed()
+}
+
+/// Runs what waits for the disk where it holds up nobody.
+async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(io::Error::other)?
+}
+
 /// What lies below an attempt's directory. It may be swept meanwhile: what is gone is not listed.
 fn list(root: &Path) -> io::Result<Vec<Listed>> {
     let mut found = Vec::new();
     for (node_id, node) in entries(root)? {
         for (file, entry) in entries(&node.path())? {
+            if !check_file(&file) {
+                continue;
+            }
             let Some(metadata) = present(entry.metadata())? else {
                 continue;
             };
@@ -335,11 +317,11 @@ mod tests {
         let store = LogStore::new(dir.path().join("logs")).unwrap();
         let put = async |store: &LogStore, offset, text: &'static str| {
             store
-                .append(key("f"), offset, Bytes::from_static(text.as_bytes()))
+                .append(key("f"), offset, Bytes::from_static(text.as_bytes()), false)
                 .await
                 .unwrap()
         };
-        assert!(store.follow(key("f")).await.unwrap().is_none());
+        assert!(store.find(key("f")).await.unwrap().is_none());
         assert_eq!(put(&store, 0, "hello ").await, 6);
         assert_eq!(put(&store, 8, "gap").await, 6);
         assert_eq!(put(&store, 0, "hello ").await, 6);
@@ -355,6 +337,6 @@ mod tests {
         assert_eq!(again.attempts().unwrap(), ["1-1"]);
         again.close(|_| true);
         again.remove("1-1").unwrap();
-        assert!(again.follow(key("f")).await.unwrap().is_none());
+        assert!(again.find(key("f")).await.unwrap().is_none());
     }
 }

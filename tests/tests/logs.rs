@@ -1,0 +1,282 @@
+//! Logs of jobs: who reads them gets every byte once, whatever happens on the way.
+
+use std::collections::BTreeMap;
+use std::process::Output;
+use std::time::Duration;
+
+use batchai_proto::v1;
+use batchai_proto::v1::stream_job_logs_response::End;
+use batchai_tests::api::{Api, refusal};
+use batchai_tests::ensemble::{Ensemble, IN};
+use batchai_tests::process::{Background, until};
+use batchai_tests::replicas::Replicas;
+use serde_json::json;
+use tonic::{Code, Status};
+
+const JOB: &str = "resourceGroups/g/workspaces/w/experiments/e/jobs/j";
+
+/// What was read of a stream: the bytes of each file, how many were dropped, and how it ended.
+#[derive(Debug, Default)]
+struct Got {
+    text: String,
+    dropped: i64,
+    pieces: Vec<v1::StreamJobLogsResponse>,
+    end: i32,
+}
+
+fn read(api: &Api, change: impl FnOnce(&mut v1::StreamJobLogsRequest)) -> Result<Got, Status> {
+    let mut request = v1::StreamJobLogsRequest {
+        name: JOB.into(),
+        file: "stdout.txt".into(),
+        ..Default::default()
+    };
+    change(&mut request);
+    let mut stream = api.call(api.jobs().stream_job_logs(request))?;
+    let mut got = Got::default();
+    while let Some(piece) = api.runtime.block_on(stream.message())? {
+        got.text.push_str(&String::from_utf8_lossy(&piece.data));
+        got.dropped += piece.dropped_bytes;
+        got.end = piece.end;
+        got.pieces.push(piece);
+    }
+    Ok(got)
+}
+
+fn command(line: &str) -> serde_json::Value {
+    json!({ "nodeCount": 1, "customToolkitSettings": { "commandLine": line } })
+}
+
+fn stream<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    [&["job", "file", "stream", "-j", "j"], more, &IN[..]].concat()
+}
+
+/// Lines `{rank} {number}` of several ranks: of each all numbers from one on, in their order and once.
+fn assert_numbered(output: &Output, ranks: usize, last: usize) {
+    let mut next: BTreeMap<String, usize> = BTreeMap::new();
+    let text = String::from_utf8_lossy(&output.stdout);
+    for line in text.lines() {
+        let words: Vec<_> = line.split(' ').collect();
+        let [prefix, rank, number] = words[..] else {
+            panic!("{line:?} is not one line of one rank");
+        };
+        assert_eq!(prefix, format!("[{rank}]"), "{line:?}");
+        let next = next.entry(rank.to_owned()).or_insert(1);
+        assert_eq!(number, next.to_string(), "{line:?}");
+        *next += 1;
+    }
+    assert_eq!(
+        next.len(),
+        ranks,
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(next.values().all(|n| *n == last + 1), "{next:?}");
+}
+
+/// Prints its numbers in pieces that end amid lines.
+fn counting(last: usize, pause: &str) -> String {
+    let python = format!(
+        "import os, sys, time\n\
+         for n in range(1, {last} + 1):\n \
+         sys.stdout.write(os.environ['RANK'] + ' '); sys.stdout.flush()\n \
+         sys.stdout.write(str(n) + '\\n'); time.sleep({pause})\n"
+    );
+    format!("python3 -c \"{python}\"")
+}
+
+#[test]
+fn the_last_lines_and_what_came_since_a_time_are_read() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    let (go, out) = (api.e.path().join("go"), api.e.path().join("out"));
+    let line = format!(
+        "seq 1 100000; sleep 2.5; echo later; until [ -e {} ]; do sleep 0.05; done; echo last; printf end",
+        go.display()
+    );
+    api.e.submit("j", command(&line));
+    let now = |change: fn(&mut v1::StreamJobLogsRequest)| read(&api, change);
+    until("the second part", || {
+        let got = now(|_| ()).ok()?;
+        got.text.ends_with("later\n").then_some(())
+    });
+    let tail = now(|r| r.tail_lines = Some(3)).unwrap();
+    assert_eq!(tail.text, "99999\n100000\nlater\n");
+    assert_eq!((tail.end, tail.dropped), (End::NotFollowed as i32, 0));
+    assert_eq!(tail.pieces[0].file, "stdout.txt");
+    assert_eq!(now(|r| r.tail_lines = Some(0)).unwrap().text, "");
+    assert_eq!(
+        now(|r| r.tail_lines = Some(100_000))
+            .unwrap()
+            .text
+            .lines()
+            .next(),
+        Some("2")
+    );
+    // Since the second part began, by the clock of the log: the first came two seconds before.
+    let logs = api.call(api.jobs().list_job_files(v1::ListJobFilesRequest {
+        name: JOB.into(),
+        ..Default::default()
+    }));
+    let logs = logs.unwrap().files;
+    let changed = logs.iter().find(|f| f.name == "stdout.txt").unwrap();
+    let mut at = changed.last_modified.unwrap();
+    at.seconds -= 1;
+    let since = read(&api, |r| r.since = Some(at)).unwrap().text;
+    assert_eq!(since, "later\n");
+    at.seconds += 3600;
+    assert_eq!(
+        read(&api, |r| r.since = Some(at)).unwrap().text,
+        "",
+        "nothing came since"
+    );
+    // Who follows from now on gets what comes, to the last byte.
+    let tail = Background::start(&mut api.e.command(&stream(&["-f", "stdout.txt", "--tail", "1"])));
+    std::thread::sleep(Duration::from_millis(500));
+    std::fs::write(go, "").unwrap();
+    let printed = tail.finish();
+    assert!(printed.status.success());
+    assert_eq!(String::from_utf8_lossy(&printed.stdout), "later\nlast\nend");
+    for (field, bad) in [
+        (
+            "tail_lines",
+            v1::StreamJobLogsRequest {
+                tail_lines: Some(-1),
+                ..Default::default()
+            },
+        ),
+        (
+            "positions",
+            v1::StreamJobLogsRequest {
+                positions: vec![v1::LogPosition::default()],
+                ..Default::default()
+            },
+        ),
+        (
+            "file",
+            v1::StreamJobLogsRequest {
+                all_ranks: true,
+                file: "stdout.txt".into(),
+                ..Default::default()
+            },
+        ),
+        (
+            "all_ranks",
+            v1::StreamJobLogsRequest {
+                all_ranks: true,
+                offset: 1,
+                file: String::new(),
+                ..Default::default()
+            },
+        ),
+        (
+            "since",
+            v1::StreamJobLogsRequest {
+                directory: "MODEL".into(),
+                since: Some(at),
+                ..Default::default()
+            },
+        ),
+    ] {
+        let refused = read(&api, |r| {
+            let file = match bad.all_ranks {
+                true => bad.file.clone(),
+                false => r.file.clone(),
+            };
+            *r = v1::StreamJobLogsRequest {
+                name: JOB.into(),
+                file,
+                ..bad.clone()
+            };
+        });
+        assert_eq!(
+            refusal(&refused.unwrap_err()),
+            (Code::InvalidArgument, vec![field.to_owned()])
+        );
+    }
+    assert!(!out.join("none").exists());
+}
+
+#[test]
+fn all_ranks_are_followed_line_by_line_through_restarts_of_agent_and_coordinator() {
+    let mut e = Ensemble::with_cluster(2);
+    let properties = json!({
+        "nodeCount": 2,
+        "customToolkitSettings": { "commandLine": counting(600, "0.01"), "processesPerNode": 3 },
+    });
+    e.submit("j", properties);
+    e.until_job("j", "RUNNING");
+    let follower = Background::start(&mut e.command(&stream(&["--all-ranks"])));
+    std::thread::sleep(Duration::from_millis(1500));
+    e.agents.get_mut("a1").unwrap().kill();
+    e.coordinator.as_mut().unwrap().kill();
+    e.start_coordinator();
+    std::thread::sleep(Duration::from_millis(700));
+    e.start_agent("a1");
+    e.coordinator.as_mut().unwrap().kill();
+    e.start_coordinator();
+    let printed = follower.finish();
+    assert!(
+        printed.status.success(),
+        "{}",
+        String::from_utf8_lossy(&printed.stderr)
+    );
+    assert_numbered(&printed, 6, 600);
+    assert_eq!(e.wait("j"), 0);
+    // The same of a job that has ended; one stream, one node, the last lines.
+    assert_numbered(&e.run(&stream(&["--all-ranks", "--no-follow"])), 6, 600);
+    let tail = e.run(&stream(&[
+        "--all-ranks",
+        "-f",
+        "stdout",
+        "--node",
+        "a2",
+        "--tail",
+        "2",
+    ]));
+    let mut lines: Vec<_> = std::str::from_utf8(&tail.stdout).unwrap().lines().collect();
+    lines.sort_unstable();
+    let expected = (3..6).flat_map(|r| [599, 600].map(|n| format!("[{r}] {r} {n}")));
+    assert_eq!(lines, expected.collect::<Vec<_>>());
+    assert!(
+        e.run(&stream(&["--all-ranks", "-f", "stderr"]))
+            .stdout
+            .is_empty()
+    );
+}
+
+#[test]
+fn a_reader_goes_on_with_the_next_leader() {
+    let mut e = Replicas::start(3, &[]);
+    e.make_token();
+    e.start_agent("a1");
+    e.create_cluster(1);
+    let properties = json!({
+        "nodeCount": 1,
+        "customToolkitSettings": { "commandLine": counting(800, "0.01"), "processesPerNode": 2 },
+    });
+    e.submit_with("j", properties);
+    let endpoints = e.list();
+    let all = Background::start(&mut e.command_at(&endpoints, &stream(&["--all-ranks"])));
+    let one = Background::start(&mut e.command_at(&endpoints, &stream(&["--rank", "1"])));
+    until("the ranks to run", || {
+        (e.job("j")["state"] == "RUNNING").then_some(())
+    });
+    std::thread::sleep(Duration::from_millis(1500));
+    // It hands over and lives on: its readers must not wait with it.
+    let first = e.leader();
+    let next = if first == 1 { 2 } else { 1 };
+    e.ok(&["admin", "replica", "lead", "--id", &next.to_string()]);
+    std::thread::sleep(Duration::from_millis(1500));
+    let leader = e.leader();
+    assert_ne!(leader, first);
+    e.kill(leader);
+    let all = all.finish();
+    assert!(
+        all.status.success(),
+        "{}",
+        String::from_utf8_lossy(&all.stderr)
+    );
+    assert_numbered(&all, 2, 800);
+    let one = String::from_utf8(one.finish().stdout).unwrap();
+    let expected: String = (1..=800).map(|n| format!("1 {n}\n")).collect();
+    assert_eq!(one, expected);
+}
