@@ -9,6 +9,9 @@ pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// enough that a reader who follows sees it soon.
 pub const LOG_CHUNK_BYTES_MAX: usize = 256 << 10;
 
+/// How much of a log file is kept, where nobody says otherwise: enough for what people read, and no disk is full of one rank's.
+pub const LOG_FILE_MIB: u64 = 1024;
+
 /// The largest piece of any other file in one message.
 pub const FILE_CHUNK_BYTES_MAX: usize = 64 << 10;
 

@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use batchai_common::limits::LOG_FILE_MIB;
+
 use crate::launch::JobLimit;
 
 /// Runs a node agent: it registers this machine and runs its part of jobs.
@@ -43,6 +45,12 @@ pub struct Config {
         value_name = "NAME=NUMBER"
     )]
     pub job_limits: Vec<JobLimit>,
+    /// How many MiB of each log file are kept on this node while its job runs: beyond that what was printed first is given up.
+    #[arg(long, env = "BATCHAI_LOG_MIB", hide_env = true, default_value_t = LOG_FILE_MIB, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub log_mib: u64,
+    /// How many seconds ago what is kept of a log file was printed at most. It is given up when more is printed.
+    #[arg(long, env = "BATCHAI_LOG_AGE", hide_env = true, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
+    pub log_age: Option<u64>,
     /// The node's name in the ensemble. The host name where it is left out.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,

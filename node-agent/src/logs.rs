@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use batchai_common::crash_point;
 use batchai_common::error::causes;
+use batchai_common::holes;
 use batchai_common::tls::Connector;
 use batchai_common::tls::Route;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
@@ -192,7 +193,8 @@ impl Shipper {
             while let Some(piece) = next {
                 match self.chunk(&piece) {
                     Ok(chunk) => {
-                        shipment.sent(&piece);
+                        let end = chunk.offset as u64 + chunk.data.len() as u64;
+                        shipment.sent(&piece, end);
                         let message = Some(ship_logs_request::Message::Chunk(chunk));
                         if outbox.try_send(ShipLogsRequest { message }).is_err() {
                             return false;
@@ -211,18 +213,56 @@ impl Shipper {
 
     fn chunk(&self, piece: &Piece) -> std::io::Result<LogChunk> {
         let (attempt, file) = &piece.key;
-        let mut data = vec![0; piece.length];
+        let (mut data, mut offset) = (Vec::new(), piece.offset);
         if piece.length > 0 {
             let dir = self.journal.attempt(attempt);
             let dir = dir.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::NotFound))?;
             let opened = File::open(dir.path.join(LOGS).join(file))?;
-            opened.read_exact_at(&mut data, piece.offset)?;
+            (offset, data) = read_kept(&opened, piece.offset, piece.length)?;
         }
         Ok(LogChunk {
             attempt: attempt.clone(),
             file: file.clone(),
-            offset: piece.offset as i64,
+            offset: offset as i64,
             data: data.into(),
+            gap: offset > piece.offset,
         })
+    }
+}
+
+/// Bytes of a file from an offset on, or from where its shim keeps them.
+fn read_kept(file: &File, mut offset: u64, length: usize) -> std::io::Result<(u64, Vec<u8>)> {
+    loop {
+        let end = file.metadata()?.len();
+        let most = end.saturating_sub(offset).min(length as u64);
+        let mut data = vec![0; most as usize];
+        file.read_exact_at(&mut data, offset)?;
+        // In this order: what is given up while it is read may have been read as zeros.
+        let kept = holes::first_kept(file)?;
+        if kept <= offset {
+            return Ok((offset, data));
+        }
+        offset = kept;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn what_was_given_up_is_not_read_as_something() {
+        let align = holes::HOLE_ALIGN;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![b'x'; 3 * align as usize]).unwrap();
+        holes::give_up(&file, align).unwrap();
+        let (offset, data) = read_kept(&file, 5, 100).unwrap();
+        assert_eq!((offset, data), (align, vec![b'x'; 100]));
+        let (offset, data) = read_kept(&file, 3 * align - 5, 100).unwrap();
+        assert_eq!((offset, data.len()), (3 * align - 5, 5));
+        holes::give_up(&file, 4 * align).unwrap();
+        assert_eq!(read_kept(&file, 5, 100).unwrap(), (3 * align, Vec::new()));
     }
 }

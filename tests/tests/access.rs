@@ -829,6 +829,7 @@ fn a_hostile_agent_disturbs_nobody() {
             file: file.into(),
             offset: 0,
             data: Bytes::from(vec![b'x'; size]),
+            gap: false,
         };
         let requests = [
             ship_logs_request::Message::Hello(hello),

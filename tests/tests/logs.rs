@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use batchai_proto::v1;
 use batchai_proto::v1::stream_job_logs_response::End;
-use batchai_tests::api::{Api, refusal};
+use batchai_tests::api::{Api, WORKSPACE, refusal};
 use batchai_tests::ensemble::{Ensemble, IN};
 use batchai_tests::process::{Background, until};
 use batchai_tests::replicas::Replicas;
@@ -241,6 +241,239 @@ fn all_ranks_are_followed_line_by_line_through_restarts_of_agent_and_coordinator
             .stdout
             .is_empty()
     );
+}
+
+/// A coordinator and agents that keep so many MiB of each log file.
+fn keeping(mib: u32, agents: usize) -> Ensemble {
+    let mut e = Ensemble::without_daemons();
+    let mib = mib.to_string();
+    e.variables.push(("BATCHAI_LOG_MIB".into(), mib));
+    e.start_coordinator();
+    for name in 1..=agents {
+        e.start_agent(&format!("a{name}"));
+    }
+    e.until_alive(agents);
+    e.create_cluster(agents);
+    e
+}
+
+/// A line of sixteen bytes for each number: what stands at an offset follows from it.
+fn assert_rings_true(got: &Got, size: i64) {
+    let mut next = 0;
+    for piece in &got.pieces {
+        assert_eq!(
+            piece.offset,
+            next + piece.dropped_bytes,
+            "nothing is missing unsaid"
+        );
+        for (at, byte) in (piece.offset..).zip(&piece.data[..]) {
+            let line = format!("{:015}\n", at / 16);
+            assert_eq!(*byte, line.as_bytes()[at as usize % 16], "byte {at}");
+        }
+        next = piece.offset + piece.data.len() as i64;
+    }
+    assert_eq!((next, got.end), (size, End::Complete as i32));
+}
+
+/// What the files of one name below a directory take of the disk.
+fn disk_bytes(below: &std::path::Path, name: &str) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    let entries = std::fs::read_dir(below).into_iter().flatten().flatten();
+    let sizes = entries.map(|entry| match entry.file_type().unwrap().is_dir() {
+        true => disk_bytes(&entry.path(), name),
+        false if entry.file_name() == name => entry.metadata().unwrap().blocks() * 512,
+        false => 0,
+    });
+    sizes.sum()
+}
+
+const MIB: u64 = 1 << 20;
+/// What a file may take that is kept to one MiB.
+const ONE_MIB_MAX: u64 = MIB + MIB / 4;
+
+#[test]
+fn files_that_rotate_take_no_more_disk_and_readers_know_what_they_missed() {
+    let mut api = Api::start(keeping(1, 1));
+    let (go, size) = (api.e.path().join("go"), 8 << 20);
+    let numbers = "seq -f %015.0f";
+    let line = format!(
+        "{numbers} 0 262143; until [ -e {} ]; do sleep 0.05; done; {numbers} 262144 524287",
+        go.display()
+    );
+    api.e.submit("j", command(&line));
+    let small = |api: &Api| {
+        let node = disk_bytes(&api.e.path().join("agents/a1/attempts"), "stdout.txt");
+        let home = disk_bytes(&api.e.path().join("coordinator/logs"), "stdout.txt");
+        assert!(node <= ONE_MIB_MAX && home <= ONE_MIB_MAX, "{node} {home}");
+        home
+    };
+    let half = until("half of it to arrive", || {
+        let got = read(&api, |_| ()).ok()?;
+        (got.pieces.last()?.offset == size / 2).then_some(got)
+    });
+    assert!(half.dropped >= size / 2 - ONE_MIB_MAX as i64 && half.text.len() as u64 >= MIB);
+    assert!(small(&api) > 0);
+    // While nobody takes its log the rank goes on: what its node gave up meanwhile nobody has.
+    api.e.coordinator.as_mut().unwrap().kill();
+    std::fs::write(&go, "").unwrap();
+    until("the rank to end", || {
+        let status = glob(&api.e.path().join("agents/a1/attempts"), "status.json")?;
+        let status = std::fs::read_to_string(status).ok()?;
+        status.contains("\"exit_code\":0").then_some(())
+    });
+    api.e.start_coordinator();
+    assert_eq!(api.e.wait("j"), 0);
+    api.channel = api.connect();
+    // Who follows it as it comes may get what is given up behind him.
+    assert_rings_true(&read(&api, |r| r.follow = true).unwrap(), size);
+    let got = read(&api, |_| ()).unwrap();
+    assert_rings_true(&got, size);
+    assert!(got.dropped >= size - ONE_MIB_MAX as i64, "{}", got.dropped);
+    assert!(got.text.len() as u64 >= MIB);
+    small(&api);
+    // The command says so, and a range that is gone is none.
+    let printed = api.e.run(&stream(&["-f", "stdout.txt"]));
+    assert!(printed.status.success());
+    assert_eq!(printed.stdout.len(), got.text.len());
+    let said = String::from_utf8_lossy(&printed.stderr);
+    assert!(
+        said.contains("bytes of stdout.txt before byte") && said.contains("kept no more"),
+        "{said}"
+    );
+    let range = read(&api, |r| (r.offset, r.length) = (1000, 100)).unwrap();
+    assert_eq!((range.text.as_str(), range.dropped), ("", 100));
+    assert_eq!(range.end, End::NotFollowed as i32);
+    assert_eq!(
+        read(&api, |r| r.tail_lines = Some(1)).unwrap().text,
+        "000000000524287\n"
+    );
+}
+
+fn glob(below: &std::path::Path, name: &str) -> Option<std::path::PathBuf> {
+    let mut entries = std::fs::read_dir(below).ok()?.flatten();
+    entries.find_map(|entry| match entry.file_type().ok()?.is_dir() {
+        true => glob(&entry.path(), name),
+        false => (entry.file_name() == name).then(|| entry.path()),
+    })
+}
+
+#[test]
+fn what_is_too_old_goes_while_the_job_runs() {
+    let mut e = Ensemble::without_daemons();
+    e.coordinator_args = vec!["--log-age".into(), "2".into()];
+    e.start_coordinator();
+    e.start_agent("a1");
+    e.until_alive(1);
+    e.create_cluster(1);
+    let api = Api::start(e);
+    api.e
+        .submit("j", command("echo old; sleep 5; echo new; sleep 600"));
+    let got = until("the old to go", || {
+        read(&api, |_| ()).ok().filter(|got| got.dropped > 0)
+    });
+    assert_eq!((got.text.as_str(), got.dropped), ("new\n", 4));
+    // Also where nothing follows.
+    let got = until("the new to go", || {
+        read(&api, |_| ()).ok().filter(|got| got.dropped > 4)
+    });
+    assert_eq!((got.text.as_str(), got.dropped), ("", 8));
+}
+
+#[test]
+fn retention_and_quota_of_a_workspace_bound_its_logs() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    let update = |workspace: v1::Workspace, paths: &[&str]| {
+        let update = v1::UpdateWorkspaceRequest {
+            workspace: Some(v1::Workspace {
+                name: WORKSPACE.into(),
+                ..workspace
+            }),
+            update_mask: Some(prost_types::FieldMask {
+                paths: paths.iter().map(|path| (*path).to_owned()).collect(),
+            }),
+        };
+        api.call(api.workspaces().update_workspace(update))
+    };
+    let kept = |seconds| v1::Workspace {
+        log_retention: Some(prost_types::Duration { seconds, nanos: 0 }),
+        ..Default::default()
+    };
+    for (bad, field) in [
+        (kept(0), "log_retention"),
+        (
+            v1::Workspace {
+                log_quota_mib: -1,
+                ..Default::default()
+            },
+            "log_quota_mib",
+        ),
+    ] {
+        let refused = update(bad, &[field]).unwrap_err();
+        assert_eq!(
+            refusal(&refused),
+            (Code::InvalidArgument, vec![format!("workspace.{field}")])
+        );
+    }
+    let of = |job: &str| {
+        let name = format!("{}{job}", JOB.trim_end_matches('j'));
+        read(&api, |r| r.name = name)
+    };
+    let run = |name: &str, kib: u32| {
+        api.e.submit(
+            name,
+            command(&format!("head -c {kib}K /dev/zero | tr '\\0' x")),
+        );
+        assert_eq!(api.e.wait(name), 0);
+        until("its log", || {
+            of(name)
+                .ok()
+                .filter(|got| got.text.len() == kib as usize * 1024)
+        });
+    };
+    // Those of a job that ended long enough ago go, and nothing but how much it was is known.
+    run("first", 700);
+    assert_eq!(
+        update(kept(1), &["log_retention"])
+            .unwrap()
+            .log_retention
+            .unwrap()
+            .seconds,
+        1
+    );
+    let got = until("the first to go", || {
+        of("first").ok().filter(|got| got.dropped > 0)
+    });
+    assert_eq!((got.text.as_str(), got.dropped), ("", 700 * 1024));
+    assert_eq!(got.end, End::Complete as i32);
+    let cleared = update(v1::Workspace::default(), &["log_retention"]).unwrap();
+    assert_eq!(cleared.log_retention, None);
+    // Beyond the quota those go first that ended first.
+    run("second", 700);
+    run("third", 700);
+    let quota = [
+        "workspace",
+        "update",
+        "-g",
+        "g",
+        "-n",
+        "w",
+        "--log-quota",
+        "1",
+    ];
+    assert!(api.e.ok(&quota).contains("\"logQuotaMib\": \"1\""));
+    until("the second to go", || {
+        of("second").ok().filter(|got| got.dropped == 700 * 1024)
+    });
+    assert_eq!(of("third").unwrap().dropped, 0);
+    // What runs is bound, too, when nothing else is left.
+    api.e
+        .submit("j", command("head -c 4M /dev/zero | tr '\\0' x; sleep 600"));
+    until("what runs to be cut", || {
+        let got = of("j").ok()?;
+        (got.dropped as u64 >= 3 * MIB - MIB / 4 && got.text.len() as u64 >= MIB).then_some(())
+    });
+    assert_eq!(of("third").unwrap().text, "");
+    assert_eq!(api.e.job("j")["state"], "RUNNING");
 }
 
 #[test]

@@ -275,20 +275,7 @@ fn since(text: &str) -> Result<prost_types::Timestamp, String> {
             "{text:?} is neither a time (2026-05-01T12:00:00Z) nor how long ago it was (90s, 10m, 2h, 1d)"
         )
     };
-    let ago = text.char_indices().next_back().and_then(|(at, unit)| {
-        let seconds = match unit {
-            's' => 1,
-            'm' => 60,
-            'h' => 3600,
-            'd' => 86_400,
-            _ => return None,
-        };
-        text[..at]
-            .parse::<u32>()
-            .ok()
-            .map(|n| i64::from(n) * seconds)
-    });
-    match ago {
+    match super::seconds(text) {
         Some(seconds) => {
             let now = batchai_common::time::now();
             Ok(prost_types::Timestamp {

@@ -131,7 +131,7 @@ impl JobService for Api {
             name: name.clone(),
             etag: given.etag,
             labels,
-            scale_settings: None,
+            ..Update::default()
         };
         self.show(&*self.update(update).await?, &name)
     }

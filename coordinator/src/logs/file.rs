@@ -6,13 +6,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use batchai_common::holes;
 use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
 use bytes::Bytes;
-use nix::fcntl::{FallocateFlags, fallocate};
 use tokio::sync::watch;
 
 use super::index::{Change, Index};
@@ -23,7 +23,6 @@ pub const INDEX_SUFFIX: &str = ",index";
 pub const TAIL_BYTES_MAX: u64 = 16 << 20;
 /// The beginning of a line is looked for so far back.
 const LINE_BYTES_MAX: u64 = 64 << 10;
-const BLOCK_BYTES: u64 = 512;
 
 /// A log file that is open.
 pub struct LogFile {
@@ -147,8 +146,7 @@ impl LogFile {
             true => before.next_multiple_of(1 << 20),
             false => before,
         };
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(&self.data, flags, 0, reach as i64)?;
+        holes::give_up(&self.data, reach)?;
         Ok(kept)
     }
 
@@ -159,7 +157,7 @@ impl LogFile {
             let index = self.index();
             let length = *self.length.borrow();
             let (old, first) = (index.older_than(oldest_ms), index.first());
-            let large = match index.kept(length) > most + most / 8 {
+            let large = match index.kept(length) > most.saturating_add(most / 8) {
                 true => length.saturating_sub(most),
                 false => 0,
             };
@@ -244,11 +242,6 @@ impl LogFile {
         })
     }
 
-    /// How much of the disk it takes.
-    pub fn disk_bytes(&self) -> io::Result<u64> {
-        Ok(self.data.metadata()?.blocks() * BLOCK_BYTES)
-    }
-
     /// Makes what is kept survive a power cut; returns the length.
     pub fn sync(&self) -> io::Result<u64> {
         let length = *self.length.borrow();
@@ -274,6 +267,11 @@ mod tests {
         LogFile::open(options.open(&path).unwrap(), path).unwrap()
     }
 
+    fn disk_bytes(file: &LogFile) -> u64 {
+        use std::os::unix::fs::MetadataExt as _;
+        file.data.metadata().unwrap().blocks() * 512
+    }
+
     fn text(file: &LogFile, offset: u64) -> (u64, String) {
         let end = *file.follow().borrow();
         let piece = file.read(offset, end).unwrap();
@@ -289,7 +287,7 @@ mod tests {
             let end = file.append(turn * 100_000, block.as_bytes(), false, turn as i64 * 2000);
             assert_eq!(end.unwrap(), (turn + 1) * 100_000);
         }
-        let before = file.disk_bytes().unwrap();
+        let before = disk_bytes(&file);
         assert_eq!(
             file.rotate(900_000, 0).unwrap(),
             0,
@@ -297,7 +295,7 @@ mod tests {
         );
         assert_eq!(file.rotate(300_001, 0).unwrap(), 699_999);
         assert_eq!(file.rotate(300_001, 0).unwrap(), 0);
-        assert!(file.disk_bytes().unwrap() <= before - 600_000);
+        assert!(disk_bytes(&file) <= before - 600_000);
         assert_eq!(text(&file, 100).0, 699_899);
         assert_eq!(text(&file, 699_999).1.as_bytes()[..2], *b"\nx");
         // By age: all but the last two came before.
@@ -311,7 +309,7 @@ mod tests {
             1_000_005
         );
         assert_eq!(again.give_up(u64::MAX).unwrap(), 200_005);
-        assert_eq!(again.disk_bytes().unwrap(), 0);
+        assert_eq!(disk_bytes(&again), 0);
         assert_eq!(text(&again, 999_999), (6, String::new()));
         assert_eq!(
             again.append(1_000_005, b"on", false, 30_000).unwrap(),

@@ -7,12 +7,14 @@
 mod file;
 mod follow;
 mod index;
+mod keeping;
 mod ranks;
 mod reader;
 mod store;
 
 pub use file::LogFile;
 pub use follow::Begin;
+pub use keeping::give_up;
 pub use ranks::{OutputStream, Ranks};
 pub use reader::{ReadRequest, What, read};
-pub use store::{FileKey, Listed, LogStore, check_file, check_space};
+pub use store::{FileKey, Limits, Listed, LogStore, check_file, check_space};

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
@@ -57,6 +58,8 @@ pub fn check_file(name: &str) -> bool {
 
 /// Files that are kept open at most; those that are needed again are opened again.
 const OPEN_MAX: usize = 1024;
+/// What the kernel counts files in.
+const BLOCK_BYTES: u64 = 512;
 /// Logs leave so much of their disk alone, a twentieth of it but no more than this: the replicated log may lie on it too.
 const RESERVE_BYTES_MAX: u64 = 1 << 30;
 
@@ -77,7 +80,17 @@ pub struct Listed {
     pub file: String,
     pub node_id: String,
     pub length: u64,
+    /// What it takes of the disk.
+    pub disk_bytes: u64,
     pub modified: SystemTime,
+}
+
+/// How much of each file is kept while it is written.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub bytes: u64,
+    /// How long ago what is kept may have come; any time where it is none.
+    pub age_ms: Option<i64>,
 }
 
 /// Who waits for files of which attempt.
@@ -107,16 +120,18 @@ impl Made {
 #[derive(Clone)]
 pub struct LogStore {
     root: PathBuf,
+    limits: Limits,
     open: Arc<Mutex<HashMap<FileKey, Arc<LogFile>>>>,
     made: Made,
 }
 
 impl LogStore {
     /// Keeps files below a directory, which is made where it does not exist.
-    pub fn new(root: PathBuf) -> io::Result<LogStore> {
+    pub fn new(root: PathBuf, limits: Limits) -> io::Result<LogStore> {
         fs::create_dir_all(&root)?;
         Ok(LogStore {
             root,
+            limits,
             open: Arc::default(),
             made: Made::default(),
         })
@@ -135,9 +150,38 @@ impl LogStore {
         let write = move || {
             let file = store.open(&key, true)?;
             check_space(&store.root)?;
-            file.append(offset, &data, lost, now_millis())
+            let now = now_millis();
+            let length = file.append(offset, &data, lost, now)?;
+            file.rotate(store.limits.bytes, store.oldest(now))?;
+            Ok(length)
         };
         on_a_thread(write).await
+    }
+
+    /// What came before this is too old.
+    fn oldest(&self, now_ms: i64) -> i64 {
+        let age = self.limits.age_ms;
+        age.map_or(i64::MIN, |age| now_ms.saturating_sub(age))
+    }
+
+    /// Gives up what is too old of the files of an attempt, and what is beyond so many bytes of each. Returns how many bytes that was.
+    /// It waits for the disk.
+    pub fn rotate(&self, attempt: &str, bytes: u64, now_ms: i64) -> io::Result<u64> {
+        let mut count = 0;
+        if bytes == u64::MAX && self.limits.age_ms.is_none() {
+            return Ok(count);
+        }
+        for found in self.list(attempt)? {
+            let node = format!("nodes/{}", found.node_id);
+            let key = FileKey::new(attempt, &node, &found.file);
+            let may = found.disk_bytes > bytes || self.limits.age_ms.is_some();
+            if let Some(key) = key.filter(|_| may && found.disk_bytes > 0)
+                && let Some(file) = present(self.open(&key, false))?
+            {
+                count += file.rotate(bytes, self.oldest(now_ms))?;
+            }
+        }
+        Ok(count)
     }
 
     /// Makes what is kept of a file survive a power cut; returns how much that is.
@@ -221,8 +265,13 @@ impl LogStore {
 
     /// The files of an attempt, by name and node.
     pub async fn files(&self, attempt: &str) -> io::Result<Vec<Listed>> {
-        let root = self.root.join(attempt);
-        on_a_thread(move || list(&root)).await
+        let (store, attempt) = (self.clone(), attempt.to_owned());
+        on_a_thread(move || store.list(&attempt)).await
+    }
+
+    /// The same; it waits for the disk.
+    pub fn list(&self, attempt: &str) -> io::Result<Vec<Listed>> {
+        list(&self.root.join(attempt))
     }
 
     /// Removes the files of an attempt.
@@ -259,6 +308,7 @@ fn list(root: &Path) -> io::Result<Vec<Listed>> {
                 file,
                 node_id: node_id.clone(),
                 length: metadata.len(),
+                disk_bytes: metadata.blocks() * BLOCK_BYTES,
                 modified: metadata.modified()?,
             });
         }
@@ -288,6 +338,11 @@ fn present<T>(found: io::Result<T>) -> io::Result<Option<T>> {
 mod tests {
     use super::*;
 
+    const LIMITS: Limits = Limits {
+        bytes: 1 << 30,
+        age_ms: None,
+    };
+
     fn key(file: &str) -> FileKey {
         FileKey::new("1-1", "nodes/n", file).unwrap()
     }
@@ -314,7 +369,7 @@ mod tests {
     #[tokio::test]
     async fn pieces_arrive_once_and_without_gaps_whatever_is_repeated() {
         let dir = tempfile::tempdir().unwrap();
-        let store = LogStore::new(dir.path().join("logs")).unwrap();
+        let store = LogStore::new(dir.path().join("logs"), LIMITS).unwrap();
         let put = async |store: &LogStore, offset, text: &'static str| {
             store
                 .append(key("f"), offset, Bytes::from_static(text.as_bytes()), false)
@@ -326,7 +381,7 @@ mod tests {
         assert_eq!(put(&store, 8, "gap").await, 6);
         assert_eq!(put(&store, 0, "hello ").await, 6);
         assert_eq!(put(&store, 4, "o world").await, 11);
-        let again = LogStore::new(dir.path().join("logs")).unwrap();
+        let again = LogStore::new(dir.path().join("logs"), LIMITS).unwrap();
         assert_eq!(put(&again, 11, "!").await, 12);
         assert_eq!(
             fs::read(dir.path().join("logs/1-1/n/f")).unwrap(),

@@ -14,7 +14,7 @@ use batchai_proto::v1::NodeFacts;
 
 use crate::cgroups::{Group, PROCESS_TREE};
 use crate::config::Config;
-use crate::launch::{HostFacts, JobLimit, JobUsers};
+use crate::launch::{HostFacts, JobLimit, JobUsers, LogLimit};
 
 use sysfs::Sysfs;
 
@@ -117,6 +117,7 @@ pub fn host_facts(
         users,
         limits,
         groups,
+        log_limit: LogLimit::default(),
         base_env: base.collect::<BTreeMap<_, _>>(),
     }
 }

@@ -112,13 +112,13 @@ impl Shipment {
         })
     }
 
-    /// A piece is on its way.
-    pub fn sent(&mut self, piece: &Piece) {
+    /// A piece is on its way; it ends there, which may be further than was asked for where bytes are not kept any more.
+    pub fn sent(&mut self, piece: &Piece, end: u64) {
         let Some(file) = self.files.get_mut(&piece.key) else {
             return;
         };
         if piece.length > 0 {
-            file.sent = Some(piece.offset + piece.length as u64);
+            file.sent = Some(end);
         } else if !file.asked || file.unwanted_since.is_some() {
             (file.asked, file.sent, file.unwanted_since) = (true, None, None);
         }
@@ -218,7 +218,7 @@ mod tests {
     fn pump(shipment: &mut Shipment, now: Instant) -> Vec<Piece> {
         let next = || {
             let piece = shipment.next(now)?;
-            shipment.sent(&piece);
+            shipment.sent(&piece, piece.offset + piece.length as u64);
             Some(piece)
         };
         std::iter::from_fn(next).collect()

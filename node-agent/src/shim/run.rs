@@ -352,7 +352,8 @@ impl Shim {
             (started.stdout, &plan.stdout),
             (started.stderr, &plan.stderr),
         ] {
-            let stream = Stream::new(pipe, &logs.join(file)).map_err(StartError::Log)?;
+            let stream = Stream::new(pipe, &logs.join(file), self.plan.log_limit)
+                .map_err(StartError::Log)?;
             self.streams.push(stream);
         }
         Ok(started.pid)
