@@ -139,7 +139,10 @@ fn complete(end: Follow) -> Done {
     match end {
         Follow::Complete => Ok(ExitCode::SUCCESS),
         Follow::Truncated => Err(CliError::Failed(
-            "the node was lost, or the job began anew: the file may have had more".to_owned(),
+            "the job began anew, or a part never came: the file had more".to_owned(),
+        )),
+        Follow::NodeLost => Err(CliError::Failed(
+            "the node was lost: the file may have had more".to_owned(),
         )),
     }
 }

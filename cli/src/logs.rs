@@ -17,8 +17,10 @@ use crate::error::CliError;
 pub enum Follow {
     /// All of it was written out.
     Complete,
-    /// The node was lost: there may have been more.
+    /// Another attempt began, or something never came.
     Truncated,
+    /// The node was lost: there may have been more.
+    NodeLost,
 }
 
 /// Where pieces of files go.
@@ -111,6 +113,7 @@ impl Follower {
                         End::Unspecified => {}
                         End::Complete | End::NotFollowed => return Ok(Some(Follow::Complete)),
                         End::Truncated => return Ok(Some(Follow::Truncated)),
+                        End::NodeLost => return Ok(Some(Follow::NodeLost)),
                     }
                 }
                 Ok(None) => {
@@ -131,6 +134,10 @@ impl Follower {
                 "batchai: {count} bytes of {file} before byte {} are kept no more",
                 piece.offset
             );
+        }
+        if piece.end() == End::NodeLost && !piece.file.is_empty() {
+            let (node, file) = (&piece.node, &piece.file);
+            say!("batchai: truncated, node lost: {file} of {node} may have had more");
         }
         self.attempt.clone_from(&piece.attempt);
         let next = piece.offset + piece.data.len() as i64;

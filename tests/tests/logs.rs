@@ -1,15 +1,17 @@
 //! Logs of jobs: who reads them gets every byte once, whatever happens on the way.
 
 use std::collections::BTreeMap;
-use std::process::Output;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use batchai_proto::v1;
 use batchai_proto::v1::stream_job_logs_response::End;
 use batchai_tests::api::{Api, WORKSPACE, refusal};
 use batchai_tests::ensemble::{Ensemble, IN};
-use batchai_tests::process::{Background, until};
+use batchai_tests::process::{Background, processes_of, until};
 use batchai_tests::replicas::Replicas;
+use batchai_tests::requirement;
+use nix::sys::signal::Signal;
 use serde_json::json;
 use tonic::{Code, Status};
 
@@ -25,13 +27,22 @@ struct Got {
 }
 
 fn read(api: &Api, change: impl FnOnce(&mut v1::StreamJobLogsRequest)) -> Result<Got, Status> {
+    drain(api, open(api, change)?)
+}
+
+type Pieces = tonic::Streaming<v1::StreamJobLogsResponse>;
+
+fn open(api: &Api, change: impl FnOnce(&mut v1::StreamJobLogsRequest)) -> Result<Pieces, Status> {
     let mut request = v1::StreamJobLogsRequest {
         name: JOB.into(),
         file: "stdout.txt".into(),
         ..Default::default()
     };
     change(&mut request);
-    let mut stream = api.call(api.jobs().stream_job_logs(request))?;
+    api.call(api.jobs().stream_job_logs(request))
+}
+
+fn drain(api: &Api, mut stream: Pieces) -> Result<Got, Status> {
     let mut got = Got::default();
     while let Some(piece) = api.runtime.block_on(stream.message())? {
         got.text.push_str(&String::from_utf8_lossy(&piece.data));
@@ -512,4 +523,263 @@ fn a_reader_goes_on_with_the_next_leader() {
     let one = String::from_utf8(one.finish().stdout).unwrap();
     let expected: String = (1..=800).map(|n| format!("1 {n}\n")).collect();
     assert_eq!(one, expected);
+}
+
+/// The shim of an agent's only attempt: its helpers have the same command line, and are its children.
+fn shim_of(e: &Ensemble, agent: &str) -> i32 {
+    let all = processes_of(&e.path().join("agents").join(agent));
+    let shims: Vec<_> = all
+        .iter()
+        .filter(|(_, command)| command.contains(" shim "))
+        .map(|(pid, _)| *pid)
+        .collect();
+    let parent = |pid: i32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let rest = stat.rsplit_once(") ")?.1;
+        rest.split(' ').nth(1)?.parse::<i32>().ok()
+    };
+    let own = |pid: &&i32| parent(**pid).is_none_or(|parent| !shims.contains(&parent));
+    *shims.iter().find(own).expect("a shim")
+}
+
+fn kill(pid: i32) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+}
+
+#[test]
+fn the_log_of_a_node_that_is_lost_says_so_and_has_all_that_came() {
+    let e = Ensemble::with_cluster(1);
+    let mut job = command("seq 1 50000; sleep 600");
+    job["onNodeLoss"] = "FAIL".into();
+    e.submit("j", job);
+    let printed: String = (1..=50_000).map(|n| format!("{n}\n")).collect();
+    let mut api = Api::start(e);
+    let attempt = |api: &Api, number: i32| {
+        let latest = api.e.job("j")["attempt"].clone();
+        let got = read(api, |_| ()).ok()?;
+        let is = latest["number"] == number && latest["id"] == got.pieces[0].attempt;
+        (is && got.text == printed).then_some(())
+    };
+    until("its log", || attempt(&api, 1));
+    let one = open(&api, |r| r.follow = true).unwrap();
+    let all = open(&api, |r| {
+        (r.all_ranks, r.follow, r.file) = (true, true, "".into())
+    })
+    .unwrap();
+    // Its shim dies, and its agent tells how much it left; the job runs again.
+    kill(shim_of(&api.e, "a1"));
+    for stream in [one, all] {
+        let got = drain(&api, stream).unwrap();
+        assert_eq!((got.text == printed, got.end), (true, End::NodeLost as i32));
+    }
+    until("its second log", || attempt(&api, 2));
+    // All of its machine is gone for good.
+    let follower = Background::start(&mut api.e.command(&stream(&["-f", "stdout.txt"])));
+    api.e.agents.remove("a1").unwrap().kill();
+    kill(shim_of(&api.e, "a1"));
+    until("its loss to be confirmed", || {
+        let confirm = ["node", "confirm-lost", "-n", "a1", "-y"];
+        api.e.run(&confirm).status.success().then_some(())
+    });
+    let followed = follower.finish();
+    let said = String::from_utf8_lossy(&followed.stderr);
+    assert!(!followed.status.success());
+    assert!(
+        followed.stdout == printed.as_bytes(),
+        "{} bytes; {said}",
+        followed.stdout.len()
+    );
+    assert!(
+        said.contains("truncated, node lost: stdout.txt of nodes/a1"),
+        "{said}"
+    );
+}
+
+/// The most memory that a process ever had, in MiB.
+fn peak_mib(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = peak.unwrap().trim().trim_end_matches(" kB");
+    kib.parse::<u64>().unwrap() / 1024
+}
+
+/// No process has a log in memory, whatever ranks print and readers do.
+const MEMORY_MIB_MAX: u64 = 400;
+
+#[test]
+fn a_gibibyte_without_a_line_disturbs_nobody() {
+    let api = Api::start(keeping(16, 2));
+    let named = |name: &str| format!("{}{name}", JOB.trim_end_matches('j'));
+    api.e.submit(
+        "flood",
+        command("head -c 1073741824 /dev/zero | tr '\\0' x"),
+    );
+    api.e.submit(
+        "j",
+        command("for i in $(seq 1 100); do echo $i; sleep 0.05; done"),
+    );
+    let request = v1::StreamJobLogsRequest {
+        name: named("flood"),
+        all_ranks: true,
+        file: "stdout".into(),
+        follow: true,
+        ..Default::default()
+    };
+    let mut flood = api.call(api.jobs().stream_job_logs(request)).unwrap();
+    let first = api.runtime.block_on(flood.message()).unwrap();
+    assert!(!first.unwrap().data.is_empty());
+    // Beside it another one is followed, and the ensemble answers.
+    let lines = api.e.run(&stream(&["-f", "stdout.txt"]));
+    let expected: String = (1..=100).map(|n| format!("{n}\n")).collect();
+    assert_eq!(String::from_utf8_lossy(&lines.stdout), expected);
+    let begin = std::time::Instant::now();
+    api.e.ok(&["group", "create", "-n", "beside"]);
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    let peak = peak_mib(shim_of_flood(&api.e));
+    assert!(peak < 64, "{peak}");
+    // Its reader, which stood still meanwhile, learns what it has missed.
+    let (mut next, mut dropped) = (None, 0);
+    let mut end = End::Unspecified;
+    while let Some(piece) = api.runtime.block_on(flood.message()).unwrap() {
+        assert!(piece.data.len() <= 256 << 10);
+        if piece.file.is_empty() {
+            end = piece.end();
+            continue;
+        }
+        let from = next.unwrap_or(piece.offset - piece.dropped_bytes);
+        assert_eq!(from + piece.dropped_bytes, piece.offset);
+        assert!(
+            piece.data.iter().all(|byte| *byte == b'x'),
+            "nothing is made up"
+        );
+        dropped += piece.dropped_bytes;
+        next = Some(piece.offset + piece.data.len() as i64);
+    }
+    assert_eq!((next, end), (Some(1 << 30), End::Complete));
+    assert_eq!(api.e.wait("flood"), 0);
+    assert!(dropped > 0, "it was slower than the rank");
+    let most = 16 * (MIB + MIB / 4);
+    let home = disk_bytes(&api.e.path().join("coordinator/logs"), "stdout.txt");
+    assert!(home <= most, "{home}");
+    for process in api.e.agents.values().chain(&api.e.coordinator) {
+        let peak = peak_mib(process.pid());
+        assert!(peak < MEMORY_MIB_MAX, "{peak}");
+    }
+}
+
+/// Either node may have the flood: its shim is the one that may grow.
+fn shim_of_flood(e: &Ensemble) -> i32 {
+    let all = processes_of(&e.path().join("agents"));
+    let shims = all.iter().filter(|(_, command)| command.contains(" shim "));
+    shims
+        .map(|(pid, _)| *pid)
+        .max_by_key(|pid| peak_mib(*pid))
+        .expect("the flood goes on")
+}
+
+#[test]
+fn readers_that_stop_hold_up_neither_rank_nor_other_readers() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    let size = 64 << 20;
+    api.e.submit(
+        "j",
+        command(&format!(
+            "head -c {size} /dev/zero | tr '\\0' x; echo; echo end"
+        )),
+    );
+    let mut stopped = Vec::new();
+    for all_ranks in [false, true].repeat(8) {
+        let request = v1::StreamJobLogsRequest {
+            name: JOB.into(),
+            file: if all_ranks { "stdout" } else { "stdout.txt" }.into(),
+            all_ranks,
+            follow: true,
+            ..Default::default()
+        };
+        // Each has its connection, so that only what is theirs can fill up.
+        let mut jobs = v1::job_service_client::JobServiceClient::new(api.connect());
+        let mut stream = api.call(jobs.stream_job_logs(request)).unwrap();
+        assert!(api.runtime.block_on(stream.message()).unwrap().is_some());
+        stopped.push(stream);
+    }
+    assert_eq!(api.e.wait("j"), 0);
+    let read = api.e.run(&stream(&["-f", "stdout.txt"]));
+    assert_eq!(read.stdout.len(), size + 5);
+    assert!(read.stdout.ends_with(b"x\nend\n"));
+    let peak = peak_mib(api.e.coordinator.as_ref().unwrap().pid());
+    assert!(peak < MEMORY_MIB_MAX, "{peak}");
+    // Who goes on gets the rest.
+    let mut stream = stopped.remove(0);
+    let mut rest = 0;
+    while let Some(piece) = api.runtime.block_on(stream.message()).unwrap() {
+        rest += piece.data.len();
+    }
+    assert!((1..=size + 5).contains(&rest), "{rest}");
+}
+
+/// A mount that goes with the test.
+struct Mounted(std::path::PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+#[test]
+fn a_full_log_disk_stops_neither_jobs_nor_the_control_plane_and_loses_nothing() {
+    let mut e = Ensemble::without_daemons();
+    let logs = e.path().join("coordinator/logs");
+    let mount = |options: &str| {
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+            .arg(&logs)
+            .output();
+        mount.is_ok_and(|output| output.status.success())
+    };
+    // What `init` makes must be there before.
+    e.start_coordinator();
+    e.coordinator.as_mut().unwrap().kill();
+    if !mount("size=4m") {
+        return requirement::skip("a small tmpfs cannot be mounted: run as root");
+    }
+    let mounted = Mounted(logs.clone());
+    e.start_coordinator();
+    for name in ["a1", "a2"] {
+        e.start_agent(name);
+    }
+    e.until_alive(2);
+    e.create_cluster(2);
+    let size = 16 << 20;
+    e.submit(
+        "j",
+        command(&format!("head -c {size} /dev/zero | tr '\\0' x; echo end")),
+    );
+    assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
+    let log = || std::fs::read_to_string(e.path().join("coordinator.log")).unwrap();
+    until("the disk to be full", || {
+        log().contains("cannot keep a log file").then_some(())
+    });
+    // Everything else goes on.
+    for turn in 0..5 {
+        e.ok(&["group", "create", "-n", &format!("beside{turn}")]);
+        let name = format!("other{turn}");
+        e.submit(&name, command("true"));
+        assert_eq!(e.wait(&name), 0, "{}", e.job(&name));
+    }
+    let now = stream(&["-f", "stdout.txt", "--no-follow"]);
+    assert!(e.run(&now).stdout.len() < 4 << 20, "no more fits");
+    // With room again what is missing comes: the node has kept it.
+    assert!(mount("remount,size=64m"));
+    let whole = e.run(&stream(&["-f", "stdout.txt"]));
+    assert!(
+        whole.status.success(),
+        "{}",
+        String::from_utf8_lossy(&whole.stderr)
+    );
+    assert_eq!(whole.stdout.len(), size + 4);
+    assert!(whole.stdout.ends_with(b"xend\n"));
+    e.agents.clear();
+    e.coordinator = None;
+    drop(mounted);
 }

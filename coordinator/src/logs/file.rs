@@ -58,10 +58,12 @@ impl LogFile {
             index: Mutex::new(index),
             length: watch::Sender::new(length),
         };
-        if !written.is_empty() {
+        {
             // What is appended must not stand behind half a record.
             let index = file.index();
-            file.keep(&index, Change::Rewrite)?;
+            if index.written() != written {
+                file.keep(&index, Change::Rewrite)?;
+            }
         }
         Ok(file)
     }
@@ -118,7 +120,8 @@ impl LogFile {
                 file.write_all(&record)
             }
             Change::Rewrite => {
-                let new = self.path.with_file_name(format!("{INDEX_SUFFIX}-new"));
+                let mut new = path.clone().into_os_string();
+                new.push("-new");
                 let mut file = File::create(&new)?;
                 file.write_all(&index.written())?;
                 file.sync_all()?;

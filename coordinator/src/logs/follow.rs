@@ -80,8 +80,8 @@ impl Follow {
             let wanted = self.length.map_or(u64::MAX, |n| begin.saturating_add(n));
             let ends = match last {
                 _ if has >= wanted => true,
-                Some(Last::Size(size)) => has >= size || stalled,
-                Some(Last::Lost) => true,
+                Some(Last::Size(size) | Last::Lost(size)) => has >= size || stalled,
+                Some(Last::Anew) => true,
                 None => !self.follow,
             };
             let sent = self
@@ -92,16 +92,17 @@ impl Follow {
             }
             let end = match last {
                 _ if offset >= wanted => End::NotFollowed,
-                Some(Last::Lost) => End::Truncated,
+                Some(Last::Anew) => End::Truncated,
                 Some(Last::Size(size)) if has >= size => End::Complete,
                 Some(Last::Size(_)) if stalled => End::Truncated,
+                Some(Last::Lost(size)) if has >= size || stalled => End::NodeLost,
                 _ if !self.follow => End::NotFollowed,
                 None => {
                     self.changed(&mut length).await?;
                     continue;
                 }
                 // The rest is on its way, unless its node is gone for good.
-                Some(Last::Size(_)) => {
+                Some(Last::Size(_) | Last::Lost(_)) => {
                     let more = tokio::time::timeout(STALL_MAX, self.changed(&mut length));
                     match more.await {
                         Ok(changed) => changed?,
@@ -183,7 +184,7 @@ impl Follow {
         let state: &State = &published.borrow().state;
         // An attempt that the State forgot has nothing more to say.
         let Some(attempt) = state.attempts.get(&self.found.attempt) else {
-            return Some(Last::Lost);
+            return Some(Last::Anew);
         };
         let node = attempt.nodes.iter().find(|n| n.node == self.found.node)?;
         last_of(node, &self.found.name)
@@ -223,17 +224,18 @@ fn whole_lines(data: &[u8]) -> usize {
 /// What is known of a file's end.
 enum Last {
     Size(u64),
-    Lost,
+    /// The node is lost. So much of the file its agent has found, if there is one yet.
+    Lost(u64),
+    /// The job has another attempt.
+    Anew,
 }
 
 fn last_of(node: &AttemptNode, file: &str) -> Option<Last> {
     let known = node.files.iter().find(|f| f.name == file);
-    match (node.phase, known) {
-        (NodePhase::Ended | NodePhase::Lost, Some(file)) => Some(Last::Size(
-            u64::try_from(file.size_bytes).unwrap_or_default(),
-        )),
-        (NodePhase::Ended, None) => Some(Last::Size(0)),
-        (NodePhase::Lost, None) => Some(Last::Lost),
+    let size = known.map(|f| u64::try_from(f.size_bytes).unwrap_or_default());
+    match node.phase {
+        NodePhase::Ended => Some(Last::Size(size.unwrap_or_default())),
+        NodePhase::Lost => Some(Last::Lost(size.unwrap_or_default())),
         _ => None,
     }
 }

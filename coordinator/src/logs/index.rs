@@ -84,8 +84,13 @@ impl Index {
             .iter()
             .map(|m| record(MARK, m.at_ms as u64, m.offset));
         let gaps = self.gaps.iter().map(|gap| record(GAP, gap.from, gap.to));
-        let coarse = std::iter::once(record(COARSE, self.coarse, 0));
-        coarse.chain(gaps).chain(marks).flatten().collect()
+        let coarse = (self.coarse > 0).then(|| record(COARSE, self.coarse, 0));
+        coarse
+            .into_iter()
+            .chain(gaps)
+            .chain(marks)
+            .flatten()
+            .collect()
     }
 
     /// Bytes come now, from an offset on.

@@ -22,7 +22,7 @@ use crate::state::attempts::{Attempt, Phase};
 /// Files of one stream.
 pub const FILES_MAX: usize = 1024;
 /// Readers of one stream that have a piece in memory.
-const TURNS: usize = 8;
+const TURNS: usize = 2;
 
 /// Which of a rank's two files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +72,7 @@ pub(super) struct Merge {
     begun: BTreeSet<FileOf>,
     turns: Arc<Semaphore>,
     truncated: bool,
+    lost: bool,
 }
 
 impl Merge {
@@ -86,6 +87,7 @@ impl Merge {
             begun: BTreeSet::new(),
             turns: Arc::new(Semaphore::new(TURNS)),
             truncated: false,
+            lost: false,
         }
     }
 
@@ -119,6 +121,7 @@ impl Merge {
                 Some(ended) = self.readers.join_next() => {
                     let end = ended.map_err(internal)??;
                     self.truncated |= end == End::Truncated;
+                    self.lost |= end == End::NodeLost;
                 }
                 () = next_made(Some(made)) => {}
                 changed = self.changes.changed() => changed.map_err(|_| stopping())?,
@@ -228,10 +231,11 @@ impl Merge {
     }
 
     async fn finish(&self, attempt: &str, over: bool, outbox: &Outbox) -> Result<(), ApiError> {
-        let end = match (self.truncated, over) {
-            (true, _) => End::Truncated,
-            (false, true) => End::Complete,
-            (false, false) => End::NotFollowed,
+        let end = match over {
+            _ if self.truncated => End::Truncated,
+            _ if self.lost => End::NodeLost,
+            true => End::Complete,
+            false => End::NotFollowed,
         };
         let last = StreamJobLogsResponse {
             attempt: attempt.to_owned(),
