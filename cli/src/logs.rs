@@ -104,7 +104,7 @@ impl Follower {
                         continue;
                     }
                     if self.stream.length > 0 {
-                        self.stream.length -= piece.data.len() as i64;
+                        self.stream.length -= piece.dropped_bytes + piece.data.len() as i64;
                         if self.stream.length <= 0 {
                             return Ok(Some(Follow::Complete));
                         }

@@ -610,10 +610,13 @@ const MEMORY_MIB_MAX: u64 = 400;
 fn a_gibibyte_without_a_line_disturbs_nobody() {
     let api = Api::start(keeping(16, 2));
     let named = |name: &str| format!("{}{name}", JOB.trim_end_matches('j'));
-    api.e.submit(
-        "flood",
-        command("head -c 1073741824 /dev/zero | tr '\\0' x"),
+    let go = api.e.path().join("go");
+    // Its shim is to be seen when all of it was printed.
+    let flood = format!(
+        "head -c 1073741824 /dev/zero | tr '\\0' x; until [ -e {} ]; do sleep 0.05; done",
+        go.display()
     );
+    api.e.submit("flood", command(&flood));
     api.e.submit(
         "j",
         command("for i in $(seq 1 100); do echo $i; sleep 0.05; done"),
@@ -637,6 +640,7 @@ fn a_gibibyte_without_a_line_disturbs_nobody() {
     assert!(begin.elapsed() < Duration::from_secs(5));
     let peak = peak_mib(shim_of_flood(&api.e));
     assert!(peak < 64, "{peak}");
+    std::fs::write(go, "").unwrap();
     // Its reader, which stood still meanwhile, learns what it has missed.
     let (mut next, mut dropped) = (None, 0);
     let mut end = End::Unspecified;
@@ -674,7 +678,7 @@ fn shim_of_flood(e: &Ensemble) -> i32 {
     shims
         .map(|(pid, _)| *pid)
         .max_by_key(|pid| peak_mib(*pid))
-        .expect("the flood goes on")
+        .expect("the flood has not ended")
 }
 
 #[test]

@@ -79,10 +79,10 @@ impl Follow {
             let has = *length.borrow_and_update();
             let wanted = self.length.map_or(u64::MAX, |n| begin.saturating_add(n));
             let ends = match last {
-                _ if has >= wanted => true,
+                _ if has >= wanted || !self.follow => true,
                 Some(Last::Size(size) | Last::Lost(size)) => has >= size || stalled,
                 Some(Last::Anew) => true,
-                None => !self.follow,
+                None => false,
             };
             let sent = self
                 .send(&mut offset, has.min(wanted), ends, outbox)
