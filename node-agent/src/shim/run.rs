@@ -42,6 +42,8 @@ const FENCE_LOOK: Duration = Duration::from_secs(1);
 /// A record that could not be written is tried again this often.
 pub(super) const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
+/// So many processes are started before it is looked at what they print.
+const STARTS_UNREAD_MAX: usize = 16;
 /// What is waited for beside streams: signals and files of the agent's.
 const OTHERS: usize = 2;
 
@@ -306,7 +308,12 @@ impl Shim {
 
     fn launch(&mut self, processes: &[ProcessPlan]) {
         self.status.phase = Phase::Running;
-        for plan in processes {
+        let mut buffer = Vec::new();
+        for (at, plan) in processes.iter().enumerate() {
+            if at % STARTS_UNREAD_MAX == STARTS_UNREAD_MAX - 1 {
+                // What the first ones print does not wait for the last ones to start.
+                self.drain(&mut buffer, |_| true);
+            }
             match self.start(plan) {
                 Ok(pid) => {
                     self.log.say(&format!(
