@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use batchai_common::limits::{
     BUNDLE_BYTES_MAX, BUNDLE_ENTRIES_MAX, BUNDLE_RESERVED, BUNDLE_UNPACKED_BYTES_MAX,
-    LOG_CHUNK_BYTES_MAX,
+    FILE_CHUNK_BYTES_MAX,
 };
 use batchai_common::names::hex;
 use batchai_proto::v1;
@@ -74,7 +74,7 @@ async fn upload(client: &Client, name: &str, packed: &mut Packed) -> Result<(), 
         let send = |part| sender.blocking_send(v1::UploadBundleRequest { part: Some(part) });
         let mut sent = send(header).is_ok();
         while sent {
-            let mut piece = vec![0; LOG_CHUNK_BYTES_MAX];
+            let mut piece = vec![0; FILE_CHUNK_BYTES_MAX];
             let read = file.read(&mut piece)?;
             piece.truncate(read);
             // Who does not want more says why in its answer.

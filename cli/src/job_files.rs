@@ -16,8 +16,9 @@ use crate::args::{self, OfJob};
 use crate::client::{Client, request};
 use crate::context::Context;
 use crate::error::CliError;
-use crate::logs::{self, Follow};
+use crate::logs::{self, Follow, Sink};
 use crate::output::View;
+use crate::ranks::AllRanks;
 use crate::resources::{Done, all_pages};
 
 /// Directories below each other that are copied.
@@ -54,6 +55,9 @@ pub async fn run(command: args::JobFile, client: &Client, context: &Context) -> 
             file,
             path,
             rank,
+            all_ranks,
+            tail,
+            since,
             offset,
             length,
             no_follow,
@@ -63,6 +67,9 @@ pub async fn run(command: args::JobFile, client: &Client, context: &Context) -> 
                 file: join(&path, &file.unwrap_or_default()),
                 offset,
                 length,
+                all_ranks,
+                tail_lines: tail,
+                since,
                 follow: !no_follow,
                 ..Place::new(&of, context)?.request()
             };
@@ -86,9 +93,16 @@ pub async fn run(command: args::JobFile, client: &Client, context: &Context) -> 
 /// Prints a file. Ctrl-C is a good end of it.
 async fn print(client: &Client, stream: v1::StreamJobLogsRequest) -> Done {
     let mut interrupts = Interrupts::new()?;
-    let (file, follows) = (stream.file.clone(), stream.follow);
+    let follows = stream.follow;
+    let file = match stream.all_ranks {
+        true => "what ranks print".to_owned(),
+        false => stream.file.clone(),
+    };
     let begun = Cell::new(false);
-    let mut out = Begun { begun: &begun };
+    let mut out = Begun {
+        begun: &begun,
+        ranks: stream.all_ranks.then(AllRanks::default),
+    };
     let follow = logs::follow(client, stream, &mut out);
     let waits = async {
         tokio::time::sleep(WAIT_NOTE_AFTER).await;
@@ -107,16 +121,17 @@ async fn print(client: &Client, stream: v1::StreamJobLogsRequest) -> Done {
 /// Standard output, and whether anything was written to it.
 struct Begun<'a> {
     begun: &'a Cell<bool>,
+    /// Where the lines of all ranks go.
+    ranks: Option<AllRanks>,
 }
 
-impl io::Write for Begun<'_> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        self.begun.set(self.begun.get() || !data.is_empty());
-        io::stdout().write(data)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stdout().flush()
+impl Sink for Begun<'_> {
+    fn take(&mut self, piece: &v1::StreamJobLogsResponse) -> io::Result<()> {
+        self.begun.set(self.begun.get() || !piece.data.is_empty());
+        match &mut self.ranks {
+            Some(ranks) => ranks.take(piece),
+            None => io::stdout().take(piece),
+        }
     }
 }
 
@@ -124,7 +139,10 @@ fn complete(end: Follow) -> Done {
     match end {
         Follow::Complete => Ok(ExitCode::SUCCESS),
         Follow::Truncated => Err(CliError::Failed(
-            "the node was lost, or the job began anew: the file may have had more".to_owned(),
+            "the job began anew, or a part never came: the file had more".to_owned(),
+        )),
+        Follow::NodeLost => Err(CliError::Failed(
+            "the node was lost: the file may have had more".to_owned(),
         )),
     }
 }

@@ -1,9 +1,12 @@
-//! Follows a log file of a job through restarts of the coordinator: each time from the byte that is missing.
+//! Follows log files of a job through restarts of the coordinator: each time from the byte that is missing.
 
-use std::io::Write;
+use std::collections::BTreeMap;
+use std::io::{self, Write};
 
 use batchai_proto::v1::stream_job_logs_response::End;
-use batchai_proto::v1::{StreamJobLogsRequest, WatchJobRequest, job};
+use batchai_proto::v1::{
+    LogPosition, StreamJobLogsRequest, StreamJobLogsResponse, WatchJobRequest, job,
+};
 use tonic::{Code, Status};
 
 use crate::client::{Client, Retry};
@@ -14,19 +17,35 @@ use crate::error::CliError;
 pub enum Follow {
     /// All of it was written out.
     Complete,
-    /// The node was lost: there may have been more.
+    /// Another attempt began, or something never came.
     Truncated,
+    /// The node was lost: there may have been more.
+    NodeLost,
 }
 
-/// Writes a log file out as it grows. Where the job is put back into the queue, its next attempt is followed from its
+/// Where pieces of files go.
+pub trait Sink {
+    fn take(&mut self, piece: &StreamJobLogsResponse) -> io::Result<()>;
+}
+
+/// What is written of one file is the file.
+impl<W: Write> Sink for W {
+    fn take(&mut self, piece: &StreamJobLogsResponse) -> io::Result<()> {
+        self.write_all(&piece.data)?;
+        self.flush()
+    }
+}
+
+/// Writes a log file, or all of them, out as they grow. Where the job is put back into the queue, its next attempt is followed from its
 /// beginning.
 pub async fn follow(
     client: &Client,
     stream: StreamJobLogsRequest,
-    out: &mut impl Write,
+    out: &mut impl Sink,
 ) -> Result<Follow, CliError> {
     let mut follower = Follower {
         stream,
+        positions: BTreeMap::new(),
         attempt: String::new(),
         retry: Retry::default(),
     };
@@ -43,6 +62,8 @@ pub async fn follow(
 struct Follower {
     /// Its offset is where to go on.
     stream: StreamJobLogsRequest,
+    /// Where to go on where it is of all ranks, by node and file.
+    positions: BTreeMap<(String, String), i64>,
     /// The attempt that the offset is of.
     attempt: String,
     retry: Retry,
@@ -53,8 +74,14 @@ impl Follower {
     async fn read(
         &mut self,
         client: &Client,
-        out: &mut impl Write,
+        out: &mut impl Sink,
     ) -> Result<Option<Follow>, CliError> {
+        let position = |((node, file), offset): (&(String, String), &i64)| LogPosition {
+            node: node.clone(),
+            file: file.clone(),
+            offset: *offset,
+        };
+        self.stream.positions = self.positions.iter().map(position).collect();
         let mut pieces = match client.jobs().stream_job_logs(self.stream.clone()).await {
             Ok(pieces) => pieces.into_inner(),
             Err(status) => return self.retry.again(status).await.map(|()| None),
@@ -71,12 +98,13 @@ impl Follower {
                 }
                 Ok(Some(piece)) => {
                     self.retry.reset();
-                    out.write_all(&piece.data)?;
-                    out.flush()?;
-                    self.stream.offset = piece.offset + piece.data.len() as i64;
-                    self.attempt.clone_from(&piece.attempt);
+                    out.take(&piece)?;
+                    self.note(&piece);
+                    if self.stream.all_ranks && !piece.file.is_empty() {
+                        continue;
+                    }
                     if self.stream.length > 0 {
-                        self.stream.length -= piece.data.len() as i64;
+                        self.stream.length -= piece.dropped_bytes + piece.data.len() as i64;
                         if self.stream.length <= 0 {
                             return Ok(Some(Follow::Complete));
                         }
@@ -85,6 +113,7 @@ impl Follower {
                         End::Unspecified => {}
                         End::Complete | End::NotFollowed => return Ok(Some(Follow::Complete)),
                         End::Truncated => return Ok(Some(Follow::Truncated)),
+                        End::NodeLost => return Ok(Some(Follow::NodeLost)),
                     }
                 }
                 Ok(None) => {
@@ -97,11 +126,41 @@ impl Follower {
         }
     }
 
+    /// A piece was written out: what comes next begins behind it.
+    fn note(&mut self, piece: &StreamJobLogsResponse) {
+        if piece.dropped_bytes > 0 {
+            let (count, file) = (piece.dropped_bytes, &piece.file);
+            say!(
+                "batchai: {count} bytes of {file} before byte {} are kept no more",
+                piece.offset
+            );
+        }
+        if piece.end() == End::NodeLost && !piece.file.is_empty() {
+            let (node, file) = (&piece.node, &piece.file);
+            say!("batchai: truncated, node lost: {file} of {node} may have had more");
+        }
+        self.attempt.clone_from(&piece.attempt);
+        let next = piece.offset + piece.data.len() as i64;
+        match self.stream.all_ranks {
+            true if piece.file.is_empty() => {}
+            true => {
+                let file = (piece.node.clone(), piece.file.clone());
+                self.positions.insert(file, next);
+            }
+            false => {
+                self.stream.offset = next;
+                (self.stream.tail_lines, self.stream.since) = (None, None);
+            }
+        }
+    }
+
     /// From here on another attempt is followed, from its beginning.
     fn begin(&mut self, attempt: String) {
         say!("the job was put back into the queue; its next attempt begins");
         self.attempt = attempt;
         self.stream.offset = 0;
+        (self.stream.tail_lines, self.stream.since) = (None, None);
+        self.positions.clear();
     }
 
     fn is_another(&self, attempt: &str) -> bool {

@@ -1,9 +1,10 @@
 //! Prints what the ranks of a job print, as they print it: whole lines, which do not mix, each with its rank in front.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use batchai_proto::v1::StreamJobLogsRequest;
+use batchai_proto::v1::{StreamJobLogsRequest, StreamJobLogsResponse};
 
 use crate::client::Client;
 use crate::error::CliError;
@@ -52,6 +53,36 @@ pub async fn follow(
         present(format!("stderr-{rank}.txt"), &mut stderr),
     )?;
     Ok(())
+}
+
+/// What all ranks print: each line with its rank in front, standard error to standard error.
+#[derive(Default)]
+pub struct AllRanks {
+    files: BTreeMap<(String, String), Lines>,
+    turn: Turn,
+}
+
+impl logs::Sink for AllRanks {
+    fn take(&mut self, piece: &StreamJobLogsResponse) -> io::Result<()> {
+        let file = (piece.node.clone(), piece.file.clone());
+        let Some(rank) = piece.rank else {
+            return Ok(());
+        };
+        if piece.end != 0 {
+            // What it ends with without a line's end is written out now.
+            self.files.remove(&file);
+            return Ok(());
+        }
+        let to = match piece.file.starts_with("stderr") {
+            true => To::Stderr,
+            false => To::Stdout,
+        };
+        let lines = self.files.entry(file);
+        let lines =
+            lines.or_insert_with(|| Lines::new((format!("[{rank}] "), to), self.turn.clone()));
+        lines.write_all(&piece.data)?;
+        lines.flush()
+    }
 }
 
 /// Whole lines with a prefix; those of several writers do not mix.

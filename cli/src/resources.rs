@@ -217,7 +217,7 @@ pub async fn group(command: args::Group, context: &Context) -> Done {
 async fn create_workspace(
     client: WorkspaceServiceClient<Secured>,
     parent: &args::InGroup,
-    (name, location, given): (String, String, args::Labels),
+    (name, location, given, logs): (String, String, args::Labels, args::LogKeeping),
     context: &Context,
 ) -> Result<(), CliError> {
     let create = v1::CreateWorkspaceRequest {
@@ -226,6 +226,8 @@ async fn create_workspace(
         workspace: Some(v1::Workspace {
             location,
             tags: labels(given),
+            log_retention: logs.log_retention.and_then(retention),
+            log_quota_mib: logs.log_quota.unwrap_or_default(),
             ..Default::default()
         }),
         request_id: request_id(),
@@ -238,6 +240,45 @@ async fn create_workspace(
     .await?;
     context.printer.show(&WORKSPACE, &workspace)?;
     Ok(())
+}
+
+fn retention(seconds: i64) -> Option<prost_types::Duration> {
+    (seconds > 0).then_some(prost_types::Duration { seconds, nanos: 0 })
+}
+
+/// Changes what was given; the tags also where nothing was: then they go.
+async fn update_workspaces(
+    mut client: WorkspaceServiceClient<Secured>,
+    names: Vec<String>,
+    given: args::Labels,
+    logs: &args::LogKeeping,
+) -> Result<Vec<v1::Workspace>, CliError> {
+    let tags = labels(given);
+    let only_logs = logs.log_retention.or(logs.log_quota).is_some() && tags.is_empty();
+    let paths = [
+        ("tags", !only_logs),
+        ("log_retention", logs.log_retention.is_some()),
+        ("log_quota_mib", logs.log_quota.is_some()),
+    ];
+    let paths = paths.iter().filter(|(_, set)| *set);
+    let paths: Vec<_> = paths.map(|(path, _)| (*path).to_owned()).collect();
+    let mut changed = Vec::new();
+    for name in names {
+        let update = v1::UpdateWorkspaceRequest {
+            workspace: Some(v1::Workspace {
+                name,
+                tags: tags.clone(),
+                log_retention: logs.log_retention.and_then(retention),
+                log_quota_mib: logs.log_quota.unwrap_or_default(),
+                ..Default::default()
+            }),
+            update_mask: Some(prost_types::FieldMask {
+                paths: paths.clone(),
+            }),
+        };
+        changed.push(client.update_workspace(request(update)).await?.into_inner());
+    }
+    Ok(changed)
 }
 
 async fn rotate_keys(
@@ -264,8 +305,10 @@ pub async fn workspace(command: args::Workspace, context: &Context) -> Done {
             name,
             location,
             labels: given,
+            logs,
         } => {
-            create_workspace(client, &parent, (name, location, given), context).await?;
+            let given = (name, location, given, logs);
+            create_workspace(client, &parent, given, context).await?;
         }
         args::Workspace::List { parent } => {
             let list = v1::ListWorkspacesRequest {
@@ -284,15 +327,10 @@ pub async fn workspace(command: args::Workspace, context: &Context) -> Done {
             parent,
             which,
             labels: given,
+            logs,
         } => {
-            let changed = update_all!(
-                client.update_workspace,
-                UpdateWorkspaceRequest {
-                    workspace: Workspace.tags
-                },
-                named(&which, &parent)?,
-                given
-            );
+            let names = named(&which, &parent)?;
+            let changed = update_workspaces(client, names, given, &logs).await?;
             context.printer.named(&WORKSPACE, &changed)?;
         }
         args::Workspace::RotateKey { parent, which } => {

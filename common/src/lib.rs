@@ -7,6 +7,7 @@ pub mod error;
 pub mod faults;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod holes;
 pub mod limits;
 pub mod names;
 pub mod ranks;

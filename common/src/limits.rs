@@ -7,9 +7,15 @@ pub const STUCK_MAX: usize = 100;
 /// The largest message either end takes. A job with every list full stays far below it; raft entries do too.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
-/// The largest piece of a log file in one message: large enough that framing costs nothing, small enough that a
-/// reader who follows sees it soon.
-pub const LOG_CHUNK_BYTES_MAX: usize = 64 << 10;
+/// The largest piece of a log file in one message: large enough that what each message costs beside its bytes does not count, small
+/// enough that a reader who follows sees it soon.
+pub const LOG_CHUNK_BYTES_MAX: usize = 256 << 10;
+
+/// How much of a log file is kept, where nobody says otherwise: enough for what people read, and no disk is full of one rank's.
+pub const LOG_FILE_MIB: u64 = 1024;
+
+/// The largest piece of any other file in one message.
+pub const FILE_CHUNK_BYTES_MAX: usize = 64 << 10;
 
 /// The largest bundle, packed: source code, not data.
 pub const BUNDLE_BYTES_MAX: u64 = 256 << 20;

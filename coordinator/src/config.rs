@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use batchai_common::limits::LEASE;
+use batchai_common::limits::{LEASE, LOG_FILE_MIB};
 
 use crate::secrets::Source;
 
@@ -36,6 +36,12 @@ pub struct Config {
         value_name = "DIR"
     )]
     pub data: PathBuf,
+    /// How many MiB of each log file are kept while its job runs: beyond that what was printed first is given up.
+    #[arg(long, env = "BATCHAI_LOG_MIB", hide_env = true, default_value_t = LOG_FILE_MIB, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub log_mib: u64,
+    /// How many seconds ago what is kept of a log file came at most, while its job runs.
+    #[arg(long, env = "BATCHAI_LOG_AGE", hide_env = true, value_name = "S", value_parser = clap::value_parser!(i64).range(1..))]
+    pub log_age: Option<i64>,
     /// Certificates from elsewhere: a PEM file with the coordinator's certificate, its key and the authority's certificate.
     /// Those that `init` made where it is left out.
     #[arg(long, value_name = "FILE", conflicts_with = "insecure_lab")]

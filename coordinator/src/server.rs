@@ -50,7 +50,7 @@ use crate::duties::Leader;
 use crate::gate::Gate;
 use crate::gate::quota::{Quota, Shares};
 use crate::leader;
-use crate::logs::LogStore;
+use crate::logs::{Limits, LogStore};
 use crate::pki::{self, Pki};
 use crate::replica::Handle;
 use crate::replica::core::CoreError;
@@ -78,7 +78,9 @@ pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerEr
     let pki = open_pki(&config)?;
     raise_open_files();
     let _lock = boot::lock(&config.data)?;
-    let logs = boot::in_data(&config, "logs", LogStore::new)?;
+    let logs = boot::in_data(&config, "logs", |path| {
+        LogStore::new(path, log_limits(&config))
+    })?;
     let bundles = boot::in_data(&config, "bundles", BundleStore::new)?;
     let audit = boot::in_data(&config, "audit", Audit::new)?;
     let new = !config.data.join("replica").exists();
@@ -182,6 +184,13 @@ fn raise_open_files() {
     match limits::raise_open_files() {
         Ok((_, limit)) => tracing::info!(limit, "open files"),
         Err(error) => tracing::warn!(%error, "the limit of open files cannot be raised"),
+    }
+}
+
+fn log_limits(config: &Config) -> Limits {
+    Limits {
+        bytes: config.log_mib << 20,
+        age_ms: config.log_age.map(|seconds| seconds.saturating_mul(1000)),
     }
 }
 

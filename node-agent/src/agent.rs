@@ -24,7 +24,7 @@ use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
 use crate::join::{self, JoinError, Shows};
 use crate::journal::{Identity, Journal, JournalError, STOP};
-use crate::launch::{HostFacts, JobLimit, JobUsers};
+use crate::launch::{HostFacts, JobLimit, JobUsers, LogLimit};
 use crate::lease::Lease;
 use crate::logs::{Shipped, Shipper};
 use crate::session::Session;
@@ -104,6 +104,10 @@ pub async fn run(
         expelled: Arc::default(),
         users,
         limits: config.job_limits.clone(),
+        log_limit: LogLimit {
+            bytes: config.log_mib << 20,
+            age_s: config.log_age,
+        },
         isolation,
         node_id,
         identity,
@@ -133,6 +137,7 @@ struct Parts {
     expelled: Arc<AtomicBool>,
     users: JobUsers,
     limits: Vec<JobLimit>,
+    log_limit: LogLimit,
     /// What it can do with groups of processes.
     isolation: Isolation,
     node_id: String,
@@ -160,7 +165,10 @@ impl Parts {
             self.isolation.clone(),
         );
         let paths = (kept.as_path(), &*self.journal.lease());
-        let facts = hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs);
+        let facts = HostFacts {
+            log_limit: self.log_limit,
+            ..hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs)
+        };
         let own_name = (self.node_id.clone(), self.identity.uid.clone());
         let (fetcher, bundles) =
             Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;

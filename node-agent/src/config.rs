@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use batchai_common::limits::LOG_FILE_MIB;
+
 use crate::launch::JobLimit;
 
 /// Runs a node agent: it registers this machine and runs its part of jobs.
@@ -30,7 +32,7 @@ pub struct Config {
     #[arg(long, value_name = "FILE")]
     pub credentials: Option<PathBuf>,
     /// Whom jobs run as, alike on all nodes: a user's name, UID:GID, per-workspace:NUMBER (a user for each, whose number is this
-    /// one and the workspace's), or self, the agent's own user. An agent that is root must be told.
+    /// one and the workspace's), or self, the agent's own user. Root must say.
     #[arg(long, env = "BATCHAI_JOB_USER", hide_env = true, value_name = "USER")]
     pub job_user: Option<String>,
     /// What each process of a job may take of core, memlock, nofile, nproc or stack: a number (of bytes, or how many) or
@@ -43,10 +45,16 @@ pub struct Config {
         value_name = "NAME=NUMBER"
     )]
     pub job_limits: Vec<JobLimit>,
+    /// How many MiB of each log file are kept here; the first go.
+    #[arg(long, env = "BATCHAI_LOG_MIB", hide_env = true, default_value_t = LOG_FILE_MIB, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub log_mib: u64,
+    /// How old what is kept of a log file may be, in seconds.
+    #[arg(long, env = "BATCHAI_LOG_AGE", hide_env = true, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
+    pub log_age: Option<u64>,
     /// The node's name in the ensemble. The host name where it is left out.
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
-    /// What the agent remembers: who it is, and the attempts it runs.
+    /// What the agent remembers.
     #[arg(
         long,
         default_value = "/var/lib/batchai/node-agent",
@@ -85,7 +93,7 @@ pub struct Config {
     /// connections (net.ipv4.ip_local_port_range).
     #[arg(long, default_value = "20000-29999", value_name = "FIRST-LAST", value_parser = ports)]
     pub ports: (u16, u16),
-    /// The port of this machine's SSH server, for people who want to log in.
+    /// The port of this machine's SSH server.
     #[arg(long, default_value_t = 22, value_name = "PORT")]
     pub ssh_port: u16,
     /// For tests: the one way to end all that a job started at once that is tried, as nodes name it in `isolation`.

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use batchai_common::error::causes;
-use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
 use batchai_common::tls::Connector;
 use batchai_common::tls::Route;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
@@ -274,7 +274,7 @@ impl Looking {
     }
 
     fn bytes(&mut self, send: &dyn Fn(Part) -> Result<(), Stop>) -> Result<(), Stop> {
-        let mut buffer = vec![0; LOG_CHUNK_BYTES_MAX];
+        let mut buffer = vec![0; FILE_CHUNK_BYTES_MAX];
         loop {
             match self.read(&mut buffer)? {
                 0 => return Ok(()),
@@ -284,7 +284,7 @@ impl Looking {
     }
 
     fn entries(&mut self, send: &dyn Fn(Part) -> Result<(), Stop>) -> Result<(), Stop> {
-        let (mut text, mut buffer) = (Vec::new(), vec![0; LOG_CHUNK_BYTES_MAX]);
+        let (mut text, mut buffer) = (Vec::new(), vec![0; FILE_CHUNK_BYTES_MAX]);
         loop {
             match self.read(&mut buffer)? {
                 0 => break,

@@ -1,9 +1,12 @@
 //! Ships log files to the coordinator: bounded pieces with byte offsets, on a connection of its own.
 //!
 //! Where to go on, the coordinator says: it answers every piece with how much of the file it keeps. So nothing is sent
-//! twice for long and nothing is left out, whoever of the two was restarted.
+//! twice for long and nothing is left out, whoever of the two was restarted. What is to be sent next `shipment` decides; files are
+//! looked at when they grow, and an answer costs no look at any of them. Files are not written here.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod shipment;
+
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use batchai_common::crash_point;
 use batchai_common::error::causes;
-use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_common::holes;
 use batchai_common::tls::Connector;
 use batchai_common::tls::Route;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
@@ -21,19 +24,16 @@ use batchai_proto::agent::v1::{
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
+use self::shipment::{IN_FLIGHT_MAX, Key, Piece, Seen, Shipment};
 use crate::journal::{AttemptDir, Journal, JournalError, LOGS};
 use crate::session::backoff;
 use crate::watch::Watch;
 
-/// Pieces on their way that were not answered yet.
-const WINDOW: usize = 16;
 /// Files are looked at this often, whatever wakes or does not wake the loop.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long to wait for more after a file has grown.
+/// How long to wait for more after a file has grown. Answers are taken meanwhile.
 const GATHER: Duration = Duration::from_millis(10);
-
-type Key = (String, String);
 
 /// How far each file has got.
 #[derive(Clone, Debug, Default)]
@@ -89,22 +89,6 @@ pub struct Shipper {
     pub hello: LogHello,
 }
 
-/// What one connection knows of a file.
-#[derive(Default)]
-struct Sending {
-    /// How far it was sent; nothing is sent before the first answer.
-    sent: Option<u64>,
-    asked: bool,
-    /// Bytes that are kept there, and those of them that survive a power cut.
-    stored: u64,
-    synced: u64,
-    /// As it was when it was last looked at.
-    size: u64,
-    unanswered: usize,
-    /// Nobody wants it now; it is asked again, for the coordinator may only have been behind.
-    unwanted_since: Option<Instant>,
-}
-
 impl Shipper {
     /// Connects again whenever a connection ends.
     pub async fn run(self) {
@@ -122,9 +106,9 @@ impl Shipper {
 
     /// Ships on one connection; returns why it ended.
     async fn ship(&self, channel: Route, failures: &mut u32) -> String {
-        let (outbox, requests) = mpsc::channel(WINDOW);
+        // Room for the hello and for all that may be unanswered: sending never waits.
+        let (outbox, requests) = mpsc::channel(IN_FLIGHT_MAX + 1);
         let hello = ship_logs_request::Message::Hello(self.hello.clone());
-        // The channel has room: nothing was sent yet.
         let _ = outbox.try_send(ShipLogsRequest {
             message: Some(hello),
         });
@@ -133,18 +117,23 @@ impl Shipper {
             Ok(replies) => replies.into_inner(),
             Err(status) => return status.message().to_owned(),
         };
-        let mut files: BTreeMap<Key, Sending> = BTreeMap::new();
+        let mut shipment = Shipment::default();
+        let mut look = Instant::now();
+        let mut gathers = false;
         loop {
-            match self.send_what_is_new(&mut files, &outbox).await {
-                Ok(true) => {}
-                Ok(false) => return "the coordinator takes nothing more".to_owned(),
-                Err(error) => tracing::error!(%error, "log files cannot be read"),
+            if Instant::now() >= look {
+                if let Err(error) = tokio::task::block_in_place(|| self.look(&mut shipment)) {
+                    tracing::error!(%error, "log files cannot be read");
+                }
+                (look, gathers) = (Instant::now() + LOOK_INTERVAL, false);
             }
-            let look = tokio::time::sleep(LOOK_INTERVAL);
+            if !self.send(&mut shipment, &outbox) {
+                return "the coordinator takes nothing more".to_owned();
+            }
             tokio::select! {
                 reply = replies.message() => match reply {
                     Ok(Some(reply)) => {
-                        if self.answered(&mut files, &reply) {
+                        if self.answered(&mut shipment, &reply) {
                             *failures = 0;
                         }
                     }
@@ -152,100 +141,128 @@ impl Shipper {
                     Err(status) => return status.message().to_owned(),
                 },
                 // What is printed in many small writes is gathered.
-                () = self.watch.logs.notified() => tokio::time::sleep(GATHER).await,
-                () = look => {}
+                () = self.watch.logs.notified(), if !gathers => {
+                    (look, gathers) = (look.min(Instant::now() + GATHER), true);
+                }
+                () = tokio::time::sleep_until(look.into()) => {}
             }
         }
     }
 
     /// Whether the answer was to something that was sent: one to a mere question does not say that files are taken.
-    fn answered(&self, files: &mut BTreeMap<Key, Sending>, reply: &ShipLogsResponse) -> bool {
-        let stored = u64::try_from(reply.stored_bytes).unwrap_or_default();
+    fn answered(&self, shipment: &mut Shipment, reply: &ShipLogsResponse) -> bool {
         self.shipped.set(reply);
-        let key = (reply.attempt.clone(), reply.file.clone());
-        let Some(file) = files.get_mut(&key) else {
-            return false;
+        let bytes = |count: i64| u64::try_from(count).unwrap_or_default();
+        let answer = shipment::Answer {
+            stored: bytes(reply.stored_bytes),
+            synced: bytes(reply.synced_bytes),
+            unwanted: reply.unwanted,
         };
-        let sent = file.sent.is_some();
-        file.unanswered = file.unanswered.saturating_sub(1);
-        file.unwanted_since = reply.unwanted.then(Instant::now);
-        // The first answer says where to begin; a last one that is behind says that something is missing.
-        if file.sent.is_none() || file.unanswered == 0 {
-            file.sent = Some(stored);
-        }
-        // An attempt may wait for its last file to arrive.
-        file.stored = stored;
-        file.synced = file
-            .synced
-            .max(u64::try_from(reply.synced_bytes).unwrap_or_default());
-        if reply.unwanted || file.synced >= file.size {
+        let key = (reply.attempt.clone(), reply.file.clone());
+        let taken = shipment.answered(&key, answer, Instant::now());
+        if taken.settled {
+            // An attempt may wait for its last file to arrive.
             crash_point!("agent_shipped_a_log");
             self.watch.status.notify_one();
         }
-        sent
+        taken.data
     }
 
-    /// `false` where the connection has ended.
-    async fn send_what_is_new(
-        &self,
-        files: &mut BTreeMap<Key, Sending>,
-        outbox: &mpsc::Sender<ShipLogsRequest>,
-    ) -> Result<bool, JournalError> {
-        let mut present = BTreeSet::new();
+    /// Notes how large the files are now.
+    fn look(&self, shipment: &mut Shipment) -> Result<(), JournalError> {
+        let mut seen = BTreeMap::new();
         for dir in self.journal.attempts()? {
+            // Before the files: what no shim holds grows no more.
+            let over = dir.shim().is_ok_and(|shim| shim.is_none());
             for (file, size) in dir.logs()? {
-                present.insert((dir.id(), file.clone()));
-                let sending = files.entry((dir.id(), file.clone())).or_default();
-                sending.size = size;
-                while let Some(chunk) = next_chunk(&dir, &file, size, sending) {
-                    sending.unanswered += 1;
-                    let message = Some(ship_logs_request::Message::Chunk(chunk));
-                    if outbox.send(ShipLogsRequest { message }).await.is_err() {
-                        return Ok(false);
-                    }
-                }
+                seen.insert((dir.id(), file), Seen { size, over });
             }
         }
-        files.retain(|key, _| present.contains(key));
-        Ok(true)
+        shipment.seen(seen);
+        Ok(())
+    }
+
+    /// Sends what may be sent now; `false` where the connection has ended.
+    fn send(&self, shipment: &mut Shipment, outbox: &mpsc::Sender<ShipLogsRequest>) -> bool {
+        let now = Instant::now();
+        let Some(first) = shipment.next(now) else {
+            return true;
+        };
+        tokio::task::block_in_place(|| {
+            let mut next = Some(first);
+            while let Some(piece) = next {
+                match self.chunk(&piece) {
+                    Ok(chunk) => {
+                        let end = chunk.offset as u64 + chunk.data.len() as u64;
+                        shipment.sent(&piece, end);
+                        let message = Some(ship_logs_request::Message::Chunk(chunk));
+                        if outbox.try_send(ShipLogsRequest { message }).is_err() {
+                            return false;
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, file = piece.key.1, "a log file cannot be read");
+                        shipment.failed(&piece, now);
+                    }
+                }
+                next = shipment.next(now);
+            }
+            true
+        })
+    }
+
+    fn chunk(&self, piece: &Piece) -> std::io::Result<LogChunk> {
+        let (attempt, file) = &piece.key;
+        let (mut data, mut offset) = (Vec::new(), piece.offset);
+        if piece.length > 0 {
+            let dir = self.journal.attempt(attempt);
+            let dir = dir.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::NotFound))?;
+            let opened = File::open(dir.path.join(LOGS).join(file))?;
+            (offset, data) = read_kept(&opened, piece.offset, piece.length)?;
+        }
+        Ok(LogChunk {
+            attempt: attempt.clone(),
+            file: file.clone(),
+            offset: offset as i64,
+            data: data.into(),
+            gap: offset > piece.offset,
+        })
     }
 }
 
-/// The next piece of a file, if it may be sent now.
-fn next_chunk(dir: &AttemptDir, file: &str, size: u64, sending: &mut Sending) -> Option<LogChunk> {
-    let chunk = |offset: u64, data: Vec<u8>| LogChunk {
-        attempt: dir.id(),
-        file: file.to_owned(),
-        offset: offset as i64,
-        data: data.into(),
-    };
-    let again = sending
-        .unwanted_since
-        .is_some_and(|since| since.elapsed() > LOOK_INTERVAL);
-    if !sending.asked || again {
-        (sending.asked, sending.sent, sending.unwanted_since) = (true, None, None);
-        return Some(chunk(0, Vec::new()));
+/// Bytes of a file from an offset on, or from where its shim keeps them.
+fn read_kept(file: &File, mut offset: u64, length: usize) -> std::io::Result<(u64, Vec<u8>)> {
+    loop {
+        let end = file.metadata()?.len();
+        let most = end.saturating_sub(offset).min(length as u64);
+        let mut data = vec![0; most as usize];
+        file.read_exact_at(&mut data, offset)?;
+        // In this order: what is given up while it is read may have been read as zeros.
+        let kept = holes::first_kept(file)?;
+        if kept <= offset {
+            return Ok((offset, data));
+        }
+        offset = kept;
     }
-    let sent = sending.sent?;
-    if sending.unwanted_since.is_some() || sending.unanswered >= WINDOW {
-        return None;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn what_was_given_up_is_not_read_as_something() {
+        let align = holes::HOLE_ALIGN;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![b'x'; 3 * align as usize]).unwrap();
+        holes::give_up(&file, align).unwrap();
+        let (offset, data) = read_kept(&file, 5, 100).unwrap();
+        assert_eq!((offset, data), (align, vec![b'x'; 100]));
+        let (offset, data) = read_kept(&file, 3 * align - 5, 100).unwrap();
+        assert_eq!((offset, data.len()), (3 * align - 5, 5));
+        holes::give_up(&file, 4 * align).unwrap();
+        assert_eq!(read_kept(&file, 5, 100).unwrap(), (3 * align, Vec::new()));
     }
-    if sent >= size {
-        // All of it is there. When nothing more can come, it must also be safe there.
-        let unsynced = sending.unanswered == 0 && sending.stored >= size && sending.synced < size;
-        let over = || dir.shim().is_ok_and(|shim| shim.is_none());
-        return (unsynced && over()).then(|| chunk(size, Vec::new()));
-    }
-    let length = (size - sent).min(LOG_CHUNK_BYTES_MAX as u64) as usize;
-    let mut data = vec![0; length];
-    let read = tokio::task::block_in_place(|| {
-        let opened = File::open(dir.path.join(LOGS).join(file))?;
-        opened.read_exact_at(&mut data, sent)
-    });
-    if let Err(error) = read {
-        tracing::warn!(%error, file, "a log file cannot be read");
-        return None;
-    }
-    sending.sent = Some(sent + length as u64);
-    Some(chunk(sent, data))
 }

@@ -194,7 +194,7 @@ impl Supervisor {
         // leaves its record before its lock.
         let started = dir.has(STARTED);
         let shim = dir.shim()?.is_some() || self.children.contains_key(&attempt);
-        let status = match dir.read(STATUS) {
+        let status: Option<Status> = match dir.read(STATUS) {
             // A power cut leaves such a file: nobody knows any more how it ended.
             Err(JournalError::Unreadable { path, .. }) => {
                 tracing::warn!(path = %path.display(), "unreadable");
@@ -202,13 +202,23 @@ impl Supervisor {
             }
             status => status?,
         };
+        let swept = self.swept.contains(&attempt);
+        let status = match status {
+            Some(ended) if ended.phase == Phase::Ended => Some(ended),
+            // Lost, and nothing of it runs: what its shim has written is all there will be.
+            status if started && !shim && swept => Some(Status {
+                files: dir.logs()?,
+                ..status.unwrap_or_default()
+            }),
+            status => status,
+        };
         Ok(Local {
             shim,
             started,
             status,
             launch_written: dir.has(LAUNCH),
             stop_written: dir.has(STOP),
-            swept: self.swept.contains(&attempt),
+            swept,
             shipped: self.shipped.is_done(dir)?,
             unswept: self.unswept.get(&attempt).cloned().unwrap_or_default(),
             attempt,

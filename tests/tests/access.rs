@@ -829,6 +829,7 @@ fn a_hostile_agent_disturbs_nobody() {
             file: file.into(),
             offset: 0,
             data: Bytes::from(vec![b'x'; size]),
+            gap: false,
         };
         let requests = [
             ship_logs_request::Message::Hello(hello),
@@ -849,7 +850,7 @@ fn a_hostile_agent_disturbs_nobody() {
         .unwrap();
     assert!(answer.unwanted && answer.stored_bytes == 0);
     assert_eq!(
-        ship("evil", own, "f", 100_000).unwrap_err().code(),
+        ship("evil", own, "f", 300_000).unwrap_err().code(),
         Code::InvalidArgument
     );
     assert!(

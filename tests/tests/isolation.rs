@@ -267,7 +267,11 @@ fn what_does_not_die_is_named_by_its_node_which_gets_nothing_else_until_it_has()
         requirement::skip("nothing can be frozen here by cgroup v1");
         return;
     };
-    e.ok(&[&["job", "terminate", "-n", "stuck", "--yes", "--no-wait"][..], &IN].concat());
+    e.ok(&[
+        &["job", "terminate", "-n", "stuck", "--yes", "--no-wait"][..],
+        &IN,
+    ]
+    .concat());
     run("next", "true");
     let node = || e.json(&["node", "show", "-n", "a1"]);
     let error = until("the node to say what does not die", || {

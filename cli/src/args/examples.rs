@@ -31,7 +31,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ),
     (
         "workspace update",
-        "batchai workspace update -g lab -n vision --tags team=vision",
+        "batchai workspace update -g lab -n vision --log-retention 30d --log-quota 10240",
     ),
     (
         "workspace rotate-key",
@@ -111,7 +111,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ),
     (
         "job file stream",
-        "batchai job file stream -j digits -f stdout.txt",
+        "batchai job file stream -j digits --all-ranks --tail 10",
     ),
     (
         "job file download",

@@ -166,7 +166,7 @@ pub enum JobFile {
             long = "file-name",
             alias = "file",
             value_name = "FILE",
-            required_unless_present = "rank"
+            required_unless_present_any = ["rank", "all_ranks"]
         )]
         file: Option<String>,
         /// The directory of the file, below an output directory.
@@ -175,6 +175,16 @@ pub enum JobFile {
         /// Standard output of this rank, instead of a file's name.
         #[arg(long, conflicts_with = "file")]
         rank: Option<u32>,
+        /// What all ranks print, each line with its rank in front; only stdout or stderr where --file-name says so.
+        #[arg(long, conflicts_with_all = ["rank", "path", "offset", "length"])]
+        all_ranks: bool,
+        /// Begin at the last so many lines; 0 is only what comes from now on. Of logs only.
+        #[arg(long, value_name = "LINES", value_parser = clap::value_parser!(i32).range(0..=100_000))]
+        tail: Option<i32>,
+        /// Begin at what arrived since a time (2026-05-01T12:00:00Z), or within the last seconds, minutes, hours or days (90s, 10m, 2h,
+        /// 1d). Of logs only.
+        #[arg(long, value_name = "TIME", value_parser = since)]
+        since: Option<prost_types::Timestamp>,
         /// Begin at this byte.
         #[arg(long, default_value_t = 0)]
         offset: i64,
@@ -256,4 +266,50 @@ pub struct Run {
     /// What to run, behind `--`.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// A time, or how long ago it was.
+fn since(text: &str) -> Result<prost_types::Timestamp, String> {
+    let wrong = || {
+        format!(
+            "{text:?} is neither a time (2026-05-01T12:00:00Z) nor how long ago it was (90s, 10m, 2h, 1d)"
+        )
+    };
+    match super::seconds(text) {
+        Some(seconds) => {
+            let now = batchai_common::time::now();
+            Ok(prost_types::Timestamp {
+                seconds: now.seconds - seconds,
+                ..now
+            })
+        }
+        None => text.parse().map_err(|_| wrong()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::since;
+
+    #[test]
+    fn times_are_given_as_such_or_as_how_long_ago() {
+        let at = since("2026-05-01T12:00:00Z").unwrap();
+        assert_eq!((at.seconds, at.nanos), (1_777_636_800, 0));
+        let now = batchai_common::time::now().seconds;
+        for (text, ago) in [
+            ("0s", 0),
+            ("90s", 90),
+            ("10m", 600),
+            ("2h", 7200),
+            ("1d", 86_400),
+        ] {
+            assert!(
+                (now - since(text).unwrap().seconds - ago).abs() <= 5,
+                "{text}"
+            );
+        }
+        for text in ["", "m", "10", "-5m", "10w", "soon", "1µ"] {
+            assert!(since(text).is_err(), "{text}");
+        }
+    }
 }

@@ -17,7 +17,7 @@ pub use admin::{Admin, Replica, Snapshot, Stray};
 pub use jobs::{Job, JobCreate, JobFile, JobNode, OfJob, Run, Variables};
 pub use resources::{
     Cluster, ClusterCreate, ClusterFile, ClusterNode, Experiment, FileServer, FileServerCreate,
-    Group, Node, NodeExec, VmSize, VmSizeAlias, Workspace,
+    Group, LogKeeping, Node, NodeExec, VmSize, VmSizeAlias, Workspace,
 };
 pub use settings::{Account, Mounts};
 
@@ -29,6 +29,20 @@ pub struct Cli {
     pub global: Global,
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// A length of time such as 90s, 10m, 2h or 30d.
+fn seconds(text: &str) -> Option<i64> {
+    let (at, unit) = text.char_indices().next_back()?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => return None,
+    };
+    let count = text[..at].parse::<u32>().ok()?;
+    Some(i64::from(count) * seconds)
 }
 
 impl Cli {

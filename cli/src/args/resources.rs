@@ -42,6 +42,26 @@ pub enum Group {
     },
 }
 
+/// How a workspace keeps logs.
+#[derive(Debug, Default, Args)]
+pub struct LogKeeping {
+    /// Keep the logs of jobs so long after they have ended (90s, 10m, 2h, 30d), or forever: as long as the job is there.
+    #[arg(long, value_name = "TIME", value_parser = retention)]
+    pub log_retention: Option<i64>,
+    /// Let logs take so many MiB at each coordinator, 0 for any number. Beyond it those of the job go that ended longest ago.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(i64).range(0..))]
+    pub log_quota: Option<i64>,
+}
+
+/// Seconds; none of them are for ever.
+fn retention(text: &str) -> Result<i64, String> {
+    match (text, super::seconds(text)) {
+        ("forever", _) => Ok(0),
+        (_, Some(seconds)) if seconds > 0 => Ok(seconds),
+        _ => Err("give a time such as 90s, 10m, 2h or 30d, or forever".to_owned()),
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Workspace {
     /// Create a workspace.
@@ -54,6 +74,8 @@ pub enum Workspace {
         /// Where it is; the resource group's location where it is left out.
         #[arg(short, long, default_value = "")]
         location: String,
+        #[command(flatten)]
+        logs: LogKeeping,
         #[command(flatten)]
         labels: Labels,
     },
@@ -69,12 +91,14 @@ pub enum Workspace {
         #[command(flatten)]
         which: Which,
     },
-    /// Replace the tags of a workspace.
+    /// Replace the tags of a workspace, or say how it keeps logs.
     Update {
         #[command(flatten)]
         parent: InGroup,
         #[command(flatten)]
         which: Which,
+        #[command(flatten)]
+        logs: LogKeeping,
         #[command(flatten)]
         labels: Labels,
     },

@@ -5,7 +5,7 @@ use std::io::Read as _;
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
 use batchai_common::names::{Kind, Name, hex};
 use batchai_proto::agent::v1::{FetchBundleRequest, FetchBundleResponse};
 use bytes::Bytes;
@@ -79,7 +79,7 @@ pub fn send(
     let mut hash = Sha256::new();
     let runtime = tokio::runtime::Handle::current();
     loop {
-        let mut piece = vec![0; LOG_CHUNK_BYTES_MAX];
+        let mut piece = vec![0; FILE_CHUNK_BYTES_MAX];
         let piece = match file.read(&mut piece) {
             Ok(0) if hex(&hash.clone().finalize()) == digest => return,
             Ok(0) => {

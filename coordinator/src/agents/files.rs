@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::{CALL_TIMEOUT, LOG_CHUNK_BYTES_MAX};
+use batchai_common::limits::{CALL_TIMEOUT, FILE_CHUNK_BYTES_MAX};
 use batchai_common::names::{Kind, Name};
 use batchai_proto::agent::v1::answer_file_request::Part as Message;
 use batchai_proto::agent::v1::{AnswerFileRequest, FileFault, FileRequest};
@@ -121,7 +121,7 @@ impl FileDesk {
             };
             let part = match request.part {
                 Some(Message::Entries(entries)) => Ok(Part::Entries(entries.entries)),
-                Some(Message::Data(data)) if data.len() <= LOG_CHUNK_BYTES_MAX => {
+                Some(Message::Data(data)) if data.len() <= FILE_CHUNK_BYTES_MAX => {
                     Ok(Part::Data(data))
                 }
                 Some(Message::Fault(fault)) => Err(fault),

@@ -116,11 +116,11 @@ impl Intake {
                     ..answer
                 });
             };
-            let kept = match chunk.data.is_empty() {
+            let kept = match chunk.data.is_empty() && !chunk.gap {
                 true => self.logs.sync(key).await.inspect(|synced| {
                     answer.synced_bytes = *synced as i64;
                 }),
-                false => self.logs.append(key, offset, chunk.data).await,
+                false => self.logs.append(key, offset, chunk.data, chunk.gap).await,
             };
             crash_point!("coordinator_kept_a_chunk");
             let stored = kept.map_err(|error| {

@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::{BUNDLE_BYTES_MAX, CALL_TIMEOUT, LOG_CHUNK_BYTES_MAX};
+use batchai_common::limits::{BUNDLE_BYTES_MAX, CALL_TIMEOUT, FILE_CHUNK_BYTES_MAX};
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_proto::v1::bundle_service_server::BundleService;
 use batchai_proto::v1::upload_bundle_request::Part;
@@ -144,14 +144,14 @@ async fn pass_on(
             return Ok(());
         };
         match request.part {
-            Some(Part::Data(data)) if data.len() <= LOG_CHUNK_BYTES_MAX => {
+            Some(Part::Data(data)) if data.len() <= FILE_CHUNK_BYTES_MAX => {
                 // Whoever writes has given up; it says why.
                 if pieces.send(data).await.is_err() {
                     return Ok(());
                 }
             }
             _ => {
-                let why = format!("must be pieces of at most {LOG_CHUNK_BYTES_MAX} bytes");
+                let why = format!("must be pieces of at most {FILE_CHUNK_BYTES_MAX} bytes");
                 return Err(invalid("data", &why).into());
             }
         }

@@ -98,6 +98,7 @@ impl ClusterService for Api {
             etag: given.etag,
             labels,
             scale_settings,
+            ..Update::default()
         };
         self.show(&*self.update(update).await?, &name)
     }
@@ -122,11 +123,11 @@ impl ClusterService for Api {
         let update = Update {
             name: name.clone(),
             etag: request.etag,
-            labels: None,
             scale_settings: Some(ScaleSettings {
                 manual: Some(manual),
                 auto_scale: None,
             }),
+            ..Update::default()
         };
         self.show(&*self.update(update).await?, &name)
     }

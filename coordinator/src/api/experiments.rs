@@ -85,7 +85,7 @@ impl ExperimentService for Api {
             name: name.clone(),
             etag: given.etag,
             labels,
-            scale_settings: None,
+            ..Update::default()
         };
         self.show(&*self.update(update).await?, &name)
     }

@@ -19,9 +19,9 @@ use tonic::Status;
 
 use super::faults::Faults;
 use super::page::{decode, encode, page_size};
-use super::{Api, internal};
+use super::{Api, internal, log_request};
 use crate::agents::files::Part;
-use crate::logs::{self, Listed, ReadRequest};
+use crate::logs::{self, Listed};
 use crate::state::State;
 use crate::state::assignments::for_files;
 use crate::state::attempts::Attempt;
@@ -186,22 +186,23 @@ impl Api {
 
     /// Sends a file into the outbox, up to its end message or an error.
     pub(super) async fn stream_file(&self, request: StreamJobLogsRequest, outbox: Outbox) {
-        let end = match Stream::check(&request) {
-            Ok(stream) => match &stream.place.directory {
-                None => {
-                    let read = stream.log_request(&request.file);
+        if matches!(request.directory.as_str(), "" | STDOUTERR) {
+            match log_request::check(request) {
+                Ok(read) => {
                     return logs::read(self.replica.clone(), self.logs.clone(), read, outbox).await;
                 }
-                Some(_) => tokio::select! {
-                    end = self.stream_output(stream, &outbox) => end,
-                    () = outbox.closed() => return,
-                },
+                Err(error) => return say(error, &outbox).await,
+            }
+        }
+        let end = match Stream::check(&request) {
+            Ok(stream) => tokio::select! {
+                end = self.stream_output(stream, &outbox) => end,
+                () = outbox.closed() => return,
             },
             Err(error) => Err(error),
         };
         if let Err(error) = end {
-            // The reader may have gone away in this very moment.
-            let _ = outbox.send(Err(error.into())).await;
+            say(error, &outbox).await;
         }
     }
 
@@ -305,6 +306,11 @@ async fn send(piece: StreamJobLogsResponse, outbox: &Outbox) -> Result<(), ApiEr
     }
 }
 
+async fn say(error: ApiError, outbox: &Outbox) {
+    // The reader may have gone away in this very moment.
+    let _ = outbox.send(Err(error.into())).await;
+}
+
 async fn end(stream: &Stream, end: End, outbox: &Outbox) -> Result<(), ApiError> {
     send(stream.message(Bytes::new(), end), outbox).await
 }
@@ -330,27 +336,11 @@ impl Stream {
             &request.directory,
             &request.node,
         );
-        let is_log = place.as_ref().is_none_or(|place| place.directory.is_none());
-        match is_log {
-            true if !logs::check_file(&request.file) => {
-                faults.invalid("file", "must be the name of a file, such as stdout.txt");
-            }
-            true => {}
-            false => {
-                faults.text("file", &request.file, true);
-                check_path(&mut faults, "file", &request.file);
-            }
-        }
-        let mut number = |field: &str, value: i64| {
-            u64::try_from(value).unwrap_or_else(|_| {
-                faults.invalid(field, "must not be negative");
-                0
-            })
-        };
-        let (offset, length) = (
-            number("offset", request.offset),
-            number("length", request.length),
-        );
+        faults.text("file", &request.file, true);
+        check_path(&mut faults, "file", &request.file);
+        log_request::refuse_what_is_of_logs(&mut faults, request);
+        let offset = log_request::number(&mut faults, "offset", request.offset);
+        let length = log_request::number(&mut faults, "length", request.length);
         Ok(Stream {
             place: faults.finish(place)?,
             path: request.file.clone(),
@@ -360,17 +350,6 @@ impl Stream {
             attempt: String::new(),
             node: String::new(),
         })
-    }
-
-    fn log_request(self, file: &str) -> ReadRequest {
-        ReadRequest {
-            job: self.place.job,
-            file: file.to_owned(),
-            node: self.place.node,
-            offset: self.offset,
-            length: self.left,
-            follow: self.follow,
-        }
     }
 
     /// Whether bytes of a file of another attempt were sent already.
@@ -389,6 +368,8 @@ impl Stream {
             offset: self.offset as i64,
             data,
             end: end as i32,
+            file: self.path.clone(),
+            ..Default::default()
         }
     }
 }

@@ -25,7 +25,7 @@ use super::{Api, Replies, draining, fields, job_spec, not_found, parse, remote_l
 use crate::call::caller;
 
 /// What a watcher or reader has not taken yet; one that is slow waits for itself only.
-const OUTBOX_MAX: usize = 4;
+const OUTBOX_MAX: usize = 2;
 /// Jobs of one batch, and their size: the reply must fit a message too.
 const BATCH_MAX: usize = 1000;
 const BATCH_BYTES_MAX: usize = 2 << 20;
@@ -131,7 +131,7 @@ impl JobService for Api {
             name: name.clone(),
             etag: given.etag,
             labels,
-            scale_settings: None,
+            ..Update::default()
         };
         self.show(&*self.update(update).await?, &name)
     }

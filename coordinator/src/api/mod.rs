@@ -17,6 +17,7 @@ pub(crate) mod fuzz;
 mod information;
 mod job_spec;
 mod jobs;
+mod log_request;
 mod nodes;
 mod page;
 mod remote_login;

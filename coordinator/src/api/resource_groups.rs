@@ -91,7 +91,7 @@ impl ResourceGroupService for Api {
             name: name.clone(),
             etag: given.etag,
             labels,
-            scale_settings: None,
+            ..Update::default()
         };
         self.show(&*self.update(update).await?, &name)
     }

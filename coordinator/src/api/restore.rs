@@ -5,7 +5,7 @@ use std::io::{BufWriter, Write as _};
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
+use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
 use batchai_proto::internal::v1::SnapshotMark;
 use batchai_proto::v1::{
     JobAttemptNode, ListStrayAttemptsRequest, ListStrayAttemptsResponse, SaveSnapshotResponse,
@@ -41,7 +41,7 @@ impl Api {
             };
             let fails = made.clone();
             let pieces = snapshot::Pieces::new(made, |data| Ok(SaveSnapshotResponse { data }));
-            let mut out = BufWriter::with_capacity(LOG_CHUNK_BYTES_MAX, pieces);
+            let mut out = BufWriter::with_capacity(FILE_CHUNK_BYTES_MAX, pieces);
             let sent = snapshot::encode(&mut out, &mark, &state).and_then(|()| out.flush());
             if let Err(error) = sent {
                 tracing::error!(%error, "a backup cannot be sent");

@@ -2,7 +2,7 @@
 
 use batchai_common::names::Kind as Noun;
 use batchai_proto::internal::v1::command::Kind;
-use batchai_proto::internal::v1::{Labels, Update};
+use batchai_proto::internal::v1::{Labels, LogQuota, LogRetention, Update};
 use batchai_proto::v1::workspace_service_server::WorkspaceService;
 use batchai_proto::v1::{
     CreateWorkspaceRequest, DeleteWorkspaceRequest, GetWorkspaceRequest, ListWorkspacesRequest,
@@ -14,6 +14,31 @@ use uuid::Uuid;
 
 use super::faults::Faults;
 use super::{Api, Replies, fields, not_found, parse};
+
+/// What an update can change.
+const CHANGEABLE: [&str; 3] = ["tags", "log_retention", "log_quota_mib"];
+/// Ten years.
+const RETENTION_SECONDS_MAX: i64 = 10 * 366 * 86_400;
+const QUOTA_MIB_MAX: i64 = 1 << 30;
+
+/// How logs are to be kept.
+fn check_logs(faults: &mut Faults, given: &Workspace) {
+    let whole = |kept: &prost_types::Duration| {
+        kept.nanos == 0 && (1..=RETENTION_SECONDS_MAX).contains(&kept.seconds)
+    };
+    if given
+        .log_retention
+        .as_ref()
+        .is_some_and(|kept| !whole(kept))
+    {
+        let why = "must be whole seconds, from one to ten years";
+        faults.invalid("workspace.log_retention", why);
+    }
+    if !(0..=QUOTA_MIB_MAX).contains(&given.log_quota_mib) {
+        let why = format!("must be 0 to {QUOTA_MIB_MAX}");
+        faults.invalid("workspace.log_quota_mib", why);
+    }
+}
 
 #[tonic::async_trait]
 impl WorkspaceService for Api {
@@ -34,12 +59,15 @@ impl WorkspaceService for Api {
         fields::check_output_only(&mut faults, "workspace", "Workspace", &given);
         faults.location("workspace.location", &given.location);
         faults.labels("workspace.tags", &given.tags);
+        check_logs(&mut faults, &given);
         let name = faults.finish(name)?;
         let workspace = Workspace {
             name: name.to_string(),
             uid: Uuid::new_v4().to_string(),
             tags: given.tags,
             location: given.location,
+            log_retention: given.log_retention,
+            log_quota_mib: given.log_quota_mib,
             ..Default::default()
         };
         let create = Kind::CreateWorkspace(workspace);
@@ -77,14 +105,21 @@ impl WorkspaceService for Api {
         let mut faults = Faults::default();
         let name = faults.name("workspace.name", Noun::Workspace, &given.name);
         let about = ("workspace", "Workspace");
-        let changes = fields::masked(&mut faults, about, &given, request.update_mask, &["tags"]);
+        let changes = fields::masked(&mut faults, about, &given, request.update_mask, &CHANGEABLE);
         faults.labels("workspace.tags", &given.tags);
+        check_logs(&mut faults, &given);
         let name: String = faults.finish(name)?.into();
-        let labels = (!changes.is_empty()).then_some(Labels { labels: given.tags });
+        let [tags, retention, quota] = CHANGEABLE.map(|field| changes.contains(&field));
         let update = Update {
             name: name.clone(),
             etag: given.etag,
-            labels,
+            labels: tags.then_some(Labels { labels: given.tags }),
+            log_retention: retention.then_some(LogRetention {
+                retention: given.log_retention,
+            }),
+            log_quota: quota.then_some(LogQuota {
+                mib: given.log_quota_mib,
+            }),
             scale_settings: None,
         };
         self.show(&*self.update(update).await?, &name)

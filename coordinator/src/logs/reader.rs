@@ -1,62 +1,66 @@
-//! Follows one log file of an attempt from an offset to its end.
+//! Finds the log file that a reader asks for, waits for it where it is to be followed, and says where it is to be had if not here.
 //!
-//! Where the end is, the State says: the exit report of a node names its files with their final sizes. A reader that
-//! is slow waits for itself only: it reads from the file, nothing is buffered for it.
+//! How a file that was found is read, `follow` knows, and `ranks` what all ranks print.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use batchai_common::error::ApiError;
-use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
 use batchai_common::names::Kind;
 use batchai_proto::v1::StreamJobLogsResponse;
-use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
-use batchai_proto::v1::stream_job_logs_response::End;
-use bytes::Bytes;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tonic::Status;
 
+use super::follow::{Begin, Follow, Found, STALL_MAX, stopping};
+use super::ranks::{Merge, Ranks};
 use super::{FileKey, LogStore};
 use crate::replica::Handle;
 use crate::replica::hub::{Follower, Topic};
-use crate::state::State;
 use crate::state::attempts::{Attempt, AttemptNode};
 
 /// What to read.
+#[derive(Clone)]
 pub struct ReadRequest {
     pub job: String,
-    pub file: String,
+    pub what: What,
     /// The node's full name, where one was named.
     pub node: Option<String>,
-    pub offset: u64,
+    pub begin: Begin,
     /// How many bytes at most.
     pub length: Option<u64>,
     pub follow: bool,
 }
 
-/// How long a node that has ended may take to bring what it has announced.
-const STALL_MAX: Duration = Duration::from_secs(60);
+/// Of which files.
+#[derive(Clone)]
+pub enum What {
+    File(String),
+    Ranks(Ranks),
+}
+
 /// So many files are named to who asked for another.
 const NAMES_MAX: usize = 20;
-/// A file appears without a change of the job: it is looked for soon, then less and less often.
-const LOOK_FIRST: Duration = Duration::from_millis(20);
-const LOOK_MAX: Duration = Duration::from_secs(1);
+/// Who waits for a file is told when it is made; what depends on time alone is looked at this often.
+pub(super) const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-type Outbox = mpsc::Sender<Result<StreamJobLogsResponse, Status>>;
+pub(super) type Outbox = mpsc::Sender<Result<StreamJobLogsResponse, Status>>;
 
-/// Sends the file into the outbox, up to its end message or an error.
+/// Sends what is asked for into the outbox, up to its end message or an error.
 pub async fn read(replica: Handle, logs: LogStore, request: ReadRequest, outbox: Outbox) {
-    let job = Topic::Resource(request.job.clone());
-    let mut reader = Reader {
-        changes: replica.hub().follow(job),
+    let serving = Serving {
         replica,
         logs,
-        request,
+        job: request.job.clone(),
+    };
+    let what = request.what.clone();
+    let read = async {
+        match what {
+            What::File(file) => Reader::new(serving, request, file).run(&outbox).await,
+            What::Ranks(ranks) => Merge::new(serving, request, ranks).run(&outbox).await,
+        }
     };
     let end = tokio::select! {
-        end = reader.run(&outbox) => end,
+        end = read => end,
         // Nobody reads any more.
         () = outbox.closed() => return,
     };
@@ -66,145 +70,23 @@ pub async fn read(replica: Handle, logs: LogStore, request: ReadRequest, outbox:
     }
 }
 
-struct Reader {
-    replica: Handle,
-    logs: LogStore,
-    request: ReadRequest,
-    changes: Follower,
+/// From what a reader of a job is served.
+#[derive(Clone)]
+pub(super) struct Serving {
+    pub replica: Handle,
+    pub logs: LogStore,
+    pub job: String,
 }
 
-/// The file was found.
-struct Found {
-    file: Arc<File>,
-    length: watch::Receiver<u64>,
-    attempt: String,
-    node: String,
-}
-
-impl Reader {
-    async fn run(&mut self, outbox: &Outbox) -> Result<(), ApiError> {
-        let mut found = self.find().await?;
-        let mut offset = self.request.offset;
-        let mut stalled = false;
-        loop {
-            // In this order: a length that is final was final before it was looked at.
-            let last = self.last(&found);
-            let length = *found.length.borrow_and_update();
-            let wanted = self
-                .request
-                .length
-                .map_or(u64::MAX, |n| self.request.offset.saturating_add(n));
-            while offset < length.min(wanted) {
-                let data = read_piece(found.file.clone(), offset, length.min(wanted)).await?;
-                let size = data.len() as u64;
-                let piece = message(&found, offset, data, End::Unspecified);
-                if outbox.send(Ok(piece)).await.is_err() {
-                    return Ok(());
-                }
-                offset += size;
-            }
-            let end = match last {
-                _ if offset >= wanted => End::NotFollowed,
-                Some(Last::Lost) => End::Truncated,
-                Some(Last::Size(size)) if length >= size => End::Complete,
-                Some(Last::Size(_)) if stalled => End::Truncated,
-                _ if !self.request.follow => End::NotFollowed,
-                None => {
-                    self.changed(&mut found.length).await?;
-                    continue;
-                }
-                // The rest is on its way, unless its node is gone for good.
-                Some(Last::Size(_)) => {
-                    let more = tokio::time::timeout(STALL_MAX, self.changed(&mut found.length));
-                    match more.await {
-                        Ok(changed) => changed?,
-                        Err(_) => stalled = true,
-                    }
-                    continue;
-                }
-            };
-            // The reader may have gone away: it has all there is.
-            let _ = outbox
-                .send(Ok(message(&found, offset, Bytes::new(), end)))
-                .await;
-            return Ok(());
-        }
-    }
-
-    /// Waits until the file or the job has changed.
-    async fn changed(&mut self, length: &mut watch::Receiver<u64>) -> Result<(), ApiError> {
-        let stopped = || ApiError::Unavailable {
-            why: "it is stopping".into(),
-            leader: None,
-        };
-        tokio::select! {
-            changed = length.changed() => changed.map_err(|_| stopped()),
-            changed = self.changes.changed() => changed.map_err(|_| stopped()),
-        }
-    }
-
-    /// Waits, if asked to follow, until the file exists.
-    async fn find(&mut self) -> Result<Found, ApiError> {
-        let mut pause = LOOK_FIRST;
-        let mut announced: Option<Instant> = None;
-        loop {
-            let attempt = self.attempt()?;
-            for node in attempt.iter().flat_map(|a| &a.nodes) {
-                if self
-                    .request
-                    .node
-                    .as_ref()
-                    .is_some_and(|wanted| wanted != &node.node)
-                {
-                    continue;
-                }
-                let id = attempt.as_ref().map_or("", |a| a.id.as_str());
-                let Some(key) = FileKey::new(id, &node.node, &self.request.file) else {
-                    continue;
-                };
-                let open = self.logs.follow(key).await.map_err(internal)?;
-                if let Some((file, length)) = open {
-                    let (attempt, node) = (id.to_owned(), node.node.clone());
-                    return Ok(Found {
-                        file,
-                        length,
-                        attempt,
-                        node,
-                    });
-                }
-            }
-            if let Some(elsewhere) = self.elsewhere(attempt.as_deref()) {
-                return Err(elsewhere);
-            }
-            // Only a job that has ended gets no other attempt.
-            announced = match self.job_ended() {
-                true => announced.or_else(|| Some(Instant::now())),
-                false => None,
-            };
-            let stalled = announced.is_some_and(|since| since.elapsed() > STALL_MAX);
-            if stalled || !self.may_come(attempt.as_deref()) || !self.request.follow {
-                return Err(self.no_such_file(attempt.as_deref()));
-            }
-            let soon = tokio::time::sleep(pause);
-            pause = (pause * 2).min(LOOK_MAX);
-            tokio::select! {
-                () = soon => {}
-                changed = self.changes.changed() => if changed.is_err() {
-                    return Err(ApiError::Unavailable { why: "it is stopping".into(), leader: None });
-                },
-            }
-        }
-    }
-
+impl Serving {
     /// The job's latest attempt; none while it waits for its first.
-    fn attempt(&self) -> Result<Option<Arc<Attempt>>, ApiError> {
+    pub(super) fn attempt(&self, name: &str) -> Result<Option<Arc<Attempt>>, ApiError> {
         let published = self.replica.published();
         let state = &published.borrow().state;
-        let name = &self.request.job;
-        let job = state.jobs.get(name.as_str());
+        let job = state.jobs.get(name);
         let job = job.ok_or(ApiError::NotFound {
             kind: Kind::Job,
-            name: name.clone(),
+            name: name.to_owned(),
         })?;
         Ok(job
             .attempt
@@ -213,9 +95,24 @@ impl Reader {
             .cloned())
     }
 
-    /// Where to ask for a file that is not here: the leader gets what is still written; of what has ended, the replica that led
-    /// when it began has it as well.
-    fn elsewhere(&self, attempt: Option<&Attempt>) -> Option<ApiError> {
+    pub(super) fn job_ended(&self) -> bool {
+        let published = self.replica.published();
+        let state = &published.borrow().state;
+        let job = state.jobs.get(self.job.as_str());
+        job.is_none_or(|job| job.ended())
+    }
+
+    /// The leader gets what is still written. Of what has ended, the replica that led when it began has it as well, or nobody.
+    pub(super) fn gets_more(&self) -> Result<(), ApiError> {
+        let home = self.attempt(&self.job)?.map_or(0, |a| a.log_home as u64);
+        match self.job_ended() && home == self.replica.id() {
+            true => Ok(()),
+            false => self.replica.must_lead(),
+        }
+    }
+
+    /// Where to ask for a file that is not here.
+    pub(super) fn elsewhere(&self, attempt: Option<&Attempt>) -> Option<ApiError> {
         let home = attempt.map_or(0, |attempt| attempt.log_home as u64);
         let ended = self.job_ended();
         if ended && home == self.replica.id() {
@@ -233,29 +130,11 @@ impl Reader {
         })
     }
 
-    /// The file may exist one day: the job goes on, or one of its nodes has named it and is yet to send it.
-    fn may_come(&self, attempt: Option<&Attempt>) -> bool {
-        let asked = |n: &&AttemptNode| {
-            self.request
-                .node
-                .as_ref()
-                .is_none_or(|wanted| wanted == &n.node)
-        };
-        let nodes = attempt.iter().flat_map(|attempt| &attempt.nodes);
-        let mut files = nodes.filter(asked).flat_map(|n| &n.files);
-        !self.job_ended() || files.any(|f| f.name == self.request.file)
-    }
-
-    fn job_ended(&self) -> bool {
-        let published = self.replica.published();
-        let state = &published.borrow().state;
-        state
-            .jobs
-            .get(self.request.job.as_str())
-            .is_none_or(|job| job.ended())
-    }
-
-    fn no_such_file(&self, attempt: Option<&Attempt>) -> ApiError {
+    pub(super) fn no_such_file(
+        &self,
+        request: &ReadRequest,
+        attempt: Option<&Attempt>,
+    ) -> ApiError {
         let nodes = attempt.iter().flat_map(|a| &a.nodes);
         let mut names: Vec<_> = nodes
             .flat_map(|n| n.files.iter().map(|f| f.name.as_str()))
@@ -266,67 +145,132 @@ impl Reader {
             true => "no file is known yet".to_owned(),
             false => format!("it has {}", names[..names.len().min(NAMES_MAX)].join(", ")),
         };
+        let file = match &request.what {
+            What::File(file) => file.clone(),
+            What::Ranks(_) => "of any rank".to_owned(),
+        };
         ApiError::NoSuchFile {
-            job: self.request.job.clone(),
-            file: self.request.file.clone(),
+            job: self.job.clone(),
+            file,
             hint,
         }
     }
+}
 
-    fn last(&self, found: &Found) -> Option<Last> {
-        let published = self.replica.published();
-        let state: &State = &published.borrow().state;
-        // An attempt that the State forgot has nothing more to say.
-        let Some(attempt) = state.attempts.get(&found.attempt) else {
-            return Some(Last::Lost);
+/// Reads one file.
+struct Reader {
+    serving: Serving,
+    request: ReadRequest,
+    file: String,
+    changes: Follower,
+}
+
+impl Reader {
+    fn new(serving: Serving, request: ReadRequest, file: String) -> Reader {
+        let job = Topic::Resource(request.job.clone());
+        Reader {
+            changes: serving.replica.hub().follow(job),
+            serving,
+            request,
+            file,
+        }
+    }
+
+    async fn run(mut self, outbox: &Outbox) -> Result<(), ApiError> {
+        let found = self.find().await?;
+        let follow = Follow {
+            serving: self.serving,
+            changes: self.changes,
+            found,
+            begin: self.request.begin,
+            length: self.request.length,
+            follow: self.request.follow,
+            lines: false,
+            turns: Arc::new(Semaphore::new(1)),
         };
-        let node = attempt.nodes.iter().find(|n| n.node == found.node)?;
-        last_of(node, &self.request.file)
+        follow.run(outbox).await.map(drop)
+    }
+
+    /// Waits, if asked to follow, until the file exists.
+    async fn find(&mut self) -> Result<Found, ApiError> {
+        let mut announced: Option<Instant> = None;
+        loop {
+            let attempt = self.serving.attempt(&self.request.job)?;
+            // Before it is looked for: what is made in between is not missed.
+            let made = attempt
+                .as_ref()
+                .map(|a| self.serving.logs.files_made(&a.id));
+            if let Some(found) = self.look(attempt.as_deref()).await? {
+                return Ok(found);
+            }
+            if let Some(elsewhere) = self.serving.elsewhere(attempt.as_deref()) {
+                return Err(elsewhere);
+            }
+            // Only a job that has ended gets no other attempt.
+            announced = match self.serving.job_ended() {
+                true => announced.or_else(|| Some(Instant::now())),
+                false => None,
+            };
+            let stalled = announced.is_some_and(|since| since.elapsed() > STALL_MAX);
+            if stalled || !self.may_come(attempt.as_deref()) || !self.request.follow {
+                return Err(self.serving.no_such_file(&self.request, attempt.as_deref()));
+            }
+            tokio::select! {
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+                () = next_made(made) => {}
+                changed = self.changes.changed() => changed.map_err(|_| stopping())?,
+            }
+        }
+    }
+
+    /// The first node that has the file.
+    async fn look(&self, attempt: Option<&Attempt>) -> Result<Option<Found>, ApiError> {
+        let Some(attempt) = attempt else {
+            return Ok(None);
+        };
+        for node in attempt.nodes.iter().filter(|node| self.asked(node)) {
+            let Some(key) = FileKey::new(&attempt.id, &node.node, &self.file) else {
+                continue;
+            };
+            let open = self.serving.logs.find(key).await.map_err(internal)?;
+            if let Some(file) = open {
+                return Ok(Some(Found {
+                    file,
+                    attempt: attempt.id.clone(),
+                    node: node.node.clone(),
+                    name: self.file.clone(),
+                    rank: Ranks::default().rank_of(&self.file),
+                }));
+            }
+        }
+        Ok(None)
+    }
+
+    fn asked(&self, node: &AttemptNode) -> bool {
+        let asked = self.request.node.as_ref();
+        asked.is_none_or(|asked| asked == &node.node)
+    }
+
+    /// The file may exist one day: the job goes on, or one of its nodes has named it and is yet to send it.
+    fn may_come(&self, attempt: Option<&Attempt>) -> bool {
+        let nodes = attempt.iter().flat_map(|attempt| &attempt.nodes);
+        let nodes = nodes.filter(|node| self.asked(node));
+        let mut files = nodes.flat_map(|n| &n.files);
+        !self.serving.job_ended() || files.any(|f| f.name == self.file)
     }
 }
 
-/// What is known of a file's end.
-enum Last {
-    Size(u64),
-    Lost,
-}
-
-fn last_of(node: &AttemptNode, file: &str) -> Option<Last> {
-    let known = node.files.iter().find(|f| f.name == file);
-    match (node.phase, known) {
-        (NodePhase::Ended | NodePhase::Lost, Some(file)) => Some(Last::Size(
-            u64::try_from(file.size_bytes).unwrap_or_default(),
-        )),
-        (NodePhase::Ended, None) => Some(Last::Size(0)),
-        (NodePhase::Lost, None) => Some(Last::Lost),
-        _ => None,
+/// Waits until a file is made; for ever where there is no attempt that could have any.
+pub(super) async fn next_made(made: Option<watch::Receiver<()>>) {
+    if let Some(mut made) = made
+        && made.changed().await.is_ok()
+    {
+        return;
     }
+    std::future::pending().await
 }
 
-async fn read_piece(file: Arc<File>, offset: u64, end: u64) -> Result<Bytes, ApiError> {
-    let size = (end - offset).min(LOG_CHUNK_BYTES_MAX as u64) as usize;
-    let read = move || {
-        let mut data = vec![0; size];
-        file.read_exact_at(&mut data, offset)
-            .map(|()| Bytes::from(data))
-    };
-    tokio::task::spawn_blocking(read)
-        .await
-        .map_err(internal)?
-        .map_err(internal)
-}
-
-fn message(found: &Found, offset: u64, data: Bytes, end: End) -> StreamJobLogsResponse {
-    StreamJobLogsResponse {
-        node: found.node.clone(),
-        attempt: found.attempt.clone(),
-        offset: offset as i64,
-        data,
-        end: end as i32,
-    }
-}
-
-fn internal(error: impl std::fmt::Display) -> ApiError {
+pub(super) fn internal(error: impl std::fmt::Display) -> ApiError {
     let id = uuid::Uuid::new_v4().to_string();
     tracing::error!(%error, id, "cannot read a log file");
     ApiError::Internal { id }

@@ -35,6 +35,10 @@ pub(super) trait Holder: Clone {
     fn etag(&self) -> &str;
     /// Gets what its parent has and it has not, and what is its own.
     fn settle(&mut self, _: &mut State) {}
+    /// Changes what only such a one has; whether that was anything.
+    fn change_own(&mut self, _: &Update) -> bool {
+        false
+    }
 }
 
 macro_rules! fields {
@@ -85,6 +89,16 @@ impl Holder for v1::Workspace {
             self.location.clone_from(&group.location);
         }
     }
+
+    fn change_own(&mut self, update: &Update) -> bool {
+        if let Some(kept) = &update.log_retention {
+            self.log_retention = kept.retention;
+        }
+        if let Some(quota) = &update.log_quota {
+            self.log_quota_mib = quota.mib;
+        }
+        update.log_retention.is_some() || update.log_quota.is_some()
+    }
 }
 
 impl Holder for v1::Experiment {
@@ -118,8 +132,20 @@ pub(super) fn create<H: Holder>(step: &mut Step<'_>, given: &H) -> Result<(), Re
 pub(super) fn update<H: Holder>(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
     let name = &command.name;
     find::<H>(step, name, &command.etag)?;
+    let revision = step.state.revision;
     if let Some(labels) = &command.labels {
         change::<H>(step, name, |fields| *fields.labels = labels.labels.clone());
+    }
+    if let Some(found) = H::table(step.state).get_mut(name) {
+        let mut changed = H::clone(found);
+        if changed.change_own(command) {
+            *changed.fields().etag = etag(revision);
+            *found = Arc::new(changed);
+            // Said once.
+            if command.labels.is_none() {
+                step.changed(name);
+            }
+        }
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use batchai_proto::v1::NodeFacts;
 
 use crate::cgroups::{Isolation, PROCESS_TREE};
 use crate::config::Config;
-use crate::launch::{HostFacts, JobLimit, JobUsers};
+use crate::launch::{HostFacts, JobLimit, JobUsers, LogLimit};
 
 use sysfs::Sysfs;
 
@@ -123,6 +123,7 @@ pub fn host_facts(
             .and_then(|address| interface(address)),
         users,
         limits,
+        log_limit: LogLimit::default(),
         isolation,
         base_env: base.collect::<BTreeMap<_, _>>(),
     }

@@ -12,7 +12,7 @@ mod users;
 
 use std::collections::BTreeMap;
 
-use batchai_common::limits::TERMINATION_GRACE;
+use batchai_common::limits::{LOG_FILE_MIB, TERMINATION_GRACE};
 use batchai_common::ranks::of_node as ranks;
 use batchai_proto::agent::v1::Assignment;
 use batchai_proto::v1::Job;
@@ -35,6 +35,23 @@ pub struct ProcessPlan {
     /// Names of its log files.
     pub stdout: String,
     pub stderr: String,
+}
+
+/// How much of each log file is kept on a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLimit {
+    pub bytes: u64,
+    /// How long ago what is kept may have been printed; any time where it is none.
+    pub age_s: Option<u64>,
+}
+
+impl Default for LogLimit {
+    fn default() -> LogLimit {
+        LogLimit {
+            bytes: LOG_FILE_MIB << 20,
+            age_s: None,
+        }
+    }
 }
 
 /// What makes this host ready for an attempt, and what holds for all of its processes.
@@ -69,6 +86,9 @@ pub struct Preparation {
     pub may_gain: bool,
     /// The preparation command.
     pub command: Option<ProcessPlan>,
+    /// How much of each log file is kept.
+    #[serde(default)]
+    pub log_limit: LogLimit,
     /// Where log files are copied to.
     pub copy_to: String,
     /// The name of the log file of what happened.
@@ -100,6 +120,8 @@ pub struct HostFacts {
     pub users: JobUsers,
     /// What their processes may take.
     pub limits: Vec<JobLimit>,
+    /// How much of each of their log files is kept.
+    pub log_limit: LogLimit,
     /// Where their groups of processes are, and what can be limited for those.
     pub isolation: Isolation,
     /// What every process inherits: PATH, HOME and the like.
@@ -258,6 +280,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         bounds: bounds(context)?,
         may_gain: assignment.set_up,
         command,
+        log_limit: context.facts.log_limit,
         copy_to: paths.stdouterr.clone(),
         execution_log: format!("execution{suffix}.log"),
         fence: assignment.fenced.then(|| context.facts.lease.clone()),

@@ -31,6 +31,7 @@ fn facts() -> HostFacts {
     HostFacts {
         users: JobUsers::Own,
         limits: Vec::new(),
+        log_limit: LogLimit::default(),
         isolation: Isolation {
             groups: Some(Group {
                 method: Method::CgroupKill,

@@ -70,7 +70,7 @@ impl Shim {
             };
             let Running { rank, stderr, .. } = self.running.remove(at);
             // What it printed last is in the file before anyone hears that it ended.
-            self.drain(buffer);
+            self.drain(buffer, |_| true);
             match rank {
                 SETUP => self.set_up(exit)?,
                 PREPARATION => self.prepared(exit, &stderr),

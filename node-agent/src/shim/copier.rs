@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
+use batchai_common::holes;
 use batchai_common::time::boot_time;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, poll};
@@ -129,10 +130,11 @@ fn copy_file(
     // The directory is the job's, and may lie where only its user writes.
     let target = to.join(entry.file_name());
     let mut target = with_files_of(user, || options.open(target))?;
-    let offset = known.unwrap_or(0);
+    // What was given up before it could be copied is a hole there as well.
+    let offset = known.unwrap_or(0).max(holes::first_kept(&source)?);
     source.seek(SeekFrom::Start(offset))?;
     target.seek(SeekFrom::Start(offset))?;
-    let count = io::copy(&mut source.take(length - offset), &mut target)?;
+    let count = io::copy(&mut source.take(length.saturating_sub(offset)), &mut target)?;
     copied.insert(entry.file_name(), offset + count);
     Ok(())
 }

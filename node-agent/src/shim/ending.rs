@@ -132,7 +132,7 @@ impl Shim {
 
     /// The last words: nothing of the attempt runs any more.
     pub(super) fn finish(mut self, buffer: &mut Vec<u8>) -> Result<(), ShimError> {
-        self.drain(buffer);
+        self.drain(buffer, |_| true);
         self.streams.clear();
         self.log.say("ended");
         self.leave_group();

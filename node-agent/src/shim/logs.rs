@@ -7,7 +7,11 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use batchai_common::limits::LAST_WORDS_BYTES_MAX;
+use batchai_common::time::boot_time;
 use nix::unistd::read;
+
+use super::rotation::Rotation;
+use crate::launch::LogLimit;
 
 const READ_BYTES: usize = 64 << 10;
 /// Lines that an error takes.
@@ -17,6 +21,7 @@ const LAST_LINES_MAX: usize = 20;
 pub struct Stream {
     pipe: OwnedFd,
     file: File,
+    rotation: Rotation,
     /// The error of the last write. What cannot be written is drained and lost: a full disk must not hold up the
     /// process.
     failed: Option<io::Error>,
@@ -58,11 +63,12 @@ pub enum Drained {
 }
 
 impl Stream {
-    /// Appends what comes out of a pipe to a file.
-    pub fn new(pipe: OwnedFd, path: &Path) -> io::Result<Stream> {
+    /// Appends what comes out of a pipe to a file, of which so much is kept.
+    pub fn new(pipe: OwnedFd, path: &Path, limit: LogLimit) -> io::Result<Stream> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         Ok(Stream {
             pipe,
+            rotation: Rotation::new(limit, &file, boot_time())?,
             file,
             failed: None,
             lost: 0,
@@ -106,16 +112,19 @@ impl Stream {
 
     /// Writes what can be written; returns the rest.
     fn write<'a>(&mut self, mut data: &'a [u8]) -> &'a [u8] {
-        self.failed = None;
-        while !data.is_empty() {
+        let room = self
+            .rotation
+            .make_room(&self.file, data.len() as u64, boot_time());
+        self.failed = room.err();
+        while !data.is_empty() && self.failed.is_none() {
             match self.file.write(data) {
-                Ok(count) if count > 0 => data = &data[count..],
+                Ok(count) if count > 0 => {
+                    self.rotation.written(count as u64);
+                    data = &data[count..];
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(_) => self.failed = Some(io::Error::from(io::ErrorKind::WriteZero)),
                 Err(error) => self.failed = Some(error),
-            }
-            if self.failed.is_some() {
-                break;
             }
         }
         data

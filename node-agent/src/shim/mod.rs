@@ -13,6 +13,7 @@ mod logs;
 mod prepare;
 mod process;
 mod root;
+mod rotation;
 mod run;
 mod seats;
 mod secrets;

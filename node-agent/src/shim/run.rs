@@ -42,6 +42,11 @@ const FENCE_LOOK: Duration = Duration::from_secs(1);
 /// A record that could not be written is tried again this often.
 pub(super) const WRITE_AGAIN: Duration = Duration::from_secs(1);
 
+/// So many processes are started before it is looked at what they print.
+const STARTS_UNREAD_MAX: usize = 16;
+/// What is waited for beside streams: signals and files of the agent's.
+const OTHERS: usize = 2;
+
 /// What the attempt's processes get on their way out.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Ending {
@@ -137,12 +142,12 @@ impl Shim {
         self.prepare()?;
         let mut buffer = Vec::new();
         while !self.over() {
-            self.wait()?;
+            let readable = self.wait()?;
             // Before anything is begun: it may have stood still until now.
             self.watch_the_fence();
             // Before children are looked for: one that ends later sends another signal.
             let told = self.take_signals();
-            self.drain(&mut buffer);
+            self.drain(&mut buffer, |at| readable.get(at).is_some_and(|it| *it));
             if told {
                 // Before the ranks are counted: a machine that shuts down tells them as well.
                 self.stopped();
@@ -195,8 +200,9 @@ impl Shim {
         crash_point!("shim_said_it_is_ready");
     }
 
-    /// Waits for a signal, a file of the agent's, output, or the next time to look.
-    fn wait(&self) -> Result<(), ShimError> {
+    /// Waits for a signal, a file of the agent's, output, or the next time to look. Returns which of the streams have something:
+    /// where many ranks print, looking at all of them each time would cost more than what they print.
+    fn wait(&self) -> Result<Vec<bool>, ShimError> {
         let mut fds = vec![
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
@@ -225,9 +231,13 @@ impl Shim {
         let timeout = timeout.as_millis().clamp(1, i32::MAX as u128) as i32;
         let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(error) => Err(system("poll")(error)),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(system("poll")(error)),
         }
+        let streams = fds.iter().skip(OTHERS);
+        // An error is read, too, as is the end.
+        let readable = streams.map(|fd| fd.revents().is_none_or(|events| !events.is_empty()));
+        Ok(readable.collect())
     }
 
     /// Whether one of the signals says to end.
@@ -239,9 +249,15 @@ impl Shim {
         told
     }
 
-    pub(super) fn drain(&mut self, buffer: &mut Vec<u8>) {
+    /// Takes what those of the streams have that are asked for.
+    pub(super) fn drain(&mut self, buffer: &mut Vec<u8>, asked: impl Fn(usize) -> bool) {
         let log = &self.log;
+        let mut at = 0;
         self.streams.retain_mut(|stream| {
+            at += 1;
+            if !asked(at - 1) {
+                return true;
+            }
             let before = stream.failure().is_some();
             let drained = stream.drain(buffer);
             if let (false, Some(error)) = (before, stream.failure()) {
@@ -291,7 +307,12 @@ impl Shim {
 
     fn launch(&mut self, processes: &[ProcessPlan]) {
         self.status.phase = Phase::Running;
-        for plan in processes {
+        let mut buffer = Vec::new();
+        for (at, plan) in processes.iter().enumerate() {
+            if at % STARTS_UNREAD_MAX == STARTS_UNREAD_MAX - 1 {
+                // What the first ones print does not wait for the last ones to start.
+                self.drain(&mut buffer, |_| true);
+            }
             match self.start(plan) {
                 Ok(pid) => {
                     self.log.say(&format!(
@@ -338,7 +359,8 @@ impl Shim {
             (started.stdout, &plan.stdout),
             (started.stderr, &plan.stderr),
         ] {
-            let stream = Stream::new(pipe, &logs.join(file)).map_err(StartError::Log)?;
+            let stream = Stream::new(pipe, &logs.join(file), self.plan.log_limit)
+                .map_err(StartError::Log)?;
             self.streams.push(stream);
         }
         Ok(started.pid)
