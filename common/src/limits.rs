@@ -9,6 +9,11 @@ pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// reader who follows sees it soon.
 pub const LOG_CHUNK_BYTES_MAX: usize = 64 << 10;
 
+/// The largest piece of what a command reads or prints, and how many pieces may be on their way in each direction: what it needs
+/// of memory anywhere, and of the small frames that a connection takes unread.
+pub const EXEC_CHUNK_BYTES_MAX: usize = 32 << 10;
+pub const EXEC_CHUNKS_MAX: usize = 32;
+
 /// The largest bundle, packed: source code, not data.
 pub const BUNDLE_BYTES_MAX: u64 = 256 << 20;
 
