@@ -36,6 +36,9 @@ const REFUSALS_MAX: usize = 16;
 const OUTBOX_MAX: usize = 2 * EXEC_CHUNKS_MAX + 16;
 /// How long the coordinator may take to say that a command is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long an attempt is waited for that is about to begin: less than the coordinator waits.
+const EARLY_MAX: Duration = Duration::from_secs(5);
+const EARLY_STEP: Duration = Duration::from_millis(100);
 /// How often it is offered.
 const TRIES: u32 = 5;
 /// While another leader is found.
@@ -148,6 +151,12 @@ async fn run(
     outbox: Outbox,
     incoming: Streaming<ServeExecResponse>,
 ) -> &'static str {
+    // The coordinator knows a moment before that an attempt begins.
+    let early = || tokio::task::block_in_place(|| command::is_early(question, parts));
+    let begun = Instant::now();
+    while !full && early() && begun.elapsed() < EARLY_MAX {
+        tokio::time::sleep(EARLY_STEP).await;
+    }
     let started = match full {
         true => Err(ExecFault {
             kind: Kind::TooMany as i32,

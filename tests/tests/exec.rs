@@ -77,17 +77,22 @@ fn came(output: &Output) -> (Option<i32>, String, String) {
     (output.status.code(), out, error)
 }
 
-/// The processes on this machine that sleep for so many seconds: tests tell theirs by that.
-fn sleeping(seconds: u32) -> usize {
-    let wanted = format!("sleep\0{seconds}\0");
+/// How long something sleeps, in seconds: nothing else on this machine sleeps as long.
+fn nap(number: u32) -> u32 {
+    std::process::id() * 10 + number
+}
+
+/// The processes on this machine that sleep for so long.
+fn sleeping(number: u32) -> usize {
+    let wanted = format!("sleep\0{}\0", nap(number));
     let entries = fs::read_dir("/proc").unwrap().flatten();
     let lines = entries.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
     lines.filter(|line| line == wanted.as_bytes()).count()
 }
 
-fn until_sleeping(seconds: u32, count: usize) {
-    until(&format!("{count} times sleep {seconds}"), || {
-        (sleeping(seconds) == count).then_some(())
+fn until_sleeping(number: u32, count: usize) {
+    until(&format!("{count} times nap {number}"), || {
+        (sleeping(number) == count).then_some(())
     });
 }
 
@@ -116,11 +121,12 @@ fn a_shell_beside_a_job_is_like_one_here() {
         "{here}"
     );
     // Keys that mean something here mean it there.
-    shell.line("sleep 3971; echo came $?", "sleep 3971");
-    until_sleeping(3971, 1);
+    let sleep = format!("sleep {}", nap(1));
+    shell.line(&format!("{sleep}; echo came $?"), &sleep);
+    until_sleeping(1, 1);
     shell.press("\x03");
     shell.line("echo still $((40 + 2))", "still 42");
-    until_sleeping(3971, 0);
+    until_sleeping(1, 0);
     shell.line("cat; echo read $?", "read $?");
     shell.press("typed\n\x04");
     shell.expect("read 0");
@@ -130,12 +136,13 @@ fn a_shell_beside_a_job_is_like_one_here() {
     // Told to end, it leaves the terminal as it was as well.
     let mut shell = Terminal::start(&e.command(&beside("j", &[])), 24, 80);
     let before = shell.settings();
-    shell.line("echo $((1 + 1)) up; trap '' HUP; sleep 3972", "2 up");
-    until_sleeping(3972, 1);
+    let sleep = format!("echo $((1 + 1)) up; trap '' HUP; sleep {}", nap(2));
+    shell.line(&sleep, "2 up");
+    until_sleeping(2, 1);
     shell.signal(Signal::SIGTERM);
     assert_eq!(shell.wait().code(), Some(143));
     assert_eq!(shell.settings(), before);
-    until_sleeping(3972, 0);
+    until_sleeping(2, 0);
     // With a terminal, and without a shell.
     let tty = beside(
         "j",
@@ -189,9 +196,12 @@ fn without_a_terminal_streams_are_apart_and_the_exit_code_is_the_commands() {
     );
     // What it leaves behind ends with it, and holds it up no longer than that takes.
     let begun = Instant::now();
-    let left = "trap '' HUP; sleep 3973 & setsid sleep 3973 & echo left; exit 4";
+    let left = format!(
+        "trap '' HUP; sleep {0} & setsid sleep {0} & echo left; exit 4",
+        nap(3)
+    );
     assert_eq!(
-        run(&["--", "sh", "-c", left]),
+        run(&["--", "sh", "-c", &left]),
         (Some(4), "left\n".into(), String::new())
     );
     assert!(
@@ -199,7 +209,7 @@ fn without_a_terminal_streams_are_apart_and_the_exit_code_is_the_commands() {
         "{:?}",
         begun.elapsed()
     );
-    until_sleeping(3973, 0);
+    until_sleeping(3, 0);
     let (code, _, said) = came(&e.run(&beside("j", &["-t", "--", "true"])));
     assert!(code == Some(2) && said.contains("no terminal"), "{said}");
     // On the node, outside of any job.
@@ -288,7 +298,7 @@ fn who_does_not_read_costs_no_memory_and_holds_up_nobody() {
     };
     let before = daemons();
     // One prints much at a time, the other very little, again and again.
-    let much = ["--", "head", "-c", "200M", "/dev/zero"];
+    let much = ["--", "head", "-c", "64M", "/dev/zero"];
     let little = ["--", "bash", "-c", "while true; do echo x; done"];
     let start = |more: &[&str]| {
         let mut command = e.command(&beside("j", more));
@@ -310,9 +320,9 @@ fn who_does_not_read_costs_no_memory_and_holds_up_nobody() {
         .unwrap()
         .read_to_end(&mut all)
         .unwrap();
-    assert!(stopped.wait().unwrap().success() && all.len() == 200 << 20);
+    assert!(stopped.wait().unwrap().success() && all.len() == 64 << 20);
     // It still prints: many small pieces that nobody read broke nothing.
-    let mut more = vec![0; 4 << 20];
+    let mut more = vec![0; 256 << 10];
     other
         .stdout
         .as_mut()
@@ -330,19 +340,22 @@ fn who_does_not_read_costs_no_memory_and_holds_up_nobody() {
 fn what_is_hung_up_ends_with_all_that_it_started() {
     let mut e = Ensemble::with_cluster(1);
     submit(&e, "j");
-    let tree = "trap 'echo hung up > HUNG' HUP; (trap '' HUP TERM; setsid sleep 3974) & setsid sleep 3974 & while true; do sleep 0.1; done";
+    let tree = format!(
+        "trap 'echo hung up > HUNG' HUP; (trap '' HUP TERM; setsid sleep {0}) & setsid sleep {0} & while true; do sleep 0.1; done",
+        nap(4)
+    );
     let start = |e: &Ensemble| {
-        let mut command = e.command(&beside("j", &["--", "bash", "-c", tree]));
+        let mut command = e.command(&beside("j", &["--", "bash", "-c", &tree]));
         let command = command.stdout(Stdio::null()).stderr(Stdio::piped());
         let client = command.spawn().unwrap();
-        until_sleeping(3974, 2);
+        until_sleeping(4, 2);
         client
     };
     // The caller vanishes.
     let mut client = start(&e);
     client.kill().unwrap();
     client.wait().unwrap();
-    until_sleeping(3974, 0);
+    until_sleeping(4, 0);
     let mark = e.path().join("nodes/a1/jobs/w/e/j/HUNG");
     assert_eq!(fs::read_to_string(mark).unwrap(), "hung up\n");
     // The agent is cut down: the caller is told, and the job goes on.
@@ -354,7 +367,7 @@ fn what_is_hung_up_ends_with_all_that_it_started() {
         output.status.code() == Some(1) && said.contains("agent has ended"),
         "{said}"
     );
-    until_sleeping(3974, 0);
+    until_sleeping(4, 0);
     e.start_agent("a1");
     until("the agent to be back", || {
         let output = e.run(&beside("j", &["--", "echo", "back"]));
@@ -365,7 +378,7 @@ fn what_is_hung_up_ends_with_all_that_it_started() {
     e.agents["a1"].signal(Signal::SIGTERM);
     let output = client.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
-    until_sleeping(3974, 0);
+    until_sleeping(4, 0);
     e.agents.get_mut("a1").unwrap().wait();
     e.start_agent("a1");
     until("the agent to be back", || {
@@ -380,7 +393,7 @@ fn what_is_hung_up_ends_with_all_that_it_started() {
         output.status.code() == Some(1) && said.contains("shutting down"),
         "{said}"
     );
-    until_sleeping(3974, 0);
+    until_sleeping(4, 0);
     e.coordinator.as_mut().unwrap().wait();
     e.start_coordinator();
     let_go(&e, "j");
@@ -400,12 +413,15 @@ fn ends_with_its_job(isolation: Option<&str>) {
     e.until_alive(1);
     e.create_cluster(1);
     // It hears of nothing, and leaves a part in another session.
-    let deaf = "trap '' HUP TERM INT; setsid sleep 3975 & while true; do sleep 0.1; done";
+    let deaf = format!(
+        "trap '' HUP TERM INT; setsid sleep {} & while true; do sleep 0.1; done",
+        nap(5)
+    );
     for (name, ends) in [("done", true), ("terminated", false)] {
         submit(&e, name);
-        let mut command = e.command(&beside(name, &["--", "bash", "-c", deaf]));
+        let mut command = e.command(&beside(name, &["--", "bash", "-c", &deaf]));
         let beside = Background::start(&mut command);
-        until_sleeping(3975, 1);
+        until_sleeping(5, 1);
         let begun = Instant::now();
         match ends {
             true => let_go(&e, name),
@@ -415,7 +431,7 @@ fn ends_with_its_job(isolation: Option<&str>) {
         }
         let code = beside.finish().status.code();
         assert!(matches!(code, Some(137 | 143)), "{code:?}");
-        until_sleeping(3975, 0);
+        until_sleeping(5, 0);
         let job = e.until_job(name, if ends { "SUCCEEDED" } else { "FAILED" });
         // Far less than what a job gets that does not end when it is told to.
         assert!(
@@ -557,8 +573,8 @@ fn whoever_loses_the_right_is_cut_off() {
     let api = Api::start(Ensemble::with_cluster(1));
     submit(&api.e, "j");
     let owner = with_role(&api, "olga", Role::Owner, WORKSPACE);
-    let (_inputs, mut outputs) = exec_job(&api, owner, &["sleep", "3976"]).unwrap();
-    until_sleeping(3976, 1);
+    let (_inputs, mut outputs) = exec_job(&api, owner, &["sleep", &nap(6).to_string()]).unwrap();
+    until_sleeping(6, 1);
     let delete = v1::DeleteRoleBindingRequest {
         name: "roleBindings/olga".into(),
         ..Default::default()
@@ -567,7 +583,7 @@ fn whoever_loses_the_right_is_cut_off() {
     let end = async { tokio::time::timeout(Duration::from_secs(20), outputs.message()).await };
     let end = api.runtime.block_on(end).expect("in time").unwrap_err();
     assert_eq!(end.code(), Code::PermissionDenied);
-    until_sleeping(3976, 0);
+    until_sleeping(6, 0);
     let_go(&api.e, "j");
 }
 
@@ -654,9 +670,11 @@ fn what_cannot_be_run_is_refused_with_what_to_do() {
     assert!(said.contains("it does not run now"), "{said}");
     // As many as a node takes, and no more; whoever ends makes room.
     let sleepers: Vec<_> = (0..16)
-        .map(|_| Background::start(&mut e.command(&beside("j", &["--", "sleep", "3977"]))))
+        .map(|_| {
+            Background::start(&mut e.command(&beside("j", &["--", "sleep", &nap(7).to_string()])))
+        })
         .collect();
-    until_sleeping(3977, 16);
+    until_sleeping(7, 16);
     let (_, said) = e.fails(&beside("j", &["--", "true"]));
     assert!(said.contains("room for commands is full"), "{said}");
     drop(sleepers);
@@ -666,7 +684,7 @@ fn what_cannot_be_run_is_refused_with_what_to_do() {
             .success()
             .then_some(())
     });
-    until_sleeping(3977, 0);
+    until_sleeping(7, 0);
     // A node that is not there.
     e.agents.get_mut("a1").unwrap().kill();
     let begun = Instant::now();

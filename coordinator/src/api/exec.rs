@@ -191,6 +191,9 @@ fn check_command(faults: &mut Faults, command: &ExecCommand) {
         let why = format!("must have at most {TERMINAL_TYPE_MAX} characters of [-+.A-Za-z0-9_]");
         faults.invalid("terminal_type", why);
     }
+    if command.terminal.is_none() && !terminal_type.is_empty() {
+        faults.invalid("terminal_type", "goes with a terminal");
+    }
     if command.terminal.is_some_and(|size| !is_size(size)) {
         faults.invalid("terminal", "must have 1 to 65535 rows and columns");
     }
@@ -303,12 +306,14 @@ mod tests {
         for (rows, columns) in [(0, 80), (24, -1), (65_536, 80)] {
             assert_eq!(fields(size(rows, columns)), ["start.command.terminal"]);
         }
-        let terminal_type = "x\u{1b}[0m".to_owned();
-        let bad = ExecCommand {
-            terminal_type,
-            ..ExecCommand::default()
-        };
-        assert_eq!(fields(bad), ["start.command.terminal_type"]);
+        for (bad, size) in [("x\u{1b}[0m", size(24, 80)), ("xterm", of(&[]))] {
+            let terminal_type = bad.to_owned();
+            let bad = ExecCommand {
+                terminal_type,
+                ..size
+            };
+            assert_eq!(fields(bad), ["start.command.terminal_type"]);
+        }
         assert!(check(Noun::Job, name, "nodes/..", None).is_err());
         assert!(check(Noun::Cluster, name, "", None).is_err());
     }

@@ -21,7 +21,7 @@ use super::streams::{Streams, StreamsOf};
 use super::{Parts, fault};
 use crate::journal::{AttemptDir, JournalError, LAUNCH, PREPARE, STATUS};
 use crate::launch::{HostFacts, JobUser, Preparation, ProcessPlan, beside};
-use crate::shim::{ExecPlan, Words, is_over};
+use crate::shim::{Beside, ExecPlan, Words};
 use crate::status::Status;
 
 /// What a shell is where the caller names no program, best first.
@@ -80,6 +80,13 @@ pub fn start(question: &ExecRequest, parts: &Parts) -> Result<Started, ExecFault
     started.map_err(|error| failed(format!("the command cannot be started: {error}")))
 }
 
+/// Whether what is asked for is to run beside an attempt that is about to begin.
+pub fn is_early(question: &ExecRequest, parts: &Parts) -> bool {
+    let attempt = question.attempt.as_ref();
+    let dir = attempt.and_then(|attempt| parts.journal.attempt(&attempt.attempt));
+    dir.is_some_and(|dir| Beside::of(&dir) == Beside::NotYet)
+}
+
 fn failed(message: impl Into<String>) -> ExecFault {
     fault(Kind::Unspecified, message)
 }
@@ -105,13 +112,13 @@ fn complete(plan: &mut ExecPlan, command: ExecCommand) {
 /// Beside the processes of an attempt: as they are.
 fn beside_an_attempt(assignment: &Assignment, parts: &Parts) -> Result<Place, ExecFault> {
     let over = || {
-        fault(
-            Kind::NotRunning,
-            "its processes do not run on this node now",
-        )
+        let why =
+            "its processes do not run on this node now: `batchai job show` says how far it is";
+        fault(Kind::NotRunning, why)
     };
     let dir = parts.journal.attempt(&assignment.attempt);
-    let dir = dir.filter(|dir| !is_over(dir)).ok_or_else(over)?;
+    let dir = dir.filter(|dir| Beside::of(dir) == Beside::Now);
+    let dir = dir.ok_or_else(over)?;
     let unread = |error: JournalError| failed(error.to_string());
     // As it was planned, whatever this agent would plan now.
     let preparation: Preparation = dir.read(PREPARE).map_err(unread)?.ok_or_else(over)?;

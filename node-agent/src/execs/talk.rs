@@ -8,8 +8,9 @@ use std::io;
 use std::time::Duration;
 
 use batchai_common::limits::EXEC_CHUNKS_MAX;
+use batchai_proto::agent::v1::ServeExecResponse;
+use batchai_proto::agent::v1::exec_fault::Kind;
 use batchai_proto::agent::v1::serve_exec_request::Message;
-use batchai_proto::agent::v1::{ExecFault, ServeExecResponse};
 use batchai_proto::v1::ExecOutput;
 use batchai_proto::v1::exec_input::Input;
 use batchai_proto::v1::exec_output::Output;
@@ -20,7 +21,7 @@ use tonic::Streaming;
 use super::command::{Holder, Started};
 use super::streams;
 use super::streams::Streams;
-use super::{Outbox, PATIENCE, say};
+use super::{Outbox, PATIENCE, fault, say};
 
 /// What a command has printed is there when it has ended. Somebody who has left its tree may hold its pipes open for ever.
 const QUIET: Duration = Duration::from_secs(1);
@@ -38,7 +39,8 @@ pub struct Talk {
     incoming: Streaming<ServeExecResponse>,
     /// What it has not read yet.
     input: VecDeque<Bytes>,
-    /// How many pieces of it the command was given: the last may be one of ours.
+    /// How many pieces came, and how many of them the command was given.
+    received: i64,
     given: i64,
     ended: bool,
     sent: i64,
@@ -64,6 +66,7 @@ impl Talk {
             outbox,
             incoming,
             input: VecDeque::new(),
+            received: 0,
             given: 0,
             ended: false,
             sent: 0,
@@ -94,24 +97,27 @@ impl Talk {
                 }
             };
             if let Some(end) = end {
-                self.hang_up().await;
+                self.hang_up(end).await;
                 return end;
             }
         }
     }
 
-    /// Ends it. What it still says is thrown away: it would be in the way of what it does at its end, were it not read.
-    async fn hang_up(self) {
+    /// Ends it, and says why, should anybody be there. What it still says is thrown away: it would be in the way of what it does at its
+    /// end, were it not read.
+    async fn hang_up(self, why: &str) {
+        say(&self.outbox, Message::Fault(fault(Kind::Unspecified, why)));
         let Talk {
             streams,
             mut exited,
             holder,
             code,
             outbox,
-            incoming,
+            // Who goes away early takes back what was said.
+            incoming: _incoming,
             ..
         } = self;
-        drop((holder, outbox, incoming));
+        drop((holder, outbox));
         let (mut output, mut error) = (streams.output, streams.error);
         let ended = async {
             while code.is_none() {
@@ -158,6 +164,7 @@ impl Talk {
                 if self.input.len() >= EXEC_CHUNKS_MAX {
                     return Some("more input came than was agreed");
                 }
+                self.received += 1;
                 self.input.push_back(data);
                 self.skip();
             }
@@ -185,9 +192,11 @@ impl Talk {
             .is_some_and(|front| closed || front.is_empty())
         {
             self.input.pop_front();
-            self.given += 1;
-            let given = self.given;
-            self.tell(Output::Taken(given));
+            // What is typed at the end came from nobody.
+            if self.given < self.received {
+                self.given += 1;
+                self.tell(Output::Taken(self.given));
+            }
         }
         self.close();
     }
@@ -239,12 +248,8 @@ impl Talk {
         match code {
             0..=255 => self.tell(Output::ExitCode(code)),
             _ => {
-                let message = "how it ended is not known".to_owned();
-                let fault = ExecFault {
-                    message,
-                    ..ExecFault::default()
-                };
-                say(&self.outbox, Message::Fault(fault))
+                let unknown = fault(Kind::Unspecified, "how it ended is not known");
+                say(&self.outbox, Message::Fault(unknown))
             }
         };
         let Talk {

@@ -89,20 +89,36 @@ impl Words {
     }
 }
 
-/// Whether nothing may run beside an attempt any more, or not yet.
-pub fn is_over(dir: &AttemptDir) -> bool {
-    let Ok(Some(status)) = dir.read::<Status>(STATUS) else {
-        return true;
-    };
-    let ended = |status: &Status| {
+/// Whether something may run beside an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beside {
+    /// Its processes have not started.
+    NotYet,
+    Now,
+    /// They are gone, or are to end.
+    Over,
+}
+
+impl Beside {
+    /// As things are on this host.
+    pub fn of(dir: &AttemptDir) -> Beside {
+        // In this order: a shim leaves its record before its lock.
+        let held = matches!(dir.shim(), Ok(Some(_)));
+        let Ok(Some(status)) = dir.read::<Status>(STATUS) else {
+            return Beside::Over;
+        };
+        if !held || dir.has(STOP) {
+            return Beside::Over;
+        }
         let ranks = &status.ranks;
-        !ranks.is_empty() && ranks.iter().all(|rank| rank.exit_code.is_some())
-    };
-    status.phase != Phase::Running
-        || status.failure.is_some()
-        || ended(&status)
-        || dir.has(STOP)
-        || !matches!(dir.shim(), Ok(Some(_)))
+        let ended = !ranks.is_empty() && ranks.iter().all(|rank| rank.exit_code.is_some());
+        match status.phase {
+            _ if ended || status.failure.is_some() => Beside::Over,
+            Phase::Preparing | Phase::Ready => Beside::NotYet,
+            Phase::Running => Beside::Now,
+            Phase::Ended => Beside::Over,
+        }
+    }
 }
 
 /// The process. What goes wrong is said to who runs the command.
@@ -227,7 +243,8 @@ impl Holder {
             self.wait(LOOK)?;
             let told = self.take_signals();
             self.reap()?;
-            if self.attempt.as_ref().is_some_and(is_over) {
+            let attempt = self.attempt.as_ref().map(Beside::of);
+            if attempt.is_some_and(|attempt| attempt != Beside::Now) {
                 break GRACE_OF_JOBS;
             }
             // The agent tells by a signal that who runs it is gone, and by its own end that it is.
@@ -343,13 +360,13 @@ mod tests {
         let dir = AttemptDir {
             path: dir.path().to_owned(),
         };
-        assert!(is_over(&dir));
+        assert_eq!(Beside::of(&dir), Beside::Over);
         // It runs, and nobody holds it any more.
         let status = Status {
             phase: Phase::Running,
             ..Status::default()
         };
         dir.write(STATUS, &status, false).unwrap();
-        assert!(is_over(&dir));
+        assert_eq!(Beside::of(&dir), Beside::Over);
     }
 }

@@ -30,7 +30,7 @@ use nix::unistd::setsid;
 
 use crate::journal::{AttemptDir, JournalError};
 
-pub use exec::{ExecPlan, Words, is_over, main as exec};
+pub use exec::{Beside, ExecPlan, Words, main as exec};
 pub use group::{detect, homes};
 pub use process::resize as resize_terminal;
 pub use root::{Root, RootError};

@@ -96,7 +96,8 @@ fn is_input(input: &ExecInput) -> bool {
     match &input.input {
         Some(Input::Data(data)) => data.len() <= EXEC_CHUNK_BYTES_MAX,
         Some(Input::Resize(size)) => is_size(*size),
-        Some(Input::End(_) | Input::Taken(_)) => true,
+        Some(Input::End(end)) => *end,
+        Some(Input::Taken(taken)) => *taken >= 0,
         None => false,
     }
 }
@@ -149,8 +150,7 @@ async fn idle(lately: &AtomicI64, most: Duration) {
 
 /// It has done something, and nobody knows what: it is not for clients to repeat.
 fn over(why: String) -> Status {
-    let why = format!("{why}; the command is hung up");
-    ApiError::Unknown { why }.into()
+    ApiError::HungUp { why }.into()
 }
 
 #[cfg(test)]
