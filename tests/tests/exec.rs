@@ -20,7 +20,8 @@ use batchai_tests::ensemble::{Ensemble, IN};
 use batchai_tests::process::{Background, Process, processes_of, until};
 use batchai_tests::replicas::Replicas;
 use batchai_tests::terminal::Terminal;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
@@ -83,16 +84,20 @@ fn nap(number: u32) -> u32 {
 }
 
 /// The processes on this machine that sleep for so long.
-fn sleeping(number: u32) -> usize {
+fn sleeping(number: u32) -> Vec<i32> {
     let wanted = format!("sleep\0{}\0", nap(number));
     let entries = fs::read_dir("/proc").unwrap().flatten();
-    let lines = entries.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
-    lines.filter(|line| line == wanted.as_bytes()).count()
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let sleeps = |pid: &i32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline"));
+        line.is_ok_and(|line| line == wanted.as_bytes())
+    };
+    pids.filter(sleeps).collect()
 }
 
 fn until_sleeping(number: u32, count: usize) {
     until(&format!("{count} times nap {number}"), || {
-        (sleeping(number) == count).then_some(())
+        (sleeping(number).len() == count).then_some(())
     });
 }
 
@@ -358,6 +363,22 @@ fn what_is_hung_up_ends_with_all_that_it_started() {
     until_sleeping(4, 0);
     let mark = e.path().join("nodes/a1/jobs/w/e/j/HUNG");
     assert_eq!(fs::read_to_string(mark).unwrap(), "hung up\n");
+    // Somebody kills the process that holds it.
+    let client = start(&e);
+    for (pid, command) in processes_of(e.path()) {
+        if command.contains(" exec ") && command.starts_with("batchai-exec") {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+    }
+    let output = client.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(137), "{}", text(&output.stderr));
+    // What is in no group is beyond its reach then.
+    if e.json(&["node", "show", "-n", "a1"])["facts"]["isolation"] == "process-tree" {
+        for pid in sleeping(4) {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+    }
+    until_sleeping(4, 0);
     // The agent is cut down: the caller is told, and the job goes on.
     let client = start(&e);
     e.agents.get_mut("a1").unwrap().kill();

@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 
 use super::streams::{Streams, StreamsOf};
 use super::{Parts, fault};
+use crate::cgroups::Group;
 use crate::journal::{AttemptDir, JournalError, LAUNCH, PREPARE, STATUS};
 use crate::launch::{HostFacts, JobUser, Preparation, ProcessPlan, beside};
 use crate::shim::{Beside, ExecPlan, Words};
@@ -138,6 +139,7 @@ fn beside_an_attempt(assignment: &Assignment, parts: &Parts) -> Result<Place, Ex
         argv: Vec::new(),
         terminal: false,
         input: false,
+        agent: std::process::id() as i32,
     };
     Ok(Place {
         plan,
@@ -184,6 +186,7 @@ fn on_the_node(assignment: &Assignment, parts: &Parts) -> Result<Place, ExecFaul
         argv: Vec::new(),
         terminal: false,
         input: false,
+        agent: std::process::id() as i32,
     };
     let dir = journal.bundles();
     let dir = dir.parent().unwrap_or(Path::new(NO_HOME)).to_owned();
@@ -224,7 +227,7 @@ fn spawn(
         .stderr(streams.error)
         .spawn()?;
     let stdin = child.stdin.take();
-    let (holder, exited) = watch(child);
+    let (holder, exited) = watch(child, plan.group.clone());
     let mut stdin = stdin.ok_or_else(|| io::Error::other("its input is not piped"))?;
     // It reads all of that at once, and then no more.
     stdin.write_all(&words)?;
@@ -237,8 +240,9 @@ fn spawn(
     })
 }
 
-/// Waits for a child on a thread of its own, which the end of this process does not wait for.
-fn watch(mut child: Child) -> (Holder, oneshot::Receiver<i32>) {
+/// Waits for a child on a thread of its own, which the end of this process does not wait for. Where somebody has killed it, what it held is
+/// ended here, as far as it is in a group.
+fn watch(mut child: Child, group: Option<Group>) -> (Holder, oneshot::Receiver<i32>) {
     let (tell, exited) = oneshot::channel();
     let number = Pid::from_raw(child.id() as i32);
     let pid = Arc::new(Mutex::new(Some(number)));
@@ -251,6 +255,11 @@ fn watch(mut child: Child) -> (Holder, oneshot::Receiver<i32>) {
         held.lock().unwrap_or_else(PoisonError::into_inner).take();
         let status = child.wait();
         let code = status.ok().and_then(|status| status.code());
+        if let Some(group) = group.filter(|group| group.path.exists())
+            && let Err(error) = group.end()
+        {
+            tracing::error!(%error, "what a command left is not gone");
+        }
         // One that was killed itself cannot tell how the command ended: as it did, then.
         let _ = tell.send(code.unwrap_or(128 + Signal::SIGKILL as i32));
     });

@@ -62,6 +62,8 @@ pub struct ExecPlan {
     pub terminal: bool,
     /// It reads what follows the plan.
     pub input: bool,
+    /// The agent's process: it ends with that.
+    pub agent: i32,
     /// It ends with the attempt whose directory this process is told.
     pub of_attempt: bool,
 }
@@ -135,7 +137,6 @@ pub fn main(dir: &Path) -> ExitCode {
 
 fn begin(dir: &Path) -> Result<i32, ShimError> {
     shutdown::keep_memory_private();
-    let agent = getppid();
     // Unbuffered: not a byte more than the plan.
     let stdin = io::stdin().as_fd().try_clone_to_owned();
     let stdin = File::from(stdin.map_err(system("dup"))?);
@@ -181,7 +182,7 @@ fn begin(dir: &Path) -> Result<i32, ShimError> {
         path: PathBuf::from(dir),
     });
     let holder = Holder {
-        agent,
+        agent: Pid::from_raw(plan.agent),
         child,
         signals,
         attempt,
@@ -344,6 +345,7 @@ mod tests {
             group: None,
             terminal: false,
             input: true,
+            agent: 1,
             of_attempt: false,
         };
         let words = [&Words::of(&plan).unwrap()[..], b"the command's"].concat();
