@@ -555,6 +555,8 @@ fn what_is_run_is_on_record_and_takes_a_right_of_its_own() {
         "{said}"
     );
     e.ok(&on_node);
+    let told = e.ok(&["audit", "tail", "-n", "20", "-o", "tsv"]);
+    assert!(told.contains("\t\"echo\" \"a secret of mine\"\n"), "{told}");
     let records = e.ok(&["audit", "tail", "-n", "20"]);
     let records = serde_json::Deserializer::from_str(&records).into_iter();
     let records: Vec<serde_json::Value> = records.map(Result::unwrap).collect();
