@@ -39,6 +39,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".batchai.agent.v1.AnswerFileRequest.data")
         .bytes(".batchai.v1.SaveSnapshotResponse.data")
         .bytes(".batchai.agent.v1.FetchBundleResponse.data")
+        .bytes(".batchai.v1.ExecInput.data")
+        .bytes(".batchai.v1.ExecOutput.stdout")
+        .bytes(".batchai.v1.ExecOutput.stderr")
         .bytes(".batchai.internal.v1.ExchangeRequest.messages")
         .bytes(".batchai.internal.v1.SendSnapshotRequest.data")
         .compile_fds(compiler.file_descriptor_set())?;

@@ -318,6 +318,8 @@ pub async fn audit(command: args::Audit, context: &Context) -> Done {
     while let Some(record) = records.message().await? {
         context.printer.line("AuditRecord", &record, |r| {
             let time = r.time.map(|time| time.to_string()).unwrap_or_default();
+            // Quoted: others typed it, and it is shown to an administrator's terminal.
+            let command: Vec<_> = r.command.iter().map(|word| format!("{word:?}")).collect();
             vec![
                 time,
                 r.result.clone(),
@@ -326,6 +328,7 @@ pub async fn audit(command: args::Audit, context: &Context) -> Done {
                 r.method.clone(),
                 r.name.clone(),
                 r.revision.to_string(),
+                command.join(" "),
             ]
         })?;
     }

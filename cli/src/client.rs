@@ -10,6 +10,7 @@ use batchai_proto::v1::access_service_client::AccessServiceClient;
 use batchai_proto::v1::admin_service_client::AdminServiceClient;
 use batchai_proto::v1::bundle_service_client::BundleServiceClient;
 use batchai_proto::v1::cluster_service_client::ClusterServiceClient;
+use batchai_proto::v1::exec_service_client::ExecServiceClient;
 use batchai_proto::v1::experiment_service_client::ExperimentServiceClient;
 use batchai_proto::v1::file_server_service_client::FileServerServiceClient;
 use batchai_proto::v1::information_service_client::InformationServiceClient;
@@ -113,6 +114,10 @@ impl Client {
 
     pub fn bundles(&self) -> BundleServiceClient<Secured> {
         BundleServiceClient::new(self.secured.clone())
+    }
+
+    pub fn execs(&self) -> ExecServiceClient<Secured> {
+        ExecServiceClient::new(self.secured.clone())
     }
 
     pub fn experiments(&self) -> ExperimentServiceClient<Secured> {

@@ -11,6 +11,7 @@ use crate::args;
 use crate::client::{Client, request, request_id, send_once};
 use crate::context::Context;
 use crate::error::CliError;
+use crate::exec;
 use crate::file;
 use crate::login;
 use crate::output::{View, confirm};
@@ -153,7 +154,10 @@ async fn node(command: args::ClusterNode, client: &Client, context: &Context) ->
             exec,
         } => {
             let name = context.the_cluster(cluster.as_ref(), &parent)?;
-            login::exec(login::of_cluster(client, name).await?, exec)
+            match exec.ssh.is_wanted() {
+                true => login::exec(login::of_cluster(client, name).await?, exec),
+                false => exec::on_node(client, name, exec).await,
+            }
         }
     }
 }

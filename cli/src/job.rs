@@ -15,6 +15,7 @@ use crate::bundle;
 use crate::client::{Client, Retry, request, request_id, send_once};
 use crate::context::Context;
 use crate::error::CliError;
+use crate::exec;
 use crate::file;
 use crate::job_files;
 use crate::login;
@@ -137,7 +138,13 @@ async fn node(command: args::JobNode, client: &Client, context: &Context) -> Don
                 .list(&login::LOGIN, &of(&parent, &job).await?)?;
             Ok(ExitCode::SUCCESS)
         }
-        args::JobNode::Exec { parent, job, exec } => login::exec(of(&parent, &job).await?, exec),
+        args::JobNode::Exec { parent, job, exec } if exec.ssh.is_wanted() => {
+            login::exec(of(&parent, &job).await?, exec)
+        }
+        args::JobNode::Exec { parent, job, exec } => {
+            let name = format!("{}/jobs/{job}", context.experiment(&parent)?);
+            exec::beside_job(client, name, exec).await
+        }
     }
 }
 

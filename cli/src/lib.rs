@@ -28,6 +28,7 @@ mod demo;
 pub mod descriptors;
 mod dev;
 pub mod error;
+mod exec;
 pub mod file;
 mod file_servers;
 #[cfg(any(test, fuzzing))]
@@ -42,6 +43,7 @@ mod ranks;
 mod resources;
 mod run;
 mod settings;
+mod terminal;
 mod variables;
 
 use std::process::ExitCode;

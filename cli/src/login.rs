@@ -80,20 +80,21 @@ pub fn exec(nodes: Nodes, args: args::NodeExec) -> Done {
     })?;
     let mut ssh = Command::new("ssh");
     ssh.arg("-p").arg(node.port.to_string());
-    for forward in &args.forward {
+    let of = &args.ssh;
+    for forward in &of.forward {
         ssh.arg("-L").arg(forward);
     }
-    if let Some(key) = &args.key {
+    if let Some(key) = &of.key {
         ssh.arg("-i").arg(key);
     }
-    if let Some(password) = &args.password {
+    if let Some(password) = &of.password {
         let own = std::env::current_exe()?;
         ssh.env("SSH_ASKPASS", own)
             .env("SSH_ASKPASS_REQUIRE", "force")
             .env(PASSWORD, password)
             .args(["-o", "SendEnv=-*"]);
     }
-    let target = match &args.user {
+    let target = match &of.user {
         Some(user) => format!("{user}@{}", node.ip_address),
         None => node.ip_address.clone(),
     };
@@ -108,7 +109,7 @@ pub fn exec(nodes: Nodes, args: args::NodeExec) -> Done {
                 .arg(format!("bash -lc {quoted}"))
         }
         // Ports alone need no shell.
-        None if !args.forward.is_empty() => ssh.arg("-N").arg("--").arg(target),
+        None if !of.forward.is_empty() => ssh.arg("-N").arg("--").arg(target),
         None => ssh.arg("--").arg(target),
     };
     let error = ssh.exec();

@@ -99,6 +99,8 @@ pub enum ApiError {
     Unavailable { why: String, leader: Option<String> },
     #[error("the request may or may not have been carried out: {why}; look before you repeat it")]
     Unknown { why: String },
+    #[error("{why}; the command is hung up, and how far it came is not known")]
+    HungUp { why: String },
     #[error("internal error; the log of the replica names it by {id}")]
     Internal { id: String },
 }
@@ -190,6 +192,7 @@ impl From<ApiError> for Status {
             | ApiError::TooSlow { .. }
             | ApiError::Forbidden { .. }
             | ApiError::Expelled { .. }
+            | ApiError::HungUp { .. }
             | ApiError::Unauthenticated { .. } => {}
         }
         Status::with_error_details(code, error.to_string(), details)
@@ -215,6 +218,7 @@ fn class(error: &ApiError) -> (Code, &'static str) {
         ApiError::Busy { .. } => (Code::ResourceExhausted, "BUSY"),
         ApiError::Unavailable { .. } => (Code::Unavailable, "UNAVAILABLE"),
         ApiError::Unknown { .. } => (Code::Aborted, "OUTCOME_UNKNOWN"),
+        ApiError::HungUp { .. } => (Code::Aborted, "HUNG_UP"),
         ApiError::Internal { .. } => (Code::Internal, "INTERNAL"),
     }
 }
@@ -279,7 +283,7 @@ fn metadata(error: &ApiError) -> HashMap<String, String> {
             pairs.extend(leader.clone().map(|leader| ("leader", leader)));
             pairs
         }
-        ApiError::Unknown { why } => vec![("why", why.clone())],
+        ApiError::Unknown { why } | ApiError::HungUp { why } => vec![("why", why.clone())],
         ApiError::Internal { id } => vec![("id", id.clone())],
     };
     pairs.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()

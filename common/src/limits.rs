@@ -17,6 +17,11 @@ pub const LOG_FILE_MIB: u64 = 1024;
 /// The largest piece of any other file in one message.
 pub const FILE_CHUNK_BYTES_MAX: usize = 64 << 10;
 
+/// The largest piece of what a command reads or prints, and how many pieces may be on their way in each direction: what it needs
+/// of memory anywhere, and of the small frames that a connection takes unread.
+pub const EXEC_CHUNK_BYTES_MAX: usize = 32 << 10;
+pub const EXEC_CHUNKS_MAX: usize = 32;
+
 /// The largest bundle, packed: source code, not data.
 pub const BUNDLE_BYTES_MAX: u64 = 256 << 20;
 

@@ -2,8 +2,8 @@
 //!
 //! One JSON object a line, in the order of the answers; the latest file is `audit.jsonl`, and older ones are numbered. Refusals
 //! of nobody lie apart, in `strangers.jsonl`, and where there are too many some are left out: nobody must be able to push out
-//! what others did, or hold them up. What a request says beside its names is never written. What is read is not recorded,
-//! unless it was refused.
+//! what others did, or hold them up. What a request says beside its names is never written, but for commands that are run on nodes; what they
+//! read and print is not. What is read of the ensemble is not recorded, unless it was refused.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Write as _};

@@ -2,8 +2,10 @@
 //!
 //! Closed by default: a call that no rule names is for those only who have shown who they are, and does nothing. What a call
 //! does is not known here; its rule says what of its request to look at. Whoever may not do a thing anywhere is refused before
-//! his request is read; whoever may is judged when all of it is here, and again and again while he is answered in a stream.
+//! his request is read; whoever may is judged when all of it is here, or the first message where that opens a stream, and again and
+//! again while he is answered in a stream.
 
+mod opening;
 pub mod quota;
 mod watched;
 
@@ -25,7 +27,7 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 
-use crate::access::rules::{self, Place, Rule};
+use crate::access::rules::{self, Form, Place, Rule};
 use crate::access::{Caller, WORK, Who, find_token, scope};
 use crate::audit::Audit;
 use crate::call::Call;
@@ -52,6 +54,8 @@ const PEERS: &str = "/batchai.internal.v1.";
 const ENSEMBLE: &str = "to be a replica";
 /// Before a message in a body: whether it is compressed, and its length.
 const FRAME_BYTES: usize = 5;
+/// So much of a command is recorded.
+const COMMAND_BYTES_MAX: usize = 4 << 10;
 /// So much of a name is repeated to who may not have what has it.
 const NAME_CHARS_MAX: usize = 200;
 
@@ -203,23 +207,16 @@ impl Gate {
         if !caller.may_somewhere(rule.permission) {
             return Err(forbidden(&caller, rule.permission, ""));
         }
-        let mut request = request;
-        if rule.unary {
-            let (parts, bytes) = collect(request).await?;
-            let texts = |path: &Vec<u32>| message(&bytes).and_then(|m| scope::text(m, path));
-            let subject = rule.subject.iter().filter_map(texts);
-            record.name = short(
-                &subject
-                    .filter(|t| !t.is_empty())
-                    .collect::<Vec<_>>()
-                    .join(" "),
-            );
-            if let Place::Field(path) = &rule.place {
-                // What is no message is about all of it: only who may do everything learns what is wrong with it.
-                ticket.name = texts(path).unwrap_or_default();
+        let (request, bytes) = match rule.request {
+            Form::Message => {
+                let (parts, bytes) = collect(request).await?;
+                let body = Body::new(Full::new(bytes.clone()));
+                (Request::from_parts(parts, body), bytes)
             }
-            request = Request::from_parts(parts, Body::new(Full::new(bytes)));
-        }
+            Form::Opening => opening::take(request).await?,
+            Form::Stream => (request, Bytes::new()),
+        };
+        ticket.read(rule, &bytes, record);
         let caller = self.judge(ticket)?;
         Ok((caller.clone(), with(caller, request), permit))
     }
@@ -329,6 +326,21 @@ impl Ticket {
         }
     }
 
+    /// What the first message of a request says: what it is about, and what of that is for the record.
+    fn read(&mut self, rule: &Rule, bytes: &Bytes, record: &mut AuditRecord) {
+        let text = |path: &Vec<u32>| message(bytes).and_then(|m| scope::text(m, path));
+        let subject = rule.subject.iter().filter_map(text);
+        let subject: Vec<_> = subject.filter(|text| !text.is_empty()).collect();
+        record.name = short(&subject.join(" "));
+        let command = rule.command.as_ref().zip(message(bytes));
+        let command = command.and_then(|(path, message)| scope::texts(message, path));
+        record.command = bounded(command.unwrap_or_default());
+        if let Place::Field(path) = &rule.place {
+            // What is no message is about all of it: only who may do everything learns what is wrong with it.
+            self.name = text(path).unwrap_or_default();
+        }
+    }
+
     fn is_open(&self) -> bool {
         OPEN.contains(&self.path.as_str())
     }
@@ -396,6 +408,23 @@ fn spelled(code: Code) -> String {
 
 fn short(text: &str) -> String {
     text.chars().take(NAME_CHARS_MAX).collect()
+}
+
+/// So much of a command as is recorded: what stands first says most.
+fn bounded(command: Vec<String>) -> Vec<String> {
+    let mut left = COMMAND_BYTES_MAX;
+    let mut bounded = Vec::new();
+    for argument in command {
+        let ends = argument.char_indices().map(|(at, c)| at + c.len_utf8());
+        let fits = ends.take_while(|end| *end <= left).last().unwrap_or(0);
+        bounded.push(argument[..fits].to_owned());
+        // An empty one takes room as well.
+        left = left.saturating_sub(fits + 1);
+        if fits < argument.len() || left == 0 {
+            break;
+        }
+    }
+    bounded
 }
 
 fn unknown() -> ApiError {

@@ -18,6 +18,7 @@ use batchai_proto::v1::access_service_server::AccessServiceServer;
 use batchai_proto::v1::admin_service_server::AdminServiceServer;
 use batchai_proto::v1::bundle_service_server::BundleServiceServer;
 use batchai_proto::v1::cluster_service_server::ClusterServiceServer;
+use batchai_proto::v1::exec_service_server::ExecServiceServer;
 use batchai_proto::v1::experiment_service_server::ExperimentServiceServer;
 use batchai_proto::v1::file_server_service_server::FileServerServiceServer;
 use batchai_proto::v1::information_service_server::InformationServiceServer;
@@ -34,6 +35,7 @@ use tonic::transport::Server;
 use tonic_health::server::HealthReporter;
 
 use crate::agents::contacts::Contacts;
+use crate::agents::execs::ExecDesk;
 use crate::agents::files::FileDesk;
 use crate::agents::granting;
 use crate::agents::join::Join;
@@ -309,8 +311,10 @@ impl Shared {
             replica: self.replica.clone(),
             authority: authority.clone(),
         };
+        let execs = ExecDesk::new(self.desk.clone());
         let api = Api {
             peers: self.peers,
+            execs: execs.clone(),
             replica: self.replica.clone(),
             contacts: self.contacts.clone(),
             logs: self.logs.clone(),
@@ -323,6 +327,7 @@ impl Shared {
         };
         let agents = Agents {
             lease: Duration::from_secs(config.lease),
+            execs,
             replica: self.replica,
             contacts: self.contacts,
             uplink: self.uplink,
@@ -375,6 +380,7 @@ fn routes(gate: Gate, api: Api, agents: Agents, join: Join) -> Result<Routes, Se
         .add_service(limited!(WorkspaceServiceServer, api.clone()))
         .add_service(limited!(ClusterServiceServer, api.clone()))
         .add_service(limited!(FileServerServiceServer, api.clone()))
+        .add_service(limited!(ExecServiceServer, api.clone()))
         .add_service(limited!(ExperimentServiceServer, api.clone()))
         .add_service(limited!(BundleServiceServer, api.clone()))
         .add_service(limited!(VmSizeServiceServer, api.clone()))

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use batchai_common::limits::TERMINATION_GRACE;
 use batchai_common::time::boot_millis;
 use batchai_common::tls::Connector;
-use batchai_proto::agent::v1::{AnswerHello, FileRequest, Hello, LogHello, Report};
+use batchai_proto::agent::v1::{AnswerHello, ExecRequest, FileRequest, Hello, LogHello, Report};
 use batchai_proto::v1::NodeFacts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::bundles::Fetcher;
 use crate::cgroups::Isolation;
 use crate::config::Config;
+use crate::execs::Execs;
 use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
 use crate::join::{self, JoinError, Shows};
@@ -35,6 +36,8 @@ use crate::watch::Watch;
 
 /// Questions about files that are not looked at yet.
 const QUESTIONS_MAX: usize = 32;
+/// Commands that are asked for and not looked at yet.
+const EXECS_MAX: usize = 16;
 /// Beyond the grace that processes get: for shims to write their records.
 const END_JOBS_MARGIN: Duration = Duration::from_secs(5);
 const END_JOBS_STEP: Duration = Duration::from_millis(20);
@@ -157,6 +160,7 @@ impl Parts {
         let (assign, assignments) = watch::channel(None);
         let (observe, observed) = watch::channel(Report::default());
         let (ask, questions) = mpsc::channel(QUESTIONS_MAX);
+        let (ask_exec, execs) = mpsc::channel(EXECS_MAX);
         let (lease, leased) = watch::channel(0);
         let kept = self.journal.bundles();
         let jobs = (
@@ -173,6 +177,7 @@ impl Parts {
         let (fetcher, bundles) =
             Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;
         let answerer = self.answerer(own, facts.clone(), questions);
+        let execs = self.execs(own, facts.clone(), execs);
         let supervisor = Supervisor {
             journal: self.journal.clone(),
             watch: self.watch.clone(),
@@ -207,6 +212,7 @@ impl Parts {
             observed,
             assignments: assign,
             questions: ask,
+            execs: ask_exec,
             lease: Lease::new(boot_millis()),
             leased: lease,
             expelled: self.expelled.clone(),
@@ -216,6 +222,7 @@ impl Parts {
         connections.spawn(shipper.run());
         connections.spawn(fetcher.run());
         connections.spawn(answerer.run());
+        connections.spawn(execs.run());
         until_ended(tokio::spawn(supervisor.run(shutdown)), connections).await
     }
 
@@ -227,15 +234,35 @@ impl Parts {
     ) -> Answerer {
         Answerer {
             connector: self.connector.clone(),
-            hello: AnswerHello {
-                node_id: self.node_id.clone(),
-                uid: self.identity.uid.clone(),
-                id: String::new(),
-            },
+            hello: self.answer_hello(),
             facts,
             own,
             questions,
             stuck: Default::default(),
+        }
+    }
+
+    fn execs(
+        &self,
+        own: &'static [&'static str],
+        facts: HostFacts,
+        questions: mpsc::Receiver<ExecRequest>,
+    ) -> Execs {
+        Execs {
+            connector: self.connector.clone(),
+            hello: self.answer_hello(),
+            facts,
+            own,
+            journal: self.journal.clone(),
+            questions,
+        }
+    }
+
+    fn answer_hello(&self) -> AnswerHello {
+        AnswerHello {
+            node_id: self.node_id.clone(),
+            uid: self.identity.uid.clone(),
+            id: String::new(),
         }
     }
 

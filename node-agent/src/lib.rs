@@ -1,7 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, files} <- supervisor <- agent`.
+//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- supervisor <- agent`.
 //!
 //! `cgroups`, `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
@@ -10,6 +10,7 @@ mod agent;
 mod bundles;
 pub mod cgroups;
 mod config;
+mod execs;
 mod files;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -52,6 +53,9 @@ enum Part {
     /// Holds the processes of one attempt.
     #[command(hide = true)]
     Shim { dir: PathBuf },
+    /// Holds a command that somebody runs beside an attempt, or on this node.
+    #[command(hide = true)]
+    Exec { dir: PathBuf },
     /// Shows what lies in a directory.
     #[command(hide = true)]
     Look,
@@ -61,6 +65,7 @@ enum Part {
 pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
     match cli.part {
         Some(Part::Shim { dir }) => shim::main(&dir),
+        Some(Part::Exec { dir }) => shim::exec(&dir),
         Some(Part::Look) => files::look(),
         None => agent_main(cli.config, own),
     }

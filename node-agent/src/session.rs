@@ -12,7 +12,7 @@ use batchai_common::time::boot_millis;
 use batchai_common::tls::Connector;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::{
-    AssignmentList, FileRequest, Heartbeat, Hello, LeaseGrant, Report, SessionRequest,
+    AssignmentList, ExecRequest, FileRequest, Heartbeat, Hello, LeaseGrant, Report, SessionRequest,
     SessionResponse, Welcome, session_request, session_response,
 };
 use tokio::sync::{mpsc, watch};
@@ -70,6 +70,7 @@ pub struct Session {
     pub observed: watch::Receiver<Report>,
     pub assignments: watch::Sender<Option<AssignmentList>>,
     pub questions: mpsc::Sender<FileRequest>,
+    pub execs: mpsc::Sender<ExecRequest>,
     /// The lease of the node, and until when it lasts, in milliseconds of the boot clock.
     pub lease: Lease,
     pub leased: watch::Sender<i64>,
@@ -136,7 +137,10 @@ impl Session {
         loop {
             let message = tokio::select! {
                 response = incoming.message() => {
-                    match response?.and_then(|response| response.message) {
+                    let Some(response) = response? else {
+                        return Ok(());
+                    };
+                    match response.message {
                         Some(session_response::Message::Welcome(welcome)) => {
                             heartbeat = every(self.welcome(welcome)?);
                         }
@@ -150,7 +154,11 @@ impl Session {
                             // Who has asked too much at once is not answered, and asks again.
                             let _ = self.questions.try_send(question);
                         }
-                        None => return Ok(()),
+                        Some(session_response::Message::ExecRequest(exec)) => {
+                            let _ = self.execs.try_send(exec);
+                        }
+                        // What a later coordinator says that this agent does not know.
+                        None => {}
                     }
                     continue;
                 }

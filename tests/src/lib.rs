@@ -17,5 +17,6 @@ pub mod replicas;
 pub mod requirement;
 pub mod sim;
 pub mod sources;
+pub mod terminal;
 pub mod torture;
 pub mod volume;

@@ -656,7 +656,8 @@ fn logging_in_starts_ssh_as_it_is_told() {
         text(&output.stdout)
     };
     let exec = ["cluster", "node", "exec"];
-    assert_eq!(ssh(&exec), "-p 22 -- 127.0.0.1\n");
+    let plain = [&exec[..], &["--ssh"]].concat();
+    assert_eq!(ssh(&plain), "-p 22 -- 127.0.0.1\n");
     let with = [
         "-n",
         "a2",
@@ -678,7 +679,7 @@ fn logging_in_starts_ssh_as_it_is_told() {
         ssh(&[&exec[..], &ports].concat()),
         "-p 22 -L 1:h:2 -o SendEnv=-* -N -- 127.0.0.1\nsecret\n"
     );
-    let (code, said) = fails(&e, &["cluster", "node", "exec", "-n", "a9"]);
+    let (code, said) = fails(&e, &["cluster", "node", "exec", "-n", "a9", "--ssh"]);
     assert!(code == 1 && said.contains("no node a9"), "{said}");
     e.submit(
         "j",
@@ -686,7 +687,7 @@ fn logging_in_starts_ssh_as_it_is_told() {
     );
     assert_eq!(e.wait("j"), 0);
     assert_eq!(
-        ssh(&["job", "node", "exec", "-j", "j", "-n", "a2"]),
+        ssh(&["job", "node", "exec", "-j", "j", "-n", "a2", "--ssh"]),
         "-p 22 -- 127.0.0.1\n"
     );
     assert_eq!(

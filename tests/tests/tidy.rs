@@ -67,7 +67,7 @@ const NODE_AGENT: [&[&str]; 10] = [
     &["hardware", "journal", "user"],
     &["shim", "watch"],
     &["session"],
-    &["bundles", "files", "join", "logs"],
+    &["bundles", "execs", "files", "join", "logs"],
     &["supervisor"],
     &["agent", "fuzz"],
     &["lib", "main"],

@@ -68,7 +68,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ),
     (
         "cluster node exec",
-        "batchai cluster node exec -c pair --exec nvidia-smi",
+        "batchai cluster node exec -c pair --node gpu3 -- nvidia-smi",
     ),
     ("cluster file list", "batchai cluster file list -c pair"),
     (
@@ -120,7 +120,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("job node list", "batchai job node list -j digits -o table"),
     (
         "job node exec",
-        "batchai job node exec -j digits --exec 'tail -f /var/log/syslog'",
+        "batchai job node exec -j digits --node gpu3 -- py-spy dump --pid 4242",
     ),
     (
         "node token create",

@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::resources::NodeExec;
-use super::{Confirm, InExperiment, Labels, Mounts, Which};
+use super::{Confirm, InExperiment, Labels, Mounts, NodeExec, Which};
 
 /// Files to send along with a job.
 #[derive(Debug, Default, Args)]
@@ -221,7 +220,7 @@ pub enum JobNode {
         #[arg(short = 'j', long)]
         job: String,
     },
-    /// Log in to a node of a job by ssh.
+    /// Run a command, or a shell, beside the processes of a running job: as their user, with their directory and environment.
     Exec {
         #[command(flatten)]
         parent: InExperiment,

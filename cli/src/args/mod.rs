@@ -1,8 +1,9 @@
-//! The command line. What each verb takes is in `resources` and `jobs`; an example of each is in `examples`.
+//! The command line. What each verb takes is in `resources`, `jobs` and `exec`; an example of each is in `examples`.
 
 mod access;
 mod admin;
 mod examples;
+mod exec;
 mod jobs;
 mod resources;
 mod settings;
@@ -14,10 +15,11 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 pub use access::{Audit, Certificate, NodeToken, Role, RoleCommand, Scope, User, UserToken};
 pub use admin::{Admin, Replica, Snapshot, Stray};
+pub use exec::NodeExec;
 pub use jobs::{Job, JobCreate, JobFile, JobNode, OfJob, Run, Variables};
 pub use resources::{
     Cluster, ClusterCreate, ClusterFile, ClusterNode, Experiment, FileServer, FileServerCreate,
-    Group, LogKeeping, Node, NodeExec, VmSize, VmSizeAlias, Workspace,
+    Group, LogKeeping, Node, VmSize, VmSizeAlias, Workspace,
 };
 pub use settings::{Account, Mounts};
 

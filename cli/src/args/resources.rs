@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{Account, Confirm, InGroup, InWorkspace, Labels, Mounts, Which};
+use super::{Account, Confirm, InGroup, InWorkspace, Labels, Mounts, NodeExec, Which};
 
 #[derive(Debug, Subcommand)]
 pub enum Group {
@@ -274,36 +274,6 @@ pub enum Cluster {
     File(ClusterFile),
 }
 
-/// How to reach a node, and what to do there.
-#[derive(Debug, Args)]
-pub struct NodeExec {
-    /// The node; the first where it is left out.
-    #[arg(short = 'n', long = "node-id", value_name = "NODE")]
-    pub node: Option<String>,
-    /// What to run there; a shell where it is left out.
-    #[arg(long = "exec", value_name = "COMMAND")]
-    pub command: Option<String>,
-    /// Forward a port as LOCAL:HOST:PORT, as long as the command runs. May be given several times.
-    #[arg(short = 'L', long = "address", value_name = "FORWARD")]
-    pub forward: Vec<String>,
-    /// The account to log in to; your own name where it is left out.
-    #[arg(short = 'u', long = "user-name", value_name = "NAME")]
-    pub user: Option<String>,
-    /// Its password; better in BATCHAI_SSH_PASSWORD.
-    #[arg(
-        short = 'p',
-        long,
-        value_name = "PASSWORD",
-        env = "BATCHAI_SSH_PASSWORD",
-        hide_env = true,
-        hide_env_values = true
-    )]
-    pub password: Option<String>,
-    /// The private key to log in with.
-    #[arg(short = 'k', long = "ssh-private-key", value_name = "FILE")]
-    pub key: Option<PathBuf>,
-}
-
 #[derive(Debug, Subcommand)]
 pub enum ClusterNode {
     /// List where to log in to the nodes of a cluster.
@@ -314,7 +284,7 @@ pub enum ClusterNode {
         #[arg(short = 'c', long, env = "BATCHAI_CLUSTER", hide_env = true)]
         cluster: Option<String>,
     },
-    /// Log in to a node of a cluster by ssh.
+    /// Run a command, or a shell, on a node of a cluster, outside of any job: as the user that jobs run as there.
     Exec {
         #[command(flatten)]
         parent: InWorkspace,

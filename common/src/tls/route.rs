@@ -22,14 +22,17 @@ use super::Connector;
 use crate::error::DOMAIN;
 
 /// Calls whose requests are streams: those cannot be made again.
-pub const STREAMED: [&str; 7] = [
+pub const STREAMED: [&str; 10] = [
     "/batchai.agent.v1.AgentService/AnswerFile",
+    "/batchai.agent.v1.AgentService/ServeExec",
     "/batchai.agent.v1.AgentService/Session",
     "/batchai.agent.v1.AgentService/ShipLogs",
     "/batchai.internal.v1.PeerService/Exchange",
     "/batchai.internal.v1.PeerService/SendSnapshot",
     "/batchai.internal.v1.RelayService/Relay",
     "/batchai.v1.BundleService/UploadBundle",
+    "/batchai.v1.ExecService/ExecJob",
+    "/batchai.v1.ExecService/ExecNode",
 ];
 /// How long somebody who leads is looked for.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -17,15 +17,27 @@ pub enum Place {
     Anywhere,
 }
 
+/// How a request comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// It is one message.
+    Message,
+    /// It is a stream, whose first message says what it is about: it has a `start`.
+    Opening,
+    /// It is a stream of which nothing is looked at.
+    Stream,
+}
+
 /// What a call takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     pub permission: &'static str,
     pub place: Place,
-    /// The whole request is one message.
-    pub unary: bool,
+    pub request: Form,
     /// Texts of the request that say what it is about, for the record.
     pub subject: Vec<Vec<u32>>,
+    /// Texts of it that are a command to run somewhere, for the record.
+    pub command: Option<Vec<u32>>,
 }
 
 /// The call; the permission; and where: a path in the request, nothing for the ensemble, a star for anywhere. By call.
@@ -63,6 +75,8 @@ pub const RULES: &[(&str, &str, &str)] = &[
     ("batchai.v1.ClusterService/ResizeCluster", "batchai/workspaces/clusters/write", "name"),
     ("batchai.v1.ClusterService/UpdateCluster", "batchai/workspaces/clusters/write", "cluster.name"),
     ("batchai.v1.ClusterService/WatchCluster", "batchai/workspaces/clusters/read", "name"),
+    ("batchai.v1.ExecService/ExecJob", "batchai/workspaces/experiments/jobs/exec/action", "start.name"),
+    ("batchai.v1.ExecService/ExecNode", "batchai/nodes/exec/action", ""),
     ("batchai.v1.ExperimentService/CreateExperiment", "batchai/workspaces/experiments/write", "parent"),
     ("batchai.v1.ExperimentService/DeleteExperiment", "batchai/workspaces/experiments/delete", "name"),
     ("batchai.v1.ExperimentService/GetExperiment", "batchai/workspaces/experiments/read", "name"),
@@ -120,12 +134,17 @@ static TABLE: LazyLock<BTreeMap<String, Rule>> = LazyLock::new(|| {
             "*" => Place::Anywhere,
             path => Place::Field(numbers(call, path)?),
         };
-        let input = method(call)?;
+        let method = method(call)?;
+        let request = form(&method);
         let rule = Rule {
             permission,
-            subject: subject(&input.input(), &place),
+            subject: match request {
+                Form::Opening => vec![numbers(call, "start.name")?, numbers(call, "start.node")?],
+                Form::Message | Form::Stream => subject(&method.input(), &place),
+            },
             place,
-            unary: !input.is_client_streaming(),
+            request,
+            command: numbers(call, "start.command.arguments"),
         };
         Some((format!("/{call}"), rule))
     };
@@ -141,6 +160,15 @@ fn method(call: &str) -> Option<MethodDescriptor> {
     let (service, method) = call.split_once('/')?;
     let service = pool().get_service_by_name(service)?;
     service.methods().find(|known| known.name() == method)
+}
+
+fn form(method: &MethodDescriptor) -> Form {
+    let opens = method.input().get_field_by_name("start").is_some();
+    match (method.is_client_streaming(), opens) {
+        (false, _) => Form::Message,
+        (true, true) => Form::Opening,
+        (true, false) => Form::Stream,
+    }
 }
 
 /// Where it happens, the name or the id of what, and whose.
@@ -194,5 +222,12 @@ mod tests {
             assert!(rule(&format!("/{call}")).is_some(), "{call}");
         }
         assert_eq!(rule("/batchai.v1.JobService/None"), None);
+        // What runs somewhere is judged and recorded by its first message; nothing else has a command.
+        for (path, rule) in TABLE.iter() {
+            let execs = path.contains("/Exec") && path.contains("ExecService/");
+            let opens = rule.request == Form::Opening;
+            assert!(opens == execs && rule.command.is_some() == execs, "{path}");
+            assert!(!opens || rule.subject.len() == 2, "{path}");
+        }
     }
 }

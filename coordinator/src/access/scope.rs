@@ -1,4 +1,4 @@
-//! PURE. What a request is about: one text of it, found without decoding the rest.
+//! PURE. What a request is about: texts of it, found without decoding the rest.
 //!
 //! It finds what a decoder would find: of a field that comes twice the last one counts, and parts of a message that comes in
 //! pieces are one message. What a decoder would refuse, this need not notice.
@@ -9,11 +9,18 @@ use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_f
 /// Reads the text at a path of field numbers: empty where it is absent, none where the bytes are no message.
 pub fn text(message: &[u8], path: &[u32]) -> Option<String> {
     let mut found = String::new();
-    read(message, path, &mut found)?;
+    read(message, path, &mut |text| found = text)?;
     Some(found)
 }
 
-fn read(mut rest: &[u8], path: &[u32], found: &mut String) -> Option<()> {
+/// Reads all texts at a path of field numbers.
+pub fn texts(message: &[u8], path: &[u32]) -> Option<Vec<String>> {
+    let mut found = Vec::new();
+    read(message, path, &mut |text| found.push(text))?;
+    Some(found)
+}
+
+fn read(mut rest: &[u8], path: &[u32], found: &mut impl FnMut(String)) -> Option<()> {
     let (first, deeper) = path.split_first()?;
     while rest.has_remaining() {
         let (number, wire) = decode_key(&mut rest).ok()?;
@@ -26,7 +33,7 @@ fn read(mut rest: &[u8], path: &[u32], found: &mut String) -> Option<()> {
         let (value, behind) = rest.split_at_checked(length)?;
         rest = behind;
         match deeper {
-            [] => *found = String::from_utf8(value.to_vec()).ok()?,
+            [] => found(String::from_utf8(value.to_vec()).ok()?),
             deeper => read(value, deeper, found)?,
         }
     }
@@ -66,6 +73,8 @@ mod tests {
             let name = decoded.workspace.unwrap_or_default().name;
             assert_eq!(text(&bytes, &path), Some(name));
         }
+        let all = [part("a", false), part("b", true)].concat();
+        assert_eq!(texts(&all, &path), Some(vec!["a".into(), "b".into()]));
         let mut cut = part("resourceGroups/g", true);
         cut.truncate(9);
         assert_eq!(text(&cut, &path), None);

@@ -10,7 +10,7 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::{CALL_TIMEOUT, FILE_CHUNK_BYTES_MAX};
 use batchai_common::names::{Kind, Name};
 use batchai_proto::agent::v1::answer_file_request::Part as Message;
-use batchai_proto::agent::v1::{AnswerFileRequest, FileFault, FileRequest};
+use batchai_proto::agent::v1::{AnswerFileRequest, ExecRequest, FileFault, FileRequest};
 use batchai_proto::v1::JobFile;
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -32,8 +32,17 @@ pub enum Part {
     Done,
 }
 
+/// What an agent is asked over its session. The answer comes over another connection.
+#[derive(Clone, Debug)]
+pub enum Question {
+    /// To show something of a file.
+    File(FileRequest),
+    /// To run a command (`execs`).
+    Exec(ExecRequest),
+}
+
 /// Where questions to nodes are put, with the node's name.
-type Questions = mpsc::Sender<(String, FileRequest)>;
+pub type Questions = mpsc::Sender<(String, Question)>;
 type Parts = mpsc::Sender<Result<Part, FileFault>>;
 
 /// Who can be asked, and what was asked and is not answered.
@@ -48,6 +57,14 @@ struct Inner {
     agents: BTreeMap<String, (u64, Questions)>,
     attendances: u64,
     open: HashMap<String, (String, Parts)>,
+}
+
+impl Inner {
+    fn put(&self, node: &str, question: Question) -> Result<(), &'static str> {
+        let (_, agent) = self.agents.get(node).ok_or("is not in contact")?;
+        let sent = agent.try_send((node.to_owned(), question));
+        sent.map_err(|_| "has too many questions to answer")
+    }
 }
 
 impl FileDesk {
@@ -65,34 +82,45 @@ impl FileDesk {
     }
 
     /// Passes a question on that somebody asked elsewhere, where the answer goes too. It may be lost.
-    pub fn pass(&self, node: &str, question: FileRequest) {
+    pub fn pass(&self, node: &str, question: Question) {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let sent = inner
             .agents
             .get(node)
             .map(|(_, agent)| agent.try_send((node.to_owned(), question)));
         if !matches!(sent, Some(Ok(()))) {
-            tracing::debug!(node, "a question about files is lost");
+            tracing::debug!(node, "a question is lost");
         }
     }
 
     /// Asks a node.
     pub fn ask(&self, node: &str, question: FileRequest) -> Result<Answer, ApiError> {
         let (sender, parts) = mpsc::channel(PARTS_MAX);
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let agent = inner.agents.get(node);
-        let (_, agent) = agent.ok_or_else(|| unavailable(node, "is not in contact"))?;
         let id = question.id.clone();
-        agent
-            .try_send((node.to_owned(), question))
-            .map_err(|_| unavailable(node, "has too many questions to answer"))?;
-        inner.open.insert(id.clone(), (node.to_owned(), sender));
+        // Before it is put: the answer may come at once.
+        let open = (node.to_owned(), sender);
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.open.insert(id.clone(), open);
+        if let Err(why) = inner.put(node, Question::File(question)) {
+            inner.open.remove(&id);
+            return Err(unavailable(node, why));
+        }
+        drop(inner);
         Ok(Answer {
             desk: self.clone(),
             node: node.to_owned(),
             id,
             parts,
         })
+    }
+
+    /// Puts a question that is answered elsewhere.
+    ///
+    /// # Errors
+    /// Says why the node cannot be asked.
+    pub fn put(&self, node: &str, question: Question) -> Result<(), &'static str> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.put(node, question)
     }
 
     /// Passes an agent's answer on to who asked.

@@ -27,7 +27,7 @@ use tonic::{Status, Streaming};
 
 use super::contacts::{Contacts, Live};
 use super::fate::outcome;
-use super::files::FileDesk;
+use super::files::{FileDesk, Question};
 use super::upward::Upward;
 use crate::replica::handle::{self, Role};
 use crate::replica::peers::{PEER_BYTES_MAX, Peers};
@@ -404,8 +404,9 @@ impl Link {
             }
         }
         for asked in taken.questions {
-            if let Some(question) = asked.question {
-                // Who asked hears nothing, and gives up.
+            let question = asked.question.map(Question::File);
+            // Who asked hears nothing, and gives up.
+            if let Some(question) = question.or(asked.exec.map(Question::Exec)) {
                 self.parts.desk.pass(&asked.node, question);
             }
         }

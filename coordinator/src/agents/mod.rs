@@ -1,4 +1,5 @@
-//! Serves node agents: one live session per node, the logs they ship, the bundles they fetch and the files they show.
+//! Serves node agents: one live session per node, the logs they ship, the bundles they fetch, the files they show and the
+//! commands they run.
 //!
 //! A session relays: reports of its node become commands, the node's assignments go out whenever their revision has
 //! risen. It decides nothing about jobs. Heartbeats touch one atomic and never enter the log.
@@ -9,6 +10,7 @@
 pub mod branch;
 mod bundle;
 pub mod contacts;
+pub mod execs;
 pub mod fate;
 pub mod files;
 pub mod granting;

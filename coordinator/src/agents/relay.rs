@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::time::boot_millis;
-use batchai_proto::agent::v1::FileRequest;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::relay_service_server::RelayService;
 use batchai_proto::internal::v1::{PeerHello, RelayRequest, RelayResponse, RelayedQuestion};
@@ -23,7 +22,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::branch::Branch;
 use super::contacts::Contacts;
 use super::fate::told;
-use super::files::{Attendance, FileDesk};
+use super::files::{Attendance, FileDesk, Question, Questions};
 use crate::replica::Handle;
 use crate::replica::handle::{self, ReplicaError};
 use crate::replica::peers::{Peers, check_peer};
@@ -139,7 +138,7 @@ struct Stream {
     hello: PeerHello,
     held: Branch,
     /// Where questions to its nodes are put.
-    asked: mpsc::Sender<(String, FileRequest)>,
+    asked: Questions,
     /// Its nodes are asked over this stream.
     attended: BTreeMap<String, Attendance>,
     outbox: mpsc::Sender<Result<RelayResponse, Status>>,
@@ -149,7 +148,7 @@ impl Stream {
     async fn take_in(
         &mut self,
         mut incoming: Streaming<RelayRequest>,
-        mut questions: mpsc::Receiver<(String, FileRequest)>,
+        mut questions: mpsc::Receiver<(String, Question)>,
     ) -> Result<(), Status> {
         let silence = tokio::time::sleep(SILENCE_MAX);
         tokio::pin!(silence);
@@ -171,7 +170,7 @@ impl Stream {
                     self.answer(request)?
                 }
                 Some((node, question)) = questions.recv() => RelayResponse {
-                    questions: vec![RelayedQuestion { node, question: Some(question) }],
+                    questions: vec![relayed(node, question)],
                     ..RelayResponse::default()
                 },
                 () = &mut silence => return Err(Status::deadline_exceeded("it is not heard of")),
@@ -229,6 +228,18 @@ impl Stream {
             // It may be gone.
             let _ = self.outbox.try_send(Err(status));
         }
+    }
+}
+
+fn relayed(node: String, question: Question) -> RelayedQuestion {
+    let (question, exec) = match question {
+        Question::File(question) => (Some(question), None),
+        Question::Exec(exec) => (None, Some(exec)),
+    };
+    RelayedQuestion {
+        node,
+        question,
+        exec,
     }
 }
 

@@ -1,4 +1,4 @@
-//! The gRPC face of sessions and log shipping.
+//! The gRPC face of sessions, log shipping, and all else that agents call.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -7,8 +7,9 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::names::last_id;
 use batchai_proto::agent::v1::agent_service_server::AgentService;
 use batchai_proto::agent::v1::{
-    AnswerFileRequest, AnswerFileResponse, FetchBundleRequest, FetchBundleResponse, SessionRequest,
-    SessionResponse, ShipLogsRequest, ShipLogsResponse, session_request,
+    AnswerFileRequest, AnswerFileResponse, FetchBundleRequest, FetchBundleResponse,
+    ServeExecRequest, ServeExecResponse, SessionRequest, SessionResponse, ShipLogsRequest,
+    ShipLogsResponse, session_request,
 };
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -18,6 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::bundle;
 use super::contacts::Contacts;
+use super::execs::{self, ExecDesk};
 use super::files::FileDesk;
 use super::link::Uplink;
 use super::log_intake;
@@ -38,6 +40,7 @@ pub struct Agents {
     pub logs: LogStore,
     pub bundles: BundleStore,
     pub desk: FileDesk,
+    pub execs: ExecDesk,
     pub vault: Vault,
     /// How long leases are.
     pub lease: Duration,
@@ -115,6 +118,38 @@ impl AgentService for Agents {
             if let Err(status) = end {
                 // The agent may be gone; then nobody needs to know.
                 let _ = outbox.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+
+    type ServeExecStream = Replies<ServeExecResponse>;
+
+    async fn serve_exec(
+        &self,
+        request: Request<Streaming<ServeExecRequest>>,
+    ) -> Result<Response<Self::ServeExecStream>, Status> {
+        let incoming = request.into_inner();
+        let (outbox, replies) = mpsc::channel(execs::OUTBOX_MAX);
+        let caller = caller();
+        let (desk, replica, shutdown) = (
+            self.execs.clone(),
+            self.replica.clone(),
+            self.shutdown.clone(),
+        );
+        tokio::spawn(async move {
+            let registered = |node: &str, uid: &str| {
+                caller.is_node(last_id(node), uid) && is_registered(&replica, node, uid)
+            };
+            let end = tokio::select! {
+                end = desk.take_in(registered, incoming, outbox.clone()) => end,
+                () = shutdown.cancelled() => return,
+            };
+            // Whoever leads may be the one who waits for it.
+            let end = end.map_err(|error| replica.must_lead().err().unwrap_or(error));
+            if let Err(error) = end {
+                // The agent may be gone; then nobody needs to know.
+                let _ = outbox.send(Err(error.into())).await;
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))

@@ -7,7 +7,7 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::time::boot_millis;
 use batchai_proto::agent::v1::{
-    Assignment, FileRequest, Hello, LeaseGrant, Report, SessionRequest, SessionResponse, Welcome,
+    Assignment, Hello, LeaseGrant, Report, SessionRequest, SessionResponse, Welcome,
     session_request, session_response,
 };
 use batchai_proto::internal::v1::command::Kind;
@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 use super::contacts::Live;
-use super::files::{Attendance, QUESTIONS_MAX};
+use super::files::{Attendance, QUESTIONS_MAX, Question};
 use super::hello::{check, check_ensemble, check_epoch, check_report};
 use super::link::Uplink;
 use super::service::Agents;
@@ -53,7 +53,7 @@ pub struct Session {
     lease: Duration,
     caller: Caller,
     /// Taken by whoever sends.
-    questions: Option<mpsc::Receiver<(String, FileRequest)>>,
+    questions: Option<mpsc::Receiver<(String, Question)>>,
     /// For as long as the session lasts.
     _attendance: Attendance,
 }
@@ -237,7 +237,7 @@ impl Session {
     async fn send_out(
         &self,
         outbox: &mpsc::Sender<Result<SessionResponse, Status>>,
-        questions: Option<mpsc::Receiver<(String, FileRequest)>>,
+        questions: Option<mpsc::Receiver<(String, Question)>>,
     ) -> Result<(), Status> {
         let Some(mut questions) = questions else {
             return Ok(());
@@ -296,11 +296,18 @@ impl Session {
                 Some((_, question)) = questions.recv() => {
                     // Assignments go before: who asked is told that there is no answer.
                     if outbox.capacity() > OUTBOX_MAX / 2 {
-                        send(outbox, session_response::Message::FileRequest(question))?;
+                        send(outbox, asked(question))?;
                     }
                 }
             }
         }
+    }
+}
+
+fn asked(question: Question) -> session_response::Message {
+    match question {
+        Question::File(question) => session_response::Message::FileRequest(question),
+        Question::Exec(question) => session_response::Message::ExecRequest(question),
     }
 }
 

@@ -6,6 +6,7 @@ mod admin;
 mod bundles;
 mod cluster_spec;
 mod clusters;
+mod exec;
 mod experiments;
 mod faults;
 mod fields;
@@ -45,6 +46,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
 
 use crate::agents::contacts::Contacts;
+use crate::agents::execs::ExecDesk;
 use crate::agents::files::FileDesk;
 use crate::audit::Audit;
 use crate::bundles::BundleStore;
@@ -72,6 +74,7 @@ pub struct Api {
     pub logs: LogStore,
     pub bundles: BundleStore,
     pub desk: FileDesk,
+    pub execs: ExecDesk,
     /// Signs certificates, where the ensemble has some of its own making.
     pub authority: Option<Arc<Authority>>,
     pub audit: Audit,

@@ -212,6 +212,31 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
     })
 }
 
+/// What runs beside the processes of an attempt, and is none of them, has of the job: its environment without secrets, and its directory.
+///
+/// # Errors
+/// As above.
+pub fn beside(
+    assignment: &Assignment,
+    facts: &HostFacts,
+) -> Result<(BTreeMap<String, String>, String), LaunchError> {
+    let job = assignment.job.as_ref();
+    let job = job.ok_or(LaunchError::Incomplete { what: "job" })?;
+    let user = facts.users.of(assignment)?;
+    let paths = Paths::of(job, assignment, &facts.root)?;
+    let env = environment::common(assignment, (job, user.as_ref()), facts, &paths)?;
+    let context = Context {
+        assignment,
+        job,
+        facts,
+        user,
+        paths,
+        env,
+    };
+    let env = environment::for_preparation(&context)?;
+    Ok((env, context.paths.job_temp))
+}
+
 /// A loopback address leads nowhere from another machine, and the job would wait for its rendezvous for ever.
 fn check_addresses(assignment: &Assignment) -> Result<(), LaunchError> {
     let hosts = &assignment.hosts;

@@ -8,6 +8,7 @@
 mod children;
 mod copier;
 mod ending;
+mod exec;
 mod group;
 mod logs;
 mod prepare;
@@ -31,7 +32,9 @@ use nix::unistd::setsid;
 
 use crate::journal::{AttemptDir, JournalError};
 
+pub use exec::{Beside, ExecPlan, Words, main as exec};
 pub use group::{detect, homes};
+pub use process::resize as resize_terminal;
 pub use root::{Root, RootError};
 pub use secrets::{hand_over, of as secrets_of};
 pub use tree::{SweepError, sweep};

@@ -1,8 +1,8 @@
-//! Starts the processes of an attempt, and the shim's own helpers.
+//! Starts the processes of an attempt, the shim's own helpers, and commands beside them.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
@@ -57,7 +57,7 @@ pub fn start(plan: &ProcessPlan, secrets: &Secrets, rights: Rights<'_>) -> io::R
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    in_its_own_session(&mut command, rights)?;
+    in_its_own_session(&mut command, rights, false)?;
     let mut child = command.spawn()?;
     let missing = || io::Error::other("a pipe is missing");
     let stdout = OwnedFd::from(child.stdout.take().ok_or_else(missing)?);
@@ -73,9 +73,49 @@ pub fn start(plan: &ProcessPlan, secrets: &Secrets, rights: Rights<'_>) -> io::R
     })
 }
 
+/// Starts a command in a session of its own with these streams, of which the first is its terminal, where it has one. It dies when this
+/// process does.
+pub fn start_beside(
+    (argv, cwd): (&[String], &str),
+    env: &Secrets,
+    [input, output, error]: [Stdio; 3],
+    terminal: bool,
+    rights: Rights<'_>,
+) -> io::Result<i32> {
+    let missing = || io::Error::new(io::ErrorKind::InvalidInput, "there is no program to start");
+    let (program, arguments) = argv.split_first().ok_or_else(missing)?;
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .env_clear()
+        .envs(env)
+        .current_dir(cwd)
+        .stdin(input)
+        .stdout(output)
+        .stderr(error);
+    in_its_own_session(&mut command, rights, terminal)?;
+    Ok(command.spawn()?.id() as i32)
+}
+
+/// Gives a terminal another size: who runs in it is told by the kernel.
+#[allow(unsafe_code)]
+pub fn resize(terminal: impl AsFd, rows: u16, columns: u16) -> io::Result<()> {
+    let size = nix::pty::Winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let terminal = terminal.as_fd().as_raw_fd();
+    // SAFETY: the descriptor is open while it is borrowed, and the kernel reads one such struct.
+    let done = unsafe { nix::libc::ioctl(terminal, nix::libc::TIOCSWINSZ, &size) };
+    nix::errno::Errno::result(done)?;
+    Ok(())
+}
+
 /// What has to happen between fork and exec.
 #[allow(unsafe_code)]
-fn in_its_own_session(command: &mut Command, rights: Rights<'_>) -> io::Result<()> {
+fn in_its_own_session(command: &mut Command, rights: Rights<'_>, terminal: bool) -> io::Result<()> {
     let shim = getpid();
     let entrances = entrances(rights.group, rights.bounds)?;
     let Rights {
@@ -103,7 +143,12 @@ fn in_its_own_session(command: &mut Command, rights: Rights<'_>) -> io::Result<(
             }
             give_up_privileges(may_gain)?;
             // Last: who becomes somebody else forgets with whom it dies.
-            detach(shim)
+            detach(shim)?;
+            if terminal {
+                // Its standard input, which is in its place by now.
+                nix::errno::Errno::result(nix::libc::ioctl(0, nix::libc::TIOCSCTTY, 0))?;
+            }
+            Ok(())
         });
     }
     Ok(())
