@@ -107,10 +107,7 @@ pub async fn run(
         expelled: Arc::default(),
         users,
         limits: config.job_limits.clone(),
-        log_limit: LogLimit {
-            bytes: config.log_mib << 20,
-            age_s: config.log_age,
-        },
+        log_limit: config.log_limit(),
         isolation,
         node_id,
         identity,
@@ -163,16 +160,7 @@ impl Parts {
         let (ask_exec, execs) = mpsc::channel(EXECS_MAX);
         let (lease, leased) = watch::channel(0);
         let kept = self.journal.bundles();
-        let jobs = (
-            self.users.clone(),
-            self.limits.clone(),
-            self.isolation.clone(),
-        );
-        let paths = (kept.as_path(), &*self.journal.lease());
-        let facts = HostFacts {
-            log_limit: self.log_limit,
-            ..hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs)
-        };
+        let facts = self.host_facts();
         let own_name = (self.node_id.clone(), self.identity.uid.clone());
         let (fetcher, bundles) =
             Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;
@@ -224,6 +212,21 @@ impl Parts {
         connections.spawn(answerer.run());
         connections.spawn(execs.run());
         until_ended(tokio::spawn(supervisor.run(shutdown)), connections).await
+    }
+
+    /// This host, as launchers see it.
+    fn host_facts(&self) -> HostFacts {
+        let jobs = (
+            self.users.clone(),
+            self.limits.clone(),
+            self.isolation.clone(),
+        );
+        let (bundles, lease) = (self.journal.bundles(), self.journal.lease());
+        let paths = (&*bundles, &*lease);
+        HostFacts {
+            log_limit: self.log_limit,
+            ..hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs)
+        }
     }
 
     fn answerer(

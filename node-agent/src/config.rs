@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use batchai_common::limits::LOG_FILE_MIB;
 
-use crate::launch::JobLimit;
+use crate::launch::{JobLimit, LogLimit};
 
 /// Runs a node agent: it registers this machine and runs its part of jobs.
 #[derive(Clone, Debug, clap::Args)]
@@ -105,6 +105,16 @@ pub struct Config {
     /// End when the process with this pid, which started this one, ends.
     #[arg(long, hide = true, value_name = "PID")]
     pub die_with_parent: Option<i32>,
+}
+
+impl Config {
+    /// How much of each log file is kept here.
+    pub fn log_limit(&self) -> LogLimit {
+        LogLimit {
+            bytes: self.log_mib << 20,
+            age_s: self.log_age,
+        }
+    }
 }
 
 fn ports(text: &str) -> Result<(u16, u16), String> {
