@@ -105,7 +105,10 @@ async fn sweep(logs: &LogStore, bundles: &BundleStore, replica: &Handle) {
         let phase = |id: &str| state.attempts.get(id).map(|attempt| attempt.phase);
         let is_stray = |id: &str| restore::of_attempt(&state, id).next().is_some();
         logs.close(|id| phase(id).is_none_or(|phase| phase == Phase::Ended));
-        crate::logs::give_up(&logs, &kept, &state, now_millis())?;
+        // What is of no job any more goes also where nothing can be given up of what is.
+        if let Err(error) = crate::logs::give_up(&logs, &kept, &state, now_millis()) {
+            tracing::warn!(%error, "log files cannot be kept within their bounds");
+        }
         let unknown = kept.iter().filter(|id| phase(id).is_none());
         for attempt in unknown.filter(|id| !is_stray(id)) {
             if let Err(error) = logs.remove(attempt) {

@@ -151,14 +151,16 @@ pub fn strays(list: &AssignmentList, local: &[Local]) -> Vec<AttemptObservation>
     let strays = local
         .iter()
         .filter(|found| is_stray(list, &found.attempt) || discarded(found));
-    let told = |found: &Local| {
-        observation(found).unwrap_or_else(|| AttemptObservation {
+    let told = |found: &Local| match found.lost() && !found.swept {
+        true => Some(AttemptObservation {
             attempt: found.attempt.clone(),
             phase: NodePhase::Running as i32,
+            stuck: found.unswept.clone(),
             ..AttemptObservation::default()
-        })
+        }),
+        false => observation(found),
     };
-    strays.map(told).collect()
+    strays.filter_map(told).collect()
 }
 
 /// What to report: everything the journal shows, and the absence of what it should show.
@@ -289,6 +291,25 @@ mod tests {
             discarded: discarded.iter().map(|id| (*id).to_owned()).collect(),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn what_a_sweep_cannot_end_is_named_and_never_told_of_as_gone() {
+        let found = Local {
+            attempt: "1-1".to_owned(),
+            started: true,
+            unswept: vec![7],
+            ..Local::default()
+        };
+        let seen = observation(&found).unwrap();
+        assert_eq!((seen.phase(), seen.stuck), (NodePhase::Preparing, vec![7]));
+        // Of before a restore it may run, whoever decides about it.
+        let list = AssignmentList {
+            epoch: 2,
+            ..AssignmentList::default()
+        };
+        let stray = strays(&list, &[found]).remove(0);
+        assert_eq!((stray.phase(), stray.stuck), (NodePhase::Running, vec![7]));
     }
 
     #[test]

@@ -17,8 +17,8 @@ use batchai_common::time::boot_time;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::SignalFd;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getppid, setsid};
 use serde::{Deserialize, Serialize};
@@ -146,18 +146,7 @@ fn begin(dir: &Path) -> Result<i32, ShimError> {
     setsid().map_err(system("setsid"))?;
     // What the command leaves behind becomes a child of this process.
     prctl::set_child_subreaper(true).map_err(system("subreaper"))?;
-    let mut mask = SigSet::empty();
-    for signal in [
-        Signal::SIGCHLD,
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGHUP,
-    ] {
-        mask.add(signal);
-    }
-    mask.thread_block().map_err(system("block signals"))?;
-    let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-    let signals = SignalFd::with_flags(&mask, flags).map_err(system("signalfd"))?;
+    let signals = super::take_signals()?;
     if let Some(group) = &plan.group {
         group.create().map_err(system("make the group"))?;
     }

@@ -28,6 +28,8 @@ use std::process::ExitCode;
 
 use batchai_common::{crash_point, shutdown};
 use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::setsid;
 
 use crate::journal::{AttemptDir, JournalError};
@@ -62,6 +64,22 @@ fn system<E: Into<std::io::Error>>(what: &'static str) -> impl Fn(E) -> ShimErro
         what,
         source: source.into(),
     }
+}
+
+/// From here on what ends a process, and what tells of an ended child, is read and not obeyed.
+fn take_signals() -> Result<SignalFd, ShimError> {
+    let mut mask = SigSet::empty();
+    for signal in [
+        Signal::SIGCHLD,
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+    ] {
+        mask.add(signal);
+    }
+    mask.thread_block().map_err(system("block signals"))?;
+    let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+    SignalFd::with_flags(&mask, flags).map_err(system("signalfd"))
 }
 
 /// The shim as a process. What goes wrong is said on standard error, which is a file of the attempt.

@@ -16,8 +16,8 @@ use batchai_common::time::boot_time;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::SignalFd;
 
 use super::children::{StartError, start_failure};
 use super::copier::{self, Copier};
@@ -95,18 +95,7 @@ pub struct Shim {
 impl Shim {
     pub fn new(dir: AttemptDir, secrets: Secrets) -> Result<Shim, ShimError> {
         let plan: Preparation = dir.read(PREPARE)?.ok_or(ShimError::NoPlan)?;
-        let mut mask = SigSet::empty();
-        for signal in [
-            Signal::SIGCHLD,
-            Signal::SIGTERM,
-            Signal::SIGINT,
-            Signal::SIGHUP,
-        ] {
-            mask.add(signal);
-        }
-        mask.thread_block().map_err(system("block signals"))?;
-        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
-        let signals = SignalFd::with_flags(&mask, flags).map_err(system("signalfd"))?;
+        let signals = super::take_signals()?;
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC);
         let inotify = inotify.map_err(system("inotify"))?;
         let changes = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE;
