@@ -173,13 +173,42 @@ fn open_store(config: &Config, ensemble: &Ensemble) -> Result<(DiskStore, Recove
     if known.is_some() && !path.exists() {
         return Err(ServerError::Gone { path });
     }
-    let (store, recovered) = DiskStore::open(&path, &new)?;
-    match known {
-        None => write_private(&begun, &recovered.identity.store)?,
-        Some(store) if store == recovered.identity.store => {}
-        Some(_) => return Err(ServerError::Gone { path }),
+    let meant = |found: &ReplicaIdentity| is_meant(config, ensemble, known.as_deref(), found);
+    let (store, recovered) = DiskStore::open_if(&path, &new, meant)?;
+    if known.is_none() {
+        write_private(&begun, &recovered.identity.store)?;
     }
     Ok((store, recovered))
+}
+
+/// Whether a store is the one that this data directory had, of the replica and the ensemble that it is told to be.
+fn is_meant(
+    config: &Config,
+    told: &Ensemble,
+    known: Option<&str>,
+    found: &ReplicaIdentity,
+) -> Result<(), ServerError> {
+    let path = config.data.clone();
+    if known.is_some_and(|store| store != found.store) {
+        return Err(ServerError::Gone {
+            path: path.join("replica"),
+        });
+    }
+    if found.replica_id != told.replica {
+        return Err(ServerError::OtherReplica {
+            path,
+            told: told.replica,
+            found: found.replica_id,
+        });
+    }
+    if Ensemble::is_told(&config.data) && found.ensemble != told.uuid {
+        return Err(ServerError::OtherEnsemble {
+            path,
+            told: told.uuid.clone(),
+            found: found.ensemble.clone(),
+        });
+    }
+    Ok(())
 }
 
 /// Starts the replica whose store lies in the data directory, or a new one.
@@ -187,20 +216,6 @@ pub fn start_replica(config: &Config) -> Result<Started, ServerError> {
     let ensemble = Ensemble::read(&config.data)?;
     let (store, recovered) = open_store(config, &ensemble)?;
     let identity = &recovered.identity;
-    if identity.replica_id != ensemble.replica {
-        return Err(ServerError::OtherReplica {
-            path: config.data.clone(),
-            told: ensemble.replica,
-            found: identity.replica_id,
-        });
-    }
-    if Ensemble::is_told(&config.data) && identity.ensemble != ensemble.uuid {
-        return Err(ServerError::OtherEnsemble {
-            path: config.data.clone(),
-            told: ensemble.uuid,
-            found: identity.ensemble.clone(),
-        });
-    }
     let leader = Leader {
         replica: identity.replica_id as i64,
         ensemble: identity.ensemble.clone(),

@@ -245,6 +245,23 @@ fn the_store_of_another_ensemble_is_refused_where_there_never_was_one() {
     two.refused(&runtime);
 }
 
+/// Opening a database writes to it: which store it is must be known before.
+#[test]
+fn a_store_that_is_not_the_one_that_was_here_is_refused_and_not_changed() {
+    let runtime = runtime();
+    let two = Two::make(&runtime);
+    let begun = two.one.join("begun");
+    let kept = fs::read_to_string(&begun).unwrap();
+    fs::write(&begun, kept.replace(|c: char| c.is_ascii_digit(), "a")).unwrap();
+    let before = contents(&two.one);
+    begin(&two.one, &two.log, &QUICK).refused(&two.one).unwrap();
+    let changed = differences(&before, &contents(&two.one));
+    assert!(changed.is_empty(), "{changed:?}");
+    fs::write(&begun, kept).unwrap();
+    let again = begin(&two.one, &two.log, &QUICK).ready();
+    same(&two.acknowledged, &again.groups(&runtime).unwrap()).unwrap();
+}
+
 #[test]
 fn a_store_beside_the_name_of_another_ensemble_is_refused() {
     let runtime = runtime();

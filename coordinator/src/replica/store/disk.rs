@@ -78,24 +78,40 @@ impl DiskStore {
     /// # Errors
     /// Refuses what is damaged, incomplete or of another format, and changes nothing of it.
     pub fn open(path: &Path, new: &ReplicaIdentity) -> Result<(DiskStore, Recovered), StoreError> {
+        DiskStore::open_if(path, new, |_| Ok(()))
+    }
+
+    /// Opens the store as [`DiskStore::open`] does, if it is the one that is meant.
+    ///
+    /// # Errors
+    /// What `is_meant` says of the store's identity as well, and nothing of that store is changed either.
+    pub fn open_if<E: From<StoreError>>(
+        path: &Path,
+        new: &ReplicaIdentity,
+        is_meant: impl FnOnce(&ReplicaIdentity) -> Result<(), E>,
+    ) -> Result<(DiskStore, Recovered), E> {
         if !path.exists() {
             create(path, new)?;
         }
         let log = path.join("log");
         let witness_path = path.join("witness");
-        match (log.join("db").exists(), witness_path.exists()) {
-            (true, true) => {}
-            (false, false) => return Err(damaged(path, "the log and its witness are missing")),
-            (true, false) => return Err(damaged(path, "the witness file is missing")),
-            (false, true) => return Err(damaged(path, "the log is missing, its witness is there")),
+        let missing = match (log.join("db").exists(), witness_path.exists()) {
+            (true, true) => None,
+            (false, false) => Some("the log and its witness are missing"),
+            (true, false) => Some("the witness file is missing"),
+            (false, true) => Some("the log is missing, its witness is there"),
+        };
+        if let Some(why) = missing {
+            return Err(damaged(path, why).into());
         }
         let opened = Witness::open(&witness_path).map_err(io(&witness_path))?;
         let (witness, mark) =
             opened.ok_or_else(|| damaged(path, "neither slot of the witness file is whole"))?;
         // Opening a database writes to it, and to a damaged one more than it may: that is done to a copy first.
         let copy = Copied::of(path)?;
-        look(path, &copy.log(), mark)?;
-        drop(copy);
+        let (copied, _, recovered) = look(path, &copy.log(), mark)?;
+        is_meant(&recovered.identity)?;
+        drop((copied, recovered, copy));
         forget_what_was_cut_off(&log)?;
         let (db, chunks, recovered) = look(path, &log, mark)?;
         let begin = recovered.begin;
