@@ -36,6 +36,8 @@ pub struct Agent {
     cut_until: u64,
     /// It reaches that replica alone until then.
     isolated: (u64, u64),
+    /// What runs here runs on until it is told to end.
+    pub busy: bool,
     talk: Talk,
     /// What is answered in an earlier one is heard by nobody.
     pub conversation: u64,
@@ -63,6 +65,7 @@ impl Agent {
             down_until: 0,
             cut_until: 0,
             isolated: (0, 0),
+            busy: false,
             talk: Talk::None,
             conversation: 0,
             clock,
@@ -101,6 +104,12 @@ impl Agent {
         live.map(|(local, of)| (local.attempt.as_str(), of.job.as_str()))
     }
 
+    /// Processes of a job that was launched run here.
+    pub fn is_working(&self) -> bool {
+        let mut running = self.running();
+        running.any(|(attempt, _)| self.local[attempt].0.launch_written)
+    }
+
     /// For who looks into a failure.
     pub fn how_it_is(&self) -> String {
         let (name, talk, list) = (self.name(), self.talk, self.list.as_ref());
@@ -122,6 +131,12 @@ impl Agent {
 
     pub fn is_cut_off(&self, step: u64) -> bool {
         self.cut_until > step || self.isolated.1 > step
+    }
+
+    /// From now on it reaches nobody, for some time.
+    pub fn cut_off(&mut self, until: u64) {
+        self.cut_until = until;
+        self.hang_up();
     }
 
     /// From now on it reaches one replica alone, for some time.
@@ -187,7 +202,7 @@ impl Agent {
                 // Whoever is to stop does nothing else any more.
                 _ if local.stop_written => {}
                 Phase::Preparing if soon => status.phase = Phase::Ready,
-                Phase::Running if soon => {
+                Phase::Running if soon && !self.busy => {
                     if let Some(rank) = status.ranks.first_mut() {
                         rank.exit_code = Some(i32::from(random.f64() < 0.2));
                     }
@@ -306,8 +321,7 @@ impl Sim {
             // Now and then for longer than a lease lasts.
             let most = if self.random.f64() < 0.2 { 1000 } else { 300 };
             let until = step + self.random.u64(1..most);
-            self.agents[i].cut_until = until;
-            self.agents[i].hang_up();
+            self.agents[i].cut_off(until);
         }
         if self.random.f64() < self.options.crash {
             // A shim dies, and its processes with it.
