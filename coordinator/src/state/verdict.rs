@@ -73,9 +73,10 @@ impl Outcome {
     }
 }
 
-/// How many processes a job's toolkit starts over all nodes.
+/// How many processes a job's toolkit starts over all nodes; what starts others by itself, as mpirun does, is one.
 pub fn rank_count(spec: &v1::Job) -> usize {
     let count = match (&spec.py_torch_settings, &spec.custom_toolkit_settings) {
+        (Some(s), _) if s.communication_backend == "mpi" => 1,
         (Some(s), _) if s.process_count > 0 => s.process_count,
         (Some(_), _) => spec.node_count,
         (None, Some(s)) if s.processes_per_node > 0 => s.processes_per_node * spec.node_count,
