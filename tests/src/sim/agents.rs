@@ -1,9 +1,9 @@
 //! Machines and their agents: production's `reconcile` over a journal and processes that are played here.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use batchai_coordinator::state::assignments::assignments;
-use batchai_node_agent::lease::Lease;
+use batchai_node_agent::lease::{Fence, Held, Lease};
 use batchai_node_agent::reconcile::{Action, Local, actions, observations, strays};
 use batchai_node_agent::status::{Phase, RankStatus, Status};
 use batchai_proto::agent::v1::{
@@ -45,10 +45,10 @@ pub struct Agent {
     /// The agent's own count of its lease; it goes with the agent.
     pub lease: Lease,
     pub leased_until: i64,
-    /// What shims read of it.
-    pub fence: i64,
-    /// Attempts that are not bound to it.
-    pub unfenced: BTreeSet<String>,
+    /// What is written down of it, for shims.
+    pub written: Option<Held>,
+    /// Of the attempts that are bound to it, as their shims count.
+    pub fences: BTreeMap<String, Fence>,
     list: Option<AssignmentList>,
     /// The journal: attempts, and whose each is.
     pub local: BTreeMap<String, (Local, Stray)>,
@@ -71,8 +71,8 @@ impl Agent {
             clock,
             lease: Lease::new(0),
             leased_until: 0,
-            fence: 0,
-            unfenced: BTreeSet::new(),
+            written: None,
+            fences: BTreeMap::new(),
             list: None,
             local: BTreeMap::new(),
             reported: None,
@@ -231,8 +231,8 @@ impl Agent {
                 let mut wanted = self.list.iter().flat_map(|list| &list.assignments);
                 let wanted = wanted.find(|a| &a.attempt == id);
                 let wanted = wanted.expect("it is started because it is asked for");
-                if !wanted.fenced {
-                    self.unfenced.insert(id.clone());
+                if wanted.fenced {
+                    self.fences.insert(id.clone(), Fence::default());
                 }
                 self.local.insert(id.clone(), (local, origin(wanted)));
             }
@@ -265,7 +265,7 @@ impl Agent {
             }
             Action::Forget(id) => {
                 self.local.remove(id);
-                self.unfenced.remove(id);
+                self.fences.remove(id);
             }
         }
     }
@@ -310,7 +310,7 @@ impl Sim {
             }
             agent.hang_up();
             agent.lease = Lease::new(agent.clock.boot(step));
-            (agent.leased_until, agent.fence) = (0, 0);
+            (agent.leased_until, agent.written) = (0, None);
             // What ran is gone, and what lay on the disk of the journal is not: what had ended is known still.
             agent.boot += 1;
             for (local, _) in agent.local.values_mut() {
