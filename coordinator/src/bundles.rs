@@ -4,12 +4,13 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, FileTimes};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use batchai_common::error::ApiError;
+use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
 use batchai_common::names::hex;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
@@ -98,9 +99,34 @@ impl BundleStore {
         }
     }
 
-    /// Removes a bundle that is damaged.
-    pub fn remove(&self, digest: &str) -> io::Result<()> {
-        fs::remove_file(self.path(digest))
+    /// Gives the pieces of a bundle that was opened, as long as they are taken. It waits for the disk. One that turns out to be damaged
+    /// is removed: who sends it again then replaces it.
+    pub fn give(
+        &self,
+        digest: &str,
+        mut file: File,
+        mut take: impl FnMut(Bytes) -> bool,
+    ) -> Result<(), BundleError> {
+        let mut hash = Sha256::new();
+        loop {
+            let mut piece = vec![0; FILE_CHUNK_BYTES_MAX];
+            let read = file.read(&mut piece)?;
+            if read == 0 {
+                break;
+            }
+            piece.truncate(read);
+            hash.update(&piece);
+            if !take(piece.into()) {
+                return Ok(());
+            }
+        }
+        let found = hex(&hash.finalize());
+        if found == digest {
+            return Ok(());
+        }
+        let removed = fs::remove_file(self.path(digest));
+        tracing::error!(digest, ?removed, "a bundle is damaged; it was removed");
+        Err(BundleError::Digest { found })
     }
 
     /// Takes the pieces of a bundle until there are no more, and keeps it if it is what was announced. It waits for the

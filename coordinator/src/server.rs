@@ -48,7 +48,7 @@ use crate::audit::Audit;
 use crate::boot::{self, ServerError};
 use crate::bundles::BundleStore;
 use crate::config::{self, Config};
-use crate::copies::{Copies, CopyDesk};
+use crate::copies::{self, Copies, CopyDesk};
 use crate::custody;
 use crate::duties::Leader;
 use crate::gate::Gate;
@@ -101,7 +101,7 @@ pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerEr
     let (contacts, desk) = Default::default();
     let (lanes, uplink, link) = ways(&config, &started, pki.as_ref(), &contacts, &desk);
     let shared = Shared {
-        copies: copies(&started, pki.as_ref(), (&logs, &bundles)),
+        copies: copies_of(&started, pki.as_ref(), (&logs, &bundles)),
         peers: started.peers.clone(),
         replica: replica.clone(),
         contacts,
@@ -172,20 +172,19 @@ fn ways(
 }
 
 /// What this replica shares with the others beside the log.
-fn copies(
+fn copies_of(
     started: &boot::Started,
     pki: Option<&Pki>,
     (logs, bundles): (&LogStore, &BundleStore),
 ) -> Copies {
-    Copies {
+    Copies::new(copies::Parts {
         replica: started.handle.clone(),
         peers: started.peers.clone(),
         first: started.ensemble.first.clone(),
         credentials: pki.map(Pki::client),
         logs: logs.clone(),
         bundles: bundles.clone(),
-        turn: Arc::default(),
-    }
+    })
 }
 
 async fn end_all(tasks: Vec<JoinHandle<()>>) {
@@ -298,10 +297,8 @@ impl Shared {
     }
 
     fn desk_of_copies(&self) -> CopyServiceServer<CopyDesk> {
-        CopyServiceServer::new(CopyDesk {
-            copies: self.copies.clone(),
-            shutdown: self.shutdown.clone(),
-        })
+        let desk = CopyDesk::new(self.copies.clone(), self.shutdown.clone());
+        CopyServiceServer::new(desk)
     }
 
     fn relay(&self) -> RelayServiceServer<Relay> {

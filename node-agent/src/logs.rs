@@ -66,6 +66,12 @@ impl Shipped {
         files.retain(|(known, _), _| known != attempt);
     }
 
+    /// Another coordinator may have less than the one before.
+    fn begin_anew(&self) {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.clear();
+    }
+
     fn set(&self, reply: &ShipLogsResponse) {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (reply.attempt.clone(), reply.file.clone());
@@ -117,6 +123,7 @@ impl Shipper {
             Ok(replies) => replies.into_inner(),
             Err(status) => return status.message().to_owned(),
         };
+        self.shipped.begin_anew();
         let mut shipment = Shipment::default();
         let mut look = Instant::now();
         let mut gathers = false;

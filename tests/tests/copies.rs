@@ -112,3 +112,81 @@ fn the_logs_of_a_job_that_has_ended_outlive_the_replica_that_took_them() {
     let follower = (1..=3).find(|id| *id != leader && *id != leads).unwrap();
     assert_eq!(log(&e, e.endpoint(follower), "job"), expected);
 }
+
+#[test]
+fn a_bundle_that_most_replicas_cannot_keep_is_not_acknowledged() {
+    let e = Replicas::start(3, &[]);
+    e.create_cluster(1);
+    let leader = e.leader();
+    // No disk of theirs takes it.
+    let others = (1..=3).filter(|id| *id != leader);
+    let dirs: Vec<_> = others.map(|id| e.data(id).join("bundles")).collect();
+    for dir in &dirs {
+        std::fs::remove_dir_all(dir).unwrap();
+        std::fs::write(dir, "").unwrap();
+    }
+    let script = e.path().join("what.sh");
+    std::fs::write(&script, "echo came along\n").unwrap();
+    let create = |name: &str| {
+        let properties = serde_json::json!({
+            "nodeCount": 1,
+            "customToolkitSettings": { "commandLine": "bash what.sh" },
+        });
+        let path = job_file(e.path(), name, properties).display().to_string();
+        let script = script.display().to_string();
+        let mut args = vec!["job", "create", "-n", name, "-c", "c", "-f", &path];
+        args.extend(["--script", &script]);
+        args.extend(IN);
+        args.into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let args = create("first");
+    let args: Vec<_> = args.iter().map(String::as_str).collect();
+    let said = e.fails(&args);
+    assert!(said.contains("on 1 of 3 replicas"), "{said}");
+    // One is enough, with the leader: what came already is not sent again, but it is kept there.
+    std::fs::remove_file(&dirs[0]).unwrap();
+    std::fs::create_dir(&dirs[0]).unwrap();
+    e.ok(&args);
+    assert_eq!(
+        having(&dirs[0], &std::fs::read(bundle_in(&e, leader)).unwrap()),
+        1
+    );
+}
+
+fn bundle_in(e: &Replicas, id: u64) -> std::path::PathBuf {
+    let mut found = std::fs::read_dir(e.data(id).join("bundles")).unwrap();
+    found.next().unwrap().unwrap().path()
+}
+
+#[test]
+fn what_a_lost_node_had_sent_is_copied_as_well() {
+    let mut e = Replicas::start(3, &[]);
+    e.start_agent("n1");
+    e.create_cluster(1);
+    let properties = serde_json::json!({
+        "nodeCount": 1,
+        "onNodeLoss": "FAIL",
+        "customToolkitSettings": { "commandLine": "echo the last that was heard; sleep 600" },
+    });
+    e.submit_with("job", properties);
+    let leader = e.leader();
+    let text = b"the last that was heard\n";
+    until("the log to come", || {
+        (having(&e.data(leader).join("logs"), text) == 1).then_some(())
+    });
+    let agent = e.agents.remove("n1").expect("it runs");
+    drop(agent);
+    until("the node to be silent", || {
+        let confirm = ["node", "confirm-lost", "-n", "n1", "-y"];
+        let said = e.command_at(&e.list(), &confirm).output().unwrap();
+        said.status.success().then_some(())
+    });
+    let job = ended(&e, "job");
+    assert_eq!(job["state"], "FAILED", "{job}");
+    for id in 1..=3 {
+        let logs = e.data(id).join("logs");
+        until("the log to be copied", || {
+            (having(&logs, text) == 1).then_some(())
+        });
+    }
+}

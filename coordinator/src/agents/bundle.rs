@@ -1,20 +1,16 @@
 //! Sends a node the bundle that its work names.
 
 use std::fs::File;
-use std::io::Read as _;
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
-use batchai_common::names::{Kind, Name, hex};
+use batchai_common::names::{Kind, Name};
 use batchai_proto::agent::v1::{FetchBundleRequest, FetchBundleResponse};
-use bytes::Bytes;
-use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::bundles::BundleStore;
-use crate::copies::Copies;
+use crate::copies::{Copies, Found};
 use crate::replica::Handle;
 use crate::state::assignments::assignments;
 
@@ -48,7 +44,17 @@ pub async fn open(
     if !registered || !jobs.any(|job| job.bundle == bundle.as_str()) {
         return Err(absent());
     }
-    match find(copies, bundle.id()).await {
+    match copies.use_bundle(bundle.id()).await {
+        Ok(Found::Nowhere) => return Err(absent()),
+        Ok(Found::Unknown(why)) => return Err(unavailable(&why)),
+        _ => {}
+    }
+    let (store, digest) = (copies.bundles().clone(), bundle.id().to_owned());
+    let opened = tokio::task::spawn_blocking(move || store.open(&digest)).await;
+    match opened
+        .map_err(std::io::Error::other)
+        .and_then(|opened| opened)
+    {
         Ok(Some(file)) => Ok(file),
         Ok(None) => Err(absent()),
         Err(error) => {
@@ -58,14 +64,6 @@ pub async fn open(
     }
 }
 
-/// The file, fetched from another replica where it is not here.
-async fn find(copies: &Copies, digest: &str) -> std::io::Result<Option<File>> {
-    copies.use_bundle(digest).await?;
-    let (store, digest) = (copies.bundles.clone(), digest.to_owned());
-    let opened = tokio::task::spawn_blocking(move || store.open(&digest)).await;
-    opened.map_err(std::io::Error::other)?
-}
-
 fn unavailable(why: &str) -> ApiError {
     ApiError::Unavailable {
         why: why.to_owned(),
@@ -73,41 +71,21 @@ fn unavailable(why: &str) -> ApiError {
     }
 }
 
-/// Sends a bundle as fast as the agent takes it. It waits for the disk. One that turns out to be damaged is removed: who
-/// sends it again then replaces it.
+/// Sends a bundle as fast as the agent takes it. It waits for the disk.
 pub fn send(
-    mut file: File,
+    file: File,
     (store, digest): (&BundleStore, &str),
     outbox: &mpsc::Sender<Result<FetchBundleResponse, Status>>,
 ) {
-    let mut hash = Sha256::new();
     let runtime = tokio::runtime::Handle::current();
-    loop {
-        let mut piece = vec![0; FILE_CHUNK_BYTES_MAX];
-        let piece = match file.read(&mut piece) {
-            Ok(0) if hex(&hash.clone().finalize()) == digest => return,
-            Ok(0) => {
-                let removed = store.remove(digest);
-                tracing::error!(digest, ?removed, "a bundle is damaged; it was removed");
-                Err(unavailable("the bundle was damaged, and is removed").into())
-            }
-            Ok(read) => {
-                piece.truncate(read);
-                hash.update(&piece);
-                Ok(FetchBundleResponse {
-                    data: Bytes::from(piece),
-                })
-            }
-            Err(error) => {
-                tracing::error!(%error, "a bundle cannot be read");
-                Err(unavailable("its disk does not give the bundle").into())
-            }
-        };
-        let failed = piece.is_err();
-        // An agent that is gone asks again when it is back.
+    // An agent that is gone asks again when it is back.
+    let send = |piece| {
         let sent = runtime.block_on(outbox.send_timeout(piece, SLOW_MAX));
-        if sent.is_err() || failed {
-            return;
-        }
+        sent.is_ok()
+    };
+    let given = store.give(digest, file, |data| send(Ok(FetchBundleResponse { data })));
+    if let Err(error) = given {
+        let why = format!("the bundle cannot be given: {error}");
+        send(Err(unavailable(&why).into()));
     }
 }

@@ -120,7 +120,11 @@ impl Intake {
                 true => self.logs.sync(key).await.inspect(|synced| {
                     answer.synced_bytes = *synced as i64;
                 }),
-                false => self.logs.append(key, offset, chunk.data, chunk.gap).await,
+                false => {
+                    self.logs
+                        .append(key, offset, chunk.data, (chunk.gap, None))
+                        .await
+                }
             };
             crash_point!("coordinator_kept_a_chunk");
             let stored = kept.map_err(|error| {

@@ -164,9 +164,9 @@ impl AgentService for Agents {
         let request = request.into_inner();
         let (outbox, replies) = mpsc::channel(bundle::PIECES_MAX);
         check_own(&request.node_id, &request.uid)?;
-        let permit = self.copies.bundles.transfer()?;
+        let permit = self.copies.bundles().transfer()?;
         let file = bundle::open(&self.replica, &self.copies, &request).await?;
-        let store = self.copies.bundles.clone();
+        let store = self.copies.bundles().clone();
         tokio::task::spawn_blocking(move || {
             let digest = batchai_common::names::last_id(&request.bundle);
             bundle::send(file, (&store, digest), &outbox);

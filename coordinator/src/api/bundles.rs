@@ -11,14 +11,14 @@ use batchai_proto::v1::{
     Bundle, BundleHeader, GetBundleRequest, Job, UploadBundleRequest, UploadBundleResponse,
 };
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::faults::Faults;
 use super::{Api, Replies, internal, not_found, parse};
 use crate::bundles::{BundleError, BundleStore};
-use crate::copies::Copies;
+use crate::copies::{Copies, Found};
 
 /// Pieces that the disk has not taken yet.
 const PIECES_MAX: usize = 8;
@@ -38,13 +38,12 @@ impl BundleService for Api {
         let (copies, shutdown) = (self.copies.clone(), self.shutdown.clone());
         tokio::spawn(async move {
             let end = tokio::select! {
-                end = receive(&copies, incoming) => end,
+                end = upload(&copies, incoming, permit) => end,
                 () = shutdown.cancelled() => Err(super::draining().into()),
             };
             let reply = end.map(|bundle| UploadBundleResponse {
                 bundle: Some(bundle),
             });
-            drop(permit);
             // Who sent it may be gone; it asks again.
             let _ = outbox.send(reply).await;
         });
@@ -72,33 +71,50 @@ impl Api {
             // Nothing to wait for on another thread.
             return Ok(());
         }
+        // Who does not lead cannot tell that most have them.
+        self.replica.must_lead()?;
         names.sort_unstable();
         names.dedup();
         for name in names {
             let kind = Noun::Bundle;
             let digest = batchai_common::names::last_id(&name);
-            if !self.copies.use_bundle(digest).await.map_err(internal)? {
-                return Err(ApiError::NotFound { kind, name });
+            match self.copies.use_bundle(digest).await.map_err(internal)? {
+                Found::Here => {}
+                Found::Nowhere => return Err(ApiError::NotFound { kind, name }),
+                Found::Unknown(why) => return Err(ApiError::Unavailable { why, leader: None }),
             }
+            // A job that is acknowledged must not lose what it needs with this machine.
+            self.copies.spread_bundle(digest).await?;
         }
         Ok(())
     }
 }
 
+/// Has a bundle here, and on most replicas: what is acknowledged must not go with this machine.
+async fn upload(
+    copies: &Copies,
+    incoming: Streaming<UploadBundleRequest>,
+    permit: OwnedSemaphorePermit,
+) -> Result<Bundle, Status> {
+    let name = receive(copies, incoming).await?;
+    drop(permit);
+    copies.spread_bundle(name.id()).await?;
+    Ok(find(copies.bundles(), &name).await?)
+}
+
 async fn receive(
     copies: &Copies,
     mut incoming: Streaming<UploadBundleRequest>,
-) -> Result<Bundle, Status> {
-    let store = &copies.bundles;
+) -> Result<Name, Status> {
+    let store = copies.bundles();
     let first = tokio::time::timeout(CALL_TIMEOUT, incoming.message()).await;
     let first = first.map_err(|_| invalid("header", "did not come in time"))??;
     let Some(Part::Header(header)) = first.and_then(|request| request.part) else {
         return Err(invalid("header", "must come first").into());
     };
     let (name, size) = check(&header)?;
-    if copies.use_bundle(name.id()).await.map_err(internal)? {
-        copies.spread_bundle(name.id()).await?;
-        return Ok(find(store, &name).await?);
+    if copies.use_bundle(name.id()).await.map_err(internal)? == Found::Here {
+        return Ok(name);
     }
     let (pieces, receiver) = mpsc::channel(PIECES_MAX);
     let (keeper, digest) = (store.clone(), name.id().to_owned());
@@ -115,9 +131,7 @@ async fn receive(
         BundleError::Io(error) => internal(error),
         error => invalid("header", &error.to_string()),
     })?;
-    // What is acknowledged must not go with this machine.
-    copies.spread_bundle(name.id()).await?;
-    Ok(find(store, &name).await?)
+    Ok(name)
 }
 
 fn check(header: &BundleHeader) -> Result<(Name, u64), ApiError> {

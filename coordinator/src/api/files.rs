@@ -21,7 +21,7 @@ use super::faults::Faults;
 use super::page::{decode, encode, page_size};
 use super::{Api, internal, log_request};
 use crate::agents::files::Part;
-use crate::logs::{self, Listed};
+use crate::logs::{self, Listed, is_whole};
 use crate::state::State;
 use crate::state::assignments::for_files;
 use crate::state::attempts::Attempt;
@@ -141,6 +141,10 @@ impl Api {
             return Ok(Vec::new());
         };
         let found = self.logs.files(&attempt.id).await.map_err(internal)?;
+        if !is_whole(attempt, &found) {
+            // The leader has what is not copied yet, or written still.
+            self.replica.must_lead()?;
+        }
         let node = |listed: &Listed| format!("nodes/{}", listed.node_id);
         let asked = |listed: &Listed| place.node.as_ref().is_none_or(|n| *n == node(listed));
         let found = found.into_iter().filter(asked);

@@ -2,25 +2,26 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use batchai_common::error::{ApiError, Fault};
-use batchai_common::limits::LOG_CHUNK_BYTES_MAX;
 use batchai_common::names::{Kind, Name};
 use batchai_proto::internal::v1::copy_service_server::CopyService;
 use batchai_proto::internal::v1::fetch_copy_request::What;
 use batchai_proto::internal::v1::{
     FetchCopyRequest, FetchCopyResponse, KeepBundleRequest, KeepBundleResponse, KnownLog, LogsCopy,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
-use super::Copies;
+use super::{Copies, Found};
+use crate::bundles::BundleStore;
 use crate::logs::FileKey;
 use crate::replica::peers::check_peer;
 
@@ -28,11 +29,27 @@ use crate::replica::peers::check_peer;
 const PIECES_MAX: usize = 4;
 /// One that takes nothing for so long gets no more.
 const SLOW_MAX: Duration = Duration::from_secs(30);
+/// Bundles that are given at once, each by a thread, and that are fetched at once because others want them kept.
+const GIVEN_MAX: usize = 16;
+const KEPT_MAX: usize = 16;
 
 /// Serves other replicas.
 pub struct CopyDesk {
-    pub copies: Copies,
-    pub shutdown: CancellationToken,
+    copies: Copies,
+    shutdown: CancellationToken,
+    given: Arc<Semaphore>,
+    kept: Arc<Semaphore>,
+}
+
+impl CopyDesk {
+    pub fn new(copies: Copies, shutdown: CancellationToken) -> CopyDesk {
+        CopyDesk {
+            copies,
+            shutdown,
+            given: Arc::new(Semaphore::new(GIVEN_MAX)),
+            kept: Arc::new(Semaphore::new(KEPT_MAX)),
+        }
+    }
 }
 
 type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -48,13 +65,12 @@ impl CopyService for CopyDesk {
     ) -> Result<Response<Self::FetchCopyStream>, Status> {
         let request = request.into_inner();
         let copies = &self.copies;
-        check_peer(&copies.peers, &copies.replica, request.hello)?;
+        check_peer(&copies.parts.peers, &copies.parts.replica, request.hello)?;
         let (outbox, replies) = mpsc::channel(PIECES_MAX);
         match request.what.ok_or_else(|| invalid("what"))? {
             What::Bundle(name) => {
                 let name = Name::parse(Kind::Bundle, &name).map_err(|_| invalid("bundle"))?;
-                let permit = copies.bundles.transfer()?;
-                let (store, digest) = (copies.bundles.clone(), name.id().to_owned());
+                let (store, digest) = (copies.bundles().clone(), name.id().to_owned());
                 let open = tokio::task::spawn_blocking(move || store.open(&digest));
                 let opened = open.await.map_err(io::Error::other);
                 let opened = opened.and_then(|opened| opened).map_err(unreadable)?;
@@ -62,11 +78,12 @@ impl CopyService for CopyDesk {
                     kind: Kind::Bundle,
                     name: name.to_string(),
                 })?;
-                tokio::task::spawn_blocking(move || {
-                    if let Err(error) = send_bundle(file, &outbox) {
-                        let _ = outbox.blocking_send(Err(unreadable(error)));
-                    }
-                    drop(permit);
+                let (store, given) = (copies.bundles().clone(), self.given.clone());
+                tokio::spawn(async move {
+                    let permit = given.acquire_owned().await;
+                    let send = move || send_bundle(&store, name.id(), file, &outbox);
+                    let sent = tokio::task::spawn_blocking(send).await;
+                    drop((permit, sent));
                 });
             }
             What::Logs(wanted) => {
@@ -93,20 +110,24 @@ impl CopyService for CopyDesk {
     ) -> Result<Response<Self::KeepBundleStream>, Status> {
         let request = request.into_inner();
         let copies = self.copies.clone();
-        check_peer(&copies.peers, &copies.replica, request.hello)?;
+        check_peer(&copies.parts.peers, &copies.parts.replica, request.hello)?;
         let name = Name::parse(Kind::Bundle, &request.bundle).map_err(|_| invalid("bundle"))?;
-        let permit = copies.bundles.transfer()?;
         let (outbox, replies) = mpsc::channel(1);
-        let shutdown = self.shutdown.clone();
+        let (shutdown, kept) = (self.shutdown.clone(), self.kept.clone());
         tokio::spawn(async move {
-            let kept = tokio::select! {
-                kept = copies.use_bundle(name.id()) => kept,
-                () = shutdown.cancelled() => return,
+            let keep = async {
+                let _permit = kept.acquire_owned().await;
+                copies.use_bundle(name.id()).await
             };
-            drop(permit);
+            let kept = tokio::select! {
+                kept = keep => kept,
+                () = shutdown.cancelled() => return,
+                () = outbox.closed() => return,
+            };
             let reply = match kept {
-                Ok(true) => Ok(KeepBundleResponse {}),
-                Ok(false) => Err(Status::not_found("nobody gives it")),
+                Ok(Found::Here) => Ok(KeepBundleResponse {}),
+                Ok(Found::Nowhere) => Err(Status::not_found("nobody gives it")),
+                Ok(Found::Unknown(why)) => Err(Status::unavailable(why)),
                 Err(error) => Err(unreadable(error)),
             };
             // It may be gone.
@@ -125,26 +146,22 @@ fn unreadable(error: io::Error) -> Status {
     Status::unavailable(format!("the disk: {error}"))
 }
 
-/// The whole of a bundle: whoever takes it sees whether it is what its name says.
-fn send_bundle(mut file: File, outbox: &Outbox) -> io::Result<()> {
+/// The whole of a bundle, its size in the first piece.
+fn send_bundle(store: &BundleStore, digest: &str, file: File, outbox: &Outbox) {
     let runtime = tokio::runtime::Handle::current();
-    let mut size = i64::try_from(file.metadata()?.len()).unwrap_or(i64::MAX);
-    loop {
-        let mut piece = vec![0; LOG_CHUNK_BYTES_MAX];
-        let read = file.read(&mut piece)?;
-        if read == 0 {
-            return Ok(());
-        }
-        piece.truncate(read);
+    let size = file.metadata().map(|found| found.len());
+    let mut size = i64::try_from(size.unwrap_or_default()).unwrap_or(i64::MAX);
+    let give = |data| {
         let piece = FetchCopyResponse {
             size: std::mem::take(&mut size),
-            data: piece.into(),
+            data,
             ..FetchCopyResponse::default()
         };
         let sent = runtime.block_on(outbox.send_timeout(Ok(piece), SLOW_MAX));
-        if sent.is_err() {
-            return Ok(());
-        }
+        sent.is_ok()
+    };
+    if let Err(error) = store.give(digest, file, give) {
+        let _ = outbox.blocking_send(Err(Status::unavailable(error.to_string())));
     }
 }
 
@@ -154,23 +171,27 @@ impl Copies {
         let known = known.map(|log| ((&*log.node, &*log.file), log.length));
         let known: BTreeMap<_, _> = known.collect();
         // A text that leaves the directory names no attempt.
-        let exists = self
-            .replica
-            .published()
+        let published = self.parts.replica.published();
+        if !published
             .borrow()
             .state
             .attempts
-            .contains_key(&wanted.attempt);
-        if !exists {
-            return Ok(());
+            .contains_key(&wanted.attempt)
+        {
+            return Err(Status::unavailable("it does not know that attempt"));
         }
-        let files = self.logs.files(&wanted.attempt).await.map_err(unreadable)?;
+        let files = self
+            .parts
+            .logs
+            .files(&wanted.attempt)
+            .await
+            .map_err(unreadable)?;
         for found in files {
             let node = format!("nodes/{}", found.node_id);
             let Some(key) = FileKey::new(&wanted.attempt, &node, &found.file) else {
                 continue;
             };
-            let Some(file) = self.logs.find(key).await.map_err(unreadable)? else {
+            let Some(file) = self.parts.logs.find(key).await.map_err(unreadable)? else {
                 continue;
             };
             let end = *file.follow().borrow();
@@ -191,6 +212,7 @@ impl Copies {
                 };
                 let piece = FetchCopyResponse {
                     of: Some(of),
+                    came_ms: file.came_at(piece.offset).unwrap_or_default(),
                     data: piece.data,
                     ..FetchCopyResponse::default()
                 };

@@ -1,6 +1,6 @@
 //! Fetches from one other replica. Whom to ask, and when, is not decided here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 
@@ -14,12 +14,13 @@ use batchai_proto::internal::v1::{
 use tokio::sync::mpsc;
 use tonic::{Code, Status, Streaming};
 
-use super::Copies;
+use super::{Copies, Other};
 use crate::bundles::BundleError;
 use crate::logs::FileKey;
 
-/// How long a replica may take to answer at all.
+/// How long it may take to reach a replica, and how long that may take to begin with its answer.
 const CONNECT_MAX: Duration = Duration::from_secs(2);
+const ANSWER_MAX: Duration = Duration::from_secs(20);
 /// How long the next piece may take.
 const STALL_MAX: Duration = Duration::from_secs(30);
 /// Pieces that the disk has not taken yet.
@@ -42,13 +43,16 @@ pub enum CopyError {
     Disk(#[from] io::Error),
 }
 
-/// Connections to other replicas that are used more than once.
+/// Connections to other replicas that are used more than once, and whom it is no use to ask again for now.
 #[derive(Default)]
-pub struct Ways(BTreeMap<u64, CopyServiceClient<Route>>);
+pub struct Ways {
+    open: BTreeMap<u64, CopyServiceClient<Route>>,
+    failed: BTreeSet<u64>,
+}
 
 impl Copies {
     async fn connect(&self, endpoint: &str) -> Result<CopyServiceClient<Route>, CopyError> {
-        let connector = Connector::new(endpoint, self.credentials.clone());
+        let connector = Connector::new(endpoint, self.parts.credentials.clone());
         let connector = connector.map_err(|error| CopyError::Connect(error.to_string()))?;
         let route = tokio::time::timeout(CONNECT_MAX, connector.connect()).await;
         let route = route.map_err(|_| CopyError::Silent)?;
@@ -59,22 +63,23 @@ impl Copies {
     /// Fetches a bundle; `false` where that replica has none.
     pub(super) async fn fetch_bundle(
         &self,
-        (id, endpoint): (u64, &str),
+        other: &Other,
         digest: &str,
     ) -> Result<bool, CopyError> {
-        let mut client = self.connect(endpoint).await?;
+        let mut client = self.connect(&other.endpoint).await?;
         let request = FetchCopyRequest {
-            hello: Some(self.hello(id)),
+            hello: Some(self.hello(other.id)),
             what: Some(What::Bundle(format!("bundles/{digest}"))),
         };
-        let mut incoming = match client.fetch_copy(request).await {
+        let answer = tokio::time::timeout(ANSWER_MAX, client.fetch_copy(request)).await;
+        let mut incoming = match answer.map_err(|_| CopyError::Silent)? {
             Err(status) if status.code() == Code::NotFound => return Ok(false),
             incoming => incoming?.into_inner(),
         };
         let first = next(&mut incoming).await?.ok_or(CopyError::Nonsense)?;
         let size = u64::try_from(first.size).map_err(|_| CopyError::Nonsense)?;
         let (pieces, receiver) = mpsc::channel(PIECES_MAX);
-        let (store, wanted) = (self.bundles.clone(), digest.to_owned());
+        let (store, wanted) = (self.parts.bundles.clone(), digest.to_owned());
         let kept = tokio::task::spawn_blocking(move || store.receive(&wanted, size, receiver));
         let mut piece = Some(first);
         while let Some(sent) = piece {
@@ -93,14 +98,10 @@ impl Copies {
     }
 
     /// Has another replica keep a bundle.
-    pub(super) async fn have_kept(
-        &self,
-        (id, endpoint): (u64, &str),
-        digest: &str,
-    ) -> Result<(), CopyError> {
-        let mut client = self.connect(endpoint).await?;
+    pub(super) async fn have_kept(&self, other: &Other, digest: &str) -> Result<(), CopyError> {
+        let mut client = self.connect(&other.endpoint).await?;
         let request = KeepBundleRequest {
-            hello: Some(self.hello(id)),
+            hello: Some(self.hello(other.id)),
             bundle: format!("bundles/{digest}"),
         };
         let mut answer = client.keep_bundle(request).await?.into_inner();
@@ -112,26 +113,45 @@ impl Copies {
     pub(super) async fn fetch_logs(
         &self,
         ways: &mut Ways,
-        (id, endpoint): (u64, &str),
+        other: &Other,
         wanted: LogsCopy,
     ) -> Result<(), CopyError> {
-        let mut client = match ways.0.remove(&id) {
+        if !other.lately || ways.failed.contains(&other.id) {
+            return Err(CopyError::Silent);
+        }
+        let fetched = self.fetch_logs_by(ways, other, wanted).await;
+        if fetched.is_err() {
+            ways.failed.insert(other.id);
+        }
+        fetched
+    }
+
+    async fn fetch_logs_by(
+        &self,
+        ways: &mut Ways,
+        other: &Other,
+        wanted: LogsCopy,
+    ) -> Result<(), CopyError> {
+        let mut client = match ways.open.remove(&other.id) {
             Some(known) => known,
-            None => self.connect(endpoint).await?,
+            None => self.connect(&other.endpoint).await?,
         };
         let attempt = wanted.attempt.clone();
         let request = FetchCopyRequest {
-            hello: Some(self.hello(id)),
+            hello: Some(self.hello(other.id)),
             what: Some(What::Logs(wanted)),
         };
-        let mut incoming = client.fetch_copy(request).await?.into_inner();
+        let answer = tokio::time::timeout(ANSWER_MAX, client.fetch_copy(request)).await;
+        let mut incoming = answer.map_err(|_| CopyError::Silent)??.into_inner();
         while let Some(piece) = next(&mut incoming).await? {
             let of: KnownLog = piece.of.ok_or(CopyError::Nonsense)?;
             let key = FileKey::new(&attempt, &of.node, &of.file).ok_or(CopyError::Nonsense)?;
             let offset = u64::try_from(of.length).map_err(|_| CopyError::Nonsense)?;
-            self.logs.append(key, offset, piece.data, true).await?;
+            let came = (piece.came_ms > 0).then_some(piece.came_ms);
+            let logs = &self.parts.logs;
+            logs.append(key, offset, piece.data, (true, came)).await?;
         }
-        ways.0.insert(id, client);
+        ways.open.insert(other.id, client);
         Ok(())
     }
 }

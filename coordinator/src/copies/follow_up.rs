@@ -1,33 +1,62 @@
-//! Sees to it that this replica has what it should have, as long as it runs.
+//! Sees to it that this replica has what it should have, as long as it runs. How something is fetched, `fetch` knows.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use batchai_common::names::last_id;
 use batchai_proto::internal::v1::{KnownLog, LogsCopy};
 use tokio_util::sync::CancellationToken;
 
-use super::Copies;
-use super::fetch::Ways;
+use super::fetch::{CopyError, Ways};
+use super::{Copies, Found};
+use crate::logs::is_whole;
 use crate::state::State;
-use crate::state::attempts::{Attempt, Phase};
+use crate::state::attempts::{self, Attempt, Phase};
 
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// After a change of the State it is looked for what has ended, and this often for everything.
+const GATHER: Duration = Duration::from_millis(100);
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// What is not there yet is asked for again after so long, then after twice as long, and so on.
 const PAUSE_FIRST: Duration = Duration::from_secs(1);
 /// The nodes send what they have to the leader: it asks others only when that has not come for so long.
 const PAUSE_LEADER: Duration = Duration::from_secs(8);
 /// When nobody has it for so long, nobody will.
 const PAUSE_MAX: Duration = Duration::from_secs(64);
+/// A look takes no longer than about so long: what is new goes first in the next one.
+const LOOK_MAX: Duration = Duration::from_secs(5);
 
-/// What is still to be seen to.
+/// When something is looked at next, and how long the pause after that is.
+#[derive(Clone, Copy)]
+struct Later {
+    at: Instant,
+    pause: Duration,
+}
+
+impl Later {
+    fn first(wait: Duration) -> Later {
+        Later {
+            at: Instant::now() + wait,
+            pause: PAUSE_FIRST,
+        }
+    }
+
+    fn again(self) -> Later {
+        Later {
+            at: Instant::now() + self.pause,
+            pause: (2 * self.pause).min(PAUSE_MAX),
+        }
+    }
+}
+
+/// What is known of the attempts that have ended.
 #[derive(Default)]
-struct Pending {
-    /// Attempts whose logs are here, as far as anybody has them.
+struct Ended {
+    /// Those whose logs are here, as far as anybody has them.
     done: BTreeSet<String>,
-    /// When those of others are looked at again, and how long the pause after that is.
-    later: BTreeMap<String, (Instant, Duration)>,
-    revision: Option<i64>,
+    later: BTreeMap<String, Later>,
+    /// Those that were not over when it was looked last.
+    live: BTreeSet<String>,
 }
 
 /// How a look at the logs of an attempt has ended.
@@ -42,138 +71,185 @@ enum Seen {
 impl Copies {
     /// Fetches what is missing here until the token is cancelled.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut pending = Pending::default();
+        let other = self.clone();
+        tokio::select! {
+            () = self.keep_logs() => {}
+            () = other.keep_bundles() => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+
+    /// The bundles that jobs wait for or run with.
+    async fn keep_bundles(self) {
+        let mut later: BTreeMap<String, Later> = BTreeMap::new();
         loop {
-            tokio::select! {
-                () = tokio::time::sleep(LOOK_INTERVAL) => {}
-                () = shutdown.cancelled() => return,
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            if self.others().is_empty() {
+                continue;
             }
-            tokio::select! {
-                () = self.look(&mut pending) => {}
-                () = shutdown.cancelled() => return,
-            }
-        }
-    }
-
-    async fn look(&self, pending: &mut Pending) {
-        let (state, leads) = {
-            let published = self.replica.published();
-            let seen = published.borrow();
-            (seen.state.clone(), seen.leads)
-        };
-        let changed = pending.revision != Some(state.revision);
-        if self.others().is_empty() || (!changed && pending.later.is_empty()) {
-            return;
-        }
-        pending.revision = Some(state.revision);
-        self.look_at_bundles(&state).await;
-        let first = if leads { PAUSE_LEADER } else { PAUSE_FIRST };
-        let mut ways = Ways::default();
-        for attempt in due(&state, pending, first) {
-            let pause = pending
-                .later
-                .get(&attempt.id)
-                .map_or(first, |(_, pause)| *pause);
-            let over = match self.look_at_logs(&attempt, &mut ways).await {
-                Seen::All => true,
-                Seen::NoMore => pause >= PAUSE_MAX,
-                Seen::Unknown => false,
+            let (state, store) = (self.state(), self.bundles().clone());
+            // It may look at many, and waits for the disk.
+            let look = move || {
+                let jobs = state.jobs.values().filter(|job| !job.ended());
+                let named = jobs.map(|job| last_id(&job.spec.bundle));
+                let named: BTreeSet<_> = named.filter(|digest| !digest.is_empty()).collect();
+                let missing = |digest: &&str| store.find(digest).is_ok_and(|here| here.is_none());
+                let missing = named.into_iter().filter(missing);
+                missing.map(str::to_owned).collect::<BTreeSet<_>>()
             };
-            if over {
-                pending.later.remove(&attempt.id);
-                pending.done.insert(attempt.id.clone());
-            } else {
-                let next = Instant::now() + pause;
-                let pause = (2 * pause).min(PAUSE_MAX);
-                pending.later.insert(attempt.id.clone(), (next, pause));
+            let Ok(missing) = tokio::task::spawn_blocking(look).await else {
+                return;
+            };
+            later.retain(|digest, _| missing.contains(digest));
+            for digest in missing {
+                let known = later.get(&digest).copied();
+                let known = known.unwrap_or_else(|| Later::first(Duration::ZERO));
+                if known.at > Instant::now() {
+                    continue;
+                }
+                match self.use_bundle(&digest).await {
+                    Ok(Found::Here) => drop(later.remove(&digest)),
+                    Ok(Found::Nowhere | Found::Unknown(_)) => {
+                        later.insert(digest, known.again());
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, digest, "a bundle cannot be kept here");
+                        later.insert(digest, known.again());
+                    }
+                }
             }
         }
     }
 
-    /// Those that jobs wait for or run with.
-    async fn look_at_bundles(&self, state: &State) {
-        let jobs = state.jobs.values().filter(|job| !job.ended());
-        let named = jobs
-            .map(|job| &*job.spec.bundle)
-            .filter(|name| !name.is_empty());
-        let named: BTreeSet<_> = named.map(last_id).collect();
-        for digest in named {
-            let here = self.bundles.find(digest).is_ok_and(|found| found.is_some());
-            if !here && let Err(error) = self.use_bundle(digest).await {
-                tracing::warn!(%error, digest, "a bundle cannot be kept here");
+    async fn keep_logs(self) {
+        let (mut published, mut ended) = (self.parts.replica.published(), Ended::default());
+        let mut all = Instant::now();
+        loop {
+            let until = match ended.later.is_empty() {
+                true => LOOK_INTERVAL,
+                false => PAUSE_FIRST,
+            };
+            tokio::select! {
+                changed = published.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(until) => {}
             }
+            // What ends at once is looked at at once.
+            tokio::time::sleep(GATHER).await;
+            published.mark_unchanged();
+            if self.others().is_empty() {
+                continue;
+            }
+            let (state, leads) = (self.state(), published.borrow().leads);
+            let whole = Instant::now() >= all;
+            let note = move || {
+                note_what_ended(&state, &mut ended, leads, whole);
+                let due = due(&state, &ended);
+                (ended, due)
+            };
+            let Ok((noted, due)) = tokio::task::spawn_blocking(note).await else {
+                return;
+            };
+            ended = noted;
+            if whole {
+                all = Instant::now() + LOOK_INTERVAL;
+            }
+            self.look_at(due, &mut ended).await;
         }
     }
 
-    async fn look_at_logs(&self, attempt: &Attempt, ways: &mut Ways) -> Seen {
-        let mut seen = Seen::NoMore;
-        for (id, endpoint) in self.others() {
-            let known = match self.logs.files(&attempt.id).await {
-                Ok(known) => known,
+    async fn look_at(&self, due: Vec<Arc<Attempt>>, ended: &mut Ended) {
+        let (begin, mut ways) = (Instant::now(), Ways::default());
+        for attempt in due {
+            let id = &attempt.id;
+            let over = match self.look_at_logs(&attempt, &mut ways).await {
+                Ok(Seen::All) => true,
+                Ok(Seen::NoMore) => ended.later.get(id).is_none_or(|l| l.pause >= PAUSE_MAX),
+                Ok(Seen::Unknown) => false,
                 Err(error) => {
-                    tracing::warn!(%error, attempt = attempt.id, "log files cannot be listed");
-                    return Seen::Unknown;
+                    tracing::warn!(%error, attempt = id, "logs are not copied: the disk of this replica");
+                    return;
                 }
             };
-            let known = known.into_iter().map(|file| KnownLog {
+            if over {
+                ended.later.remove(id);
+                ended.done.insert(id.clone());
+            } else if let Some(later) = ended.later.get_mut(id) {
+                *later = later.again();
+            }
+            if begin.elapsed() > LOOK_MAX {
+                return;
+            }
+        }
+    }
+
+    async fn look_at_logs(&self, attempt: &Attempt, ways: &mut Ways) -> Result<Seen, CopyError> {
+        let mut seen = Seen::NoMore;
+        for other in self.others() {
+            let here = self.parts.logs.files(&attempt.id).await?;
+            if is_whole(attempt, &here) {
+                return Ok(Seen::All);
+            }
+            let known = here.into_iter().map(|file| KnownLog {
                 node: format!("nodes/{}", file.node_id),
                 file: file.file,
                 length: i64::try_from(file.length).unwrap_or(i64::MAX),
             });
-            let known: Vec<_> = known.collect();
-            if !known.is_empty() && is_whole(attempt, &known) {
-                return Seen::All;
-            }
             let wanted = LogsCopy {
                 attempt: attempt.id.clone(),
-                known,
+                known: known.collect(),
             };
-            if let Err(error) = self.fetch_logs(ways, (id, &endpoint), wanted).await {
-                tracing::debug!(%error, replica = id, attempt = attempt.id, "logs are not copied");
-                seen = Seen::Unknown;
+            match self.fetch_logs(ways, &other, wanted).await {
+                Ok(()) => {}
+                Err(CopyError::Disk(error)) => return Err(error.into()),
+                Err(error) => {
+                    let (replica, attempt) = (other.id, &attempt.id);
+                    tracing::debug!(%error, replica, attempt, "logs are not copied");
+                    seen = Seen::Unknown;
+                }
             }
         }
-        seen
+        let here = self.parts.logs.files(&attempt.id).await?;
+        Ok(match is_whole(attempt, &here) {
+            true => Seen::All,
+            false => seen,
+        })
+    }
+
+    fn state(&self) -> Arc<State> {
+        self.parts.replica.published().borrow().state.clone()
     }
 }
 
-/// All that the nodes have announced is there.
-fn is_whole(attempt: &Attempt, known: &[KnownLog]) -> bool {
-    let known: BTreeMap<_, _> = known
-        .iter()
-        .map(|log| ((&*log.node, &*log.file), log.length))
-        .collect();
-    let mut announced = attempt
-        .nodes
-        .iter()
-        .flat_map(|node| node.files.iter().map(|file| (&*node.node, file)));
-    announced.all(|(node, file)| {
-        let length = known.get(&(node, &*file.name));
-        length.is_some_and(|length| *length >= file.size_bytes)
-    })
+/// Notes the attempts that have ended since the last look; those that began and ended in between are only found where all are looked at.
+fn note_what_ended(state: &State, ended: &mut Ended, leads: bool, all: bool) {
+    let live: BTreeSet<_> = attempts::live(state).map(|a| a.id.clone()).collect();
+    let gone = std::mem::replace(&mut ended.live, live);
+    let mut new: Vec<&str> = gone.iter().map(String::as_str).collect();
+    if all {
+        ended.done.retain(|id| state.attempts.contains_key(id));
+        ended.later.retain(|id, _| state.attempts.contains_key(id));
+        new.extend(state.attempts.keys().map(String::as_str));
+    }
+    let over = |id: &str| {
+        state
+            .attempts
+            .get(id)
+            .is_some_and(|a| a.phase == Phase::Ended)
+    };
+    for id in new {
+        if over(id) && !ended.done.contains(id) && !ended.later.contains_key(id) {
+            let wait = if leads { PAUSE_LEADER } else { Duration::ZERO };
+            ended.later.insert(id.to_owned(), Later::first(wait));
+        }
+    }
 }
 
-/// The attempts that have ended and whose logs are to be looked at now.
-fn due(state: &State, pending: &mut Pending, first: Duration) -> Vec<std::sync::Arc<Attempt>> {
+/// The newest first: what is old was copied, or has waited for long.
+fn due(state: &State, ended: &Ended) -> Vec<Arc<Attempt>> {
     let now = Instant::now();
-    pending.done.retain(|id| state.attempts.contains_key(id));
-    pending
-        .later
-        .retain(|id, _| state.attempts.contains_key(id));
-    let mut due = Vec::new();
-    for attempt in state.attempts.values() {
-        if attempt.phase != Phase::Ended || pending.done.contains(&attempt.id) {
-            continue;
-        }
-        match pending.later.get(&attempt.id) {
-            Some((next, _)) if *next <= now => due.push(attempt.clone()),
-            Some(_) => {}
-            None => {
-                pending
-                    .later
-                    .insert(attempt.id.clone(), (now + first, first));
-            }
-        }
-    }
+    let due = ended.later.iter().filter(|(_, later)| later.at <= now);
+    let due = due.filter_map(|(id, _)| state.attempts.get(id).cloned());
+    let mut due: Vec<_> = due.collect();
+    due.sort_by_key(|a| std::cmp::Reverse((a.create_time.seconds, a.create_time.nanos)));
     due
 }

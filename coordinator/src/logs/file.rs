@@ -172,6 +172,11 @@ impl LogFile {
         self.give_up(before)
     }
 
+    /// When a byte came, as far as that is known.
+    pub fn came_at(&self, offset: u64) -> Option<i64> {
+        self.index().came_at(offset)
+    }
+
     /// Bytes from an offset on, before an end that the file has reached. None of them where none is kept.
     pub fn read(&self, offset: u64, end: u64) -> io::Result<Piece> {
         loop {

@@ -171,7 +171,7 @@ impl Follow {
 
     /// Waits until the file or the job has changed. Who does not lead gets no more of what is still written.
     async fn changed(&mut self, length: &mut watch::Receiver<u64>) -> Result<(), ApiError> {
-        self.serving.gets_more()?;
+        self.serving.replica.must_lead()?;
         tokio::select! {
             changed = length.changed() => changed.map_err(|_| stopping()),
             changed = self.changes.changed() => changed.map_err(|_| stopping()),

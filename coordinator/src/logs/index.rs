@@ -182,6 +182,13 @@ impl Index {
         length.saturating_sub(lost.sum())
     }
 
+    /// When a byte came, as far as that is known: not before that, and not long after it.
+    pub fn came_at(&self, offset: u64) -> Option<i64> {
+        let behind = self.marks.partition_point(|mark| mark.offset <= offset);
+        let last = behind.checked_sub(1)?;
+        Some(self.marks[last].at_ms)
+    }
+
     /// Where the bytes end that have all come before a time: the others begin there at the latest. Beyond all that there is where
     /// nothing has come since.
     pub fn older_than(&self, at_ms: i64) -> u64 {

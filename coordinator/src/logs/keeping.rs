@@ -6,11 +6,13 @@
 use std::collections::BTreeMap;
 use std::io;
 
+use batchai_common::names::last_id;
 use batchai_common::time::millis;
+use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 
 use super::{Listed, LogStore};
 use crate::state::State;
-use crate::state::attempts::Phase;
+use crate::state::attempts::{Attempt, Phase};
 use crate::state::keys;
 
 /// However many ranks share a quota, so much of each file that is written is kept.
@@ -25,6 +27,23 @@ struct Kept {
     ended_ms: Option<i64>,
     disk_bytes: u64,
     files: u64,
+}
+
+/// Whether all that the nodes of an attempt have announced is there. Of what a lost one has printed nobody knows.
+pub fn is_whole(attempt: &Attempt, here: &[Listed]) -> bool {
+    let length = |node: &str, name: &str| {
+        let here = here.iter();
+        let mut here = here.filter(|file| file.file == name && last_id(node) == file.node_id);
+        here.next().map(|file| file.length)
+    };
+    attempt.nodes.iter().all(|node| {
+        let mut files = node.files.iter();
+        node.phase == NodePhase::Ended
+            && files.all(|file| {
+                let announced = u64::try_from(file.size_bytes).unwrap_or_default();
+                length(&node.node, &file.name).is_some_and(|length| length >= announced)
+            })
+    })
 }
 
 /// What a workspace wants of its logs.

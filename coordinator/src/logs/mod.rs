@@ -14,7 +14,7 @@ mod store;
 
 pub use file::LogFile;
 pub use follow::Begin;
-pub use keeping::give_up;
+pub use keeping::{give_up, is_whole};
 pub use ranks::{OutputStream, Ranks};
 pub use reader::{ReadRequest, What, read};
 pub use store::{FileKey, Limits, Listed, LogStore, check_file, check_space};

@@ -98,14 +98,12 @@ impl Merge {
         };
         let mut stalled: Option<Instant> = None;
         loop {
+            self.serving.may_serve(Some(&attempt)).await?;
             // In this order: what is over was over before its files were looked for.
             let over = self.over(&attempt.id);
             let made = self.serving.logs.files_made(&attempt.id);
             self.begin_new(&attempt.id, outbox).await?;
             let missing = self.missing(&attempt.id);
-            if let Some(elsewhere) = self.elsewhere(&attempt, !missing.is_empty()) {
-                return Err(elsewhere);
-            }
             let given_up = stalled.is_some_and(|since| since.elapsed() > STALL_MAX);
             let waits = !missing.is_empty() && !given_up && self.request.follow;
             let ends = over || !self.request.follow;
@@ -220,14 +218,6 @@ impl Merge {
         let asked = |(node, name): &FileOf| self.asked(node) && self.ranks.rank_of(name).is_some();
         let files = files.filter(asked);
         files.filter(|file| !self.begun.contains(file)).collect()
-    }
-
-    fn elsewhere(&self, attempt: &Attempt, missing: bool) -> Option<ApiError> {
-        let here = !self.begun.is_empty() && !missing;
-        if here {
-            return None;
-        }
-        self.serving.elsewhere(Some(attempt))
     }
 
     async fn finish(&self, attempt: &str, over: bool, outbox: &Outbox) -> Result<(), ApiError> {

@@ -13,7 +13,7 @@ use tonic::Status;
 
 use super::follow::{Begin, Follow, Found, STALL_MAX, stopping};
 use super::ranks::{Merge, Ranks};
-use super::{FileKey, LogStore};
+use super::{FileKey, LogStore, is_whole};
 use crate::replica::Handle;
 use crate::replica::hub::{Follower, Topic};
 use crate::state::attempts::{Attempt, AttemptNode};
@@ -102,33 +102,22 @@ impl Serving {
         job.is_none_or(|job| job.ended())
     }
 
-    /// The leader gets what is still written. What has ended every replica gets by and by; until then the leader has it, or the
-    /// replica that led when it began.
-    pub(super) fn gets_more(&self) -> Result<(), ApiError> {
-        let home = self.attempt(&self.job)?.map_or(0, |a| a.log_home as u64);
-        match self.job_ended() && home == self.replica.id() {
+    /// Whether the logs of an attempt are to be had here: with the leader, who gets what is still written, or where all of them are.
+    ///
+    /// # Errors
+    /// Says who leads.
+    pub(super) async fn may_serve(&self, attempt: Option<&Attempt>) -> Result<(), ApiError> {
+        let Err(elsewhere) = self.replica.must_lead() else {
+            return Ok(());
+        };
+        let Some(attempt) = attempt else {
+            return Err(elsewhere);
+        };
+        let here = self.logs.files(&attempt.id).await.map_err(internal)?;
+        match is_whole(attempt, &here) {
             true => Ok(()),
-            false => self.replica.must_lead(),
+            false => Err(elsewhere),
         }
-    }
-
-    /// Where to ask for a file that is not here.
-    pub(super) fn elsewhere(&self, attempt: Option<&Attempt>) -> Option<ApiError> {
-        let home = attempt.map_or(0, |attempt| attempt.log_home as u64);
-        let ended = self.job_ended();
-        if ended && home == self.replica.id() {
-            return None;
-        }
-        if let Err(error) = self.replica.must_lead() {
-            return Some(error);
-        }
-        let published = self.replica.published();
-        let known = published.borrow().state.replicas.get(&home).cloned();
-        let known = known.filter(|known| ended && !known.endpoint.is_empty());
-        known.map(|known| ApiError::Unavailable {
-            why: format!("replica {home} has the logs of this attempt"),
-            leader: Some(known.endpoint.clone()),
-        })
     }
 
     pub(super) fn no_such_file(
@@ -201,11 +190,9 @@ impl Reader {
             let made = attempt
                 .as_ref()
                 .map(|a| self.serving.logs.files_made(&a.id));
+            self.serving.may_serve(attempt.as_deref()).await?;
             if let Some(found) = self.look(attempt.as_deref()).await? {
                 return Ok(found);
-            }
-            if let Some(elsewhere) = self.serving.elsewhere(attempt.as_deref()) {
-                return Err(elsewhere);
             }
             // Only a job that has ended gets no other attempt.
             announced = match self.serving.job_ended() {

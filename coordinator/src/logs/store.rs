@@ -138,20 +138,21 @@ impl LogStore {
     }
 
     /// Writes a piece at an offset if the file reaches so far; what it has already is left alone. Where the sender has `lost` what
-    /// lies before, the file gets a gap there. Returns the file's length, from which the sender goes on.
+    /// lies before, the file gets a gap there; where it came not now but at a time before, that is given. Returns the file's length, from
+    /// which the sender goes on.
     pub async fn append(
         &self,
         key: FileKey,
         offset: u64,
         data: Bytes,
-        lost: bool,
+        (lost, came_ms): (bool, Option<i64>),
     ) -> io::Result<u64> {
         let store = self.clone();
         let write = move || {
             let file = store.open(&key, true)?;
             check_space(&store.root)?;
             let now = now_millis();
-            let length = file.append(offset, &data, lost, now)?;
+            let length = file.append(offset, &data, lost, came_ms.unwrap_or(now))?;
             file.rotate(store.limits.bytes, store.oldest(now))?;
             Ok(length)
         };
@@ -372,7 +373,12 @@ mod tests {
         let store = LogStore::new(dir.path().join("logs"), LIMITS).unwrap();
         let put = async |store: &LogStore, offset, text: &'static str| {
             store
-                .append(key("f"), offset, Bytes::from_static(text.as_bytes()), false)
+                .append(
+                    key("f"),
+                    offset,
+                    Bytes::from_static(text.as_bytes()),
+                    (false, None),
+                )
                 .await
                 .unwrap()
         };
