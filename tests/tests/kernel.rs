@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use batchai_common::limits::TERMINATION_GRACE;
+use batchai_tests::alone::directory;
 use batchai_tests::ensemble::{Ensemble, IN, agent_args};
 use batchai_tests::guest::{Guest, image};
 use batchai_tests::process::until;
@@ -379,4 +380,20 @@ fn a_host_without_groups_refuses_what_it_cannot_enforce() {
         assert!(message.contains(&refusal), "{message}");
     }
     w.until_idle();
+}
+
+#[test]
+fn a_guest_says_how_commands_end_and_knows_nfs() {
+    let Some(image) = image() else {
+        return;
+    };
+    let dir = directory();
+    let mut guest = Guest::boot(image, dir.path());
+    assert_eq!(guest.run("printf 1; exit 3"), ("1".to_owned(), 3));
+    assert_eq!(guest.run("nothing-such").1, 127);
+    guest.ok("load nfs");
+    let known = guest.ok("cat /proc/filesystems");
+    for kind in ["nfs", "nfs4"] {
+        assert!(known.contains(&format!("\t{kind}\n")), "{known}");
+    }
 }
