@@ -358,6 +358,23 @@ fn a_host_of_version_2_enforces_what_jobs_may_take() {
     assert!(number("nr_throttled ") > 5, "{said}");
     // A quarter of what passes, which is more than the two seconds; without the limit all of it.
     assert!(number("usage_usec ") < 1_500_000, "{said}");
+
+    // A command beside a job shares its limits, and ends with it.
+    w.e.submit("long", job("exec sleep 600"));
+    let shown = until("the job to run", || {
+        let shown = w.e.job("long");
+        (shown["attempt"]["nodes"][0]["phase"] == "RUNNING").then_some(shown)
+    });
+    let beside = ["job", "node", "exec", "-j", "long", "--node", "a1"];
+    let command = ["--", "cat", "/proc/self/cgroup"];
+    let said = w.e.ok(&[&beside[..], &IN, &command].concat());
+    let attempt = shown["attempt"]["id"].as_str().unwrap();
+    assert!(
+        said.contains(&format!("/{attempt}/exec-")),
+        "{said}: {shown:#}"
+    );
+    let terminate = ["job", "terminate", "-n", "long", "--yes", "--no-wait"];
+    w.e.ok(&[&terminate[..], &IN].concat());
     w.until_idle();
 }
 
