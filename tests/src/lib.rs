@@ -8,6 +8,7 @@ pub mod damage;
 pub mod ensemble;
 pub mod etcd;
 pub mod given;
+pub mod guest;
 pub mod history;
 pub mod network;
 pub mod process;

@@ -91,14 +91,21 @@ fn set(group: &Path, setting: &Setting) -> io::Result<()> {
     }
 }
 
-/// Lets the groups in a group of cgroup v2 limit something. The kernel refuses where processes are in that group itself.
+/// Lets the groups in a group of cgroup v2 limit something. Not where processes are in that group itself: there the kernel refuses
+/// some controllers and takes others, and lets nobody into the groups below from then on.
 fn enable(group: &Path, controller: Controller) -> io::Result<()> {
     let name = controller.name();
     let enabled = fs::read_to_string(group.join(ENABLED))?;
-    match enabled.split_whitespace().any(|known| known == name) {
-        true => Ok(()),
-        false => fs::write(group.join(ENABLED), format!("+{name}")),
+    if enabled.split_whitespace().any(|known| known == name) {
+        return Ok(());
     }
+    // The top of all, as no namespace shows it but the first, is free of that rule.
+    let is_top = !group.join("cgroup.events").exists();
+    if !is_top && !fs::read_to_string(group.join(PROCS))?.is_empty() {
+        let why = format!("{} has processes of its own", group.display());
+        return Err(io::Error::new(ErrorKind::ResourceBusy, why));
+    }
+    fs::write(group.join(ENABLED), format!("+{name}"))
 }
 
 /// What can be limited for groups of cgroup v2 in this directory.

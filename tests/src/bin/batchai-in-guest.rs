@@ -1,0 +1,103 @@
+//! The node agent as it runs on a machine that has nothing but a kernel and busybox (see `guest`), and what its jobs do there.
+//!
+//! Built without shared libraries it needs no file beside it.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use batchai_node_agent::Cli;
+use clap::Parser;
+use nix::errno::Errno;
+use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::sys::wait::wait;
+use nix::unistd::{ForkResult, fork, setsid};
+
+/// Longer than any test.
+const FOR_EVER: Duration = Duration::from_secs(600);
+
+#[derive(Parser)]
+#[command(name = "batchai-node-agent")]
+struct Agent {
+    #[command(flatten)]
+    agent: Cli,
+}
+
+fn main() -> ExitCode {
+    let args: Vec<_> = std::env::args().collect();
+    let number = |at: usize| args.get(at).and_then(|text| text.parse().ok()).unwrap_or(0);
+    match args.get(1).map(String::as_str) {
+        Some("do-tree") => tree(),
+        Some("do-eat") => eat(number(2)),
+        Some("do-fork") => forks(number(2)),
+        Some("do-spin") => spin(number(2)),
+        _ => batchai_node_agent::main(Agent::parse().agent, &[]),
+    }
+}
+
+/// One that becomes two: whether it is the new one.
+#[allow(unsafe_code)]
+fn is_child() -> Result<bool, Errno> {
+    // SAFETY: what a job does here has one thread.
+    let forked = unsafe { fork() };
+    Ok(matches!(forked?, ForkResult::Child))
+}
+
+/// Ignores SIGTERM, leaves daemons behind in sessions of their own, and a chain whose links each live some milliseconds.
+#[allow(unsafe_code)]
+fn tree() -> ExitCode {
+    // SAFETY: no handler is called.
+    unsafe { signal(Signal::SIGTERM, SigHandler::SigIgn) }.expect("it can be ignored");
+    for _ in 0..3 {
+        if is_child().expect("a fork") {
+            setsid().expect("it leads no group yet");
+            if is_child().expect("a fork") {
+                std::thread::sleep(FOR_EVER);
+            }
+            return ExitCode::SUCCESS;
+        }
+        wait().expect("it has a child");
+    }
+    if is_child().expect("a fork") {
+        loop {
+            if !is_child().expect("a fork") {
+                return ExitCode::SUCCESS;
+            }
+            setsid().expect("it leads no group yet");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    println!("up");
+    std::thread::sleep(FOR_EVER);
+    ExitCode::SUCCESS
+}
+
+/// Takes so many MiB of memory, and uses them.
+fn eat(mib: usize) -> ExitCode {
+    let all: Vec<_> = (0..mib).map(|_| vec![1_u8; 1 << 20]).collect();
+    println!("{}", std::hint::black_box(&all).len());
+    ExitCode::SUCCESS
+}
+
+/// Starts so many processes, or as many as it may; says how many.
+fn forks(most: usize) -> ExitCode {
+    let mut count = 0;
+    while count < most {
+        match is_child() {
+            Ok(true) => std::thread::sleep(FOR_EVER),
+            Ok(false) => count += 1,
+            Err(Errno::EAGAIN) => break,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    println!("{count}");
+    ExitCode::SUCCESS
+}
+
+/// Does nothing as fast as it can for so many seconds.
+fn spin(seconds: usize) -> ExitCode {
+    let end = Instant::now() + Duration::from_secs(seconds as u64);
+    while Instant::now() < end {
+        std::hint::spin_loop();
+    }
+    ExitCode::SUCCESS
+}
