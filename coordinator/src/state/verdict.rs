@@ -1,5 +1,6 @@
 //! PURE. Whether an attempt is over, and how: read from what its nodes have seen, by the toolkit's rule.
 
+use batchai_common::ranks::Layout;
 use batchai_common::signals;
 use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::terminate_job::Cause;
@@ -73,8 +74,32 @@ impl Outcome {
     }
 }
 
-/// How many processes a job's toolkit starts over all nodes.
+/// The processes that a job's toolkit starts, and their nodes.
+pub fn layout(spec: &v1::Job) -> Layout {
+    let servers = spec.tensor_flow_settings.as_ref();
+    let servers = servers.map_or(0, |settings| settings.parameter_server_count);
+    Layout {
+        nodes: usize::try_from(spec.node_count).unwrap_or_default(),
+        workers: rank_count(spec),
+        servers: usize::try_from(servers).unwrap_or_default(),
+    }
+}
+
+/// How many ports an attempt has on its i-th node, from the one that it was placed with upwards: TensorFlow needs one for each
+/// of its processes, the others one for their rendezvous.
+pub fn port_count(spec: &v1::Job, index: usize) -> i32 {
+    let count = match spec.tensor_flow_settings {
+        Some(_) => layout(spec).of(index).count(),
+        None => 1,
+    };
+    i32::try_from(count).unwrap_or(i32::MAX).max(1)
+}
+
+/// How many processes of a job's toolkit it waits for, over all nodes.
 pub fn rank_count(spec: &v1::Job) -> usize {
+    if let Some(settings) = &spec.tensor_flow_settings {
+        return usize::try_from(settings.worker_count.max(1)).unwrap_or(1);
+    }
     let count = match (&spec.py_torch_settings, &spec.custom_toolkit_settings) {
         (Some(s), _) if s.process_count > 0 => s.process_count,
         (Some(_), _) => spec.node_count,

@@ -96,6 +96,9 @@ pub struct Preparation {
     /// The file that says until when it may run, where that is bound to the node's lease.
     #[serde(default)]
     pub fence: Option<String>,
+    /// Ports that its processes will listen to on this host: nobody else may.
+    #[serde(default)]
+    pub ports: Vec<u16>,
     /// From the beginning of preparation.
     pub wall_clock_s: u64,
     /// Between SIGTERM and SIGKILL.
@@ -309,9 +312,23 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         copy_to: paths.stdouterr.clone(),
         execution_log: format!("execution{suffix}.log"),
         fence: assignment.fenced.then(|| context.facts.lease.clone()),
+        ports: ports(context)?,
         wall_clock_s: u64::try_from(limit.seconds).unwrap_or_default(),
         grace_s: TERMINATION_GRACE.as_secs(),
     })
+}
+
+/// The ports that the job's processes on this host are told to listen to: rank 0's, for the rendezvous of them all.
+fn ports(context: &Context<'_>) -> Result<Vec<u16>, LaunchError> {
+    let host = own_host(context.assignment)?;
+    let has_ranks = rank_count(context.job, context.assignment.hosts.len()) > 0;
+    let count = match context.assignment.host_index {
+        0 if has_ranks => 1,
+        _ => 0,
+    };
+    let row = host.port..host.port.saturating_add(count);
+    row.map(|port| u16::try_from(port).map_err(|_| LaunchError::Incomplete { what: "port" }))
+        .collect()
 }
 
 /// What the job asks to be limited, and what is counted of it in any case.
