@@ -10,7 +10,7 @@ pub fn of_node(total: usize, nodes: usize, index: usize) -> Range<usize> {
 }
 
 /// The processes of a job. Its workers have the first ranks; parameter servers, which serve them and end with them, have those behind.
-/// On a node that has both, the server comes first.
+/// On a node that has both, the server comes first; where there are more nodes than workers, servers are on those without.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Layout {
     pub nodes: usize,
@@ -26,7 +26,11 @@ impl Layout {
 
     /// The ranks of the parameter servers of a node.
     pub fn servers_of(&self, node: usize) -> Range<usize> {
-        let own = of_node(self.servers, self.nodes, node);
+        let own = match self.nodes.saturating_sub(self.workers) {
+            0 => of_node(self.servers, self.nodes, node),
+            _ if node < self.workers => 0..0,
+            rest => of_node(self.servers, rest, node - self.workers),
+        };
         self.workers + own.start..self.workers + own.end
     }
 
@@ -53,7 +57,7 @@ mod tests {
 
     #[test]
     fn every_server_and_worker_is_one_nodes_and_servers_come_first() {
-        for (workers, servers, nodes) in [(3, 1, 3), (2, 2, 2), (8, 1, 2), (1, 0, 1), (2, 3, 3)] {
+        for (workers, servers, nodes) in [(3, 1, 3), (2, 2, 2), (8, 1, 2), (1, 0, 1), (3, 3, 3)] {
             let layout = Layout {
                 nodes,
                 workers,
@@ -77,6 +81,10 @@ mod tests {
         };
         let servers = [0, 1, 2, 3].map(|rank| layout.server(rank));
         assert_eq!(servers, [None, None, Some(0), None]);
+        // One that is no worker's.
+        let layout = Layout { nodes: 3, ..layout };
+        let nodes = [0, 1, 2].map(|node| layout.of(node).collect::<Vec<_>>());
+        assert_eq!(nodes, [[0], [1], [2]]);
     }
 
     #[test]

@@ -480,5 +480,9 @@ fn advance(attempt: &Attempt) -> Phase {
 mod tests;
 
 #[cfg(test)]
+#[path = "servers_tests.rs"]
+mod servers_tests;
+
+#[cfg(test)]
 #[path = "ports_tests.rs"]
 mod ports_tests;

@@ -37,13 +37,15 @@ fn shaped(job: &mut v1::Job, (nodes, workers, servers): Shape) {
     }
 }
 
-/// How many ports it has on all of its nodes.
-fn needs((nodes, workers, servers): Shape) -> i32 {
-    let each = |node: i32| {
-        let workers = workers / nodes + i32::from(node < workers % nodes);
-        (workers + i32::from(node < servers)).max(1)
-    };
-    (0..nodes).map(each).sum()
+/// How many ports it has on all of its nodes: one for each process at least.
+fn needs(shape: Shape) -> i32 {
+    let mut job = v1::Job::default();
+    shaped(&mut job, shape);
+    let (nodes, workers, servers) = shape;
+    let nodes = 0..usize::try_from(nodes).unwrap();
+    let ports = nodes.map(|i| attempts::port_count(&job, i)).sum();
+    assert!(ports >= workers + servers.min(workers), "{shape:?}");
+    ports
 }
 
 /// Nodes of one machine. Invariants are checked where a test asks: a thousand times would take minutes.

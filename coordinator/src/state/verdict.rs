@@ -100,6 +100,9 @@ pub fn rank_count(spec: &v1::Job) -> usize {
     if let Some(settings) = &spec.tensor_flow_settings {
         return usize::try_from(settings.worker_count.max(1)).unwrap_or(1);
     }
+    if spec.caffe2_settings.is_some() {
+        return usize::try_from(spec.node_count).unwrap_or(1);
+    }
     let count = match (&spec.py_torch_settings, &spec.custom_toolkit_settings) {
         (Some(s), _) if s.process_count > 0 => s.process_count,
         (Some(_), _) => spec.node_count,
@@ -167,13 +170,23 @@ fn how(rank: &v1::JobRank) -> String {
     }
 }
 
+/// A process by its number, and by what it is where it is no worker.
+fn who(attempt: &Attempt, rank: i32) -> String {
+    let server = usize::try_from(rank).ok();
+    match server.and_then(|rank| layout(&attempt.spec).server(rank)) {
+        Some(server) => format!("rank {rank} (parameter server {server})"),
+        None => format!("rank {rank}"),
+    }
+}
+
 fn process_failed(attempt: &Attempt, node: &AttemptNode, rank: &v1::JobRank) -> Outcome {
     let code = rank.exit_code.unwrap_or_default();
     let (number, name, how) = (rank.rank, &node.node, how(rank));
+    let who = who(attempt, number);
     let (kind, message) = match attempt.work {
         Work::Job(_) => (
             "JobFailed",
-            format!("Job failed with non-zero exit code: rank {number} on {name} {how}"),
+            format!("Job failed with non-zero exit code: {who} on {name} {how}"),
         ),
         Work::SetUp => (
             "SetupTaskFailed",
@@ -212,7 +225,8 @@ pub(super) fn with_others(attempt: &Attempt, outcome: &Outcome) -> Outcome {
             .iter()
             .find(|r| node.first_failed == Some(r.rank))?;
         let other = named.as_ref() != Some(&node.node);
-        other.then(|| format!("rank {} on {} {}", rank.rank, node.node, how(rank)))
+        let who = who(attempt, rank.rank);
+        other.then(|| format!("{who} on {} {}", node.node, how(rank)))
     });
     let others: Vec<_> = others.take(OTHERS_MAX).collect();
     if !others.is_empty() {
@@ -225,7 +239,8 @@ pub(super) fn with_others(attempt: &Attempt, outcome: &Outcome) -> Outcome {
 }
 
 /// The toolkit's rule: is the job over, and how? The first failure decides; without one, the job is over when all of its
-/// ranks are: of a custom job that is one process on the master, unless it asks for some on every node.
+/// ranks are: of a custom job that is one process on the master, unless it asks for some on every node. Parameter servers are not
+/// waited for.
 pub fn verdict(attempt: &Attempt) -> Option<Outcome> {
     if let Some((node, rank)) = first_failed(attempt) {
         return Some(process_failed(attempt, node, rank));

@@ -3,17 +3,20 @@
 //!
 //! Nothing is started, created or looked up here; the shim does that.
 
+mod caffe2;
 mod custom;
 mod environment;
 pub mod expand;
 mod paths;
 mod pytorch;
+mod script;
+mod tensorflow;
 mod users;
 
 use std::collections::BTreeMap;
 
 use batchai_common::limits::{LOG_FILE_MIB, TERMINATION_GRACE};
-use batchai_common::ranks::of_node as ranks;
+use batchai_common::ranks::{Layout, of_node as ranks};
 use batchai_proto::agent::v1::Assignment;
 use batchai_proto::v1::Job;
 use serde::{Deserialize, Serialize};
@@ -204,15 +207,27 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
         paths,
         env,
     };
-    let processes = match (&job.custom_toolkit_settings, &job.py_torch_settings) {
-        (Some(settings), None) => custom::processes(&context, settings)?,
-        (None, Some(settings)) => pytorch::processes(&context, settings)?,
-        _ => return Err(LaunchError::UnknownToolkit),
-    };
     Ok(Plan {
         preparation: preparation(&context)?,
-        processes,
+        processes: processes(&context)?,
     })
+}
+
+fn processes(context: &Context<'_>) -> Result<Vec<ProcessPlan>, LaunchError> {
+    let job = context.job;
+    if let Some(settings) = &job.custom_toolkit_settings {
+        return custom::processes(context, settings);
+    }
+    if let Some(settings) = &job.py_torch_settings {
+        return pytorch::processes(context, settings);
+    }
+    if let Some(settings) = &job.tensor_flow_settings {
+        return tensorflow::processes(context, settings);
+    }
+    if let Some(settings) = &job.caffe2_settings {
+        return caffe2::processes(context, settings);
+    }
+    Err(LaunchError::UnknownToolkit)
 }
 
 /// What runs beside the processes of an attempt, and is none of them, has of the job: its environment without secrets, and its directory.
@@ -318,17 +333,20 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
     })
 }
 
-/// The ports that the job's processes on this host are told to listen to: rank 0's, for the rendezvous of them all.
+/// The ports that the job's processes on this host are told to listen to: of TensorFlow each process its own, of others rank 0 that of
+/// the rendezvous of them all.
 fn ports(context: &Context<'_>) -> Result<Vec<u16>, LaunchError> {
-    let host = own_host(context.assignment)?;
-    let has_ranks = rank_count(context.job, context.assignment.hosts.len()) > 0;
-    let count = match context.assignment.host_index {
-        0 if has_ranks => 1,
-        _ => 0,
+    let Assignment {
+        hosts, host_index, ..
+    } = context.assignment;
+    let count = match &context.job.tensor_flow_settings {
+        Some(_) => layout(context).of(host_number(context)).count(),
+        None => usize::from(*host_index == 0 && rank_count(context.job, hosts.len()) > 0),
     };
-    let row = host.port..host.port.saturating_add(count);
-    row.map(|port| u16::try_from(port).map_err(|_| LaunchError::Incomplete { what: "port" }))
-        .collect()
+    let first = own_host(context.assignment)?.port;
+    let row = (first..).take(count).map(u16::try_from);
+    row.collect::<Result<_, _>>()
+        .map_err(|_| LaunchError::Incomplete { what: "port" })
 }
 
 /// What the job asks to be limited, and what is counted of it in any case.
@@ -389,14 +407,37 @@ fn hostfile(context: &Context<'_>) -> String {
     hosts.iter().enumerate().map(line).collect()
 }
 
-/// How many processes the job has over all hosts.
+/// How many processes the job has over all hosts, apart from those that serve them.
 fn rank_count(job: &Job, hosts: usize) -> usize {
     let count = |count: i32| usize::try_from(count).unwrap_or_default();
-    match (&job.py_torch_settings, &job.custom_toolkit_settings) {
-        (Some(settings), _) => count(settings.process_count),
-        (None, Some(settings)) => count(settings.processes_per_node) * hosts,
+    if let Some(settings) = &job.py_torch_settings {
+        return count(settings.process_count);
+    }
+    if let Some(settings) = &job.tensor_flow_settings {
+        return count(settings.worker_count);
+    }
+    match (&job.custom_toolkit_settings, &job.caffe2_settings) {
+        (Some(settings), _) => count(settings.processes_per_node) * hosts,
+        (None, Some(_)) => hosts,
         (None, None) => 0,
     }
+}
+
+/// Which of the job's processes are whose.
+fn layout(context: &Context<'_>) -> Layout {
+    let servers = context.job.tensor_flow_settings.as_ref();
+    let servers = servers.map_or(0, |settings| settings.parameter_server_count);
+    let nodes = context.assignment.hosts.len();
+    Layout {
+        nodes,
+        workers: rank_count(context.job, nodes),
+        servers: usize::try_from(servers).unwrap_or_default(),
+    }
+}
+
+/// Which of the hosts this one is.
+fn host_number(context: &Context<'_>) -> usize {
+    usize::try_from(context.assignment.host_index).unwrap_or(usize::MAX)
 }
 
 fn own_host(assignment: &Assignment) -> Result<&batchai_proto::agent::v1::Host, LaunchError> {
@@ -410,6 +451,10 @@ fn own_host(assignment: &Assignment) -> Result<&batchai_proto::agent::v1::Host, 
 fn bash(command_line: &str) -> Vec<String> {
     vec!["/bin/bash".into(), "-c".into(), command_line.into()]
 }
+
+#[cfg(test)]
+#[path = "framework_tests.rs"]
+mod framework_tests;
 
 #[cfg(test)]
 #[path = "tests.rs"]

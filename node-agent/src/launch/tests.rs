@@ -4,7 +4,7 @@ use batchai_proto::v1;
 use super::*;
 use crate::cgroups::Method;
 
-fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
+pub(super) fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
     let host = |i: usize| Host {
         node: format!("nodes/n{i}"),
         address: format!("10.0.0.{}", i + 4),
@@ -27,7 +27,7 @@ fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
     }
 }
 
-fn facts() -> HostFacts {
+pub(super) fn facts() -> HostFacts {
     HostFacts {
         users: JobUsers::Own,
         limits: Vec::new(),
