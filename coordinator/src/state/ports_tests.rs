@@ -10,6 +10,7 @@ use batchai_proto::internal::v1::{
 use batchai_proto::v1::job_attempt_node::Phase as P;
 use proptest::prelude::*;
 
+use crate::scheduler::explain::pending_reason;
 use crate::scheduler::heard::Heard;
 use crate::scheduler::schedule;
 use crate::state::tests::Ensemble;
@@ -257,5 +258,8 @@ fn a_row_that_fits_nowhere_waits_and_one_that_fits_exactly_does_not() {
         crowd.queue("k", (1, 1, 0));
         let plans = schedule(&crowd.state, &crowd.heard, 1);
         assert_eq!(plans.len(), placed, "{last_port}");
+        let job = &crowd.state.jobs[format!("{EXPERIMENT}/jobs/j").as_str()];
+        let why = pending_reason(&crowd.state, &crowd.heard, job);
+        assert_eq!(why.contains("free ports"), placed == 0, "{why}");
     }
 }
