@@ -44,6 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".batchai.v1.ExecOutput.stderr")
         .bytes(".batchai.internal.v1.ExchangeRequest.messages")
         .bytes(".batchai.internal.v1.SendSnapshotRequest.data")
+        .bytes(".batchai.internal.v1.FetchCopyResponse.data")
         .compile_fds(compiler.file_descriptor_set())?;
     Ok(())
 }

@@ -1,11 +1,11 @@
 //! The coordinator: keeps the resource model, schedules, and tells agents what to do.
 //!
 //! Arrows only point down:
-//! `state <- {access, scheduler, secrets} <- ensemble <- {call, config, duties} <- replica <- logs <- {audit, bundles} <- agents <- api <- {custody, gate, leader, pki} <- boot <- {backup, server}`.
+//! `state <- {access, scheduler, secrets} <- ensemble <- {call, config, duties} <- replica <- logs <- {audit, bundles} <- copies <- agents <- api <- {custody, gate, leader, pki} <- boot <- {backup, server}`.
 //!
 //! `state`, `access`, `scheduler` and `duties` are pure. `replica` makes the State survive and agree. `api` serves users,
 //! `agents` serves node agents, `logs` keeps job output, `bundles` what is sent along with
-//! jobs. `secrets` seals and opens. `leader` performs the duties while this replica leads; `custody` looks after the keys of secrets.
+//! jobs, and `copies` sees to it that every replica has both. `secrets` seals and opens. `leader` performs the duties while this replica leads; `custody` looks after the keys of secrets.
 //! `ensemble` is what a replica is told of its ensemble before it starts, `boot` how it starts, `backup` how it begins anew from
 //! a backup.
 
@@ -18,6 +18,7 @@ mod boot;
 mod bundles;
 mod call;
 mod config;
+mod copies;
 mod custody;
 pub mod duties;
 mod ensemble;

@@ -12,6 +12,7 @@ use batchai_common::limits::{
 use batchai_common::tls::acceptor::incoming;
 use batchai_proto::agent::v1::agent_service_server::AgentServiceServer;
 use batchai_proto::agent::v1::join_service_server::JoinServiceServer;
+use batchai_proto::internal::v1::copy_service_server::CopyServiceServer;
 use batchai_proto::internal::v1::peer_service_server::PeerServiceServer;
 use batchai_proto::internal::v1::relay_service_server::RelayServiceServer;
 use batchai_proto::v1::access_service_server::AccessServiceServer;
@@ -47,6 +48,7 @@ use crate::audit::Audit;
 use crate::boot::{self, ServerError};
 use crate::bundles::BundleStore;
 use crate::config::{self, Config};
+use crate::copies::{Copies, CopyDesk};
 use crate::custody;
 use crate::duties::Leader;
 use crate::gate::Gate;
@@ -96,9 +98,10 @@ pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerEr
     })?;
     let address = listener.local_addr()?;
     let (health, health_service) = tonic_health::server::health_reporter();
-    let (contacts, desk) = (Contacts::default(), FileDesk::default());
+    let (contacts, desk) = Default::default();
     let (lanes, uplink, link) = ways(&config, &started, pki.as_ref(), &contacts, &desk);
     let shared = Shared {
+        copies: copies(&started, pki.as_ref(), (&logs, &bundles)),
         peers: started.peers.clone(),
         replica: replica.clone(),
         contacts,
@@ -112,23 +115,17 @@ pub async fn run(config: Config, told: CancellationToken) -> Result<(), ServerEr
     };
     let mut tasks = shared.tasks(started.leader, lanes);
     tasks.push(tokio::spawn(link.run(shutdown.clone())));
-    tasks.push(tokio::spawn(farewell(
-        replica.clone(),
-        told,
-        shutdown.clone(),
-    )));
-    tasks.push(tokio::spawn(report_health(
-        health,
-        replica.clone(),
-        shutdown.clone(),
-    )));
+    let farewell = farewell(replica.clone(), told, shutdown.clone());
+    let report = report_health(health, replica.clone(), shutdown.clone());
+    tasks.extend([tokio::spawn(farewell), tokio::spawn(report)]);
     let desk_of_peers = shared.desk_of_peers(started.snapshots);
-    let relay = shared.relay();
+    let (relay, copies) = (shared.relay(), shared.desk_of_copies());
     let connections = incoming(listener, pki.as_ref().map(Pki::server));
     let serve = shared
         .routes(pki.as_ref(), &config)?
         .add_service(desk_of_peers)
         .add_service(relay)
+        .add_service(copies)
         .add_service(health_service)
         .serve_with_incoming_shutdown(connections, shutdown.clone().cancelled_owned());
     tasks.push(tokio::spawn(keep_fresh(pki, shutdown.clone())));
@@ -172,6 +169,23 @@ fn ways(
             .max(Duration::from_millis(config.election_timeout) * ALONE_ELECTIONS),
     });
     (lanes, uplink, link)
+}
+
+/// What this replica shares with the others beside the log.
+fn copies(
+    started: &boot::Started,
+    pki: Option<&Pki>,
+    (logs, bundles): (&LogStore, &BundleStore),
+) -> Copies {
+    Copies {
+        replica: started.handle.clone(),
+        peers: started.peers.clone(),
+        first: started.ensemble.first.clone(),
+        credentials: pki.map(Pki::client),
+        logs: logs.clone(),
+        bundles: bundles.clone(),
+        turn: Arc::default(),
+    }
 }
 
 async fn end_all(tasks: Vec<JoinHandle<()>>) {
@@ -224,6 +238,7 @@ type Routes =
 
 /// What services are made of.
 struct Shared {
+    copies: Copies,
     peers: Peers,
     replica: Handle,
     contacts: Contacts,
@@ -265,6 +280,7 @@ impl Shared {
             tokio::spawn(keys),
             tokio::spawn(leases),
             tokio::spawn(lanes),
+            tokio::spawn(self.copies.clone().run(self.shutdown.clone())),
         ]
     }
 
@@ -279,6 +295,13 @@ impl Shared {
             shutdown: self.shutdown.clone(),
         };
         PeerServiceServer::new(desk).max_decoding_message_size(PEER_BYTES_MAX)
+    }
+
+    fn desk_of_copies(&self) -> CopyServiceServer<CopyDesk> {
+        CopyServiceServer::new(CopyDesk {
+            copies: self.copies.clone(),
+            shutdown: self.shutdown.clone(),
+        })
     }
 
     fn relay(&self) -> RelayServiceServer<Relay> {
@@ -318,7 +341,8 @@ impl Shared {
             replica: self.replica.clone(),
             contacts: self.contacts.clone(),
             logs: self.logs.clone(),
-            bundles: self.bundles.clone(),
+            bundles: self.bundles,
+            copies: self.copies.clone(),
             desk: self.desk.clone(),
             authority,
             audit: self.audit,
@@ -332,7 +356,7 @@ impl Shared {
             contacts: self.contacts,
             uplink: self.uplink,
             logs: self.logs,
-            bundles: self.bundles,
+            copies: self.copies,
             desk: self.desk,
             vault: self.vault,
             shutdown: self.shutdown,

@@ -90,12 +90,11 @@ pub struct Origin {
 }
 
 /// Since when and until when a node holds its lease. What is being written over is read again.
-pub fn read_lease(path: &Path) -> io::Result<(Duration, Duration)> {
+pub fn read_lease(path: &Path) -> io::Result<Held> {
     for _ in 0..LEASE_READS_MAX {
         let text = fs::read_to_string(path)?;
         if let Some(held) = lease::read(&text) {
-            let millis = |at: i64| Duration::from_millis(u64::try_from(at).unwrap_or_default());
-            return Ok((millis(held.since), millis(held.until)));
+            return Ok(held);
         }
         std::thread::sleep(LEASE_READ_PAUSE);
     }

@@ -68,6 +68,38 @@ impl Lease {
     }
 }
 
+/// Until when an attempt that may be begun anew elsewhere runs on this host: as its shim counts it, from what is written down.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fence {
+    /// The end of the lease, as far as was last looked.
+    until: Option<i64>,
+}
+
+impl Fence {
+    /// How long it lasts without another look; not at all before the first.
+    pub fn left(&self, now: i64) -> i64 {
+        self.until
+            .map_or(0, |until| until.saturating_sub(now).max(0))
+    }
+
+    /// Takes in what is written down, nothing where that cannot be read. Returns whether the attempt may go on.
+    pub fn look(&mut self, now: i64, written: Option<Held>) -> bool {
+        if fault!("fence_not_watched") {
+            return true;
+        }
+        // A lease that began when the last known was over leaves a gap, in which the attempt may have begun elsewhere.
+        let follows = |held: &Held| {
+            self.until.is_none_or(|known| held.since <= known)
+                || fault!("gap_between_leases_not_seen")
+        };
+        let held = written.filter(|held| now < held.until && follows(held));
+        if let Some(held) = held {
+            self.until = Some(held.until);
+        }
+        held.is_some()
+    }
+}
+
 /// As many bytes as what is written down has, whatever it says: it is written over in place, also where the disk is full.
 pub const WRITTEN_BYTES: usize = 60;
 
@@ -125,6 +157,27 @@ mod tests {
         assert_eq!(lease.granted(first, 1000), held(100, 1100));
         let late = lease.beat(1101);
         assert_eq!(lease.granted(late, 1000), held(1101, 2101));
+    }
+
+    #[test]
+    fn a_fence_falls_with_the_lease_and_does_not_rise_again() {
+        let mut fence = Fence::default();
+        assert_eq!(fence.left(100), 0, "it must look");
+        assert!(fence.look(100, held(100, 1100)));
+        assert_eq!(fence.left(1000), 100);
+        // The lease went on meanwhile.
+        assert!(fence.look(1100, held(100, 2000)));
+        assert_eq!(fence.left(2500), 0);
+        for (what, written) in [
+            ("it is over", held(100, 2000)),
+            ("it cannot be read", None),
+            ("there was a gap", held(2001, 3000)),
+        ] {
+            assert!(!fence.clone().look(2500, written), "{what}");
+        }
+        // It may have stood still while the lease was renewed without a gap.
+        assert!(fence.look(2500, held(2000, 3000)));
+        assert!(!Fence::default().look(100, None));
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use batchai_tests::sim::{Outcome, play};
+use batchai_proto::v1::job::OnNodeLoss;
+use batchai_tests::sim::{Outcome, outage, play};
 
 /// Played with every change: as many as two cores play within a minute, as tests are built.
 const SEEDS: u64 = 200;
@@ -128,6 +129,18 @@ fn every_seed_keeps_what_must_hold() {
     for what in SOMETIMES {
         assert!(seen.contains_key(what), "never seen: {what}");
     }
+}
+
+/// Already two minutes are many leases of the simulator's nodes.
+#[test]
+fn a_job_that_waits_for_its_nodes_is_untouched_by_half_an_hour_of_an_outage() {
+    let told = outage(30, OnNodeLoss::Wait).unwrap();
+    assert!(told.ran_on && told.same, "{told:?}");
+    assert_eq!(told.attempts, 1, "{told:?}");
+    // One that is to run elsewhere is not there any more, as its leases were over.
+    let told = outage(2, OnNodeLoss::Requeue).unwrap();
+    assert!(!told.ran_on && !told.same, "{told:?}");
+    assert_eq!(told.attempts, 2, "{told:?}");
 }
 
 #[test]

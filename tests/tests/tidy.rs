@@ -45,7 +45,7 @@ const PURE: [&str; 15] = [
 ];
 
 /// Arrows point down: a module may name those of lower levels only. Modules of one level do not name each other.
-const COORDINATOR: [&[&str]; 13] = [
+const COORDINATOR: [&[&str]; 14] = [
     &["state"],
     &["access", "scheduler", "secrets"],
     &["ensemble"],
@@ -53,6 +53,7 @@ const COORDINATOR: [&[&str]; 13] = [
     &["replica"],
     &["logs"],
     &["audit", "bundles"],
+    &["copies"],
     &["agents"],
     &["api"],
     &["custody", "gate", "leader", "pki"],

@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::bundles::BundleStore;
+use crate::copies::Copies;
 use crate::replica::Handle;
 use crate::state::assignments::assignments;
 
@@ -25,7 +26,7 @@ const SLOW_MAX: Duration = Duration::from_secs(30);
 /// Opens the bundle, if it is the node's business.
 pub async fn open(
     replica: &Handle,
-    store: &BundleStore,
+    copies: &Copies,
     request: &FetchBundleRequest,
 ) -> Result<File, ApiError> {
     let invalid = |field: &str, why: String| ApiError::Invalid(vec![Fault::new(field, why)]);
@@ -47,12 +48,7 @@ pub async fn open(
     if !registered || !jobs.any(|job| job.bundle == bundle.as_str()) {
         return Err(absent());
     }
-    let (store, digest) = (store.clone(), bundle.id().to_owned());
-    let opened = tokio::task::spawn_blocking(move || store.open(&digest)).await;
-    let opened = opened
-        .map_err(std::io::Error::other)
-        .and_then(|opened| opened);
-    match opened {
+    match find(copies, bundle.id()).await {
         Ok(Some(file)) => Ok(file),
         Ok(None) => Err(absent()),
         Err(error) => {
@@ -60,6 +56,14 @@ pub async fn open(
             Err(unavailable("its disk does not give the bundle"))
         }
     }
+}
+
+/// The file, fetched from another replica where it is not here.
+async fn find(copies: &Copies, digest: &str) -> std::io::Result<Option<File>> {
+    copies.use_bundle(digest).await?;
+    let (store, digest) = (copies.bundles.clone(), digest.to_owned());
+    let opened = tokio::task::spawn_blocking(move || store.open(&digest)).await;
+    opened.map_err(std::io::Error::other)?
 }
 
 fn unavailable(why: &str) -> ApiError {

@@ -25,8 +25,8 @@ use super::link::Uplink;
 use super::log_intake;
 use super::session::{OUTBOX_MAX, Session};
 use crate::access::{Caller, WORK};
-use crate::bundles::BundleStore;
 use crate::call::caller;
+use crate::copies::Copies;
 use crate::logs::LogStore;
 use crate::replica::handle::unavailable;
 use crate::replica::{Handle, ReplicaError};
@@ -38,7 +38,7 @@ pub struct Agents {
     pub contacts: Contacts,
     pub uplink: Uplink,
     pub logs: LogStore,
-    pub bundles: BundleStore,
+    pub copies: Copies,
     pub desk: FileDesk,
     pub execs: ExecDesk,
     pub vault: Vault,
@@ -164,9 +164,9 @@ impl AgentService for Agents {
         let request = request.into_inner();
         let (outbox, replies) = mpsc::channel(bundle::PIECES_MAX);
         check_own(&request.node_id, &request.uid)?;
-        let permit = self.bundles.transfer()?;
-        let file = bundle::open(&self.replica, &self.bundles, &request).await?;
-        let store = self.bundles.clone();
+        let permit = self.copies.bundles.transfer()?;
+        let file = bundle::open(&self.replica, &self.copies, &request).await?;
+        let store = self.copies.bundles.clone();
         tokio::task::spawn_blocking(move || {
             let digest = batchai_common::names::last_id(&request.bundle);
             bundle::send(file, (&store, digest), &outbox);

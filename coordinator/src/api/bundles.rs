@@ -18,6 +18,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::faults::Faults;
 use super::{Api, Replies, internal, not_found, parse};
 use crate::bundles::{BundleError, BundleStore};
+use crate::copies::Copies;
 
 /// Pieces that the disk has not taken yet.
 const PIECES_MAX: usize = 8;
@@ -34,10 +35,10 @@ impl BundleService for Api {
         let incoming = request.into_inner();
         let permit = self.bundles.transfer()?;
         let (outbox, replies) = mpsc::channel(1);
-        let (store, shutdown) = (self.bundles.clone(), self.shutdown.clone());
+        let (copies, shutdown) = (self.copies.clone(), self.shutdown.clone());
         tokio::spawn(async move {
             let end = tokio::select! {
-                end = receive(&store, incoming) => end,
+                end = receive(&copies, incoming) => end,
                 () = shutdown.cancelled() => Err(super::draining().into()),
             };
             let reply = end.map(|bundle| UploadBundleResponse {
@@ -57,8 +58,7 @@ impl BundleService for Api {
         self.replica.must_lead()?;
         let name = parse(Noun::Bundle, &request.get_ref().name)?;
         // Who asks is about to name it in a job: it must not be swept before.
-        let (store, digest) = (self.bundles.clone(), name.id().to_owned());
-        on_a_thread(move || store.use_now(&digest).map_err(internal)).await?;
+        self.copies.use_bundle(name.id()).await.map_err(internal)?;
         Ok(Response::new(find(&self.bundles, &name).await?))
     }
 }
@@ -74,35 +74,31 @@ impl Api {
         }
         names.sort_unstable();
         names.dedup();
-        let store = self.bundles.clone();
-        let use_all = move || {
-            for name in names {
-                let kind = Noun::Bundle;
-                let digest = batchai_common::names::last_id(&name);
-                if !store.use_now(digest).map_err(internal)? {
-                    return Err(ApiError::NotFound { kind, name });
-                }
+        for name in names {
+            let kind = Noun::Bundle;
+            let digest = batchai_common::names::last_id(&name);
+            if !self.copies.use_bundle(digest).await.map_err(internal)? {
+                return Err(ApiError::NotFound { kind, name });
             }
-            Ok(())
-        };
-        on_a_thread(use_all).await
+        }
+        Ok(())
     }
 }
 
 async fn receive(
-    store: &BundleStore,
+    copies: &Copies,
     mut incoming: Streaming<UploadBundleRequest>,
 ) -> Result<Bundle, Status> {
+    let store = &copies.bundles;
     let first = tokio::time::timeout(CALL_TIMEOUT, incoming.message()).await;
     let first = first.map_err(|_| invalid("header", "did not come in time"))??;
     let Some(Part::Header(header)) = first.and_then(|request| request.part) else {
         return Err(invalid("header", "must come first").into());
     };
     let (name, size) = check(&header)?;
-    if let Ok(known) = find(store, &name).await {
-        let (store, digest) = (store.clone(), name.id().to_owned());
-        on_a_thread(move || store.use_now(&digest).map_err(internal)).await?;
-        return Ok(known);
+    if copies.use_bundle(name.id()).await.map_err(internal)? {
+        copies.spread_bundle(name.id()).await?;
+        return Ok(find(store, &name).await?);
     }
     let (pieces, receiver) = mpsc::channel(PIECES_MAX);
     let (keeper, digest) = (store.clone(), name.id().to_owned());
@@ -119,6 +115,8 @@ async fn receive(
         BundleError::Io(error) => internal(error),
         error => invalid("header", &error.to_string()),
     })?;
+    // What is acknowledged must not go with this machine.
+    copies.spread_bundle(name.id()).await?;
     Ok(find(store, &name).await?)
 }
 

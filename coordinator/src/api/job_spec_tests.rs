@@ -252,7 +252,7 @@ fn several_faults_are_named_at_once_and_what_is_not_served_is_told_apart() {
     assert_eq!(faults.len(), 3);
     let job = Job {
         custom_toolkit_settings: None,
-        horovod_settings: Some(v1::HorovodSettings {
+        caffe2_settings: Some(v1::Caffe2Settings {
             python_script_file_path: "train.py".into(),
             ..Default::default()
         }),
@@ -261,7 +261,58 @@ fn several_faults_are_named_at_once_and_what_is_not_served_is_told_apart() {
     let Err(ApiError::NotServed(faults)) = faults_of(job) else {
         panic!()
     };
-    assert_eq!(faults[0].field, "job.horovod_settings");
+    assert_eq!(faults[0].field, "job.caffe2_settings");
+}
+
+#[test]
+fn toolkits_of_mpi_have_one_process_per_node_unless_told() {
+    let none = || Job {
+        custom_toolkit_settings: None,
+        node_count: 1,
+        ..valid()
+    };
+    let script = || "train.py".to_owned();
+    let horovod = v1::HorovodSettings {
+        python_script_file_path: script(),
+        ..Default::default()
+    };
+    let job = Job {
+        horovod_settings: Some(horovod),
+        ..none()
+    };
+    let settings = faults_of(job).unwrap().horovod_settings.unwrap();
+    assert_eq!(settings.process_count, 1);
+    let custom = v1::CustomMpiSettings {
+        command_line: "true".into(),
+        process_count: 8,
+    };
+    let job = Job {
+        custom_mpi_settings: Some(custom),
+        ..none()
+    };
+    let settings = faults_of(job).unwrap().custom_mpi_settings.unwrap();
+    assert_eq!(settings.process_count, 8);
+    let cntk = v1::CntkSettings {
+        config_file_path: "a.cntk".into(),
+        ..Default::default()
+    };
+    let job = Job {
+        cntk_settings: Some(cntk),
+        ..none()
+    };
+    let settings = faults_of(job).unwrap().cntk_settings.unwrap();
+    assert_eq!(settings.language_type, "BrainScript");
+    let torch = PyTorchSettings {
+        python_script_file_path: script(),
+        communication_backend: "MPI".into(),
+        ..Default::default()
+    };
+    let job = Job {
+        py_torch_settings: Some(torch),
+        ..none()
+    };
+    let settings = faults_of(job).unwrap().py_torch_settings.unwrap();
+    assert_eq!(settings.communication_backend, "mpi");
 }
 
 #[test]

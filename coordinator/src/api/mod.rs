@@ -51,6 +51,7 @@ use crate::agents::files::FileDesk;
 use crate::audit::Audit;
 use crate::bundles::BundleStore;
 use crate::call::{caller, led_to};
+use crate::copies::Copies;
 use crate::logs::LogStore;
 use crate::replica::handle::unavailable;
 use crate::replica::peers::Peers;
@@ -73,6 +74,7 @@ pub struct Api {
     pub contacts: Contacts,
     pub logs: LogStore,
     pub bundles: BundleStore,
+    pub copies: Copies,
     pub desk: FileDesk,
     pub execs: ExecDesk,
     /// Signs certificates, where the ensemble has some of its own making.

@@ -28,12 +28,12 @@ fn blocks(given: &Job) -> [Block; 9] {
         block!(custom_toolkit_settings, true, Custom),
         block!(py_torch_settings, true, Pytorch),
         block!(tensor_flow_settings, true, Tensorflow),
-        block!(cntk_settings, false, Cntk),
-        block!(caffe_settings, false, Caffe),
+        block!(cntk_settings, true, Cntk),
+        block!(caffe_settings, true, Caffe),
         block!(caffe2_settings, true, Caffe2),
-        block!(chainer_settings, false, Chainer),
-        block!(horovod_settings, false, Horovod),
-        block!(custom_mpi_settings, false, Mpi),
+        block!(chainer_settings, true, Chainer),
+        block!(horovod_settings, true, Horovod),
+        block!(custom_mpi_settings, true, Mpi),
     ]
 }
 
@@ -47,7 +47,7 @@ pub fn check(faults: &mut Faults, given: &Job) -> ToolType {
         [_] => {}
         [] => faults.invalid(
             "job",
-            "one toolkit must be given: set custom_toolkit_settings, py_torch_settings, tensor_flow_settings or caffe2_settings",
+            "one toolkit must be given: set custom_toolkit_settings, py_torch_settings or another one's settings",
         ),
         _ => {
             let names: Vec<_> = set.iter().map(|(name, ..)| *name).collect();
@@ -75,11 +75,24 @@ pub fn check(faults: &mut Faults, given: &Job) -> ToolType {
         check_caffe(faults, settings, nodes);
     }
     check_scripts(faults, given);
+    // The processes of one node need no way to start others elsewhere.
+    faults.not_served("job.node_count", nodes > 1 && by_mpi(given));
     for (name, served, is_set, _) in blocks(given) {
         faults.not_served(&format!("job.{name}"), is_set && !served);
     }
     set.first()
         .map_or(ToolType::Unspecified, |(.., tool)| *tool)
+}
+
+/// Whether mpirun starts a job's processes.
+fn by_mpi(given: &Job) -> bool {
+    let torch = given.py_torch_settings.as_ref();
+    torch.is_some_and(|torch| torch.communication_backend.eq_ignore_ascii_case("mpi"))
+        || given.custom_mpi_settings.is_some()
+        || given.horovod_settings.is_some()
+        || given.chainer_settings.is_some()
+        || given.cntk_settings.is_some()
+        || given.caffe_settings.is_some()
 }
 
 /// Those that are a script, or a command, and how many processes.
@@ -127,10 +140,28 @@ fn check_scripts(faults: &mut Faults, given: &Job) {
 /// Fills in the defaults of what is served.
 pub fn materialise(job: &mut Job) {
     let nodes = job.node_count;
+    macro_rules! one_per_node {
+        ($($settings:ident),*) => {
+            $(if let Some(settings) = &mut job.$settings && settings.process_count == 0 {
+                settings.process_count = nodes;
+            })*
+        };
+    }
+    one_per_node!(
+        py_torch_settings,
+        custom_mpi_settings,
+        horovod_settings,
+        chainer_settings,
+        cntk_settings,
+        caffe_settings
+    );
+    if let Some(settings) = &mut job.cntk_settings {
+        settings.language_type = match settings.config_file_path.is_empty() {
+            true => "Python".to_owned(),
+            false => "BrainScript".to_owned(),
+        };
+    }
     if let Some(settings) = &mut job.py_torch_settings {
-        if settings.process_count == 0 {
-            settings.process_count = nodes;
-        }
         settings.communication_backend = match settings.communication_backend.as_str() {
             "" => "gloo".to_owned(),
             backend => backend.to_ascii_lowercase(),
@@ -176,9 +207,8 @@ fn check_pytorch(faults: &mut Faults, given: &PyTorchSettings, nodes: i32) {
     processes(faults, AT, given.process_count, nodes);
     let field = format!("{AT}.communication_backend");
     match given.communication_backend.to_ascii_lowercase().as_str() {
-        "" | "gloo" | "nccl" | "tcp" => {}
-        "mpi" => faults.not_served(&field, true),
-        _ => faults.invalid(field, "must be gloo, nccl or tcp"),
+        "" | "gloo" | "nccl" | "tcp" | "mpi" => {}
+        _ => faults.invalid(field, "must be gloo, nccl, tcp or mpi"),
     }
 }
 

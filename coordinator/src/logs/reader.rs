@@ -102,7 +102,8 @@ impl Serving {
         job.is_none_or(|job| job.ended())
     }
 
-    /// The leader gets what is still written. Of what has ended, the replica that led when it began has it as well, or nobody.
+    /// The leader gets what is still written. What has ended every replica gets by and by; until then the leader has it, or the
+    /// replica that led when it began.
     pub(super) fn gets_more(&self) -> Result<(), ApiError> {
         let home = self.attempt(&self.job)?.map_or(0, |a| a.log_home as u64);
         match self.job_ended() && home == self.replica.id() {

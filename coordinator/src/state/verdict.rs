@@ -95,7 +95,7 @@ pub fn port_count(spec: &v1::Job, index: usize) -> i32 {
     i32::try_from(count).unwrap_or(i32::MAX).max(1)
 }
 
-/// How many processes of a job's toolkit it waits for, over all nodes.
+/// How many processes of a job's toolkit it waits for, over all nodes; what starts others by itself, as mpirun does, is one.
 pub fn rank_count(spec: &v1::Job) -> usize {
     if let Some(settings) = &spec.tensor_flow_settings {
         return usize::try_from(settings.worker_count.max(1)).unwrap_or(1);
@@ -104,6 +104,7 @@ pub fn rank_count(spec: &v1::Job) -> usize {
         return usize::try_from(spec.node_count).unwrap_or(1);
     }
     let count = match (&spec.py_torch_settings, &spec.custom_toolkit_settings) {
+        (Some(s), _) if s.communication_backend == "mpi" => 1,
         (Some(s), _) if s.process_count > 0 => s.process_count,
         (Some(_), _) => spec.node_count,
         (None, Some(s)) if s.processes_per_node > 0 => s.processes_per_node * spec.node_count,

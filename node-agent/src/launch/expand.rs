@@ -6,6 +6,13 @@ use super::LaunchError;
 
 const PREFIX: &str = "AZ_BATCHAI_";
 
+/// A part of a text.
+enum Piece<'a> {
+    Text(&'a str),
+    /// The name of a variable of the service.
+    Variable(&'a str),
+}
+
 /// Replaces the service's variables; everything else stays as it is.
 ///
 /// # Errors
@@ -16,27 +23,73 @@ pub fn expand(
     env: &BTreeMap<String, String>,
 ) -> Result<String, LaunchError> {
     let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find('$') {
-        out.push_str(&rest[..at]);
-        rest = &rest[at..];
-        let Some((variable, length)) = variable(rest) else {
-            out.push('$');
-            rest = &rest[1..];
+    for piece in pieces(text) {
+        match piece {
+            Piece::Text(text) => out.push_str(text),
+            Piece::Variable(name) => out.push_str(known(what, name, env)?),
+        }
+    }
+    Ok(out)
+}
+
+/// The text as one word for bash, which replaces the service's variables where and when the word is read; everything else
+/// stays as it is.
+///
+/// # Errors
+/// As above.
+pub fn quote(
+    what: &str,
+    text: &str,
+    env: &BTreeMap<String, String>,
+) -> Result<String, LaunchError> {
+    let mut out = String::with_capacity(text.len() + 2);
+    for piece in pieces(text) {
+        match piece {
+            Piece::Text(text) => out.push_str(&format!("'{}'", text.replace('\'', r"'\''"))),
+            Piece::Variable(name) => {
+                known(what, name, env)?;
+                out.push_str(&format!("\"${{{name}}}\""));
+            }
+        }
+    }
+    match out.is_empty() {
+        true => Ok("''".to_owned()),
+        false => Ok(out),
+    }
+}
+
+fn known<'a>(
+    what: &str,
+    name: &str,
+    env: &'a BTreeMap<String, String>,
+) -> Result<&'a str, LaunchError> {
+    let value = env.get(name).map(String::as_str);
+    value.ok_or_else(|| LaunchError::UnknownVariable {
+        what: what.to_owned(),
+        variable: name.to_owned(),
+        hint: hint(name),
+    })
+}
+
+fn pieces(text: &str) -> Vec<Piece<'_>> {
+    let (mut found, mut begin, mut at) = (Vec::new(), 0, 0);
+    while let Some(next) = text[at..].find('$') {
+        at += next;
+        let Some((name, length)) = variable(&text[at..]) else {
+            at += 1;
             continue;
         };
-        let value = env
-            .get(variable)
-            .ok_or_else(|| LaunchError::UnknownVariable {
-                what: what.to_owned(),
-                variable: variable.to_owned(),
-                hint: hint(variable),
-            })?;
-        out.push_str(value);
-        rest = &rest[length..];
+        if begin < at {
+            found.push(Piece::Text(&text[begin..at]));
+        }
+        found.push(Piece::Variable(name));
+        at += length;
+        begin = at;
     }
-    out.push_str(rest);
-    Ok(out)
+    if begin < text.len() {
+        found.push(Piece::Text(&text[begin..]));
+    }
+    found
 }
 
 /// The variable that a text begins with, and how much of the text it takes.
@@ -68,6 +121,17 @@ fn hint(variable: &str) -> &'static str {
 mod tests {
     use super::*;
 
+    /// What bash makes of a word.
+    fn of_bash(word: &str, env: &BTreeMap<String, String>) -> String {
+        let script = format!("printf %s {word}");
+        let bash = std::process::Command::new("/bin/bash")
+            .args(["-c", &script])
+            .env_clear()
+            .envs(env)
+            .output();
+        String::from_utf8(bash.unwrap().stdout).unwrap()
+    }
+
     #[test]
     fn only_the_services_variables_are_expanded() {
         let env = [
@@ -86,10 +150,16 @@ mod tests {
             ("ü$AZ_BATCHAI_Aü", "üoneü"),
         ] {
             assert_eq!(expand("x", text, &env).unwrap(), expected, "{text}");
+            let word = quote("x", text, &env).unwrap();
+            assert_eq!(of_bash(&word, &env), expected, "{text} as {word}");
         }
+        let awkward = "it's `id` \\ \"$AZ_BATCHAI_A\" *\n";
+        let word = quote("x", awkward, &env).unwrap();
+        assert_eq!(of_bash(&word, &env), expand("x", awkward, &env).unwrap());
         let error = expand("job.x", "a/$AZ_BATCHAI_OUTPUT_M", &env)
             .unwrap_err()
             .to_string();
+        assert!(quote("job.x", "$AZ_BATCHAI_OUTPUT_M", &env).is_err());
         assert!(
             error.starts_with("job.x names $AZ_BATCHAI_OUTPUT_M"),
             "{error}"

@@ -3,10 +3,16 @@
 //!
 //! Nothing is started, created or looked up here; the shim does that.
 
+mod caffe;
 mod caffe2;
+mod chainer;
+mod cntk;
 mod custom;
+mod custom_mpi;
 mod environment;
 pub mod expand;
+mod horovod;
+mod mpi;
 mod paths;
 mod pytorch;
 mod script;
@@ -213,19 +219,25 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
     })
 }
 
+/// Of the toolkit whose settings the job has: a job has those of one.
 fn processes(context: &Context<'_>) -> Result<Vec<ProcessPlan>, LaunchError> {
-    let job = context.job;
-    if let Some(settings) = &job.custom_toolkit_settings {
-        return custom::processes(context, settings);
+    macro_rules! launch {
+        ($($settings:ident => $toolkit:ident,)*) => {
+            $(if let Some(settings) = &context.job.$settings {
+                return $toolkit::processes(context, settings);
+            })*
+        };
     }
-    if let Some(settings) = &job.py_torch_settings {
-        return pytorch::processes(context, settings);
-    }
-    if let Some(settings) = &job.tensor_flow_settings {
-        return tensorflow::processes(context, settings);
-    }
-    if let Some(settings) = &job.caffe2_settings {
-        return caffe2::processes(context, settings);
+    launch! {
+        custom_toolkit_settings => custom,
+        py_torch_settings => pytorch,
+        custom_mpi_settings => custom_mpi,
+        horovod_settings => horovod,
+        chainer_settings => chainer,
+        cntk_settings => cntk,
+        caffe_settings => caffe,
+        tensor_flow_settings => tensorflow,
+        caffe2_settings => caffe2,
     }
     Err(LaunchError::UnknownToolkit)
 }
@@ -313,7 +325,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         wipe: paths.job_temp_dir.clone(),
         directories: paths.directories(),
         own: paths.own(&job.job_output_directory_path_segment),
-        files: vec![(paths.hostfile.clone(), hostfile(context))],
+        files: host_files(context),
         bundle: bundle(context),
         user: context.user.clone(),
         limits: context.facts.limits.clone(),
@@ -396,31 +408,47 @@ pub fn output_directory(
     Ok((path[..at].to_owned(), path[at + 1..].to_owned()))
 }
 
-/// One line per host, in the form that Open MPI reads.
-fn hostfile(context: &Context<'_>) -> String {
+/// The hosts and how many processes each has, as the starters of MPI read it.
+fn host_files(context: &Context<'_>) -> Vec<(String, String)> {
     let hosts = &context.assignment.hosts;
     let total = rank_count(context.job, hosts.len()).max(hosts.len());
-    let line = |(i, host): (usize, &batchai_proto::agent::v1::Host)| {
-        let slots = ranks(total, hosts.len(), i).len();
-        format!("{} slots={slots} max-slots={slots}\n", host.address)
-    };
-    hosts.iter().enumerate().map(line).collect()
+    let of_host = |i| ranks(total, hosts.len(), i).len();
+    let slots = hosts.iter().enumerate();
+    let slots = slots.map(|(i, host)| (host.address.as_str(), of_host(i)));
+    let (open_mpi, hydra) = mpi::host_files(slots);
+    let Paths {
+        job_temp, hostfile, ..
+    } = &context.paths;
+    let of_hydra = format!("{job_temp}/.hostfile.hydra");
+    vec![(hostfile.clone(), open_mpi), (of_hydra, hydra)]
 }
 
 /// How many processes the job has over all hosts, apart from those that serve them.
 fn rank_count(job: &Job, hosts: usize) -> usize {
-    let count = |count: i32| usize::try_from(count).unwrap_or_default();
-    if let Some(settings) = &job.py_torch_settings {
-        return count(settings.process_count);
-    }
     if let Some(settings) = &job.tensor_flow_settings {
-        return count(settings.worker_count);
+        return usize::try_from(settings.worker_count).unwrap_or_default();
     }
-    match (&job.custom_toolkit_settings, &job.caffe2_settings) {
-        (Some(settings), _) => count(settings.processes_per_node) * hosts,
-        (None, Some(_)) => hosts,
-        (None, None) => 0,
+    if job.caffe2_settings.is_some() {
+        return hosts;
     }
+    macro_rules! processes {
+        ($($settings:ident),*) => {
+            [$(job.$settings.as_ref().map(|settings| settings.process_count)),*]
+        };
+    }
+    let counts = processes!(
+        py_torch_settings,
+        custom_mpi_settings,
+        horovod_settings,
+        chainer_settings,
+        cntk_settings,
+        caffe_settings
+    );
+    let count = |count: i32| usize::try_from(count).unwrap_or_default();
+    let each = job.custom_toolkit_settings.as_ref();
+    let custom = each.map(|settings| count(settings.processes_per_node) * hosts);
+    let known = counts.into_iter().flatten().next();
+    known.map(count).or(custom).unwrap_or_default()
 }
 
 /// Which of the job's processes are whose.
@@ -459,3 +487,7 @@ mod framework_tests;
 #[cfg(test)]
 #[path = "tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "mpi_tests.rs"]
+mod mpi_tests;

@@ -4,7 +4,7 @@ use batchai_proto::v1;
 use super::*;
 use crate::cgroups::Method;
 
-pub(super) fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
+pub fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
     let host = |i: usize| Host {
         node: format!("nodes/n{i}"),
         address: format!("10.0.0.{}", i + 4),
@@ -27,7 +27,7 @@ pub(super) fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
     }
 }
 
-pub(super) fn facts() -> HostFacts {
+pub fn facts() -> HostFacts {
     HostFacts {
         users: JobUsers::Own,
         limits: Vec::new(),
@@ -49,7 +49,7 @@ pub(super) fn facts() -> HostFacts {
     }
 }
 
-fn custom() -> Job {
+pub fn custom() -> Job {
     let command_line = "mpirun -hostfile $AZ_BATCHAI_MPI_HOST_FILE true".into();
     Job {
         custom_toolkit_settings: Some(v1::CustomToolkitSettings {
@@ -75,7 +75,7 @@ fn pytorch(process_count: i32) -> Job {
     }
 }
 
-fn plan_of(hosts: usize, index: usize, job: Job) -> Plan {
+pub fn plan_of(hosts: usize, index: usize, job: Job) -> Plan {
     plan(&assignment(hosts, index, job), &facts()).unwrap()
 }
 
@@ -155,8 +155,8 @@ fn the_environment_is_the_originals() {
     );
     let hosts = "10.0.0.4 slots=1 max-slots=1\n10.0.0.5 slots=1 max-slots=1\n";
     assert_eq!(
-        preparation.files,
-        [("/r/jobs/w/e/j/hostfile".to_owned(), hosts.to_owned())]
+        preparation.files[0],
+        ("/r/jobs/w/e/j/hostfile".to_owned(), hosts.to_owned())
     );
     assert_eq!(preparation.execution_log, "execution-n0.log");
     let group = preparation.group.unwrap();

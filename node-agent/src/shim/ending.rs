@@ -4,9 +4,9 @@
 use std::path::Path;
 use std::time::Duration;
 
+use batchai_common::crash_point;
 use batchai_common::limits::STUCK_MAX;
-use batchai_common::time::boot_time;
-use batchai_common::{crash_point, fault};
+use batchai_common::time::{boot_millis, boot_time};
 use nix::sys::signal::Signal;
 
 use super::run::{Ending, RESERVE, Shim, WRITE_AGAIN};
@@ -40,26 +40,20 @@ impl Shim {
     /// Where the node's lease is over, the work may begin elsewhere: nothing of it is left here by then, whether the agent lives, is stopped
     /// or gone. A lease that cannot be read is over.
     pub(super) fn watch_the_fence(&mut self) {
-        let Some(fence) = &self.plan.fence else {
+        let Some(path) = &self.plan.fence else {
             return;
         };
-        let now = boot_time();
-        let holds = self.fenced_until.is_some_and(|until| now < until);
-        if holds || self.is_killed() || fault!("fence_not_watched") {
+        let (now, now_ms) = (boot_time(), boot_millis());
+        if self.fence.left(now_ms) > 0 || self.is_killed() {
             return;
         }
-        match read_lease(Path::new(fence)) {
-            // One that began when the last known was over leaves a gap, in which it may have begun elsewhere.
-            Ok((since, until))
-                if now < until && self.fenced_until.is_none_or(|known| since <= known) =>
-            {
-                self.fenced_until = Some(until);
-                return;
-            }
-            Ok(_) => {}
-            Err(error) => self
-                .log
-                .say(&format!("the node's lease cannot be read: {error}")),
+        let written = read_lease(Path::new(path));
+        if let Err(error) = &written {
+            let text = format!("the node's lease cannot be read: {error}");
+            self.log.say(&text);
+        }
+        if self.fence.look(now_ms, written.ok()) {
+            return;
         }
         self.fail(FailureRecord {
             code: "NodeLeaseExpired".into(),

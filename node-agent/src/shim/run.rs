@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use batchai_common::crash_point;
 use batchai_common::limits;
-use batchai_common::time::boot_time;
+use batchai_common::time::{boot_millis, boot_time};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -27,6 +27,7 @@ use super::secrets::Secrets;
 use super::{ShimError, ports, prepare, process, system};
 use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, STATUS, STOP};
 use crate::launch::{Preparation, ProcessPlan};
+use crate::lease::Fence;
 use crate::status::{FailureRecord, Phase, RankStatus, Status};
 
 /// While processes are being ended the loop looks this often.
@@ -80,8 +81,8 @@ pub struct Shim {
     pub(super) ending: Ending,
     /// When the wall clock is over.
     pub(super) deadline: Duration,
-    /// The end of the node's lease, as far as was last looked, where it is bound to that.
-    pub(super) fenced_until: Option<Duration>,
+    /// The node's lease, where it is bound to that.
+    pub(super) fence: Fence,
     pub(super) launched: bool,
     /// The status on disk is not the latest.
     pub(super) unsaid: bool,
@@ -116,7 +117,7 @@ impl Shim {
             streams: Vec::new(),
             ending: Ending::No,
             deadline,
-            fenced_until: None,
+            fence: Fence::default(),
             launched: false,
             unsaid: false,
             copier: None,
@@ -207,9 +208,9 @@ impl Shim {
             _ => ENDING_STEP,
         };
         let fenced = self.plan.fence.is_some() && !self.is_killed();
-        let fence = fenced.then(|| self.fenced_until.unwrap_or_default());
         // Polling does not count the time for which a machine is suspended, and leases do.
-        let fence = fence.map(|until| until.saturating_sub(boot_time()).min(FENCE_LOOK));
+        let left = |left: i64| Duration::from_millis(u64::try_from(left).unwrap_or_default());
+        let fence = fenced.then(|| left(self.fence.left(boot_millis())).min(FENCE_LOOK));
         let timeout = fence.map_or(timeout, |fence| fence.min(timeout));
         let timeout = if self.unsaid {
             timeout.min(WRITE_AGAIN)

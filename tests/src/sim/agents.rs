@@ -1,9 +1,9 @@
 //! Machines and their agents: production's `reconcile` over a journal and processes that are played here.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use batchai_coordinator::state::assignments::assignments;
-use batchai_node_agent::lease::Lease;
+use batchai_node_agent::lease::{Fence, Held, Lease};
 use batchai_node_agent::reconcile::{Action, Local, actions, observations, strays};
 use batchai_node_agent::status::{Phase, RankStatus, Status};
 use batchai_proto::agent::v1::{
@@ -36,6 +36,8 @@ pub struct Agent {
     cut_until: u64,
     /// It reaches that replica alone until then.
     isolated: (u64, u64),
+    /// What runs here runs on until it is told to end.
+    pub busy: bool,
     talk: Talk,
     /// What is answered in an earlier one is heard by nobody.
     pub conversation: u64,
@@ -43,10 +45,10 @@ pub struct Agent {
     /// The agent's own count of its lease; it goes with the agent.
     pub lease: Lease,
     pub leased_until: i64,
-    /// What shims read of it.
-    pub fence: i64,
-    /// Attempts that are not bound to it.
-    pub unfenced: BTreeSet<String>,
+    /// What is written down of it, for shims.
+    pub written: Option<Held>,
+    /// Of the attempts that are bound to it, as their shims count.
+    pub fences: BTreeMap<String, Fence>,
     list: Option<AssignmentList>,
     /// The journal: attempts, and whose each is.
     pub local: BTreeMap<String, (Local, Stray)>,
@@ -63,13 +65,14 @@ impl Agent {
             down_until: 0,
             cut_until: 0,
             isolated: (0, 0),
+            busy: false,
             talk: Talk::None,
             conversation: 0,
             clock,
             lease: Lease::new(0),
             leased_until: 0,
-            fence: 0,
-            unfenced: BTreeSet::new(),
+            written: None,
+            fences: BTreeMap::new(),
             list: None,
             local: BTreeMap::new(),
             reported: None,
@@ -101,6 +104,12 @@ impl Agent {
         live.map(|(local, of)| (local.attempt.as_str(), of.job.as_str()))
     }
 
+    /// Processes of a job that was launched run here.
+    pub fn is_working(&self) -> bool {
+        let mut running = self.running();
+        running.any(|(attempt, _)| self.local[attempt].0.launch_written)
+    }
+
     /// For who looks into a failure.
     pub fn how_it_is(&self) -> String {
         let (name, talk, list) = (self.name(), self.talk, self.list.as_ref());
@@ -122,6 +131,12 @@ impl Agent {
 
     pub fn is_cut_off(&self, step: u64) -> bool {
         self.cut_until > step || self.isolated.1 > step
+    }
+
+    /// From now on it reaches nobody, for some time.
+    pub fn cut_off(&mut self, until: u64) {
+        self.cut_until = until;
+        self.hang_up();
     }
 
     /// From now on it reaches one replica alone, for some time.
@@ -187,7 +202,7 @@ impl Agent {
                 // Whoever is to stop does nothing else any more.
                 _ if local.stop_written => {}
                 Phase::Preparing if soon => status.phase = Phase::Ready,
-                Phase::Running if soon => {
+                Phase::Running if soon && !self.busy => {
                     if let Some(rank) = status.ranks.first_mut() {
                         rank.exit_code = Some(i32::from(random.f64() < 0.2));
                     }
@@ -216,8 +231,8 @@ impl Agent {
                 let mut wanted = self.list.iter().flat_map(|list| &list.assignments);
                 let wanted = wanted.find(|a| &a.attempt == id);
                 let wanted = wanted.expect("it is started because it is asked for");
-                if !wanted.fenced {
-                    self.unfenced.insert(id.clone());
+                if wanted.fenced {
+                    self.fences.insert(id.clone(), Fence::default());
                 }
                 self.local.insert(id.clone(), (local, origin(wanted)));
             }
@@ -250,7 +265,7 @@ impl Agent {
             }
             Action::Forget(id) => {
                 self.local.remove(id);
-                self.unfenced.remove(id);
+                self.fences.remove(id);
             }
         }
     }
@@ -295,7 +310,7 @@ impl Sim {
             }
             agent.hang_up();
             agent.lease = Lease::new(agent.clock.boot(step));
-            (agent.leased_until, agent.fence) = (0, 0);
+            (agent.leased_until, agent.written) = (0, None);
             // What ran is gone, and what lay on the disk of the journal is not: what had ended is known still.
             agent.boot += 1;
             for (local, _) in agent.local.values_mut() {
@@ -306,8 +321,7 @@ impl Sim {
             // Now and then for longer than a lease lasts.
             let most = if self.random.f64() < 0.2 { 1000 } else { 300 };
             let until = step + self.random.u64(1..most);
-            self.agents[i].cut_until = until;
-            self.agents[i].hang_up();
+            self.agents[i].cut_off(until);
         }
         if self.random.f64() < self.options.crash {
             // A shim dies, and its processes with it.

@@ -100,6 +100,12 @@ impl Sim {
         }
     }
 
+    /// The first user wants this.
+    pub(super) fn wish_for(&mut self, kind: Kind) {
+        let client = &mut self.clients[0];
+        client.wants = Some((kind, client.key()));
+    }
+
     /// What a user wants next.
     fn wish(&mut self, i: usize) -> Option<(Kind, RequestKey)> {
         let leader = self.find_leader()?;
@@ -199,11 +205,11 @@ impl Sim {
 }
 
 /// A resource of which only the name matters.
-fn named<M: Named>(name: &str) -> M {
+pub fn named<M: Named>(name: &str) -> M {
     M::named(name.to_owned())
 }
 
-trait Named {
+pub trait Named {
     fn named(name: String) -> Self;
 }
 
@@ -226,7 +232,7 @@ fn resize(target: usize) -> Kind {
     })
 }
 
-fn cluster(target: i32) -> v1::Cluster {
+pub fn cluster(target: i32) -> v1::Cluster {
     v1::Cluster {
         name: CLUSTER.into(),
         vm_size: "small".into(),

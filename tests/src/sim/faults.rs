@@ -86,6 +86,30 @@ impl Options {
         }
     }
 
+    /// Nothing goes wrong.
+    pub fn quiet(replicas: u64, agents: usize) -> Options {
+        Options {
+            replicas,
+            agents,
+            commands: 0,
+            loss: 0.0,
+            duplicate: 0.0,
+            delay: 1,
+            cut: 0.0,
+            isolation: 0.0,
+            crash: 0.0,
+            torn: 0.0,
+            slow: 0.0,
+            pause: 0.0,
+            clock: 0.0,
+            change: 0.0,
+            agent_crash: 0.0,
+            reboot: 0.0,
+            restore: 0.0,
+            old: false,
+        }
+    }
+
     /// Half as much goes wrong: in the worst worlds nothing would ever be done.
     pub fn soften(&mut self) {
         let often = [

@@ -1,4 +1,4 @@
-//! Leases: production's cores at both ends, and the shims that end what is bound to them. That a shim kills in time is played.
+//! Leases: production's cores at both ends, and at the fences of shims. That a shim kills in time is played.
 
 use batchai_node_agent::status::{FailureRecord, Phase};
 use batchai_proto::internal::v1::command::Kind;
@@ -92,17 +92,19 @@ impl Sim {
                 continue;
             }
             if let Some(held) = agent.lease.granted(grant.number, LEASE_MS) {
-                (agent.leased_until, agent.fence) = (held.until, held.until);
+                (agent.leased_until, agent.written) = (held.until, Some(held));
             }
         }
         for agent in &mut self.agents {
-            if agent.clock.boot(step) < agent.fence {
-                continue;
-            }
-            let unfenced = agent.unfenced.clone();
-            let shims = agent.local.values_mut().map(|(local, _)| local);
-            let fenced = shims.filter(|local| local.shim && !unfenced.contains(&local.attempt));
-            for local in fenced {
+            let now = agent.clock.boot(step);
+            for (id, fence) in &mut agent.fences {
+                let local = agent.local.get_mut(id).map(|(local, _)| local);
+                let Some(local) = local.filter(|local| local.shim) else {
+                    continue;
+                };
+                if fence.left(now) > 0 || fence.look(now, agent.written) {
+                    continue;
+                }
                 let status = local.status.get_or_insert_default();
                 status.phase = Phase::Ended;
                 status.failure.get_or_insert(FailureRecord {

@@ -13,6 +13,7 @@ mod faults;
 mod leases;
 mod members;
 mod network;
+mod outage;
 mod registers;
 mod relay;
 mod replicas;
@@ -26,6 +27,8 @@ use batchai_coordinator::replica::core::Core;
 use batchai_coordinator::scheduler::explain::pending_reason;
 use batchai_coordinator::state::State;
 use batchai_proto::internal::v1::replica::Role;
+
+pub use outage::{Told, outage};
 
 use agents::Agent;
 use checks::Checks;

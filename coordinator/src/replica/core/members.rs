@@ -17,7 +17,7 @@ use crate::replica::store::LogStore;
 use crate::state::{Event, Rejection, apply, replicas};
 
 /// A replica that is to get a vote may be so many entries behind: a vote that it cannot use would only raise the majority.
-const BEHIND_MAX: u64 = 100;
+pub(super) const BEHIND_MAX: u64 = 100;
 
 /// How a replica is, as the leader sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]

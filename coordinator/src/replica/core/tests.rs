@@ -7,6 +7,7 @@ use batchai_proto::v1;
 
 use raft::eraftpb::HardState;
 
+use super::members::BEHIND_MAX;
 use super::*;
 use crate::replica::store::FORMAT;
 use crate::replica::store::memory::MemoryStore;
@@ -433,6 +434,74 @@ fn a_vote_is_given_only_where_a_majority_stays_in_contact() {
     );
     core.all_ready(&mut |_| {}).unwrap();
     assert!(core.leads());
+}
+
+#[test]
+fn no_vote_is_given_to_one_that_is_far_behind() {
+    let mut net = Net::new(&[1]);
+    net.elect();
+    let core = net.cores.get_mut(&1).unwrap();
+    assert!(core.propose(&[(1, init())]).is_empty());
+    net.settle();
+    net.cores.insert(2, start(&MemoryStore::default(), 2, &[1]));
+    let ask = |net: &mut Net, role| {
+        let (command, change) = join(2, role);
+        net.cores.get_mut(&1).unwrap().change(9, &command, &change)
+    };
+    assert!(ask(&mut net, Role::Learner).is_none());
+    for _ in 0..5 {
+        net.settle();
+        net.cores.values_mut().for_each(Core::tick);
+    }
+    net.settle();
+    // It was heard of a moment ago, and has nothing of this.
+    net.cut.push(2);
+    for i in 0..=BEHIND_MAX {
+        let more = (10 + i, group(&i.to_string()));
+        assert!(net.cores.get_mut(&1).unwrap().propose(&[more]).is_empty());
+        net.settle();
+    }
+    let refused = ask(&mut net, Role::Voter);
+    let Some((9, Proposed::Applied(Err(rejection)))) = refused else {
+        panic!("{refused:?}");
+    };
+    let why = rejection.to_string();
+    assert!(why.contains("entries behind"), "{why}");
+}
+
+#[test]
+fn a_change_that_the_state_rejects_changes_no_membership() {
+    let mut core = start(&MemoryStore::default(), 1, &[1]);
+    core.all_ready(&mut |_| {}).unwrap();
+    core.propose(&[(1, init())]);
+    core.all_ready(&mut |_| {}).unwrap();
+    // It was never added: it cannot get a vote.
+    let (command, change) = join(9, Role::Voter);
+    assert!(core.change(2, &command, &change).is_none());
+    let output = core.all_ready(&mut |_| {}).unwrap();
+    assert!(
+        matches!(output.proposals[..], [(2, Proposed::Applied(Err(_)))]),
+        "{:?}",
+        output.proposals
+    );
+    assert_eq!(core.status().members.len(), 1);
+}
+
+#[test]
+fn what_comes_in_another_term_is_no_answer() {
+    let mut core = start(&MemoryStore::default(), 1, &[1]);
+    core.all_ready(&mut |_| {}).unwrap();
+    // As if it had been proposed there under an earlier leadership.
+    let (index, term) = (core.raw.raft.raft_log.last_index() + 1, core.term().0);
+    core.proposed.insert(index, (term - 1, 5));
+    core.raw.propose(vec![], init().encode_to_vec()).unwrap();
+    let output = core.all_ready(&mut |_| {}).unwrap();
+    assert_eq!(core.state().revision, 1, "it is applied");
+    assert!(
+        matches!(output.proposals[..], [(5, Proposed::NotLeader)]),
+        "{:?}",
+        output.proposals
+    );
 }
 
 #[test]

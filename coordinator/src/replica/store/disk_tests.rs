@@ -96,6 +96,20 @@ fn a_conflict_replaces_the_tail_wherever_it_begins() {
     }
 }
 
+/// The witness is written before and after the log: a crash between the log and the second time leaves what was promised before.
+#[test]
+fn a_shorter_log_without_its_witness_is_no_damage() {
+    let dir = filled();
+    let (mut store, _) = open(&at(&dir));
+    let mut batch = sled::Batch::default();
+    store.truncate(5, &mut batch).unwrap();
+    store.insert(&[entry(5, 2, 7)], &mut batch);
+    store.commit(batch).unwrap();
+    drop(store);
+    let (_, recovered) = open(&at(&dir));
+    assert_eq!(recovered.entries.last(), Some(&entry(5, 2, 7)));
+}
+
 #[test]
 fn a_log_that_lost_its_tail_or_its_vote_is_refused() {
     let dir = filled();

@@ -151,35 +151,24 @@ async fn many_ranks(route: &Route, dir: &std::path::Path, ranks: usize, lines: u
     let mut client = JobServiceClient::new(route.clone());
     let job = client.create_job(request).await;
     let job = job.expect("it is valid").into_inner();
-    let mut followers = tokio::task::JoinSet::new();
-    for rank in 0..ranks {
-        let (mut client, name) = (client.clone(), job.name.clone());
-        followers.spawn(async move {
-            let file = format!("stdout-{rank}.txt");
-            let pieces = client.stream_job_logs(read(&name, &file)).await;
-            let mut pieces = pieces.expect("it exists").into_inner();
-            let (mut late, mut line) = (Vec::new(), Vec::new());
-            while let Some(piece) = pieces.message().await.expect("dev runs") {
-                let now = now_ms();
-                for byte in piece.data {
-                    if byte != b'\n' {
-                        line.push(byte);
-                        continue;
-                    }
-                    let text = String::from_utf8_lossy(&line);
-                    let stamp = text.split(' ').next().and_then(|t| t.parse::<f64>().ok());
-                    late.push(now - stamp.expect("every line has its time"));
-                    line.clear();
-                }
-            }
-            late
-        });
-    }
-    let mut late: Vec<f64> = Vec::new();
-    while let Some(done) = followers.join_next().await {
-        late.extend(done.expect("no follower panics"));
-    }
     let wanted = ranks as u64 * each * TURNS_PER_S * PRINTING_S;
+    let mut late = Vec::with_capacity(usize::try_from(wanted).expect("they fit into memory"));
+    let all = v1::StreamJobLogsRequest {
+        all_ranks: true,
+        ..read(&job.name, "stdout")
+    };
+    let pieces = client.stream_job_logs(all).await;
+    let mut pieces = pieces.expect("it exists").into_inner();
+    while let Some(piece) = pieces.message().await.expect("dev runs") {
+        let now = now_ms();
+        // Pieces have whole lines.
+        for line in piece.data.split_inclusive(|byte| *byte == b'\n') {
+            let stamp = line.split(|byte| *byte == b' ').next();
+            let stamp = stamp.and_then(|stamp| std::str::from_utf8(stamp).ok()?.parse().ok());
+            let stamp: f64 = stamp.expect("every line has its time");
+            late.push(now - stamp);
+        }
+    }
     assert_eq!(late.len() as u64, wanted, "no line is lost");
     eprintln!("{ranks} ranks, {lines} lines/s each");
     let rate = late.len() as f64 / PRINTING_S as f64;

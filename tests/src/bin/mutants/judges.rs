@@ -32,7 +32,6 @@ impl Judge {
             Judge::Simulator => ("batchai-tests", "sim"),
             Judge::Damage => ("batchai-tests", "damage"),
             Judge::Disk => ("batchai-tests", "disk"),
-            Judge::Lease => ("batchai-tests", "lease"),
         }
     }
 
@@ -41,7 +40,7 @@ impl Judge {
         Duration::from_secs(match self {
             Judge::Coordinator | Judge::Agent => 120,
             Judge::Simulator => 300,
-            Judge::Damage | Judge::Disk | Judge::Lease => 300,
+            Judge::Damage | Judge::Disk => 300,
         })
     }
 }
@@ -106,7 +105,7 @@ pub fn run(root: &Path, judge: Judge, program: &Path, fault: &str) -> (End, Dura
         .current_dir(root.join(match judge {
             Judge::Coordinator => "coordinator",
             Judge::Agent => "node-agent",
-            Judge::Simulator | Judge::Damage | Judge::Disk | Judge::Lease => "tests",
+            Judge::Simulator | Judge::Damage | Judge::Disk => "tests",
         }))
         .env("BATCHAI_FAULT", fault)
         // What a fault made fail is nothing to keep among the sources.

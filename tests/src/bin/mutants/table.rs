@@ -1,7 +1,7 @@
 //! The faults, where they were drawn from, and who must notice them. Where each is in the sources says its name. Nothing is run here.
 
 use Drawn::{Code, Rules};
-use Judge::{Agent, Coordinator, Damage, Disk, Lease, Simulator};
+use Judge::{Agent, Coordinator, Damage, Disk, Simulator};
 
 /// What a fault was thought of from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +20,6 @@ pub enum Judge {
     Simulator,
     Damage,
     Disk,
-    Lease,
 }
 
 /// Name, origin, and the judges, one after the other, until one notices it.
@@ -174,7 +173,8 @@ pub const FAULTS: &[Fault] = &[
     ("begun_without_a_lease", Rules, &[Agent]),
     ("begun_beside_what_ends", Rules, &[Agent]),
     ("lease_counted_from_the_latest_heartbeat", Rules, &[Agent]),
-    ("fence_not_watched", Rules, &[Lease]),
+    ("fence_not_watched", Rules, &[Agent, Simulator]),
+    ("gap_between_leases_not_seen", Rules, &[Agent, Simulator]),
     ("granted_without_a_majority", Rules, &[Coordinator]),
     ("granted_in_another_term", Rules, &[Coordinator]),
     ("new_leader_does_not_wait", Rules, &[Coordinator]),

@@ -1,0 +1,144 @@
+//! PURE. What all toolkits have in common whose processes are started by MPI: `mpirun` on the master, with the hostfile.
+//!
+//! Which mpirun that is, Open MPI, MPICH or Intel MPI, is found out where it starts (`mpirun.sh`), because only there the job's PATH
+//! leads anywhere; the rest is known here. Every rank is bash with a command line: `$AZ_BATCHAI_*` in it is that of the rank's own
+//! host, and so is all of its environment. A rank finds its place in `AZ_BATCHAI_TASK_INDEX`, `RANK`, `WORLD_SIZE`, `LOCAL_RANK` and
+//! `LOCAL_WORLD_SIZE` beside what its MPI sets, and `MASTER_ADDR` and `MASTER_PORT` are of the master. Ranks are numbered over the hosts in
+//! their order and are bound to no cores: what trains has threads of its own. Log files are `stdout.txt` and `stderr.txt`, those of mpirun. The
+//! job is over when mpirun is; it ends all ranks when one fails.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::expand::quote;
+use super::{Context, LaunchError, ProcessPlan, environment, pytorch};
+
+const SCRIPT: &str = include_str!("mpirun.sh");
+
+/// Found by mpirun's own variables, which differ; begins where jobs begin.
+const PLACE: &str = concat!(
+    r#"export RANK="${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}" WORLD_SIZE="${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-1}}""#,
+    r#" LOCAL_RANK="${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-0}}""#,
+    r#" LOCAL_WORLD_SIZE="${OMPI_COMM_WORLD_LOCAL_SIZE:-${MPI_LOCALNRANKS:-1}}""#,
+    "\n",
+    r#"export AZ_BATCHAI_TASK_INDEX="$RANK""#,
+    "\n",
+    r#"cd "$AZ_BATCHAI_JOB_TEMP" || exit"#,
+    "\n",
+);
+
+/// Ranks of other hosts are not behind these, where the job says nothing else: the bridge of a container engine has the same address on
+/// every host.
+const EXCLUDED: &str = "docker0,lo";
+const INTERFACES: [&str; 2] = ["OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"];
+
+/// A python script, with what it is run by and given.
+pub struct Script<'a> {
+    pub interpreter: &'a str,
+    pub path: &'a str,
+    pub arguments: &'a str,
+}
+
+const PYTHON: &str = "python3";
+
+/// So many processes of a bash command line.
+pub fn processes(
+    context: &Context<'_>,
+    count: i32,
+    command_line: &str,
+) -> Result<Vec<ProcessPlan>, LaunchError> {
+    if context.assignment.host_index > 0 {
+        return Ok(Vec::new());
+    }
+    let script = [SCRIPT, PLACE, command_line];
+    let [script, place, command_line] = script.map(str::to_owned);
+    Ok(vec![ProcessPlan {
+        rank: 0,
+        argv: vec![
+            "/bin/bash".to_owned(),
+            "-c".to_owned(),
+            script,
+            "mpirun".to_owned(),
+            count.to_string(),
+            place + &command_line,
+        ],
+        env: environment(context)?,
+        cwd: context.paths.job_temp.clone(),
+        stdout: "stdout.txt".to_owned(),
+        stderr: "stderr.txt".to_owned(),
+    }])
+}
+
+/// So many processes of a python script.
+pub fn of_script(
+    context: &Context<'_>,
+    count: i32,
+    script: &Script<'_>,
+) -> Result<Vec<ProcessPlan>, LaunchError> {
+    let interpreter = match script.interpreter {
+        "" => PYTHON,
+        path => path,
+    };
+    let program = [
+        ("python_interpreter_path", interpreter),
+        ("python_script_file_path", script.path),
+    ];
+    of_program(context, count, &program, script.arguments)
+}
+
+/// So many processes of a program: its words, each with the field that it is of, and arguments in shell quoting.
+pub fn of_program(
+    context: &Context<'_>,
+    count: i32,
+    program: &[(&str, &str)],
+    arguments: &str,
+) -> Result<Vec<ProcessPlan>, LaunchError> {
+    let mut known = environment(context)?;
+    known.insert("AZ_BATCHAI_TASK_INDEX".to_owned(), String::new());
+    let arguments = shlex::split(arguments).ok_or_else(|| LaunchError::Quoting {
+        what: "command_line_args".into(),
+    })?;
+    let arguments = arguments.iter().map(|word| ("command_line_args", &**word));
+    let words = program.iter().copied().chain(arguments);
+    let words = words.map(|(what, word)| quote(what, word, &known));
+    let words = words.collect::<Result<Vec<_>, _>>()?;
+    processes(context, count, &format!("exec {}", words.join(" ")))
+}
+
+/// What all of its processes have.
+fn environment(context: &Context<'_>) -> Result<BTreeMap<String, String>, LaunchError> {
+    let master = context.assignment.hosts.first();
+    let master = master.ok_or(LaunchError::Incomplete { what: "master" })?;
+    let mut env = context.env.clone();
+    let (address, port) = (master.address.clone(), master.port.to_string());
+    if context.job.py_torch_settings.is_some() {
+        let method = pytorch::init_method(&address, &port);
+        env.insert(pytorch::INIT_METHOD.to_owned(), method);
+    }
+    env.insert("MASTER_ADDR".to_owned(), address);
+    env.insert("MASTER_PORT".to_owned(), port);
+    let mut env = environment::with_user(context, env)?;
+    if !INTERFACES.iter().any(|name| env.contains_key(*name)) {
+        env.insert(INTERFACES[1].to_owned(), EXCLUDED.to_owned());
+    }
+    Ok(env)
+}
+
+/// The lines of hosts with their numbers of processes, in the form that Open MPI reads and in the form that Hydra does: MPICH's starter, and
+/// Intel's. Neither takes an address twice: nodes of one machine may have the same.
+pub fn host_files<'a>(slots: impl Iterator<Item = (&'a str, usize)>) -> (String, String) {
+    let (mut order, mut sums) = (Vec::new(), BTreeMap::new());
+    let mut seen = BTreeSet::new();
+    for (address, slots) in slots {
+        *sums.entry(address).or_insert(0) += slots;
+        if seen.insert(address) {
+            order.push(address);
+        }
+    }
+    let open_mpi = order.iter().map(|address| {
+        let slots = sums[address];
+        format!("{address} slots={slots} max-slots={slots}\n")
+    });
+    let hydra = order.iter();
+    let hydra = hydra.map(|address| format!("{address}:{}\n", sums[address]));
+    (open_mpi.collect(), hydra.collect())
+}
