@@ -1,6 +1,6 @@
 //! Frameworks for real: each trains an example on two nodes, which are machines with addresses of their own, and what its processes print
 //! proves that they talked: all know how many they are, each has other data, the loss falls, and all end with the same
-//! parameters. PyTorch is Debian's; TensorFlow is what `.ci/full` installs, and is tried with `BATCHAI_TEST_FULL=1` only.
+//! parameters. PyTorch is Debian's; TensorFlow and Caffe2 are what `.ci/full` installs, and are tried with `BATCHAI_TEST_FULL=1` only.
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
@@ -184,6 +184,15 @@ fn tensorflow_1_trains_with_a_parameter_server_that_ends_with_the_workers() {
     );
     let file = world.logs("tensorflow-ps", &["-f", "stdout-ps-0.txt"]);
     assert!(file.contains(served), "{file}");
+}
+
+#[test]
+fn caffe2_trains_on_two_machines() {
+    let Some((python, world)) = tool("caffe2").zip(World::new("caffe2")) else {
+        return;
+    };
+    world.submit("caffe2", &python, |_| {});
+    world.trained("caffe2", 2);
 }
 
 /// Scripts that stand for workers and servers, where what matters is how they end.
