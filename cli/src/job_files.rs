@@ -13,7 +13,7 @@ use batchai_proto::v1;
 use batchai_proto::v1::job_file::FileType;
 
 use crate::args::{self, OfJob};
-use crate::client::{Client, request};
+use crate::client::{Client, request, send_once};
 use crate::context::Context;
 use crate::error::CliError;
 use crate::logs::{self, Follow, Sink};
@@ -62,16 +62,20 @@ pub async fn run(command: args::JobFile, client: &Client, context: &Context) -> 
             length,
             no_follow,
         } => {
-            let file = file.or(rank.map(|rank| format!("stdout-{rank}.txt")));
+            let place = Place::new(&of, context)?;
+            let file = match rank {
+                Some(rank) => file_of_rank(client, &place, rank).await?,
+                None => file.unwrap_or_default(),
+            };
             let stream = v1::StreamJobLogsRequest {
-                file: join(&path, &file.unwrap_or_default()),
+                file: join(&path, &file),
                 offset,
                 length,
                 all_ranks,
                 tail_lines: tail,
                 since,
                 follow: !no_follow,
-                ..Place::new(&of, context)?.request()
+                ..place.request()
             };
             print(client, stream).await
         }
@@ -88,6 +92,24 @@ pub async fn run(command: args::JobFile, client: &Client, context: &Context) -> 
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// Where a rank's standard output is: TensorFlow's workers have the first ranks, its parameter servers those behind.
+async fn file_of_rank(client: &Client, place: &Place, rank: u32) -> Result<String, CliError> {
+    let name = place.job.clone();
+    let job = send_once(v1::GetJobRequest { name }, |get| {
+        let mut jobs = client.jobs();
+        async move { jobs.get_job(get).await }
+    });
+    let job = job.await?;
+    let Some(settings) = &job.tensor_flow_settings else {
+        return Ok(format!("stdout-{rank}.txt"));
+    };
+    let workers = u32::try_from(settings.worker_count).unwrap_or_default();
+    Ok(match rank.checked_sub(workers) {
+        None => format!("stdout-wk-{rank}.txt"),
+        Some(server) => format!("stdout-ps-{server}.txt"),
+    })
 }
 
 /// Prints a file. Ctrl-C is a good end of it.

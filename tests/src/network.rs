@@ -66,6 +66,12 @@ impl Network {
         Replicas::start_at((1..=3).map(place).collect(), args)
     }
 
+    /// One replica, on this machine.
+    pub fn replica(&self, id: u64) -> Replicas {
+        let place = (format!("https://{}:7070", address(id)), self.on(id));
+        Replicas::start_at(vec![place], &[])
+    }
+
     /// Plugs a machine out of the bridge, or in again.
     pub fn plug(&self, id: u64, state: &str) {
         ip(&["-n", &self.hub, "link", "set", &format!("to{id}"), state]);

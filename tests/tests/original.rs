@@ -76,7 +76,7 @@ fn the_job_files_of_the_recipes_are_taken_or_refused_by_name() {
                     "tensorFlowSettings": { "pythonScriptFilePath": script("convolutional.py") },
                 }),
             ),
-            refused: &["job.tensor_flow_settings"],
+            refused: &[],
         },
         Example {
             name: "tensorflow-distributed",
@@ -94,7 +94,7 @@ fn the_job_files_of_the_recipes_are_taken_or_refused_by_name() {
                     "outputDirectories": outputs(&[("MODEL", "Models"), ("TENSORBOARD", "Logs")]),
                 }),
             ),
-            refused: &["job.tensor_flow_settings"],
+            refused: &[],
         },
         Example {
             name: "cntk-python",
@@ -162,7 +162,7 @@ fn the_job_files_of_the_recipes_are_taken_or_refused_by_name() {
                     },
                 }),
             ),
-            refused: &["job.caffe2_settings"],
+            refused: &[],
         },
         Example {
             name: "chainer",

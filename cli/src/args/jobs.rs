@@ -171,7 +171,7 @@ pub enum JobFile {
         /// The directory of the file, below an output directory.
         #[arg(short = 'p', long, default_value = "", hide_default_value = true)]
         path: String,
-        /// Standard output of this rank, instead of a file's name.
+        /// Standard output of this rank, instead of a file's name. Of TensorFlow, worker i has rank i, and parameter servers have those behind.
         #[arg(long, conflicts_with = "file")]
         rank: Option<u32>,
         /// What all ranks print, each line with its rank in front; only stdout or stderr where --file-name says so.

@@ -56,6 +56,33 @@ fn defaults_are_filled_in() {
 }
 
 #[test]
+fn tensorflow_has_a_worker_on_every_node_and_a_server_where_servers_have_arguments() {
+    let counts = |nodes: i32, change: fn(&mut v1::TensorFlowSettings)| {
+        let mut settings = v1::TensorFlowSettings {
+            python_script_file_path: "/a.py".into(),
+            ..Default::default()
+        };
+        change(&mut settings);
+        let job = Job {
+            custom_toolkit_settings: None,
+            tensor_flow_settings: Some(settings),
+            node_count: nodes,
+            ..valid()
+        };
+        let settings = faults_of(job).unwrap().tensor_flow_settings.unwrap();
+        (settings.worker_count, settings.parameter_server_count)
+    };
+    assert_eq!(counts(1, |_| {}), (1, 0));
+    assert_eq!(counts(2, |_| {}), (2, 0));
+    let for_servers: fn(&mut v1::TensorFlowSettings) =
+        |s| s.parameter_server_command_line_args = "--ps".into();
+    assert_eq!(counts(3, for_servers), (3, 1));
+    assert_eq!(counts(3, |s| s.worker_count = 3), (3, 0));
+    assert_eq!(counts(2, |s| s.parameter_server_count = 2), (2, 2));
+    assert_eq!(counts(2, |s| s.worker_count = 8), (8, 0));
+}
+
+#[test]
 fn every_fault_is_named() {
     type Spoil = fn(&mut Job);
     let cases: [(&str, Spoil); 31] = [
@@ -354,6 +381,16 @@ fn blocks_that_are_not_served_are_checked_all_the_same() {
         tensorflow,
         "job.tensor_flow_settings.parameter_server_count"
     );
+    let idle = only(|job| {
+        job.node_count = 4;
+        job.tensor_flow_settings = Some(v1::TensorFlowSettings {
+            python_script_file_path: "a.py".into(),
+            worker_count: 2,
+            parameter_server_count: 1,
+            ..Default::default()
+        });
+    });
+    assert_eq!(idle, "job.tensor_flow_settings.worker_count");
     let mpi = only(|job| job.custom_mpi_settings = Some(v1::CustomMpiSettings::default()));
     assert_eq!(mpi, "job.custom_mpi_settings.command_line");
 }

@@ -27,10 +27,10 @@ fn blocks(given: &Job) -> [Block; 9] {
     [
         block!(custom_toolkit_settings, true, Custom),
         block!(py_torch_settings, true, Pytorch),
-        block!(tensor_flow_settings, false, Tensorflow),
+        block!(tensor_flow_settings, true, Tensorflow),
         block!(cntk_settings, true, Cntk),
         block!(caffe_settings, true, Caffe),
-        block!(caffe2_settings, false, Caffe2),
+        block!(caffe2_settings, true, Caffe2),
         block!(chainer_settings, true, Chainer),
         block!(horovod_settings, true, Horovod),
         block!(custom_mpi_settings, true, Mpi),
@@ -167,6 +167,21 @@ pub fn materialise(job: &mut Job) {
             backend => backend.to_ascii_lowercase(),
         };
     }
+    if let Some(settings) = &mut job.tensor_flow_settings {
+        materialise_tensorflow(settings, nodes);
+    }
+}
+
+/// There are as many workers as nodes where nothing else is said, and one parameter server where servers have arguments, as the original's
+/// job files give them: strategies without servers need none.
+fn materialise_tensorflow(settings: &mut TensorFlowSettings, nodes: i32) {
+    if settings.worker_count == 0 {
+        settings.worker_count = nodes;
+    }
+    let for_servers = !settings.parameter_server_command_line_args.is_empty();
+    if settings.parameter_server_count == 0 && for_servers {
+        settings.parameter_server_count = 1;
+    }
 }
 
 fn check_custom(faults: &mut Faults, given: &CustomToolkitSettings, nodes: i32) {
@@ -225,6 +240,14 @@ fn check_tensorflow(faults: &mut Faults, given: &TensorFlowSettings, nodes: i32)
             let why = format!("must be from 0 to {most}");
             faults.invalid(format!("{AT}.{name}"), why);
         }
+    }
+    let mut all = given.clone();
+    materialise_tensorflow(&mut all, nodes);
+    let processes = all.worker_count.checked_add(all.parameter_server_count);
+    if processes.is_some_and(|processes| (0..nodes).contains(&processes)) {
+        let why =
+            "workers and parameter servers must be at least as many as nodes: no node may be idle";
+        faults.invalid(format!("{AT}.worker_count"), why);
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use batchai_common::error::{ApiError, Fault};
+use batchai_common::ranks::Layout;
 use batchai_proto::v1::StreamJobLogsResponse;
 use batchai_proto::v1::stream_job_logs_response::End;
 use tokio::sync::Semaphore;
@@ -17,7 +18,7 @@ use super::FileKey;
 use super::follow::{Begin, Follow, Found, STALL_MAX, stopping};
 use super::reader::{LOOK_INTERVAL, Outbox, ReadRequest, Serving, internal, next_made};
 use crate::replica::hub::{Follower, Topic};
-use crate::state::attempts::{Attempt, Phase};
+use crate::state::attempts::{Attempt, Phase, layout};
 
 /// Files of one stream.
 pub const FILES_MAX: usize = 1024;
@@ -41,17 +42,28 @@ pub struct Ranks {
 }
 
 impl Ranks {
-    /// The rank that a file is of, if it is one of those that are asked for.
-    pub(super) fn rank_of(&self, file: &str) -> Option<i32> {
+    /// The rank that a file of an attempt is of, if it is one of those that are asked for.
+    pub(super) fn rank_of(&self, attempt: &Attempt, file: &str) -> Option<i32> {
+        self.rank_among(layout(&attempt.spec), file)
+    }
+
+    fn rank_among(&self, layout: Layout, file: &str) -> Option<i32> {
         let (stem, stream) = match file.strip_suffix(".txt")? {
             stem if stem.starts_with("stdout") => (&stem[6..], OutputStream::Stdout),
             stem if stem.starts_with("stderr") => (&stem[6..], OutputStream::Stderr),
             _ => return None,
         };
-        let rank = match stem.strip_prefix('-') {
-            // One process alone.
-            None if stem.is_empty() => 0,
-            Some(number) if number.bytes().all(|c| c.is_ascii_digit()) => number.parse().ok()?,
+        // One process alone has no number; with a role, processes are numbered within it.
+        let (role, number) = match stem.strip_prefix('-') {
+            None if stem.is_empty() => ("wk", "0"),
+            None => return None,
+            Some(stem) => stem.split_once('-').unwrap_or(("wk", stem)),
+        };
+        let number = Some(number).filter(|number| number.bytes().all(|c| c.is_ascii_digit()));
+        let number: i32 = number?.parse().ok()?;
+        let rank = match role {
+            "wk" => number,
+            "ps" => number.checked_add(i32::try_from(layout.workers).ok()?)?,
             _ => return None,
         };
         self.stream
@@ -102,7 +114,7 @@ impl Merge {
             // In this order: what is over was over before its files were looked for.
             let over = self.over(&attempt.id);
             let made = self.serving.logs.files_made(&attempt.id);
-            self.begin_new(&attempt.id, outbox).await?;
+            self.begin_new(&attempt, outbox).await?;
             let missing = self.missing(&attempt.id);
             let given_up = stalled.is_some_and(|since| since.elapsed() > STALL_MAX);
             let waits = !missing.is_empty() && !given_up && self.request.follow;
@@ -155,11 +167,12 @@ impl Merge {
         self.request.node.as_ref().is_none_or(|asked| asked == node)
     }
 
-    async fn begin_new(&mut self, attempt: &str, outbox: &Outbox) -> Result<(), ApiError> {
+    async fn begin_new(&mut self, of: &Attempt, outbox: &Outbox) -> Result<(), ApiError> {
+        let attempt = of.id.as_str();
         let listed = self.serving.logs.files(attempt).await.map_err(internal)?;
         for found in listed {
             let node = format!("nodes/{}", found.node_id);
-            let Some(rank) = self.ranks.rank_of(&found.file) else {
+            let Some(rank) = self.ranks.rank_of(of, &found.file) else {
                 continue;
             };
             let file = (node, found.file);
@@ -213,9 +226,13 @@ impl Merge {
         let published = self.serving.replica.published();
         let state = &published.borrow().state;
         let attempt = state.attempts.get(id);
-        let nodes = attempt.iter().flat_map(|attempt| &attempt.nodes);
+        let Some(attempt) = attempt else {
+            return Vec::new();
+        };
+        let nodes = attempt.nodes.iter();
         let files = nodes.flat_map(|n| n.files.iter().map(|f| (n.node.clone(), f.name.clone())));
-        let asked = |(node, name): &FileOf| self.asked(node) && self.ranks.rank_of(name).is_some();
+        let asked =
+            |(node, name): &FileOf| self.asked(node) && self.ranks.rank_of(attempt, name).is_some();
         let files = files.filter(asked);
         files.filter(|file| !self.begun.contains(file)).collect()
     }
@@ -245,6 +262,11 @@ mod tests {
     #[test]
     fn ranks_are_known_by_the_names_of_their_files() {
         let both = Ranks::default();
+        let layout = Layout {
+            nodes: 3,
+            workers: 3,
+            servers: 2,
+        };
         let stdout = Ranks {
             stream: Some(OutputStream::Stdout),
             ..Ranks::default()
@@ -254,12 +276,18 @@ mod tests {
             ("stderr-17.txt", Some(17), None),
             ("stdout-17.txt", Some(17), Some(17)),
             ("stdout-job_prep.txt", None, None),
+            ("stdout-job_prep-n1.txt", None, None),
+            ("stdout-wk-2.txt", Some(2), Some(2)),
+            ("stderr-ps-1.txt", Some(4), None),
+            ("stdout-ps-2147483647.txt", None, None),
+            ("stdout-ps-.txt", None, None),
+            ("stdout-xx-1.txt", None, None),
             ("stdout-.txt", None, None),
             ("stdout17.txt", None, None),
             ("execution.log", None, None),
         ] {
-            assert_eq!(both.rank_of(file), any, "{file}");
-            assert_eq!(stdout.rank_of(file), out, "{file}");
+            assert_eq!(both.rank_among(layout, file), any, "{file}");
+            assert_eq!(stdout.rank_among(layout, file), out, "{file}");
         }
     }
 }

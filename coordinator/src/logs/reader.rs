@@ -227,7 +227,7 @@ impl Reader {
                     attempt: attempt.id.clone(),
                     node: node.node.clone(),
                     name: self.file.clone(),
-                    rank: Ranks::default().rank_of(&self.file),
+                    rank: Ranks::default().rank_of(attempt, &self.file),
                 }));
             }
         }

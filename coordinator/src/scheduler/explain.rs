@@ -4,7 +4,7 @@ use crate::scheduler::heard::Heard;
 use crate::state::{Cluster, Job, State, keys, loss, restore, setup};
 use batchai_common::names::last_id;
 
-use super::fit::Free;
+use super::fit::{Free, Ports, place};
 use super::order;
 
 /// A list of jobs asks for each of them: no queue is counted to its end.
@@ -102,7 +102,13 @@ fn what_is_missing(state: &State, heard: &Heard, job: &Job, cluster: &Cluster) -
         );
     }
     if free >= usize::try_from(wanted).unwrap_or_default() {
-        reason += ", being placed now";
+        let (mut nodes, mut ports) = (Free::of(state, heard, cluster), Ports::of(state));
+        reason += match place(state, &mut nodes, &mut ports, job, 0) {
+            Some(_) => ", being placed now",
+            None => {
+                ", but one of them has not as many free ports as its processes there need (--ports of the node's agent)"
+            }
+        };
     }
     reason
 }

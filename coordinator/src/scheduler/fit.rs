@@ -1,13 +1,13 @@
-//! PURE. Where a job fits: whole nodes, all of its nodes at once or none, and a port on each.
+//! PURE. Where a job fits: whole nodes, all of its nodes at once or none, and ports on each.
 
 use batchai_common::fault;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use batchai_proto::internal::v1::{Place, PlaceNode};
 
 use crate::scheduler::heard::Heard;
-use crate::state::attempts::ports_by_machine;
+use crate::state::attempts::{port_count, ports_by_machine};
 use crate::state::{Cluster, Job, Node, State};
 use crate::state::{restore, setup};
 
@@ -57,8 +57,9 @@ pub fn place(
     let chosen = &free.nodes[..count];
     let nodes: Option<Vec<_>> = chosen
         .iter()
-        .map(|(name, node)| {
-            let port = ports.take(state, node)?;
+        .enumerate()
+        .map(|(i, (name, node))| {
+            let port = ports.take(state, node, port_count(&job.spec, i))?;
             Some(PlaceNode {
                 node: name.clone(),
                 node_revision: node.revision,
@@ -78,34 +79,48 @@ pub fn place(
 
 /// The ports in use, by machine: nodes with the same boot id share one.
 pub struct Ports {
-    taken: BTreeSet<(String, i32)>,
+    taken: BTreeMap<String, BTreeSet<i32>>,
 }
 
 impl Ports {
     /// Those of live attempts.
     pub fn of(state: &State) -> Ports {
-        Ports {
-            taken: ports_by_machine(state),
+        let mut taken = BTreeMap::<_, BTreeSet<_>>::new();
+        for (machine, port) in ports_by_machine(state) {
+            taken.entry(machine).or_default().insert(port);
         }
+        Ports { taken }
     }
 
-    /// The next free port of the node's range. Where to begin follows from ensemble and revision: ensembles that share
-    /// a machine then seldom meet, and a port that was just given back is not given out at once.
-    fn take(&mut self, state: &State, node: &Node) -> Option<i32> {
+    /// The first of so many free ports of the node's range, one after the other. Where to begin follows from ensemble and revision:
+    /// ensembles that share a machine then seldom meet, and a port that was just given back is not given out at once.
+    fn take(&mut self, state: &State, node: &Node, wanted: i32) -> Option<i32> {
         let first = node.facts.first_port;
-        let count = i64::from(node.facts.last_port) - i64::from(first) + 1;
+        let last = node.facts.last_port;
+        // Where such a row can begin.
+        let count = i64::from(last) - i64::from(first) + 2 - i64::from(wanted);
         if count <= 0 {
             return None;
         }
         let seed = crc32fast::hash(state.ensemble.as_bytes());
         let begin = (i64::from(seed) + state.revision) % count;
-        let machine = &node.facts.boot_id;
-        let port = (0..count)
-            .map(|i| first + ((begin + i) % count) as i32)
-            .find(|port| {
-                fault!("port_given_twice") || !self.taken.contains(&(machine.clone(), *port))
-            })?;
-        self.taken.insert((machine.clone(), port));
-        Some(port)
+        let taken = self.taken.entry(node.facts.boot_id.clone()).or_default();
+        let mut at = 0;
+        while at < count {
+            let offset = (begin + at) % count;
+            let port = first + offset as i32;
+            let row = port..port + wanted;
+            match taken.range(row.clone()).next_back() {
+                Some(in_use) if !fault!("port_given_twice") => {
+                    // No row that has it is free: the next one begins behind it, or anew with the first port.
+                    at += i64::from(*in_use + 1 - port).min(count - offset);
+                }
+                _ => {
+                    taken.extend(row);
+                    return Some(port);
+                }
+            }
+        }
+        None
     }
 }

@@ -14,8 +14,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use batchai_common::attempt;
 use batchai_common::names::Kind;
-use batchai_common::{attempt, ranks};
 use batchai_proto::agent::v1::AttemptObservation;
 use batchai_proto::internal::v1::{FailAttempt, Place, RecordReport};
 use batchai_proto::v1;
@@ -25,7 +25,7 @@ use prost_types::Timestamp;
 use super::verdict::{failed, with_others};
 use super::{Job, Node, Rejection, State, Step, jobs, keys, nodes, not_found, restore, setup};
 
-pub use super::verdict::{Outcome, Verdict, error, rank_count, verdict};
+pub use super::verdict::{Outcome, Verdict, error, layout, port_count, rank_count, verdict};
 
 /// Where an attempt is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub enum Phase {
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttemptNode {
     pub node: String,
-    /// For the attempt's rendezvous; 0 where it needs none.
+    /// The first of its ports there (see `port_count`); 0 where it needs none.
     pub port: i32,
     pub phase: NodePhase,
     pub ranks: Vec<v1::JobRank>,
@@ -162,7 +162,7 @@ fn check_plan(state: &State, job: &Job, plan: &Place) -> Result<(), Rejection> {
     }
     let mut seen = BTreeSet::new();
     let mut ports = ports_by_machine(state);
-    for placed in &plan.nodes {
+    for (index, placed) in plan.nodes.iter().enumerate() {
         let node = state.nodes.get(&placed.node);
         let node = node.ok_or_else(|| not_found(Kind::Node, &placed.node))?;
         let usable = fault!("nodes_not_checked_when_placed")
@@ -178,7 +178,9 @@ fn check_plan(state: &State, job: &Job, plan: &Place) -> Result<(), Rejection> {
                 "it is not free as it was when planned",
             ));
         }
-        if !ports.insert((node.facts.boot_id.clone(), placed.port))
+        let machine = &node.facts.boot_id;
+        let mut own = ports_of(&job.spec, index, placed.port);
+        if !own.all(|port| ports.insert((machine.clone(), port)))
             && !fault!("port_not_checked_when_placed")
         {
             return Err(overtaken(&placed.node, "the port is taken on its machine"));
@@ -225,9 +227,19 @@ pub(super) fn place(step: &mut Step<'_>, plan: &Place) -> Result<(), Rejection> 
 
 /// The ports that live attempts hold, by node.
 pub fn ports_in_use(state: &State) -> impl Iterator<Item = (&str, i32)> {
-    let nodes = live(state).flat_map(|attempt| &attempt.nodes);
-    let ports = nodes.map(|n| (n.node.as_str(), n.port));
-    ports.filter(|(_, port)| *port != 0)
+    let nodes = live(state).flat_map(|attempt| {
+        let nodes = attempt.nodes.iter().enumerate();
+        nodes.map(move |(i, node)| (&attempt.spec, i, node))
+    });
+    let nodes = nodes.filter(|(_, _, node)| node.port != 0);
+    nodes.flat_map(|(spec, i, node)| {
+        ports_of(spec, i, node.port).map(move |port| (node.node.as_str(), port))
+    })
+}
+
+/// The ports of a job on its i-th node, from the first one.
+pub fn ports_of(spec: &v1::Job, index: usize, first: i32) -> Range<i32> {
+    first..first.saturating_add(port_count(spec, index))
 }
 
 /// The attempts that have nodes. The table also holds the last one of every job that has ended: it is not walked.
@@ -290,7 +302,8 @@ pub(super) fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation
     }
     let before = attempt.clone();
     // A node speaks for its own processes only.
-    let own = ranks::of_node(attempt.rank_count(), attempt.nodes.len(), index);
+    let layout = layout(&attempt.spec);
+    let own = |rank: usize| layout.is_of(index, rank);
     let changed = Arc::make_mut(&mut attempt);
     let node = &mut changed.nodes[index];
     // The last word on a node is the first that says its processes are gone.
@@ -347,9 +360,9 @@ fn bounded(state: &State, attempt: &Attempt, outcome: Outcome) -> Outcome {
 }
 
 /// Ranks are known once they have started; how one ended, once known, stays.
-fn merge_ranks(known: &mut Vec<v1::JobRank>, seen: &[v1::JobRank], own: Range<usize>) {
+fn merge_ranks(known: &mut Vec<v1::JobRank>, seen: &[v1::JobRank], own: impl Fn(usize) -> bool) {
     let mut merged: BTreeMap<_, _> = known.iter().map(|rank| (rank.rank, rank.clone())).collect();
-    let is_own = |rank: &&v1::JobRank| usize::try_from(rank.rank).is_ok_and(|r| own.contains(&r));
+    let is_own = |rank: &&v1::JobRank| usize::try_from(rank.rank).is_ok_and(&own);
     for rank in seen
         .iter()
         .filter(|rank| fault!("ranks_of_others") || is_own(rank))
@@ -465,3 +478,11 @@ fn advance(attempt: &Attempt) -> Phase {
 #[cfg(test)]
 #[path = "attempts_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "servers_tests.rs"]
+mod servers_tests;
+
+#[cfg(test)]
+#[path = "ports_tests.rs"]
+mod ports_tests;

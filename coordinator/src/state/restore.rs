@@ -276,10 +276,15 @@ pub fn adoptable<'a>(state: &'a State, id: &str) -> Result<(Stray, &'a Arc<Job>)
     });
     let ports = attempts::ports_by_machine(state);
     let taken = taken.or_else(|| {
-        stray.hosts.iter().find(|host| {
+        let mut hosts = stray.hosts.iter().enumerate();
+        let taken = hosts.find(|(i, host)| {
             let node = state.nodes.get(&host.node);
-            node.is_some_and(|node| ports.contains(&(node.facts.boot_id.clone(), host.port)))
-        })
+            let mut own = attempts::ports_of(&job.spec, *i, host.port);
+            node.is_some_and(|node| {
+                own.any(|port| ports.contains(&(node.facts.boot_id.clone(), port)))
+            })
+        });
+        taken.map(|(_, host)| host)
     });
     match taken {
         Some(host) => Err(format!(

@@ -1,5 +1,6 @@
 //! PURE. Whether an attempt is over, and how: read from what its nodes have seen, by the toolkit's rule.
 
+use batchai_common::ranks::Layout;
 use batchai_common::signals;
 use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::terminate_job::Cause;
@@ -73,8 +74,35 @@ impl Outcome {
     }
 }
 
-/// How many processes a job's toolkit starts over all nodes; what starts others by itself, as mpirun does, is one.
+/// The processes that a job's toolkit starts, and their nodes.
+pub fn layout(spec: &v1::Job) -> Layout {
+    let servers = spec.tensor_flow_settings.as_ref();
+    let servers = servers.map_or(0, |settings| settings.parameter_server_count);
+    Layout {
+        nodes: usize::try_from(spec.node_count).unwrap_or_default(),
+        workers: rank_count(spec),
+        servers: usize::try_from(servers).unwrap_or_default(),
+    }
+}
+
+/// How many ports an attempt has on its i-th node, from the one that it was placed with upwards: TensorFlow needs one for each
+/// of its processes, the others one for their rendezvous.
+pub fn port_count(spec: &v1::Job, index: usize) -> i32 {
+    let count = match spec.tensor_flow_settings {
+        Some(_) => layout(spec).of(index).count(),
+        None => 1,
+    };
+    i32::try_from(count).unwrap_or(i32::MAX).max(1)
+}
+
+/// How many processes of a job's toolkit it waits for, over all nodes; what starts others by itself, as mpirun does, is one.
 pub fn rank_count(spec: &v1::Job) -> usize {
+    if let Some(settings) = &spec.tensor_flow_settings {
+        return usize::try_from(settings.worker_count.max(1)).unwrap_or(1);
+    }
+    if spec.caffe2_settings.is_some() {
+        return usize::try_from(spec.node_count).unwrap_or(1);
+    }
     let count = match (&spec.py_torch_settings, &spec.custom_toolkit_settings) {
         (Some(s), _) if s.communication_backend == "mpi" => 1,
         (Some(s), _) if s.process_count > 0 => s.process_count,
@@ -143,13 +171,23 @@ fn how(rank: &v1::JobRank) -> String {
     }
 }
 
+/// A process by its number, and by what it is where it is no worker.
+fn who(attempt: &Attempt, rank: i32) -> String {
+    let server = usize::try_from(rank).ok();
+    match server.and_then(|rank| layout(&attempt.spec).server(rank)) {
+        Some(server) => format!("rank {rank} (parameter server {server})"),
+        None => format!("rank {rank}"),
+    }
+}
+
 fn process_failed(attempt: &Attempt, node: &AttemptNode, rank: &v1::JobRank) -> Outcome {
     let code = rank.exit_code.unwrap_or_default();
     let (number, name, how) = (rank.rank, &node.node, how(rank));
+    let who = who(attempt, number);
     let (kind, message) = match attempt.work {
         Work::Job(_) => (
             "JobFailed",
-            format!("Job failed with non-zero exit code: rank {number} on {name} {how}"),
+            format!("Job failed with non-zero exit code: {who} on {name} {how}"),
         ),
         Work::SetUp => (
             "SetupTaskFailed",
@@ -188,7 +226,8 @@ pub(super) fn with_others(attempt: &Attempt, outcome: &Outcome) -> Outcome {
             .iter()
             .find(|r| node.first_failed == Some(r.rank))?;
         let other = named.as_ref() != Some(&node.node);
-        other.then(|| format!("rank {} on {} {}", rank.rank, node.node, how(rank)))
+        let who = who(attempt, rank.rank);
+        other.then(|| format!("{who} on {} {}", node.node, how(rank)))
     });
     let others: Vec<_> = others.take(OTHERS_MAX).collect();
     if !others.is_empty() {
@@ -201,7 +240,8 @@ pub(super) fn with_others(attempt: &Attempt, outcome: &Outcome) -> Outcome {
 }
 
 /// The toolkit's rule: is the job over, and how? The first failure decides; without one, the job is over when all of its
-/// ranks are: of a custom job that is one process on the master, unless it asks for some on every node.
+/// ranks are: of a custom job that is one process on the master, unless it asks for some on every node. Parameter servers are not
+/// waited for.
 pub fn verdict(attempt: &Attempt) -> Option<Outcome> {
     if let Some((node, rank)) = first_failed(attempt) {
         return Some(process_failed(attempt, node, rank));

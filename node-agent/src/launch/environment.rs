@@ -98,7 +98,12 @@ pub fn of_rank(
 }
 
 /// What only ranks have: a user's variable that names one of them is not set for the preparation command.
-const OF_RANKS: [&str; 2] = ["AZ_BATCHAI_TASK_INDEX", "AZ_BATCHAI_PYTORCH_INIT_METHOD"];
+const OF_RANKS: [&str; 4] = [
+    "AZ_BATCHAI_TASK_INDEX",
+    "AZ_BATCHAI_PYTORCH_INIT_METHOD",
+    "AZ_BATCHAI_PS_HOSTS",
+    "AZ_BATCHAI_WORKER_HOSTS",
+];
 
 /// The environment of the preparation command.
 pub fn for_preparation(context: &Context<'_>) -> Result<Env, LaunchError> {

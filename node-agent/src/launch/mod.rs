@@ -4,6 +4,7 @@
 //! Nothing is started, created or looked up here; the shim does that.
 
 mod caffe;
+mod caffe2;
 mod chainer;
 mod cntk;
 mod custom;
@@ -14,12 +15,14 @@ mod horovod;
 mod mpi;
 mod paths;
 mod pytorch;
+mod script;
+mod tensorflow;
 mod users;
 
 use std::collections::BTreeMap;
 
 use batchai_common::limits::{LOG_FILE_MIB, TERMINATION_GRACE};
-use batchai_common::ranks::of_node as ranks;
+use batchai_common::ranks::{Layout, of_node as ranks};
 use batchai_proto::agent::v1::Assignment;
 use batchai_proto::v1::Job;
 use serde::{Deserialize, Serialize};
@@ -102,6 +105,9 @@ pub struct Preparation {
     /// The file that says until when it may run, where that is bound to the node's lease.
     #[serde(default)]
     pub fence: Option<String>,
+    /// Ports that its processes will listen to on this host: nobody else may.
+    #[serde(default)]
+    pub ports: Vec<u16>,
     /// From the beginning of preparation.
     pub wall_clock_s: u64,
     /// Between SIGTERM and SIGKILL.
@@ -207,10 +213,9 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
         paths,
         env,
     };
-    let processes = processes(&context)?;
     Ok(Plan {
         preparation: preparation(&context)?,
-        processes,
+        processes: processes(&context)?,
     })
 }
 
@@ -231,6 +236,8 @@ fn processes(context: &Context<'_>) -> Result<Vec<ProcessPlan>, LaunchError> {
         chainer_settings => chainer,
         cntk_settings => cntk,
         caffe_settings => caffe,
+        tensor_flow_settings => tensorflow,
+        caffe2_settings => caffe2,
     }
     Err(LaunchError::UnknownToolkit)
 }
@@ -332,9 +339,26 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         copy_to: paths.stdouterr.clone(),
         execution_log: format!("execution{suffix}.log"),
         fence: assignment.fenced.then(|| context.facts.lease.clone()),
+        ports: ports(context)?,
         wall_clock_s: u64::try_from(limit.seconds).unwrap_or_default(),
         grace_s: TERMINATION_GRACE.as_secs(),
     })
+}
+
+/// The ports that the job's processes on this host are told to listen to: of TensorFlow each process its own, of others rank 0 that of
+/// the rendezvous of them all.
+fn ports(context: &Context<'_>) -> Result<Vec<u16>, LaunchError> {
+    let Assignment {
+        hosts, host_index, ..
+    } = context.assignment;
+    let count = match &context.job.tensor_flow_settings {
+        Some(_) => layout(context).of(host_number(context)).count(),
+        None => usize::from(*host_index == 0 && rank_count(context.job, hosts.len()) > 0),
+    };
+    let first = own_host(context.assignment)?.port;
+    let row = (first..).take(count).map(u16::try_from);
+    row.collect::<Result<_, _>>()
+        .map_err(|_| LaunchError::Incomplete { what: "port" })
 }
 
 /// What the job asks to be limited, and what is counted of it in any case.
@@ -399,8 +423,14 @@ fn host_files(context: &Context<'_>) -> Vec<(String, String)> {
     vec![(hostfile.clone(), open_mpi), (of_hydra, hydra)]
 }
 
-/// How many processes the job has over all hosts.
+/// How many processes the job has over all hosts, apart from those that serve them.
 fn rank_count(job: &Job, hosts: usize) -> usize {
+    if let Some(settings) = &job.tensor_flow_settings {
+        return usize::try_from(settings.worker_count).unwrap_or_default();
+    }
+    if job.caffe2_settings.is_some() {
+        return hosts;
+    }
     macro_rules! processes {
         ($($settings:ident),*) => {
             [$(job.$settings.as_ref().map(|settings| settings.process_count)),*]
@@ -421,6 +451,23 @@ fn rank_count(job: &Job, hosts: usize) -> usize {
     known.map(count).or(custom).unwrap_or_default()
 }
 
+/// Which of the job's processes are whose.
+fn layout(context: &Context<'_>) -> Layout {
+    let servers = context.job.tensor_flow_settings.as_ref();
+    let servers = servers.map_or(0, |settings| settings.parameter_server_count);
+    let nodes = context.assignment.hosts.len();
+    Layout {
+        nodes,
+        workers: rank_count(context.job, nodes),
+        servers: usize::try_from(servers).unwrap_or_default(),
+    }
+}
+
+/// Which of the hosts this one is.
+fn host_number(context: &Context<'_>) -> usize {
+    usize::try_from(context.assignment.host_index).unwrap_or(usize::MAX)
+}
+
 fn own_host(assignment: &Assignment) -> Result<&batchai_proto::agent::v1::Host, LaunchError> {
     let index = usize::try_from(assignment.host_index).unwrap_or(usize::MAX);
     assignment
@@ -432,6 +479,10 @@ fn own_host(assignment: &Assignment) -> Result<&batchai_proto::agent::v1::Host, 
 fn bash(command_line: &str) -> Vec<String> {
     vec!["/bin/bash".into(), "-c".into(), command_line.into()]
 }
+
+#[cfg(test)]
+#[path = "framework_tests.rs"]
+mod framework_tests;
 
 #[cfg(test)]
 #[path = "tests.rs"]

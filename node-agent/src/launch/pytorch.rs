@@ -1,17 +1,15 @@
 //! PURE. A PyTorch job: the script once per rank, ranks numbered over the hosts in their order.
 //!
 //! A rank finds its place in the original's variables (`AZ_BATCHAI_TASK_INDEX`, `AZ_BATCHAI_PYTORCH_INIT_METHOD`, here
-//! `tcp://` to rank 0's host) and in those that `env://` reads today (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...). The interpreter is `python3`
+//! `tcp://` to rank 0's host; a job that wants to meet in a file says `file://$AZ_BATCHAI_SHARED_JOB_TEMP/NAME` in its arguments instead) and in those that `env://` reads today (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...). The interpreter is `python3`
 //! where none is named. Log files are `stdout-{rank}.txt` and `stderr-{rank}.txt`. The job is over when all ranks are,
 //! or one fails. With the backend `mpi` it is mpirun that starts the ranks, and all that is as for the toolkits of MPI.
 
 use batchai_proto::v1::PyTorchSettings;
 
-use super::expand::expand;
 use super::mpi::{self, Script};
-use super::{Context, LaunchError, ProcessPlan, environment, rank_count, ranks};
+use super::{Context, LaunchError, ProcessPlan, environment, rank_count, ranks, script};
 
-const PYTHON: &str = "python3";
 pub const INIT_METHOD: &str = "AZ_BATCHAI_PYTORCH_INIT_METHOD";
 
 pub fn processes(
@@ -46,25 +44,12 @@ fn process(
     let init_method = init_method(&env["MASTER_ADDR"], &env["MASTER_PORT"]);
     env.insert(INIT_METHOD.into(), init_method);
     let env = environment::with_user(context, env)?;
-    let interpreter = match settings.python_interpreter_path.as_str() {
-        "" => PYTHON,
-        path => path,
-    };
-    let mut argv = vec![
-        expand("python_interpreter_path", interpreter, &env)?,
-        expand(
-            "python_script_file_path",
-            &settings.python_script_file_path,
-            &env,
-        )?,
-    ];
-    let arguments = shlex::split(&settings.command_line_args);
-    let quoting = || LaunchError::Quoting {
-        what: "command_line_args".into(),
-    };
-    for argument in arguments.ok_or_else(quoting)? {
-        argv.push(expand("command_line_args", &argument, &env)?);
-    }
+    let paths = (
+        &*settings.python_script_file_path,
+        &*settings.python_interpreter_path,
+    );
+    let arguments = ("command_line_args", &*settings.command_line_args);
+    let argv = script::argv(paths, arguments, &env)?;
     Ok(ProcessPlan {
         rank: rank as i32,
         argv,

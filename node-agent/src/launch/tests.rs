@@ -320,3 +320,11 @@ fn processes_are_at_home_with_whom_they_run_as() {
         ("/home/ada", "ada")
     );
 }
+
+#[test]
+fn the_port_of_the_rendezvous_is_rank_0s_and_of_nobody_who_has_none() {
+    let of = |hosts: usize, index: usize, job: Job| plan_of(hosts, index, job).preparation.ports;
+    assert_eq!(of(2, 0, pytorch(2)), [20_000]);
+    assert!(of(2, 1, pytorch(2)).is_empty());
+    assert!(of(2, 0, custom()).is_empty());
+}

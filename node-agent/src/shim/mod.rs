@@ -11,6 +11,7 @@ mod ending;
 mod exec;
 mod group;
 mod logs;
+mod ports;
 mod prepare;
 mod process;
 mod root;

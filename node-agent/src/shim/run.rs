@@ -24,7 +24,7 @@ use super::copier::{self, Copier};
 use super::logs::{Drained, ExecutionLog, Stream};
 use super::process::Rights;
 use super::secrets::Secrets;
-use super::{ShimError, prepare, process, system};
+use super::{ShimError, ports, prepare, process, system};
 use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, STATUS, STOP};
 use crate::launch::{Preparation, ProcessPlan};
 use crate::lease::Fence;
@@ -297,6 +297,18 @@ impl Shim {
 
     fn launch(&mut self, processes: &[ProcessPlan]) {
         self.status.phase = Phase::Running;
+        if let Some(port) = ports::in_use(&self.plan.ports) {
+            return self.fail(FailureRecord {
+                code: "PortInUse".into(),
+                message: format!(
+                    "port {port}, which the job was given on this node, is in use there by something that is no job: ss -tlnp says what; \
+                     keep it out of the agent's --ports"
+                ),
+                details: vec![("port".into(), port.to_string())],
+                infrastructure: true,
+                ..FailureRecord::default()
+            });
+        }
         let mut buffer = Vec::new();
         for (at, plan) in processes.iter().enumerate() {
             if at % STARTS_UNREAD_MAX == STARTS_UNREAD_MAX - 1 {

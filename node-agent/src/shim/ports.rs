@@ -1,0 +1,38 @@
+//! Whether the ports that an attempt was given on this host are free there: the coordinator knows of its own attempts only.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+
+/// The first of some ports that somebody else has. It is listened to for a moment, at all addresses, so that whoever holds it at one
+/// of them is noticed.
+pub fn in_use(ports: &[u16]) -> Option<u16> {
+    let taken = |bound: io::Result<TcpListener>| {
+        // A host without one of the two has no clash there.
+        bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+    };
+    let mut ports = ports.iter().copied();
+    // One after the other: the second also takes the first's addresses.
+    ports.find(|port| {
+        taken(TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)))
+            || taken(TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_somebody_listens_to_at_any_address_is_found() {
+        assert_eq!(in_use(&[]), None);
+        let held = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = held.local_addr().unwrap().port();
+        assert_eq!(in_use(&[port]), Some(port));
+        drop(held);
+        assert_eq!(in_use(&[port]), None);
+        if let Ok(held) = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)) {
+            let port = held.local_addr().unwrap().port();
+            assert_eq!(in_use(&[port]), Some(port));
+        }
+    }
+}
