@@ -9,6 +9,7 @@ pub mod expand;
 mod paths;
 mod pytorch;
 mod users;
+mod volumes;
 
 use std::collections::BTreeMap;
 
@@ -22,6 +23,7 @@ use crate::cgroups::{Bound, Group, Isolation, asked};
 pub use environment::ATTEMPT_TAG;
 use paths::Paths;
 pub use users::{JobLimit, JobUser, JobUsers, Limited};
+pub use volumes::{How, Mount, of as mounts};
 
 /// One process on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +66,9 @@ pub struct Preparation {
     /// Of those of them that lie in the mount root: up to where they are this job's own, and nobody else's to look into.
     #[serde(default)]
     pub own: Vec<String>,
+    /// What is mounted on, of the job's own.
+    #[serde(default)]
+    pub mount_points: Vec<String>,
     /// Path and content.
     pub files: Vec<(String, String)>,
     /// The bundle on this host that is unpacked, and where to.
@@ -158,6 +163,12 @@ pub enum LaunchError {
          there (facts.enforcedLimits of the node says what it can); leave the limit out, or run the agent as root on a host that has them"
     )]
     NotLimited { node: String, what: &'static str },
+    #[error("this agent cannot mount {what}; upgrade the agent")]
+    UnknownVolume { what: &'static str },
+    #[error(
+        "{path} is no place for a volume: it leads out of the mount root, or is that of another"
+    )]
+    BadPlace { path: String },
     #[error("this agent cannot launch the job's toolkit; upgrade the agent")]
     UnknownToolkit,
 }
@@ -166,6 +177,8 @@ pub enum LaunchError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     pub preparation: Preparation,
+    /// What is mounted for the time of the job.
+    pub mounts: Vec<Mount>,
     pub processes: Vec<ProcessPlan>,
 }
 
@@ -206,8 +219,13 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
         (None, Some(settings)) => pytorch::processes(&context, settings)?,
         _ => return Err(LaunchError::UnknownToolkit),
     };
+    let mounts = mounts(job.mount_volumes.as_ref(), &context.paths.job_mount_root)?;
     Ok(Plan {
-        preparation: preparation(&context)?,
+        preparation: Preparation {
+            mount_points: mounts.iter().map(|mount| mount.path.clone()).collect(),
+            ..preparation(&context)?
+        },
+        mounts,
         processes,
     })
 }
@@ -295,6 +313,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         wipe: paths.job_temp_dir.clone(),
         directories: paths.directories(),
         own: paths.own(&job.job_output_directory_path_segment),
+        mount_points: Vec::new(),
         files: vec![(paths.hostfile.clone(), hostfile(context))],
         bundle: bundle(context),
         user: context.user.clone(),

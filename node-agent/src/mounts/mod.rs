@@ -1,0 +1,127 @@
+//! Mounts that cannot hang a node.
+//!
+//! A process of its own (`holder`) has the mounts of a job, or of the cluster of the node: it mounts them, looks after them, and
+//! unmounts them when it is told to. It touches none of them itself: every mount, unmount and look is done by another process (`step`)
+//! that has a deadline. The holder of a job is a child of its shim; that of a cluster outlives the agent, as shims do. What either left
+//! that was cut down is found by what was written down before it was mounted, and by what the kernel says is mounted: nothing
+//! else is ever unmounted.
+//!
+//! ```text
+//! DIR/mounts.json       what to mount; written by the agent, before anything is mounted
+//! DIR/mounted.json      how that stands; written by the holder
+//! DIR/unmount           it shall be unmounted; written by the shim or the agent
+//! ```
+//! For a job DIR is the directory of its attempt, for a cluster one of its own (see `journal`).
+
+mod holder;
+mod kernel;
+mod step;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use serde::{Deserialize, Serialize};
+
+use crate::journal::{AttemptDir, JournalError};
+use crate::launch::Mount;
+use crate::status::FailureRecord;
+
+pub use holder::main;
+pub use step::main as step;
+
+/// What to mount.
+pub const PLAN: &str = "mounts.json";
+/// How that stands.
+pub const STATUS: &str = "mounted.json";
+/// It shall be unmounted.
+pub const UNMOUNT: &str = "unmount";
+/// It cannot be mounted.
+pub const FAILED: &str = "MountFailed";
+/// It does not answer any more.
+pub const UNAVAILABLE: &str = "MountUnavailable";
+
+/// What a holder holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    pub mounts: Vec<Mount>,
+    /// Where they lie. What is missing below it is made; for jobs all of it is there.
+    pub root: String,
+    /// How long each may take to be mounted, and may not answer.
+    pub patience_s: u64,
+    /// Mounted again when one has answered no more for so long.
+    pub again: bool,
+    /// The environment of what mounts, and so of what serves a mount from this host.
+    pub env: BTreeMap<String, String>,
+}
+
+/// How far a holder is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    #[default]
+    Mounting,
+    /// All are mounted, or were.
+    Ready,
+    /// One could not be mounted; none is.
+    Failed,
+}
+
+/// How mounts stand.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    pub phase: Phase,
+    /// What is the matter with one of them.
+    pub failure: Option<FailureRecord>,
+}
+
+/// Starts a holder. `own` are the arguments that lead to this program's own subcommands. One that is `held` goes with this process.
+pub fn hold(own: &[&str], dir: &AttemptDir, held: bool) -> io::Result<Child> {
+    let mut command = program(own, "mounts");
+    command.arg(&dir.path);
+    if held {
+        command.arg("--held").arg(std::process::id().to_string());
+    }
+    command
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log(&dir.path)?)
+        .spawn()
+}
+
+/// Starts a process that unmounts what a holder left that is gone.
+pub fn clean(own: &[&str], dir: &AttemptDir) -> io::Result<Child> {
+    program(own, "mounts")
+        .arg(&dir.path)
+        .arg("--clean")
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log(&dir.path)?)
+        .spawn()
+}
+
+/// Whether anything of what a holder was to mount is mounted.
+pub fn any_left(dir: &AttemptDir) -> Result<bool, JournalError> {
+    let Some(plan) = dir.read::<Plan>(PLAN)? else {
+        return Ok(false);
+    };
+    // Where that cannot be known it is looked at again by who unmounts.
+    let known = kernel::mounted();
+    Ok(known.is_none_or(|known| plan.mounts.iter().any(|mount| known.has(&mount.path))))
+}
+
+fn log(dir: &Path) -> io::Result<std::fs::File> {
+    std::fs::File::create(dir.join("mounts.log"))
+}
+
+/// This program, even if it was replaced meanwhile.
+fn program(own: &[&str], part: &str) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(format!("batchai-{part}")).args(own).arg(part);
+    command
+}
