@@ -186,6 +186,26 @@ fn what_a_job_mounts_is_there_for_the_job_and_no_longer() {
     e.until_job("long", "FAILED");
     nothing_is_mounted(&e);
 
+    // Wherever the job has put it meanwhile: what it puts in its place is not unmounted.
+    let other = e.path().join("nodes/a1/of-somebody/data");
+    fs::create_dir_all(&other).unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "tmpfs"])
+        .arg(&other)
+        .status();
+    assert!(mounted.unwrap().success());
+    let moves = format!(
+        "cd $AZ_BATCHAI_JOB_TEMP; mv mounts elsewhere && ln -s {} mounts && mountpoint -q elsewhere/data",
+        other.parent().unwrap().display()
+    );
+    e.submit("moves", with(&volumes, &moves));
+    assert_eq!(e.wait("moves"), 0, "{}", e.job("moves"));
+    assert_eq!(
+        mounts_below(&e.path().join("nodes")),
+        std::slice::from_ref(&other)
+    );
+    unmount_below(&other);
+
     // Also when its agent is gone.
     let go = e.path().join("go");
     let wait = format!("while [ ! -e {} ]; do sleep 0.02; done", go.display());
@@ -625,6 +645,20 @@ fn what_a_cluster_mounts_is_there_for_its_nodes_and_no_longer() {
         (mounts_below(&e.path().join("nodes")).len() == 2).then_some(())
     });
     until_node(&e, "good", "IDLE");
+    // An agent that ends all that runs ends that as well, and the next one has it again.
+    let own = e.path().join("nodes/a1");
+    let ends = || mounts_below(&own).is_empty();
+    e.agent_args.push("--end-jobs-on-stop".into());
+    e.agents.get_mut("a1").unwrap().kill();
+    e.start_agent_as("a1", USER);
+    e.until_alive(2);
+    assert!(!ends());
+    let agent = e.agents.get_mut("a1").unwrap();
+    agent.signal(Signal::SIGTERM);
+    agent.wait();
+    assert!(ends());
+    e.start_agent_as("a1", USER);
+    until("it to be mounted again", || (!ends()).then_some(()));
     e.ok(&[
         "cluster", "delete", "-g", "g", "-w", "w", "-n", "good", "-y",
     ]);

@@ -18,8 +18,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, geteuid, getppid, setsid};
 
+use super::kernel::{self, Mark};
 use super::step::{Step, StepError, within};
-use super::{FAILED, PLAN, Phase, Plan, STATUS, Status, UNAVAILABLE, UNMOUNT, kernel};
+use super::{FAILED, MARKS, PLAN, Phase, Plan, STATUS, Status, UNAVAILABLE, UNMOUNT, left};
 use crate::journal::{AttemptDir, JournalError};
 use crate::launch::{How, Mount};
 use crate::status::FailureRecord;
@@ -30,8 +31,6 @@ const PAUSE: Duration = Duration::from_millis(20);
 const UNMOUNT_MAX: Duration = Duration::from_secs(10);
 /// Getting a mount out of the way asks nobody.
 const DETACH_MAX: Duration = Duration::from_secs(10);
-/// Mounts on top of each other that a command made at one place.
-const LAYERS_MAX: usize = 8;
 /// Between two looks at whether a mount answers.
 const LOOK_MAX: Duration = Duration::from_secs(5);
 const LOOK_MIN: Duration = Duration::from_millis(200);
@@ -47,8 +46,10 @@ enum HolderError {
     NoPlan,
     #[error("{0}")]
     System(#[from] nix::Error),
+    #[error("the kernel does not say what is mounted")]
+    Unknown,
     #[error("still mounted: {0:?}")]
-    Left(Vec<String>),
+    Left(Vec<Mark>),
 }
 
 /// The process. `held`: it goes with the process that started it, with this pid. `clean`: it only unmounts.
@@ -72,18 +73,19 @@ pub fn main(dir: &Path, held: Option<i32>, clean: bool, own: &[&str]) -> ExitCod
 /// All of it that is mounted is got out of the way, whoever uses it.
 fn clean_up(dir: &AttemptDir, own: &[&str]) -> Result<(), HolderError> {
     let plan: Plan = dir.read(PLAN)?.ok_or(HolderError::NoPlan)?;
-    detach_all(&plan, own)
+    detach_all(dir, &plan, own)
 }
 
-fn detach_all(plan: &Plan, own: &[&str]) -> Result<(), HolderError> {
+fn detach_all(dir: &AttemptDir, plan: &Plan, own: &[&str]) -> Result<(), HolderError> {
+    let known = kernel::mounted().ok_or(HolderError::Unknown)?;
+    let marks = left(dir, plan, &known)?;
     std::thread::scope(|scope| {
-        for mount in &plan.mounts {
-            scope.spawn(|| detach(own, &mount.path));
+        for mark in &marks {
+            scope.spawn(|| detach(own, mark));
         }
     });
-    let known = kernel::mounted().unwrap_or_default();
-    let paths = plan.mounts.iter().map(|mount| mount.path.clone());
-    let left: Vec<_> = paths.filter(|path| known.has(path)).collect();
+    let known = kernel::mounted().ok_or(HolderError::Unknown)?;
+    let left = left(dir, plan, &known)?;
     match left.is_empty() {
         true => Ok(()),
         false => Err(HolderError::Left(left)),
@@ -114,6 +116,7 @@ fn begin(dir: &AttemptDir, held: Option<i32>, own: &[&str]) -> Result<(), Holder
         own,
         stop: AtomicBool::new(false),
         states: Mutex::new(vec![State::Coming; plan.mounts.len()]),
+        marks: Mutex::new(vec![Vec::new(); plan.mounts.len()]),
         plan,
     };
     holder.run()
@@ -135,6 +138,8 @@ struct Holder<'a> {
     plan: Plan,
     stop: AtomicBool,
     states: Mutex<Vec<State>>,
+    /// How the kernel knows what was mounted for each of them.
+    marks: Mutex<Vec<Vec<Mark>>>,
 }
 
 impl Holder<'_> {
@@ -158,7 +163,7 @@ impl Holder<'_> {
                 std::thread::sleep(PAUSE);
             }
         });
-        let gone = detach_all(&self.plan, self.own);
+        let gone = detach_all(self.dir, &self.plan, self.own);
         end_servers();
         // After the last of it is gone: who reads it may do what must not find it.
         self.dir.write(STATUS, &said, false)?;
@@ -220,44 +225,77 @@ impl Holder<'_> {
         let Some(mount) = self.plan.mounts.get(at) else {
             return;
         };
-        if let Err(why) = self.bring_up(mount) {
-            detach(self.own, &mount.path);
+        if let Err(why) = self.bring_up(at, mount) {
+            self.detach(at);
             return self.set(at, State::Failed(why));
         }
         self.set(at, State::Up);
         while let Some(why) = self.watch(mount) {
             // Whoever waits for it gets an error.
-            detach(self.own, &mount.path);
+            self.detach(at);
             self.set(at, State::Down(why));
             loop {
                 self.pause(self.look_every());
                 if self.is_over() || !self.plan.again {
                     return;
                 }
-                match self.bring_up(mount) {
+                match self.bring_up(at, mount) {
                     Ok(()) => break,
-                    Err(_) => detach(self.own, &mount.path),
+                    Err(_) => self.detach(at),
                 }
             }
             self.set(at, State::Up);
         }
         // In order, so that what was written arrives; by force, where that does not do.
-        let unmount = Step::Unmount {
-            path: mount.path.clone(),
-            force: false,
-            lazy: false,
-        };
-        let _ = within(self.own, &unmount, UNMOUNT_MAX, &|| false);
+        for mark in self.marks_of(at).iter().rev() {
+            let known = kernel::mounted().unwrap_or_default();
+            let Some(place) = known.place(mark) else {
+                continue;
+            };
+            let unmount = Step::Unmount {
+                place: place.to_owned(),
+                force: false,
+                lazy: false,
+            };
+            let _ = within(self.own, &unmount, UNMOUNT_MAX, &|| false);
+        }
     }
 
-    fn bring_up(&self, mount: &Mount) -> Result<(), String> {
+    fn marks_of(&self, at: usize) -> Vec<Mark> {
+        let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        marks[at].clone()
+    }
+
+    /// Notes what is mounted at a place, for whoever unmounts it. Nobody else can have anything there yet.
+    fn note(&self, at: usize, mount: &Mount) -> Result<(), String> {
+        let known = kernel::mounted().ok_or("the kernel does not say what is mounted")?;
+        let found = known.at(&kernel::real(&self.plan.root, &mount.path));
+        let none = found.is_empty();
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        marks[at] = found;
+        let noted = self.dir.write(MARKS, &*marks, true);
+        noted.map_err(|error| format!("it cannot be noted: {error}"))?;
+        match none {
+            true => Err("the command succeeded, and nothing is mounted there".to_owned()),
+            false => Ok(()),
+        }
+    }
+
+    fn detach(&self, at: usize) {
+        for mark in self.marks_of(at).iter().rev() {
+            detach(self.own, mark);
+        }
+    }
+
+    fn bring_up(&self, at: usize, mount: &Mount) -> Result<(), String> {
         let end = Instant::now() + self.patience();
         let left = || end.saturating_duration_since(Instant::now());
         let words = |error: StepError| error.to_string();
         if !geteuid().is_root() {
             return Err("only an agent that runs as root can mount anything".to_owned());
         }
-        if !Path::new(&mount.path).exists() {
+        // For a job its shim has just made it; here nothing that leads there may be a link, or somebody's.
+        if self.plan.again {
             let make = Step::Make {
                 root: self.plan.root.clone(),
                 path: mount.path.clone(),
@@ -268,11 +306,10 @@ impl Holder<'_> {
             mount: mount.clone(),
             env: self.plan.env.clone(),
         };
-        self.within(&step, left()).map_err(words)?;
-        let mounted = kernel::mounted().is_some_and(|known| known.has(&mount.path));
-        if !mounted {
-            return Err("the command succeeded, and nothing is mounted there".to_owned());
-        }
+        let mounted = self.within(&step, left()).map_err(words);
+        let noted = self.note(at, mount);
+        mounted?;
+        noted?;
         let look = Step::Look {
             path: mount.path.clone(),
         };
@@ -330,20 +367,21 @@ fn named(mount: &Mount) -> String {
     }
 }
 
-/// Gets whatever is mounted at a place out of the way; whoever waits for it gets an error, unless it is mounted elsewhere too.
-fn detach(own: &[&str], path: &str) {
-    for _ in 0..LAYERS_MAX {
-        let Some(known) = kernel::mounted().filter(|known| known.has(path)) else {
-            return;
-        };
-        let step = Step::Unmount {
-            path: path.to_owned(),
-            force: known.is_sole(path),
-            lazy: true,
-        };
-        if let Err(error) = within(own, &step, DETACH_MAX, &|| false) {
-            eprintln!("mounts: {path} cannot be unmounted: {error}");
-        }
+/// Gets what is mounted out of the way; whoever waits for it gets an error, unless it is mounted elsewhere too.
+fn detach(own: &[&str], mark: &Mark) {
+    let Some(known) = kernel::mounted() else {
+        return;
+    };
+    let Some(place) = known.place(mark) else {
+        return;
+    };
+    let step = Step::Unmount {
+        place: place.to_owned(),
+        force: known.is_sole(mark),
+        lazy: true,
+    };
+    if let Err(error) = within(own, &step, DETACH_MAX, &|| false) {
+        eprintln!("mounts: {} cannot be unmounted: {error}", place.display());
     }
 }
 

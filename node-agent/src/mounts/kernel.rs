@@ -1,16 +1,27 @@
 //! What the kernel says is mounted. Reading that asks no file system, so that a dead one does not matter.
+//!
+//! What was mounted for a job lies in a directory of the job's user, who may rename what leads to it, and put links there: it is
+//! known by its number and its device, and found where it is by then.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::cgroups::unescape;
 
-/// What is mounted where.
+/// Something that is mounted, for as long as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// The kernel's number for it, which it gives to another when this one is gone.
+    id: u64,
+    device: String,
+}
+
+/// What is mounted where, the latest last.
 #[derive(Debug, Default)]
 pub struct Mounted {
-    /// By place: the devices, the one that is seen last.
-    places: BTreeMap<PathBuf, Vec<String>>,
+    all: Vec<(Mark, PathBuf)>,
 }
 
 /// What is mounted now, as this process sees it; `None` where the kernel does not say.
@@ -22,37 +33,46 @@ pub fn mounted() -> Option<Mounted> {
 
 impl Mounted {
     fn parse(text: &str) -> Mounted {
-        let mut places: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
-        for line in text.lines() {
-            let mut fields = line.split(' ').skip(2);
-            if let (Some(device), Some(place)) = (fields.next(), fields.nth(1)) {
-                let devices = places.entry(unescape(place)).or_default();
-                devices.push(device.to_owned());
-            }
+        let line = |line: &str| {
+            let mut fields = line.split(' ');
+            let id = fields.next()?.parse().ok()?;
+            let device = fields.nth(1)?.to_owned();
+            Some((Mark { id, device }, unescape(fields.nth(1)?)))
+        };
+        Mounted {
+            all: text.lines().filter_map(line).collect(),
         }
-        Mounted { places }
     }
 
-    /// Whether something is mounted at a path.
-    pub fn has(&self, path: &str) -> bool {
-        self.places.contains_key(&real(path))
+    /// What is mounted at a place.
+    pub fn at(&self, place: &Path) -> Vec<Mark> {
+        let here = self.all.iter().filter(|(_, other)| other == place);
+        here.map(|(mark, _)| mark.clone()).collect()
     }
 
-    /// Whether what is mounted at a path is mounted nowhere else: only then it may be ended as a whole.
-    pub fn is_sole(&self, path: &str) -> bool {
-        let device = self.places.get(&real(path)).and_then(|all| all.last());
-        let all = self.places.values().flatten();
-        device.is_some_and(|device| all.filter(|other| *other == device).count() == 1)
+    /// Where something is now.
+    pub fn place(&self, mark: &Mark) -> Option<&Path> {
+        let found = self.all.iter().find(|(other, _)| other == mark);
+        found.map(|(_, place)| place.as_path())
+    }
+
+    /// Whether it is mounted nowhere else: only then it may be ended as a whole.
+    pub fn is_sole(&self, mark: &Mark) -> bool {
+        let same = self
+            .all
+            .iter()
+            .filter(|(other, _)| other.device == mark.device);
+        same.count() == 1
     }
 }
 
-/// A path as the kernel says it. What leads to a mount lies on this host: looking at it cannot hang.
-pub fn real(path: &str) -> PathBuf {
-    let path = Path::new(path);
-    let parent = path.parent().and_then(|parent| parent.canonicalize().ok());
-    match (parent, path.file_name()) {
-        (Some(parent), Some(name)) => parent.join(name),
-        _ => path.to_owned(),
+/// A path below the agent's own root as the kernel says it. Nothing is looked at below that root.
+pub fn real(root: &str, path: &str) -> PathBuf {
+    let below = Path::new(path).strip_prefix(root).ok();
+    let root = Path::new(root).canonicalize().ok();
+    match (root, below) {
+        (Some(root), Some(below)) => root.join(below),
+        _ => PathBuf::from(path),
     }
 }
 
@@ -61,17 +81,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mounts_are_known_by_their_place_and_their_device() {
+    fn mounts_are_known_by_number_and_device_wherever_they_are() {
         let known = Mounted::parse(
             "1 0 8:1 / / rw - ext4 d rw\n\
-             2 1 0:30 / /no-such-a\\040b rw,nosuid shared:1 - tmpfs t rw\n\
-             3 1 0:31 / /no-such-x rw - fuse.f f rw\n\
-             4 1 0:31 /in /no-such-y rw - fuse.f f rw\n\
+             2 1 0:30 / /a\\040b rw,nosuid shared:1 - tmpfs t rw\n\
+             3 1 0:31 / /x rw - fuse.f f rw\n\
+             4 1 0:31 /in /y rw - fuse.f f rw\n\
              junk\n",
         );
-        assert!(known.has("/no-such-a b") && !known.has("/no-such-a"));
-        assert!(known.is_sole("/no-such-a b"));
-        assert!(!known.is_sole("/no-such-x") && !known.is_sole("/no-such-y"));
-        assert!(!known.is_sole("/no-such-z"));
+        let [tmpfs] = &known.at(Path::new("/a b"))[..] else {
+            panic!("{known:?}")
+        };
+        assert!(known.at(Path::new("/a")).is_empty());
+        let [x] = &known.at(Path::new("/x"))[..] else {
+            panic!("{known:?}")
+        };
+        assert!(known.is_sole(tmpfs) && !known.is_sole(x));
+        let moved =
+            Mounted::parse("2 1 0:30 / /c rw - tmpfs t rw\n3 1 0:99 / /x rw - fuse.f f rw\n");
+        assert_eq!(moved.place(tmpfs), Some(Path::new("/c")));
+        assert_eq!(moved.place(x), None, "the number was given to another");
+    }
+
+    #[test]
+    fn only_the_root_is_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real_root, link) = (dir.path().join("r"), dir.path().join("l"));
+        fs::create_dir(&real_root).unwrap();
+        std::os::unix::fs::symlink(&real_root, &link).unwrap();
+        let root = link.to_string_lossy();
+        let expected = real_root.canonicalize().unwrap().join("jobs/w/x");
+        assert_eq!(real(&root, &format!("{root}/jobs/w/x")), expected);
     }
 }

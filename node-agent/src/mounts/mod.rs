@@ -9,6 +9,7 @@
 //! ```text
 //! DIR/mounts.json       what to mount; written by the agent, before anything is mounted
 //! DIR/mounted.json      how that stands; written by the holder
+//! DIR/marks.json        how the kernel knows what was mounted; written by the holder
 //! DIR/unmount           it shall be unmounted; written by the shim or the agent
 //! ```
 //! For a job DIR is the directory of its attempt, for a cluster one of its own (see `journal`).
@@ -36,6 +37,8 @@ pub use step::main as step;
 pub const PLAN: &str = "mounts.json";
 /// How that stands.
 pub const STATUS: &str = "mounted.json";
+/// How the kernel knows what was mounted.
+const MARKS: &str = "marks.json";
 /// It shall be unmounted.
 pub const UNMOUNT: &str = "unmount";
 /// It cannot be mounted.
@@ -78,6 +81,14 @@ pub struct Status {
     pub failure: Option<FailureRecord>,
 }
 
+/// Forgets how an earlier holder of what a directory names ended.
+pub fn forget(dir: &AttemptDir) {
+    for file in [STATUS, UNMOUNT, MARKS] {
+        // It need not be there.
+        let _ = std::fs::remove_file(dir.path.join(file));
+    }
+}
+
 /// Starts a holder. `own` are the arguments that lead to this program's own subcommands. One that is `held` goes with this process.
 pub fn hold(own: &[&str], dir: &AttemptDir, held: bool) -> io::Result<Child> {
     let mut command = program(own, "mounts");
@@ -111,8 +122,29 @@ pub fn any_left(dir: &AttemptDir) -> Result<bool, JournalError> {
         return Ok(false);
     };
     // Where that cannot be known it is looked at again by who unmounts.
-    let known = kernel::mounted();
-    Ok(known.is_none_or(|known| plan.mounts.iter().any(|mount| known.has(&mount.path))))
+    let Some(known) = kernel::mounted() else {
+        return Ok(true);
+    };
+    Ok(!left(dir, &plan, &known)?.is_empty())
+}
+
+/// What is mounted of a plan: what was noted, wherever it is by now, and what could not be noted any more.
+fn left(
+    dir: &AttemptDir,
+    plan: &Plan,
+    known: &kernel::Mounted,
+) -> Result<Vec<kernel::Mark>, JournalError> {
+    let marks: Vec<Vec<kernel::Mark>> = dir.read(MARKS)?.unwrap_or_default();
+    let noted = marks.into_iter().flatten();
+    let mut left: Vec<_> = noted.filter(|mark| known.place(mark).is_some()).collect();
+    for mount in &plan.mounts {
+        for mark in known.at(&kernel::real(&plan.root, &mount.path)) {
+            if !left.contains(&mark) {
+                left.push(mark);
+            }
+        }
+    }
+    Ok(left)
 }
 
 fn log(dir: &Path) -> io::Result<std::fs::File> {

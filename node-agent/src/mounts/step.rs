@@ -2,18 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
 use nix::sys::statfs::statfs;
-use nix::unistd::{Pid, getppid, setsid};
+use nix::unistd::{Pid, fchdir, getppid, setsid};
 use serde::{Deserialize, Serialize};
 
 use crate::launch::{How, Mount};
@@ -37,9 +40,9 @@ pub enum Step {
         mount: Mount,
         env: BTreeMap<String, String>,
     },
-    /// `force`: whoever waits for it gets an error. It is out of the way at once, whoever uses it.
+    /// `force`: whoever waits for it gets an error. `lazy`: it is out of the way at once, whoever uses it.
     Unmount {
-        path: String,
+        place: PathBuf,
         force: bool,
         lazy: bool,
     },
@@ -167,14 +170,32 @@ fn begin() -> io::Result<()> {
     match step {
         Step::Make { root, path } => share::make_own(Path::new(&root), Path::new(&path), None),
         Step::Mount { mount, env } => mount_it(&mount, &env),
-        Step::Unmount { path, force, lazy } => {
-            let mut flags = MntFlags::UMOUNT_NOFOLLOW;
-            flags.set(MntFlags::MNT_FORCE, force);
-            flags.set(MntFlags::MNT_DETACH, lazy);
-            Ok(umount2(path.as_str(), flags)?)
-        }
+        Step::Unmount { place, force, lazy } => unmount(&place, force, lazy),
         Step::Look { path } => statfs(path.as_str()).map(drop).map_err(io::Error::from),
     }
+}
+
+/// By what is open, not by name: what leads there may be somebody's who puts a link in its place meanwhile. What is mounted is not
+/// even looked at.
+fn unmount(place: &Path, force: bool, lazy: bool) -> io::Result<()> {
+    let (Some(parent), Some(name)) = (place.parent(), place.file_name()) else {
+        return Err(io::Error::other("it is no place of a mount"));
+    };
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let opened = open(parent, flags, Mode::empty())?;
+    let is = std::fs::read_link(format!("/proc/self/fd/{}", opened.as_raw_fd()))?;
+    if is != parent {
+        return Err(io::Error::other(format!(
+            "{} leads to {}",
+            parent.display(),
+            is.display()
+        )));
+    }
+    fchdir(&opened)?;
+    let mut flags = MntFlags::UMOUNT_NOFOLLOW;
+    flags.set(MntFlags::MNT_FORCE, force);
+    flags.set(MntFlags::MNT_DETACH, lazy);
+    Ok(umount2(name, flags)?)
 }
 
 fn mount_it(mount: &Mount, env: &BTreeMap<String, String>) -> io::Result<()> {

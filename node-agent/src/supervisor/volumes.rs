@@ -5,7 +5,6 @@
 //! or that wants others. A holder that died while it was wanted is started again.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
 use std::process::Child;
 use std::sync::Arc;
 
@@ -208,10 +207,7 @@ impl Volumes {
     }
 
     fn begin(&mut self, dir: &AttemptDir) -> Result<(), JournalError> {
-        for file in [mounts::STATUS, mounts::UNMOUNT] {
-            // It need not be there.
-            let _ = fs::remove_file(dir.path.join(file));
-        }
+        mounts::forget(dir);
         match mounts::hold(self.own, dir, false) {
             Ok(holder) => drop(self.holders.insert(dir.id(), holder)),
             Err(error) => tracing::error!(%error, "nothing can be mounted; it is tried again"),
