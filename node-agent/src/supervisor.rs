@@ -96,7 +96,10 @@ impl Supervisor {
         let mut list = told.unwrap_or_default();
         let (mut local, unread) = self.scan()?;
         if known {
-            self.volumes.look(list.mounts.as_ref())?;
+            if let Err(error) = self.volumes.look(list.mounts.as_ref()) {
+                // Jobs go on, and begin, without it.
+                tracing::error!(%error, "mounts of clusters are not looked after");
+            }
             // About what cannot be looked at nothing is done and nothing is said: it may well run.
             list.assignments
                 .retain(|wanted| !unread.contains(&wanted.attempt));

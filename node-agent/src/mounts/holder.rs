@@ -164,6 +164,11 @@ impl Holder<'_> {
             }
         });
         let gone = detach_all(self.dir, &self.plan, self.own);
+        if gone.is_ok() {
+            // Their numbers may be given to others now.
+            let none: Vec<Vec<Mark>> = Vec::new();
+            self.dir.write(MARKS, &none, true)?;
+        }
         end_servers();
         // After the last of it is gone: who reads it may do what must not find it.
         self.dir.write(STATUS, &said, false)?;

@@ -1,7 +1,7 @@
 //! What the kernel says is mounted. Reading that asks no file system, so that a dead one does not matter.
 //!
 //! What was mounted for a job lies in a directory of the job's user, who may rename what leads to it, and put links there: it is
-//! known by its number and its device, and found where it is by then.
+//! known by its number and what it is, and found where it is by then.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ pub struct Mark {
     /// The kernel's number for it, which it gives to another when this one is gone.
     id: u64,
     device: String,
+    /// In which boot of the machine, and what it is: its part of the file system, the kind of that, and what that is made of.
+    what: String,
 }
 
 /// What is mounted where, the latest last.
@@ -26,18 +28,22 @@ pub struct Mounted {
 
 /// What is mounted now, as this process sees it; `None` where the kernel does not say.
 pub fn mounted() -> Option<Mounted> {
-    fs::read_to_string("/proc/self/mountinfo")
-        .ok()
-        .map(|text| Mounted::parse(&text))
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let text = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    Some(Mounted::parse(boot.trim(), &text))
 }
 
 impl Mounted {
-    fn parse(text: &str) -> Mounted {
+    fn parse(boot: &str, text: &str) -> Mounted {
         let line = |line: &str| {
             let mut fields = line.split(' ');
             let id = fields.next()?.parse().ok()?;
             let device = fields.nth(1)?.to_owned();
-            Some((Mark { id, device }, unescape(fields.nth(1)?)))
+            let (root, place) = (fields.next()?, unescape(fields.next()?));
+            let mut rest = line.split_once(" - ")?.1.split(' ');
+            let (kind, source) = (rest.next()?, rest.next()?);
+            let what = format!("{boot} {root} {kind} {source}");
+            Some((Mark { id, device, what }, place))
         };
         Mounted {
             all: text.lines().filter_map(line).collect(),
@@ -81,8 +87,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mounts_are_known_by_number_and_device_wherever_they_are() {
+    fn mounts_are_known_by_number_and_kind_wherever_they_are() {
         let known = Mounted::parse(
+            "b1",
             "1 0 8:1 / / rw - ext4 d rw\n\
              2 1 0:30 / /a\\040b rw,nosuid shared:1 - tmpfs t rw\n\
              3 1 0:31 / /x rw - fuse.f f rw\n\
@@ -97,10 +104,12 @@ mod tests {
             panic!("{known:?}")
         };
         assert!(known.is_sole(tmpfs) && !known.is_sole(x));
-        let moved =
-            Mounted::parse("2 1 0:30 / /c rw - tmpfs t rw\n3 1 0:99 / /x rw - fuse.f f rw\n");
+        let later = "2 1 0:30 / /c rw - tmpfs t rw\n3 1 0:31 / /x rw - fuse.g f rw\n";
+        let moved = Mounted::parse("b1", later);
         assert_eq!(moved.place(tmpfs), Some(Path::new("/c")));
         assert_eq!(moved.place(x), None, "the number was given to another");
+        let rebooted = Mounted::parse("b2", later);
+        assert_eq!(rebooted.place(tmpfs), None, "it is gone with its boot");
     }
 
     #[test]

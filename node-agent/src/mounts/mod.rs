@@ -36,7 +36,7 @@ pub use step::main as step;
 /// What to mount.
 pub const PLAN: &str = "mounts.json";
 /// How that stands.
-pub const STATUS: &str = "mounted.json";
+const STATUS: &str = "mounted.json";
 /// How the kernel knows what was mounted.
 const MARKS: &str = "marks.json";
 /// It shall be unmounted.
@@ -79,6 +79,17 @@ pub struct Status {
     pub phase: Phase,
     /// What is the matter with one of them.
     pub failure: Option<FailureRecord>,
+}
+
+/// How what a directory names stands; as if nothing was begun where a power cut has left nothing of that.
+pub fn status(dir: &AttemptDir) -> Result<Status, JournalError> {
+    match dir.read(STATUS) {
+        Err(JournalError::Unreadable { path, .. }) => {
+            tracing::warn!(path = %path.display(), "unreadable");
+            Ok(Status::default())
+        }
+        status => Ok(status?.unwrap_or_default()),
+    }
 }
 
 /// Forgets how an earlier holder of what a directory names ended.

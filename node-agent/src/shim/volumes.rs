@@ -57,7 +57,7 @@ impl Shim {
         if self.volumes.holder().is_none() || !matches!(self.ending, Ending::No) {
             return Ok(());
         }
-        let status: mounts::Status = self.dir.read(mounts::STATUS)?.unwrap_or_default();
+        let status = mounts::status(&self.dir)?;
         if let Some(failure) = status.failure {
             let code = match failure.code.as_str() {
                 mounts::FAILED => "JobMountFailed".to_owned(),

@@ -128,7 +128,7 @@ impl Volumes {
                 continue;
             }
             // It was ready once, and whoever held it was cut down.
-            let status: mounts::Status = dir.read(mounts::STATUS)?.unwrap_or_default();
+            let status = mounts::status(&dir)?;
             if !held && status.phase == Phase::Ready && self.is_gone(&dir) {
                 tracing::warn!(dir = %dir.path.display(), "mounted again");
                 self.begin(&dir)?;
@@ -147,10 +147,7 @@ impl Volumes {
         if others.iter().any(|other| *other != dir) {
             return Ok(Have::NotYet);
         }
-        let status: mounts::Status = match dir.path.exists() {
-            true => dir.read(mounts::STATUS)?.unwrap_or_default(),
-            false => mounts::Status::default(),
-        };
+        let status = mounts::status(&dir)?;
         let tried = self
             .begun_for
             .get(&dir.id())
@@ -183,7 +180,7 @@ impl Volumes {
     pub fn report(&self) -> Option<MountsReport> {
         let wanted = self.wanted.as_ref()?;
         let dir = self.journal.cluster_mount(&key(wanted));
-        let status: mounts::Status = dir.read(mounts::STATUS).ok()??;
+        let status = mounts::status(&dir).ok()?;
         (status.phase == Phase::Ready).then(|| MountsReport {
             cluster_uid: wanted.uid.clone(),
             failure: status.failure.and_then(|record| failure(record).error),
