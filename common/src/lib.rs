@@ -10,6 +10,7 @@ pub mod fuzz;
 pub mod holes;
 pub mod limits;
 pub mod names;
+pub mod paths;
 pub mod ranks;
 pub mod shutdown;
 pub mod signals;

@@ -28,9 +28,10 @@ use crate::journal::{Identity, Journal, JournalError, STOP};
 use crate::launch::{HostFacts, JobLimit, JobUsers, LogLimit};
 use crate::lease::Lease;
 use crate::logs::{Shipped, Shipper};
+use crate::mounts::UNMOUNT;
 use crate::session::Session;
 use crate::shim::{self, Root, RootError};
-use crate::supervisor::Supervisor;
+use crate::supervisor::{MOUNTS_TAG, Supervisor, Volumes};
 use crate::user::{self, UserError};
 use crate::watch::Watch;
 
@@ -108,6 +109,7 @@ pub async fn run(
         users,
         limits: config.job_limits.clone(),
         log_limit: config.log_limit(),
+        mount_patience_s: config.mount_patience,
         isolation,
         node_id,
         identity,
@@ -138,6 +140,7 @@ struct Parts {
     users: JobUsers,
     limits: Vec<JobLimit>,
     log_limit: LogLimit,
+    mount_patience_s: u64,
     /// What it can do with groups of processes.
     isolation: Isolation,
     node_id: String,
@@ -166,7 +169,14 @@ impl Parts {
             Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;
         let answerer = self.answerer(own, facts.clone(), questions);
         let execs = self.execs(own, facts.clone(), execs);
+        let volumes = Volumes::new(
+            self.journal.clone(),
+            own,
+            facts.clone(),
+            self.mount_patience_s,
+        );
         let supervisor = Supervisor {
+            volumes,
             journal: self.journal.clone(),
             watch: self.watch.clone(),
             facts,
@@ -330,6 +340,12 @@ fn end_jobs_of(journal: &Journal, uid: &str) -> Result<(), AgentError> {
                 let _ = shim.map(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM));
             }
         }
+        for dir in journal.cluster_mounts()? {
+            alive |= dir.shim().unwrap_or_default().is_some();
+            if !dir.has(UNMOUNT) {
+                dir.write(UNMOUNT, &true, false)?;
+            }
+        }
         if !alive || Instant::now() > until {
             // What a shim left that died, and what one left that would not end.
             let swept = shim::sweep(journal, uid, |_| false);
@@ -363,6 +379,10 @@ fn sweep_strays(journal: &Journal, uid: &str, watch: &Watch) -> Result<(), Agent
     }
     // Asked about what was found: a shim that an earlier agent has just started may begin meanwhile.
     let held = |attempt: &str| {
+        // What serves a cluster's mounts is looked after with these.
+        if attempt.starts_with(MOUNTS_TAG) {
+            return true;
+        }
         let shim = journal.attempt(attempt).map(|dir| dir.shim());
         match shim {
             None | Some(Ok(None)) => false,

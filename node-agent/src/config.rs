@@ -68,6 +68,9 @@ pub struct Config {
         value_name = "DIR"
     )]
     pub root: PathBuf,
+    /// How many seconds something may take to be mounted, and what is mounted may not answer.
+    #[arg(long, env = "BATCHAI_MOUNT_PATIENCE", hide_env = true, default_value_t = 60, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub mount_patience: u64,
     /// The VM size to register; a token may be for one only. Made of product name, cores, memory and GPUs where it is left out.
     #[arg(long, value_name = "SIZE")]
     pub vm_size: Option<String>,

@@ -5,6 +5,7 @@
 //! DATA/lock                      one agent per directory
 //! DATA/lease                    since when and until when fenced work runs, in milliseconds of the boot clock; read by shims
 //! DATA/bundles/                  what was fetched of bundles
+//! DATA/mounts/{digest}/           what is mounted for a cluster (see `mounts`)
 //! DATA/attempts/{attempt}/
 //!     origin.json                whose work it is; written by the agent
 //!     prepare.json  launch.json  what the shim shall do, and the group of its processes; written by the agent
@@ -43,6 +44,7 @@ pub const STATUS: &str = "status.json";
 pub const SETUP_FAILED: &str = "setup-failed.json";
 pub const LOGS: &str = "logs";
 const LOCK: &str = "lock";
+const CLUSTER_MOUNTS: &str = "mounts";
 const LEASE_READS_MAX: u32 = 10;
 const LEASE_READ_PAUSE: Duration = Duration::from_millis(2);
 /// What the names of removed attempts begin with.
@@ -196,21 +198,23 @@ impl Journal {
 
     /// All attempts that it holds.
     pub fn attempts(&self) -> Result<Vec<AttemptDir>, JournalError> {
-        let root = self.root.join("attempts");
-        let mut attempts = Vec::new();
-        for entry in fs::read_dir(&root).map_err(at(&root))? {
-            let entry = entry.map_err(at(&root))?;
-            let gone = entry
-                .file_name()
-                .as_encoded_bytes()
-                .starts_with(GONE.as_bytes());
-            let path = entry.path();
-            if path.is_dir() && !gone {
-                attempts.push(AttemptDir { path });
-            }
+        dirs(&self.root.join("attempts"))
+    }
+
+    /// The directories of what is mounted for clusters.
+    pub fn cluster_mounts(&self) -> Result<Vec<AttemptDir>, JournalError> {
+        let root = self.root.join(CLUSTER_MOUNTS);
+        match root.exists() {
+            true => dirs(&root),
+            false => Ok(Vec::new()),
         }
-        attempts.sort_by(|a, b| a.path.cmp(&b.path));
-        Ok(attempts)
+    }
+
+    /// The directory of one of them, which need not exist. The id is a digest of our own.
+    pub fn cluster_mount(&self, id: &str) -> AttemptDir {
+        AttemptDir {
+            path: self.root.join(CLUSTER_MOUNTS).join(id),
+        }
     }
 
     /// The directory of an attempt, which need not exist. `None` where the id is no name of a file.
@@ -220,6 +224,24 @@ impl Journal {
             path: self.root.join("attempts").join(id),
         })
     }
+}
+
+/// The directories in one, by name, but for what is half removed.
+fn dirs(root: &Path) -> Result<Vec<AttemptDir>, JournalError> {
+    let mut dirs = Vec::new();
+    for entry in fs::read_dir(root).map_err(at(root))? {
+        let entry = entry.map_err(at(root))?;
+        let gone = entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(GONE.as_bytes());
+        let path = entry.path();
+        if path.is_dir() && !gone {
+            dirs.push(AttemptDir { path });
+        }
+    }
+    dirs.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(dirs)
 }
 
 /// The directory of one attempt.

@@ -1,7 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- supervisor <- agent`.
+//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, share, user} <- mounts <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- supervisor <- agent`.
 //!
 //! `cgroups`, `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
@@ -20,8 +20,10 @@ pub mod journal;
 pub mod launch;
 pub mod lease;
 mod logs;
+mod mounts;
 pub mod reconcile;
 mod session;
+mod share;
 mod shim;
 pub mod status;
 mod supervisor;
@@ -56,6 +58,18 @@ enum Part {
     /// Holds a command that somebody runs beside an attempt, or on this node.
     #[command(hide = true)]
     Exec { dir: PathBuf },
+    /// Holds what is mounted for a job or a cluster.
+    #[command(hide = true)]
+    Mounts {
+        dir: PathBuf,
+        #[arg(long)]
+        held: Option<i32>,
+        #[arg(long)]
+        clean: bool,
+    },
+    /// Mounts, unmounts, or looks at what is mounted.
+    #[command(hide = true)]
+    MountStep,
     /// Shows what lies in a directory.
     #[command(hide = true)]
     Look,
@@ -64,7 +78,9 @@ enum Part {
 /// An agent, or a part of one, as a process. `own` are the arguments that come before those of this command line.
 pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
     match cli.part {
-        Some(Part::Shim { dir }) => shim::main(&dir),
+        Some(Part::Shim { dir }) => shim::main(&dir, own),
+        Some(Part::Mounts { dir, held, clean }) => mounts::main(&dir, held, clean, own),
+        Some(Part::MountStep) => mounts::step(),
         Some(Part::Exec { dir }) => shim::exec(&dir),
         Some(Part::Look) => files::look(),
         None => agent_main(cli.config, own),

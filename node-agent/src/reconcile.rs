@@ -240,7 +240,7 @@ fn observation(found: &Local) -> Option<AttemptObservation> {
 }
 
 /// A report has a bound; what a failure quotes of a job has none.
-fn failure(record: FailureRecord) -> Failure {
+pub fn failure(record: FailureRecord) -> Failure {
     let short = |text: String, most: usize| match text.char_indices().nth(most) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,

@@ -2,6 +2,8 @@
 //!
 //! It holds nothing that matters: who dies here and starts again goes on from the journal.
 
+mod volumes;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -25,10 +27,12 @@ use crate::journal::{
 };
 use crate::launch::{HostFacts, plan};
 use crate::logs::Shipped;
+use crate::mounts;
 use crate::reconcile::{Action, Local, actions, observations, strays};
 use crate::shim;
 use crate::status::{FailureRecord, Phase, Status};
 use crate::watch::Watch;
+pub use volumes::{TAG as MOUNTS_TAG, Volumes};
 
 /// Everything is looked at this often, whatever wakes or does not wake the loop.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -45,6 +49,7 @@ pub struct Supervisor {
     pub facts: HostFacts,
     pub shipped: Shipped,
     pub bundles: Bundles,
+    pub volumes: Volumes,
     /// The arguments that lead to this program's own subcommands.
     pub own: &'static [&'static str],
     pub assignments: watch::Receiver<Option<AssignmentList>>,
@@ -91,6 +96,10 @@ impl Supervisor {
         let mut list = told.unwrap_or_default();
         let (mut local, unread) = self.scan()?;
         if known {
+            if let Err(error) = self.volumes.look(list.mounts.as_ref()) {
+                // Jobs go on, and begin, without it.
+                tracing::error!(%error, "mounts of clusters are not looked after");
+            }
             // About what cannot be looked at nothing is done and nothing is said: it may well run.
             list.assignments
                 .retain(|wanted| !unread.contains(&wanted.attempt));
@@ -112,7 +121,11 @@ impl Supervisor {
         }
         let strays = known.then(|| self.strays(&list, &local)).transpose()?;
         let attempts = observations(&list, &local);
-        let seen = Report { attempts, strays };
+        let seen = Report {
+            attempts,
+            strays,
+            mounts: self.volumes.report(),
+        };
         crash_point!(
             "agent_saw_an_end",
             local.iter().any(|found| {
@@ -249,7 +262,7 @@ impl Supervisor {
                 Ok(())
             }
             (Action::Sweep(_), _) => {
-                self.sweep(id);
+                self.sweep(&dir, id);
                 Ok(())
             }
             (Action::Forget(_), _) => {
@@ -273,6 +286,13 @@ impl Supervisor {
         if have == Have::NotYet {
             return Ok(());
         }
+        let mounted = match assignment.set_up {
+            true => self.volumes.look_for(&dir.id())?,
+            false => Have::Yes,
+        };
+        if mounted == Have::NotYet {
+            return Ok(());
+        }
         dir.create()?;
         crash_point!("agent_made_a_directory");
         if let Err(error) = self.watch.add(dir) {
@@ -284,6 +304,9 @@ impl Supervisor {
         if let Have::Never(why) = have {
             let message = format!("the job's bundle cannot be had: {why}");
             return refuse(dir, "JobBundleFailed", message);
+        }
+        if let Have::Never(why) = mounted {
+            return refuse(dir, mounts::FAILED, why);
         }
         let starts = self.starts.entry(dir.id()).or_default();
         *starts += 1;
@@ -297,6 +320,7 @@ impl Supervisor {
             Err(error) => return refuse(dir, "JobStartRefused", error.to_string()),
         };
         dir.write(ORIGIN, &origin(assignment), true)?;
+        self.volumes.write_down(dir, &plan.mounts)?;
         dir.write(PREPARE, &plan.preparation, true)?;
         crash_point!("agent_wrote_a_plan");
         match self.spawn(dir, &shim::secrets_of(assignment)) {
@@ -345,9 +369,12 @@ impl Supervisor {
         }
     }
 
-    fn sweep(&mut self, id: &str) {
+    fn sweep(&mut self, dir: &AttemptDir, id: &str) {
         let swept = shim::sweep(&self.journal, &self.facts.node_uid, |attempt| attempt != id);
+        // Also where something does not die: it may wait for what is mounted.
+        let clean = self.volumes.is_clean(dir);
         match swept {
+            Ok(()) if !clean => {}
             Ok(()) => {
                 crash_point!("agent_swept");
                 self.swept.insert(id.to_owned());

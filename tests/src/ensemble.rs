@@ -64,6 +64,31 @@ pub fn job_file(below: &Path, name: &str, mut properties: Value) -> PathBuf {
     path
 }
 
+/// What is mounted at or below a directory, the last first.
+pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").expect("this is Linux");
+    let places = text.lines().filter_map(|line| line.split(' ').nth(4));
+    let below = places
+        .map(PathBuf::from)
+        .filter(|path| path.starts_with(dir));
+    let mut below: Vec<_> = below.collect();
+    below.reverse();
+    below
+}
+
+/// Gets everything out of the way that is mounted below a directory: what removes it must not go in there.
+pub fn unmount_below(dir: &Path) {
+    for path in mounts_below(dir) {
+        let _ = Command::new("umount")
+            .arg("-l")
+            .arg("-f")
+            .arg(&path)
+            .output();
+        let _ = Command::new("umount").arg("-l").arg(&path).output();
+    }
+    assert!(mounts_below(dir).is_empty(), "{:?}", mounts_below(dir));
+}
+
 /// A coordinator, agents and their directory.
 pub struct Ensemble {
     dir: TempDir,
@@ -72,6 +97,8 @@ pub struct Ensemble {
     token: String,
     /// More arguments of the coordinator.
     pub coordinator_args: Vec<String>,
+    /// More arguments of agents.
+    pub agent_args: Vec<String>,
     /// Variables that its daemons get, beyond those of the test.
     pub variables: Vec<(String, String)>,
     pub coordinator: Option<Process>,
@@ -102,6 +129,7 @@ impl Ensemble {
             endpoint: String::new(),
             token: String::new(),
             coordinator_args: Vec::new(),
+            agent_args: Vec::new(),
             variables: Vec::new(),
             coordinator: None,
             agents: BTreeMap::new(),
@@ -159,7 +187,8 @@ impl Ensemble {
     /// The same; its jobs run as a user.
     pub fn start_agent_as(&mut self, name: &str, user: &str) {
         let log = self.path().join(format!("{name}.log"));
-        let args = agent_args(self.path(), &self.endpoint, name, user);
+        let mut args = agent_args(self.path(), &self.endpoint, name, user);
+        args.extend(self.agent_args.iter().cloned());
         let variables = [&self.variables()[..], &self.join_token()].concat();
         let process = Process::start_with(args, &variables, &log);
         self.agents.insert(name.to_owned(), process);
@@ -322,6 +351,7 @@ impl Drop for Ensemble {
         self.coordinator = None;
         // Shims outlive their agents by design.
         sweep(self.dir.path());
+        unmount_below(self.dir.path());
         for home in self.groups() {
             let _ = home.end();
         }

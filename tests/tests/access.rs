@@ -788,7 +788,7 @@ fn a_hostile_agent_disturbs_nobody() {
             phase: v1::job_attempt_node::Phase::Ended as i32,
             ..Default::default()
         }],
-        strays: None,
+        ..Default::default()
     };
     let session = |requests: Vec<SessionRequest>| {
         let opened = api.call(agent().session(tokio_stream::iter(requests)));
@@ -814,7 +814,7 @@ fn a_hostile_agent_disturbs_nobody() {
     // More than a report may hold, and floods of it.
     let many = Report {
         attempts: vec![over.attempts[0].clone(); 2000],
-        strays: None,
+        ..Default::default()
     };
     let refused = session(vec![hello("evil", own, many)]).unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument);

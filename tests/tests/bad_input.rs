@@ -101,12 +101,21 @@ fn bad_jobs_are_refused_with_every_fault_and_nothing_is_stored() {
     let fields = vec!["job.cluster".to_owned(), "job.node_count".to_owned()];
     assert_eq!(api.refused(negative), (invalid, fields));
     let not_served = v1::Job {
-        mount_volumes: Some(v1::MountVolumes::default()),
+        container_settings: Some(v1::ContainerSettings {
+            image_source_registry: Some(v1::ImageSourceRegistry {
+                image: "ubuntu".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
         ..job()
     };
     assert_eq!(
         api.refused(not_served),
-        (Code::Unimplemented, vec!["job.mount_volumes".to_owned()])
+        (
+            Code::Unimplemented,
+            vec!["job.container_settings".to_owned()]
+        )
     );
 
     for (id, code) in [

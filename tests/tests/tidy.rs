@@ -61,11 +61,12 @@ const COORDINATOR: [&[&str]; 14] = [
     &["backup", "server"],
     &["lib", "main"],
 ];
-const NODE_AGENT: [&[&str]; 10] = [
+const NODE_AGENT: [&[&str]; 11] = [
     &["cgroups", "status"],
     &["launch", "lease", "reconcile"],
     &["config"],
-    &["hardware", "journal", "user"],
+    &["hardware", "journal", "share", "user"],
+    &["mounts"],
     &["shim", "watch"],
     &["session"],
     &["bundles", "execs", "files", "join", "logs"],

@@ -72,23 +72,26 @@ pub fn check_report(report: &Report) -> Result<(), Status> {
         let texts = stray.job.len() <= TEXT_BYTES_MAX && stray.job_uid.len() <= TEXT_BYTES_MAX;
         hosts && texts && stray.hosts.len() <= RANKS_MAX && stray.seen.is_some()
     });
-    if !small || !fit(told) || !fit(report.attempts.iter()) {
+    let mounts = report.mounts.as_ref();
+    let mounts_fit = mounts.is_none_or(|mounts| {
+        let failure = mounts.failure.as_ref();
+        mounts.cluster_uid.len() <= TEXT_BYTES_MAX
+            && failure.is_none_or(|error| text_of(error) <= FAILURE_BYTES_MAX)
+    });
+    if !small || !mounts_fit || !fit(told) || !fit(report.attempts.iter()) {
         let fault = Fault::new("report", "it is larger than a report can be");
         return Err(ApiError::Invalid(vec![fault]).into());
     }
     Ok(())
 }
 
+fn text_of(error: &ResourceError) -> usize {
+    let details = error.details.iter().map(|d| d.name.len() + d.value.len());
+    error.code.len() + error.message.len() + details.sum::<usize>()
+}
+
 /// Whether observations are few enough, each once, and each small enough.
 fn fit<'a>(seen: impl Iterator<Item = &'a AttemptObservation> + Clone) -> bool {
-    let text_of = |error: &ResourceError| {
-        let details = error
-            .details
-            .iter()
-            .map(|d| d.name.len() + d.value.len())
-            .sum::<usize>();
-        error.code.len() + error.message.len() + details
-    };
     let fits = |seen: &'a AttemptObservation| {
         let error = seen
             .failure

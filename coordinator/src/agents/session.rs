@@ -29,7 +29,7 @@ use crate::replica::hub::Topic;
 use crate::replica::{Handle, ReplicaError};
 use crate::secrets::Vault;
 use crate::state::keys::workspace_of;
-use crate::state::{Rejection, State, assignments::assignments, restore};
+use crate::state::{Rejection, State, assignments::assignments, restore, setup};
 
 /// What a session may have to send and the agent has not taken: it reads at once or is cut off.
 pub const OUTBOX_MAX: usize = 16;
@@ -181,7 +181,7 @@ impl Session {
     async fn report(&self, report: Report) -> Result<(), Status> {
         check_report(&report)?;
         let report = self.own(report);
-        if report.attempts.is_empty() && report.strays.is_none() {
+        if report == Report::default() {
             return Ok(());
         }
         let command = RecordReport {
@@ -209,6 +209,10 @@ impl Session {
             let same = known.flatten().eq(&list.strays);
             let node = state.nodes.get(&self.name);
             !same || node.is_some_and(|node| node.epoch != list.epoch)
+        });
+        report.mounts = report.mounts.filter(|said| {
+            let node = state.nodes.get(&self.name);
+            node.is_some_and(|node| setup::is_news(state, node, said))
         });
         report
     }

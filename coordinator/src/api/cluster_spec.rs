@@ -168,7 +168,6 @@ fn check_setup(faults: &mut Faults, given: NodeSetup) -> NodeSetup {
     }
     if let Some(mounts) = &given.mount_volumes {
         volumes::check_mounts(faults, &format!("{AT}.mount_volumes"), mounts);
-        faults.not_served(&format!("{AT}.mount_volumes"), true);
     }
     let counters = given.performance_counters_settings.map(|given| {
         let at = format!("{AT}.performance_counters_settings.app_insights_reference");
@@ -184,7 +183,7 @@ fn check_setup(faults: &mut Faults, given: NodeSetup) -> NodeSetup {
     });
     NodeSetup {
         setup_task: given.setup_task,
-        mount_volumes: None,
+        mount_volumes: given.mount_volumes,
         performance_counters_settings: counters,
     }
 }

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::access::demand;
 use super::faults::Faults;
-use super::{Api, Replies, cluster_spec, fields, not_found, parse, remote_login, seal};
+use super::{Api, Replies, cluster_spec, fields, not_found, parse, remote_login, seal, volumes};
 use crate::access::SET_UP;
 use crate::call::caller;
 
@@ -36,11 +36,9 @@ impl ClusterService for Api {
         let name = faults.new_name(Noun::Cluster, parent, "cluster_id", id);
         let cluster = cluster_spec::check(&mut faults, request.cluster.unwrap_or_default());
         let name = faults.finish(name)?;
-        if cluster
-            .node_setup
-            .as_ref()
-            .is_some_and(|setup| setup.setup_task.is_some())
-        {
+        if cluster.node_setup.as_ref().is_some_and(|setup| {
+            setup.setup_task.is_some() || volumes::have_commands(setup.mount_volumes.as_ref())
+        }) {
             demand(&caller(), SET_UP, name.as_str())?;
         }
         let mut cluster = Cluster {

@@ -237,7 +237,6 @@ fn check_not_served(faults: &mut Faults, given: &Job) {
     volumes::check_secrets(faults, "job.secrets", &given.secrets, variables);
     if let Some(mounts) = &given.mount_volumes {
         volumes::check_mounts(faults, "job.mount_volumes", mounts);
-        faults.not_served("job.mount_volumes", true);
     }
     if let Some(container) = &given.container_settings {
         check_container(faults, "job.container_settings", container);

@@ -328,7 +328,7 @@ fn blocks_that_are_not_served_are_checked_all_the_same() {
             }],
             unmanaged_file_systems: vec![v1::UnmanagedFileSystem {
                 mount_command: "mount -t nfs".into(),
-                relative_mount_path: "../logs/".into(),
+                relative_mount_path: "/".into(),
             }],
             ..Default::default()
         }),

@@ -21,7 +21,10 @@ use uuid::Uuid;
 use super::access::demand;
 use super::faults::Faults;
 use super::views::Resource as _;
-use super::{Api, Replies, draining, fields, job_spec, not_found, parse, remote_login, seal};
+use super::{
+    Api, Replies, draining, fields, job_spec, not_found, parse, remote_login, seal, volumes,
+};
+use crate::access::SET_UP;
 use crate::call::caller;
 
 /// What a watcher or reader has not taken yet; one that is slow waits for itself only.
@@ -232,6 +235,10 @@ impl Api {
                 "batchai/workspaces/experiments/jobs/write",
                 &job.cluster,
             )?;
+            // It is run as root, on every node of the job.
+            if volumes::have_commands(job.mount_volumes.as_ref()) {
+                demand(&caller, SET_UP, &job.cluster)?;
+            }
         }
         self.use_bundles(jobs).await
     }

@@ -1,7 +1,8 @@
-//! PURE. Checks volumes and secrets, wherever they stand. Volumes and references to a key vault are not served yet; what is
-//! wrong with them is said all the same.
+//! PURE. Checks volumes and secrets, wherever they stand. Azure's storage, file servers and references to a key vault are not served
+//! yet; what is wrong with them is said all the same.
 
 use batchai_common::names::Kind as Noun;
+use batchai_common::paths;
 use batchai_proto::v1::{
     EnvironmentVariableWithSecretValue, KeyVaultSecretReference, MountVolumes, NameValuePair,
     StorageCredentials,
@@ -17,7 +18,12 @@ const SECRET_BYTES_MAX: usize = 32 << 10;
 /// Checks what to mount.
 pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
     let mut places = Vec::new();
-    for (i, share) in given.azure_file_shares.iter().enumerate().take(LIST_MAX) {
+    for (i, share) in given
+        .azure_file_shares
+        .iter()
+        .enumerate()
+        .take(LIST_MAX + 1)
+    {
         let at = format!("{field}.azure_file_shares[{i}]");
         faults.text(&format!("{at}.account_name"), &share.account_name, true);
         faults.text(&format!("{at}.azure_file_url"), &share.azure_file_url, true);
@@ -34,7 +40,7 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
         .azure_blob_file_systems
         .iter()
         .enumerate()
-        .take(LIST_MAX)
+        .take(LIST_MAX + 1)
     {
         let at = format!("{field}.azure_blob_file_systems[{i}]");
         faults.text(&format!("{at}.account_name"), &blob.account_name, true);
@@ -43,7 +49,7 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
         credentials(faults, &at, blob.credentials.as_ref());
         places.push((at, blob.relative_mount_path.as_str()));
     }
-    for (i, server) in given.file_servers.iter().enumerate().take(LIST_MAX) {
+    for (i, server) in given.file_servers.iter().enumerate().take(LIST_MAX + 1) {
         let at = format!("{field}.file_servers[{i}]");
         faults.name(
             &format!("{at}.file_server"),
@@ -62,39 +68,61 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
         .unmanaged_file_systems
         .iter()
         .enumerate()
-        .take(LIST_MAX)
+        .take(LIST_MAX + 1)
     {
         let at = format!("{field}.unmanaged_file_systems[{i}]");
         faults.text(&format!("{at}.mount_command"), &system.mount_command, true);
         places.push((at, system.relative_mount_path.as_str()));
     }
-    let longest = given
-        .azure_file_shares
-        .len()
-        .max(given.azure_blob_file_systems.len())
-        .max(given.file_servers.len())
-        .max(given.unmanaged_file_systems.len());
-    if longest > LIST_MAX {
-        faults.invalid(
-            field,
-            format!("has a list of more than {LIST_MAX} elements"),
-        );
+    if places.len() > LIST_MAX {
+        faults.invalid(field, format!("has more than {LIST_MAX} volumes"));
     }
     check_places(faults, &places);
+    refuse_others(faults, field, given);
 }
 
-/// Every volume has a place of its own below the mount root.
+/// What nodes cannot mount yet.
+fn refuse_others(faults: &mut Faults, field: &str, given: &MountVolumes) {
+    for (list, set) in [
+        ("azure_file_shares", !given.azure_file_shares.is_empty()),
+        (
+            "azure_blob_file_systems",
+            !given.azure_blob_file_systems.is_empty(),
+        ),
+        ("file_servers", !given.file_servers.is_empty()),
+    ] {
+        faults.not_served(&format!("{field}.{list}"), set);
+    }
+}
+
+/// Whether nodes are told what to run, as root.
+pub fn have_commands(given: Option<&MountVolumes>) -> bool {
+    given.is_some_and(|given| !given.unmanaged_file_systems.is_empty())
+}
+
+/// Every volume has a place of its own below the mount root, and none lies in another.
 fn check_places(faults: &mut Faults, places: &[(String, &str)]) {
-    for (i, (at, path)) in places.iter().enumerate() {
+    let mut taken: Vec<String> = Vec::new();
+    for (at, path) in places {
         let at = format!("{at}.relative_mount_path");
         faults.text(&at, path, true);
-        if path.starts_with('/') || path.split('/').any(|part| part == "..") {
-            faults.invalid(&at, "must be a relative path without `..`");
+        let Some(plain) = paths::below(path) else {
+            faults.invalid(
+                &at,
+                "must be a relative path below the mount root, without `..`",
+            );
+            continue;
+        };
+        let clash = taken
+            .iter()
+            .find(|other| paths::is_within(&plain, other) || paths::is_within(other, &plain));
+        if let Some(other) = clash {
+            faults.invalid(
+                at,
+                format!("is, or lies in or around, the place of another volume: {other}"),
+            );
         }
-        let same = |other: &str| other.trim_matches('/') == path.trim_matches('/');
-        if places[..i].iter().any(|(_, other)| same(other)) {
-            faults.invalid(at, "is the place of another volume already");
-        }
+        taken.push(plain);
     }
 }
 

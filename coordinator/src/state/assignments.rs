@@ -1,12 +1,12 @@
 //! PURE. What every node shall do, derived from the State: nothing of it is stored.
 
 use batchai_proto::agent::v1::assignment::Desired;
-use batchai_proto::agent::v1::{Assignment, AssignmentList, Host};
+use batchai_proto::agent::v1::{Assignment, AssignmentList, ClusterMounts, Host};
 use batchai_proto::{secrets, v1};
 
 use super::attempts::{Attempt, Phase, Work};
 use super::keys::workspace_of;
-use super::{Node, State, loss, restore};
+use super::{Node, State, loss, restore, setup};
 
 /// The whole list of a node's assignments. A node that does not exist has none. Secrets are as they lie in the State: sealed.
 pub fn assignments(state: &State, name: &str) -> AssignmentList {
@@ -23,7 +23,18 @@ pub fn assignments(state: &State, name: &str) -> AssignmentList {
             .filter(|(_, stray)| stray.discarded)
             .map(|(attempt, _)| attempt.to_owned())
             .collect(),
+        mounts: cluster_mounts(state, node),
     }
+}
+
+/// What is mounted on a node because of its cluster.
+fn cluster_mounts(state: &State, node: &Node) -> Option<ClusterMounts> {
+    let cluster = state.clusters.get(node.cluster.as_ref()?)?;
+    Some(ClusterMounts {
+        cluster: cluster.spec.name.clone(),
+        uid: cluster.spec.uid.clone(),
+        volumes: Some(setup::mounts(cluster)?.clone()),
+    })
 }
 
 fn assignment(state: &State, attempt: &Attempt, name: &str) -> Option<Assignment> {

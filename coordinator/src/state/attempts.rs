@@ -280,6 +280,9 @@ pub(super) fn record(step: &mut Step<'_>, command: &RecordReport) -> Result<(), 
     if let Some(strays) = &report.strays {
         restore::take_in(step, &command.node, strays);
     }
+    if let Some(mounts) = &report.mounts {
+        setup::take_in(step, &command.node, mounts);
+    }
     Ok(())
 }
 

@@ -83,7 +83,7 @@ fn an_earlier_incarnation_of_a_node_is_not_believed() {
         incarnation: "0".into(),
         report: Some(Report {
             attempts: vec![seen],
-            strays: None,
+            ..Report::default()
         }),
     };
     let refused = e.try_apply(C::RecordReport(stale));

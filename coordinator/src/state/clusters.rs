@@ -169,6 +169,7 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Reject
             node.leaving = false;
         });
         setup::forget(step, node);
+        setup::remount(step, name, node);
     }
     step.state.clusters.remove(name);
     step.state.deleting.remove(name);

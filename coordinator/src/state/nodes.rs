@@ -205,6 +205,7 @@ pub(super) fn allocate(step: &mut Step<'_>, command: &AllocateNode) -> Result<()
     clusters::change(step, &command.cluster, |cluster| {
         cluster.members.insert(command.node.clone());
     });
+    setup::remount(step, &command.cluster, &command.node);
     Ok(())
 }
 
@@ -254,6 +255,7 @@ pub(super) fn free_if_leaving(step: &mut Step<'_>, name: &str) {
             node.leaving = false;
         });
         setup::forget(step, name);
+        setup::remount(step, cluster, name);
         clusters::change(step, cluster, |cluster| {
             cluster
                 .members

@@ -176,6 +176,7 @@ impl Crowd {
                 report: Some(Report {
                     attempts: vec![seen],
                     strays: None,
+                    ..Default::default()
                 }),
             }));
         }

@@ -51,6 +51,7 @@ fn tell(e: &mut Ensemble, node: &str, epoch: i64, strays: &[Stray]) {
                 epoch,
                 strays: strays.to_vec(),
             }),
+            ..Report::default()
         }),
     };
     e.ok(C::RecordReport(report));

@@ -1,5 +1,5 @@
-//! PURE. The set-up of nodes for their clusters: a task that runs on every node when it joins, and after each reboot, before it
-//! takes jobs.
+//! PURE. The set-up of nodes for their clusters: what is mounted there and the task that runs on every node when it joins, and after
+//! each reboot, before it takes jobs.
 //!
 //! ```text
 //! (none) -> an attempt of its own -> done | failed
@@ -13,6 +13,7 @@ use batchai_common::fault;
 use std::sync::Arc;
 
 use batchai_common::names::Kind;
+use batchai_proto::agent::v1::MountsReport;
 use batchai_proto::internal::v1::SetUpNode;
 use batchai_proto::v1;
 
@@ -35,11 +36,32 @@ pub struct Setup {
     pub retries: i32,
     /// Why it is not tried again.
     pub error: Option<v1::ResourceError>,
+    /// What is the matter with what is mounted for the cluster, as the node said last.
+    pub unavailable: Option<v1::ResourceError>,
 }
 
 /// What a cluster wants done on its nodes.
 fn task(cluster: &Cluster) -> Option<&v1::SetupTask> {
     cluster.spec.node_setup.as_ref()?.setup_task.as_ref()
+}
+
+/// What a cluster wants mounted on its nodes, for as long as they are its own.
+pub fn mounts(cluster: &Cluster) -> Option<&v1::MountVolumes> {
+    let setup = cluster.spec.node_setup.as_ref()?;
+    let mounts = setup.mount_volumes.as_ref();
+    mounts.filter(|mounts| **mounts != v1::MountVolumes::default())
+}
+
+fn wants_any(cluster: &Cluster) -> bool {
+    task(cluster).is_some() || mounts(cluster).is_some()
+}
+
+/// A node belongs to a cluster, or does not any more: what is mounted there changes where that wants anything mounted.
+pub(super) fn remount(step: &mut Step<'_>, cluster: &str, node: &str) {
+    let cluster = step.state.clusters.get(cluster);
+    if cluster.is_some_and(|cluster| mounts(cluster).is_some()) {
+        nodes::assign(step, node);
+    }
 }
 
 /// What is known of this incarnation of a node; or that its set-up was lost too often, in whatever incarnation: one that reboots its
@@ -59,13 +81,37 @@ impl Setup {
 pub fn is_done(state: &State, node: &Node) -> bool {
     let cluster = node.cluster.as_ref().and_then(|c| state.clusters.get(c));
     fault!("set_up_not_awaited")
-        || cluster.is_none_or(|cluster| task(cluster).is_none())
-        || current(node).is_some_and(|setup| setup.done)
+        || cluster.is_none_or(|cluster| !wants_any(cluster))
+        || current(node).is_some_and(|setup| setup.done && setup.unavailable.is_none())
 }
 
 /// Why a node will not be as its cluster wants it.
 pub fn error(node: &Node) -> Option<&v1::ResourceError> {
-    current(node)?.error.as_ref()
+    let setup = current(node)?;
+    setup.error.as_ref().or(setup.unavailable.as_ref())
+}
+
+/// Whether a node says something new of what is mounted there for its cluster.
+pub fn is_news(state: &State, node: &Node, said: &MountsReport) -> bool {
+    let cluster = node.cluster.as_ref().and_then(|c| state.clusters.get(c));
+    let setup = node.setup.as_ref();
+    cluster.is_some_and(|cluster| cluster.spec.uid == said.cluster_uid)
+        && setup.is_some_and(|setup| setup.unavailable != said.failure)
+}
+
+/// Takes in what a node says of what is mounted there for its cluster.
+pub(super) fn take_in(step: &mut Step<'_>, name: &str, said: &MountsReport) {
+    let node = step.state.nodes.get(name).cloned();
+    let Some(node) = node.filter(|node| is_news(step.state, node, said)) else {
+        return;
+    };
+    nodes::change(step, name, |node| {
+        if let Some(setup) = &mut node.setup {
+            setup.unavailable.clone_from(&said.failure);
+        }
+    });
+    // How many of its nodes can be used is part of it.
+    super::clusters::change(step, node.cluster.as_deref().unwrap_or_default(), |_| {});
 }
 
 /// Whether the set-up of a node is to begin.
@@ -141,6 +187,7 @@ pub(super) fn begin(step: &mut Step<'_>, command: &SetUpNode) -> Result<(), Reje
             done: false,
             retries,
             error: None,
+            unavailable: None,
         });
     });
     nodes::assign(step, name);
@@ -149,7 +196,12 @@ pub(super) fn begin(step: &mut Step<'_>, command: &SetUpNode) -> Result<(), Reje
 
 /// The task in the form of a job: what nodes know how to run.
 fn spec(cluster: &Cluster) -> v1::Job {
-    let task = task(cluster).cloned().unwrap_or_default();
+    let task = task(cluster).cloned().unwrap_or_else(|| v1::SetupTask {
+        // There is nothing to run, and nobody reads its logs: they stay in its own directory.
+        std_out_err_path_prefix: "$AZ_BATCHAI_JOB_TEMP".to_owned(),
+        command_line: "true".to_owned(),
+        ..v1::SetupTask::default()
+    });
     v1::Job {
         name: cluster.spec.name.clone(),
         uid: cluster.spec.uid.clone(),

@@ -381,6 +381,7 @@ fn add_node(state: &mut State, stored: StoredNode) -> Result<(), SnapshotError> 
             done: setup.done,
             retries: setup.retries,
             error: setup.error,
+            unavailable: setup.unavailable,
         }),
     };
     state.nodes.insert(seen.name, Arc::new(node));

@@ -152,6 +152,7 @@ pub(super) fn node(name: &str, node: &Node) -> StoredNode {
             done: setup.done,
             retries: setup.retries,
             error: setup.error.clone(),
+            unavailable: setup.unavailable.clone(),
         }),
     }
 }

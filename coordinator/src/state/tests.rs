@@ -1,6 +1,6 @@
 //! Tells the story of jobs to `apply`, one command at a time, and checks every invariant after each.
 
-use batchai_proto::agent::v1::{AttemptObservation, Failure, Report};
+use batchai_proto::agent::v1::{AttemptObservation, Failure, MountsReport, Report};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
     Command, CreateJobs, DataKey, Delete, InitEnsemble, PutDataKey, RaiseFeatureLevel,
@@ -308,7 +308,7 @@ impl Ensemble {
             node,
             report: Some(Report {
                 attempts: vec![observation],
-                strays: None,
+                ..Report::default()
             }),
         };
         self.ok(C::RecordReport(report));
@@ -959,6 +959,82 @@ fn a_set_up_that_fails_keeps_its_node_out_and_says_why() {
     let node = &e.state.nodes["nodes/n0"];
     assert_eq!(setup::error(node).unwrap().code, "NodeLost");
     assert_eq!(node.attempt, None);
+}
+
+#[test]
+fn a_node_has_the_mounts_of_its_cluster_and_says_how_they_stand() {
+    let mut e = Ensemble::new(0);
+    let name = format!("{WORKSPACE}/clusters/m");
+    let cluster = v1::Cluster {
+        name: name.clone(),
+        uid: "u".into(),
+        vm_size: "small".into(),
+        scale_settings: Some(v1::ScaleSettings {
+            manual: Some(v1::ManualScaleSettings {
+                target_node_count: 1,
+                ..Default::default()
+            }),
+            auto_scale: None,
+        }),
+        node_setup: Some(v1::NodeSetup {
+            mount_volumes: Some(v1::MountVolumes {
+                unmanaged_file_systems: vec![v1::UnmanagedFileSystem::default()],
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    e.register("nodes/n0", "1");
+    e.settle();
+    let list = |e: &Ensemble| assignments::assignments(&e.state, "nodes/n0");
+    assert_eq!(list(&e).mounts, None);
+    let before = list(&e).revision;
+    e.ok(C::CreateCluster(cluster.clone()));
+    e.settle();
+    let mounts = list(&e).mounts.unwrap();
+    assert_eq!((mounts.cluster, mounts.uid.as_str()), (name.clone(), "u"));
+    assert_eq!(mounts.volumes, cluster.node_setup.unwrap().mount_volumes);
+    assert!(list(&e).revision > before);
+    // It is set up though there is no task, and waits for its mounts there.
+    assert!(list(&e).assignments[0].set_up);
+    e.set_up("nodes/n0", 0);
+    let node = |e: &Ensemble| e.state.nodes["nodes/n0"].clone();
+    assert!(setup::is_done(&e.state, &node(&e)));
+    let say = |e: &mut Ensemble, uid: &str, code: Option<&str>| {
+        let failure = code.map(|code| attempts::error(code, "why", &[]));
+        let mounts = MountsReport {
+            cluster_uid: uid.into(),
+            failure,
+        };
+        let known = node(e);
+        e.ok(C::RecordReport(RecordReport {
+            node: "nodes/n0".into(),
+            uid: known.uid.clone(),
+            incarnation: known.incarnation.clone(),
+            report: Some(Report {
+                mounts: Some(mounts),
+                ..Report::default()
+            }),
+        }));
+        e.settle();
+    };
+    say(&mut e, "another", Some("MountUnavailable"));
+    assert!(setup::is_done(&e.state, &node(&e)));
+    say(&mut e, "u", Some("MountUnavailable"));
+    assert!(!setup::is_done(&e.state, &node(&e)) && !setup::is_due(&e.state, &node(&e)));
+    assert_eq!(setup::error(&node(&e)).unwrap().code, "MountUnavailable");
+    say(&mut e, "u", None);
+    assert!(setup::is_done(&e.state, &node(&e)));
+    assert_eq!(setup::error(&node(&e)), None);
+    // A cluster that goes takes them along.
+    let before = list(&e).revision;
+    e.ok(C::Delete(Delete {
+        name,
+        ..Delete::default()
+    }));
+    assert_eq!(list(&e).mounts, None);
+    assert!(list(&e).revision > before);
 }
 
 #[test]

@@ -18,6 +18,7 @@ mod pytorch;
 mod script;
 mod tensorflow;
 mod users;
+mod volumes;
 
 use std::collections::BTreeMap;
 
@@ -31,6 +32,7 @@ use crate::cgroups::{Bound, Group, Isolation, asked};
 pub use environment::ATTEMPT_TAG;
 use paths::Paths;
 pub use users::{JobLimit, JobUser, JobUsers, Limited};
+pub use volumes::{How, Mount, of as mounts};
 
 /// One process on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +75,9 @@ pub struct Preparation {
     /// Of those of them that lie in the mount root: up to where they are this job's own, and nobody else's to look into.
     #[serde(default)]
     pub own: Vec<String>,
+    /// What is mounted on, of the job's own.
+    #[serde(default)]
+    pub mount_points: Vec<String>,
     /// Path and content.
     pub files: Vec<(String, String)>,
     /// The bundle on this host that is unpacked, and where to.
@@ -170,6 +175,12 @@ pub enum LaunchError {
          there (facts.enforcedLimits of the node says what it can); leave the limit out, or run the agent as root on a host that has them"
     )]
     NotLimited { node: String, what: &'static str },
+    #[error("this agent cannot mount {what}; upgrade the agent")]
+    UnknownVolume { what: &'static str },
+    #[error(
+        "{path} is no place for a volume: it leads out of the mount root, or is that of another"
+    )]
+    BadPlace { path: String },
     #[error("this agent cannot launch the job's toolkit; upgrade the agent")]
     UnknownToolkit,
 }
@@ -178,6 +189,8 @@ pub enum LaunchError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     pub preparation: Preparation,
+    /// What is mounted for the time of the job.
+    pub mounts: Vec<Mount>,
     pub processes: Vec<ProcessPlan>,
 }
 
@@ -192,29 +205,39 @@ struct Context<'a> {
     env: BTreeMap<String, String>,
 }
 
+impl<'a> Context<'a> {
+    fn of(assignment: &'a Assignment, facts: &'a HostFacts) -> Result<Context<'a>, LaunchError> {
+        let job = assignment.job.as_ref();
+        let job = job.ok_or(LaunchError::Incomplete { what: "job" })?;
+        let user = facts.users.of(assignment)?;
+        let paths = Paths::of(job, assignment, &facts.root)?;
+        let env = environment::common(assignment, (job, user.as_ref()), facts, &paths)?;
+        Ok(Context {
+            assignment,
+            job,
+            facts,
+            user,
+            paths,
+            env,
+        })
+    }
+}
+
 /// Plans an attempt on this host.
 ///
 /// # Errors
 /// Says what in the job makes no sense here.
 pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchError> {
-    let job = assignment
-        .job
-        .as_ref()
-        .ok_or(LaunchError::Incomplete { what: "job" })?;
+    let context = Context::of(assignment, facts)?;
     check_addresses(assignment)?;
-    let user = facts.users.of(assignment)?;
-    let paths = Paths::of(job, assignment, &facts.root)?;
-    let env = environment::common(assignment, (job, user.as_ref()), facts, &paths)?;
-    let context = Context {
-        assignment,
-        job,
-        facts,
-        user,
-        paths,
-        env,
-    };
+    let volumes = context.job.mount_volumes.as_ref();
+    let mounts = mounts(volumes, &context.paths.job_mount_root)?;
     Ok(Plan {
-        preparation: preparation(&context)?,
+        preparation: Preparation {
+            mount_points: mounts.iter().map(|mount| mount.path.clone()).collect(),
+            ..preparation(&context)?
+        },
+        mounts,
         processes: processes(&context)?,
     })
 }
@@ -250,19 +273,7 @@ pub fn beside(
     assignment: &Assignment,
     facts: &HostFacts,
 ) -> Result<(BTreeMap<String, String>, String), LaunchError> {
-    let job = assignment.job.as_ref();
-    let job = job.ok_or(LaunchError::Incomplete { what: "job" })?;
-    let user = facts.users.of(assignment)?;
-    let paths = Paths::of(job, assignment, &facts.root)?;
-    let env = environment::common(assignment, (job, user.as_ref()), facts, &paths)?;
-    let context = Context {
-        assignment,
-        job,
-        facts,
-        user,
-        paths,
-        env,
-    };
+    let context = Context::of(assignment, facts)?;
     let env = environment::for_preparation(&context)?;
     Ok((env, context.paths.job_temp))
 }
@@ -325,6 +336,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         wipe: paths.job_temp_dir.clone(),
         directories: paths.directories(),
         own: paths.own(&job.job_output_directory_path_segment),
+        mount_points: Vec::new(),
         files: host_files(context),
         bundle: bundle(context),
         user: context.user.clone(),

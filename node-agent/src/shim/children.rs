@@ -8,6 +8,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::logs::last_words;
 use super::run::{Ending, PREPARATION, Running, SETUP, Shim};
+use super::volumes::Volumes;
 use super::{ShimError, system};
 use crate::cgroups::Bound;
 use crate::journal::{LOGS, SETUP_FAILED};
@@ -65,6 +66,9 @@ impl Shim {
                 self.log
                     .say(&format!("log files are not copied to {to} any more"));
             }
+            if self.volumes.holder() == Some(pid) {
+                self.mounts_lost()?;
+            }
             let Some(at) = self.running.iter().position(|running| running.pid == pid) else {
                 continue;
             };
@@ -94,6 +98,10 @@ impl Shim {
             let said = self.dir.read(SETUP_FAILED)?;
             let failure = self.out_of_memory(exit, None, "").or(said);
             self.fail(failure.unwrap_or(unsaid));
+            return Ok(());
+        }
+        if matches!(self.volumes, Volumes::Directories) {
+            self.mount();
             return Ok(());
         }
         self.start_copier();

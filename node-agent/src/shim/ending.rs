@@ -98,8 +98,10 @@ impl Shim {
 
     /// Everything that the attempt started and that has not ended.
     fn tree(&self) -> Vec<i32> {
+        // They serve what runs to its end, and end after it.
         let copier = self.copier.as_ref().map(|copier| copier.pid);
-        let mut tree = tree::descendants(std::process::id() as i32, copier);
+        let serve: Vec<_> = copier.into_iter().chain(self.volumes.holder()).collect();
+        let mut tree = tree::descendants(std::process::id() as i32, &serve);
         // Known by themselves, should the kernel not tell whose child is whose.
         let known = self.running.iter().map(|running| running.pid);
         let grouped = self.plan.group.iter().flat_map(Group::processes);
@@ -131,6 +133,7 @@ impl Shim {
         self.log.say("ended");
         self.leave_group();
         self.finish_copy();
+        self.unmount();
         self.status.phase = Phase::Ended;
         self.status.stuck.clear();
         self.status.files = self.dir.logs()?;

@@ -314,7 +314,7 @@ impl Holder {
 
     /// Everything that the command started and that has not ended.
     fn tree(&self) -> Vec<i32> {
-        let mut tree = tree::descendants(std::process::id() as i32, None);
+        let mut tree = tree::descendants(std::process::id() as i32, &[]);
         tree.extend(self.group.iter().flat_map(Group::processes));
         tree.sort_unstable();
         tree.dedup();

@@ -19,9 +19,9 @@ mod rotation;
 mod run;
 mod seats;
 mod secrets;
-mod share;
 mod tree;
 mod unpack;
+mod volumes;
 
 use std::io::Write as _;
 use std::path::Path;
@@ -84,10 +84,12 @@ fn take_signals() -> Result<SignalFd, ShimError> {
 }
 
 /// The shim as a process. What goes wrong is said on standard error, which is a file of the attempt.
-pub fn main(path: &Path) -> ExitCode {
-    match begin(&AttemptDir {
+/// `own` are the arguments that lead to this program's own subcommands.
+pub fn main(path: &Path, own: &[&str]) -> ExitCode {
+    let dir = AttemptDir {
         path: path.to_owned(),
-    }) {
+    };
+    match begin(&dir, own) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tell(&format!("shim: {error}"));
@@ -101,7 +103,7 @@ fn tell(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-fn begin(dir: &AttemptDir) -> Result<(), ShimError> {
+fn begin(dir: &AttemptDir, own: &[&str]) -> Result<(), ShimError> {
     shutdown::keep_memory_private();
     let secrets = secrets::take()?;
     // Whoever comes second, at any time, does nothing.
@@ -113,7 +115,8 @@ fn begin(dir: &AttemptDir) -> Result<(), ShimError> {
     setsid().map_err(system("setsid"))?;
     // Orphans of the job become its children, so that none can leave its tree.
     prctl::set_child_subreaper(true).map_err(system("subreaper"))?;
-    let shim = run::Shim::new(dir.clone(), secrets)?;
+    let own = own.iter().map(|argument| (*argument).to_owned());
+    let shim = run::Shim::new(dir.clone(), secrets, own.collect())?;
     if let Some(group) = &shim.plan.group {
         group.create().map_err(system("make the group"))?;
     }

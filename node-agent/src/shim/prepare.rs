@@ -6,22 +6,33 @@
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use batchai_common::paths;
 use nix::unistd::geteuid;
 
 use super::root::MARKER;
-use super::share;
 use super::unpack::{bound_memory, unpack};
 use crate::cgroups::unescape;
 use crate::journal::{AttemptDir, SETUP_FAILED};
 use crate::launch::Preparation;
+use crate::share;
 use crate::status::FailureRecord;
 use crate::user::{take_groups, with_files_of};
 
+/// What of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    All,
+    /// What things are mounted on, and all that does not lie in what is mounted.
+    BeforeMounts,
+    /// The rest.
+    AfterMounts,
+}
+
 /// Prepares an attempt; returns an exit code. What went wrong is left in a file of the attempt's directory.
-pub fn run(dir: &AttemptDir, plan: &Preparation) -> i32 {
-    let Err(failure) = prepare(plan) else {
+pub fn run(dir: &AttemptDir, plan: &Preparation, part: Part) -> i32 {
+    let Err(failure) = prepare(plan, part) else {
         return 0;
     };
     if let Err(error) = dir.write(SETUP_FAILED, &failure, false) {
@@ -30,15 +41,13 @@ pub fn run(dir: &AttemptDir, plan: &Preparation) -> i32 {
     1
 }
 
-fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
-    // What an earlier job left is no fault of this one.
-    let wiped = wipe(Path::new(&plan.wipe));
-    wiped.map_err(|e| failure("clear", &plan.wipe, &e, true))?;
-    for directory in plan.directories.iter().filter(|path| is_own(plan, path)) {
-        let made = make_own(Path::new(&plan.wipe), Path::new(directory), plan);
-        made.map_err(|e| failure("make directory", directory, &e, true))?;
+fn prepare(plan: &Preparation, part: Part) -> Result<(), FailureRecord> {
+    if part != Part::AfterMounts {
+        make_way(plan)?;
     }
-    share_mount_root(plan)?;
+    if part == Part::BeforeMounts {
+        return Ok(());
+    }
     let bundle = match &plan.bundle {
         None => None,
         // That the node has lost its copy is no fault of the job.
@@ -54,6 +63,19 @@ fn prepare(plan: &Preparation) -> Result<(), FailureRecord> {
     }
     // What the job chooses is done with the rights that the job has.
     with_files_of(plan.user.as_ref(), || for_job(plan, bundle))
+}
+
+/// Clears what earlier jobs left, and makes what is the service's to make.
+fn make_way(plan: &Preparation) -> Result<(), FailureRecord> {
+    // What an earlier job left is no fault of this one.
+    let wiped = wipe(Path::new(&plan.wipe));
+    wiped.map_err(|e| failure("clear", &plan.wipe, &e, true))?;
+    let made = plan.directories.iter().chain(&plan.mount_points);
+    for directory in made.filter(|path| is_own(plan, path)) {
+        let made = make_own(Path::new(&plan.wipe), Path::new(directory), plan);
+        made.map_err(|e| failure("make directory", directory, &e, true))?;
+    }
+    share_mount_root(plan)
 }
 
 fn for_job(plan: &Preparation, bundle: Option<(fs::File, &String)>) -> Result<(), FailureRecord> {
@@ -78,9 +100,10 @@ fn for_job(plan: &Preparation, bundle: Option<(fs::File, &String)>) -> Result<()
     Ok(())
 }
 
-/// A directory below that of all jobs is the service's to make; the others are where the job wants them.
+/// A directory below that of all jobs is the service's to make; the others are where the job wants them, or in what is mounted.
 fn is_own(plan: &Preparation, path: &str) -> bool {
-    Path::new(path).starts_with(&plan.wipe)
+    let mounted = |point: &String| path != point && paths::is_within(path, point);
+    Path::new(path).starts_with(&plan.wipe) && !plan.mount_points.iter().any(mounted)
 }
 
 /// Makes a directory of the job's below that of all jobs: its user's, and nobody else's to look into.
@@ -103,7 +126,10 @@ fn share_mount_root(plan: &Preparation) -> Result<(), FailureRecord> {
     if plan.user.is_some() {
         let open = fs::set_permissions(root, Permissions::from_mode(0o755));
         open.map_err(|e| failure("open", "the mount root", &e, true))?;
-        for own in &plan.own {
+        // What is mounted has rights of its own, also where it is of the same file system.
+        let points = mount_points(root).map_err(|e| failure("look for", "mounts", &e, true))?;
+        let here = |own: &&String| !points.iter().any(|point| Path::new(own).starts_with(point));
+        for own in plan.own.iter().filter(here) {
             let made = share::make_own(root, Path::new(own), plan.user.as_ref());
             made.map_err(|e| failure("make directory", own, &e, false))?;
         }
@@ -127,21 +153,23 @@ fn failure(what: &str, path: &str, error: &io::Error, infrastructure: bool) -> F
     }
 }
 
+/// What is mounted below a directory, as that directory is named here.
+fn mount_points(root: &Path) -> io::Result<Vec<PathBuf>> {
+    let real = root.canonicalize()?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    let points = points.map(unescape).filter(|point| *point != real);
+    let below = points.filter_map(|point| Some(root.join(point.strip_prefix(&real).ok()?)));
+    Ok(below.collect())
+}
+
 /// Removes what earlier jobs left. It never follows a link, and never goes into a mount.
 fn wipe(root: &Path) -> io::Result<()> {
     if !root.exists() {
         return Ok(());
     }
     let root = root.canonicalize()?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let points = mounts
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(unescape);
-    if let Some(point) = points
-        .into_iter()
-        .find(|p| *p != root && p.starts_with(&root))
-    {
+    if let Some(point) = mount_points(&root)?.first() {
         return Err(io::Error::other(format!(
             "{} is still mounted",
             point.display()

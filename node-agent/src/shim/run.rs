@@ -24,6 +24,7 @@ use super::copier::{self, Copier};
 use super::logs::{Drained, ExecutionLog, Stream};
 use super::process::Rights;
 use super::secrets::Secrets;
+use super::volumes::Volumes;
 use super::{ShimError, ports, prepare, process, system};
 use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, STATUS, STOP};
 use crate::launch::{Preparation, ProcessPlan};
@@ -87,6 +88,9 @@ pub struct Shim {
     /// The status on disk is not the latest.
     pub(super) unsaid: bool,
     pub(super) copier: Option<Copier>,
+    pub(super) volumes: Volumes,
+    /// The arguments that lead to this program's own subcommands.
+    pub(super) own: Vec<String>,
     /// What its processes may have open, as it was before the shim took more for itself.
     pub(super) open_files: Option<(u64, u64)>,
     pub(super) signals: SignalFd,
@@ -94,7 +98,7 @@ pub struct Shim {
 }
 
 impl Shim {
-    pub fn new(dir: AttemptDir, secrets: Secrets) -> Result<Shim, ShimError> {
+    pub fn new(dir: AttemptDir, secrets: Secrets, own: Vec<String>) -> Result<Shim, ShimError> {
         let plan: Preparation = dir.read(PREPARE)?.ok_or(ShimError::NoPlan)?;
         let signals = super::take_signals()?;
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC);
@@ -121,6 +125,8 @@ impl Shim {
             launched: false,
             unsaid: false,
             copier: None,
+            volumes: Volumes::None,
+            own,
             open_files: limits::raise_open_files().ok(),
             signals,
             inotify,
@@ -159,9 +165,23 @@ impl Shim {
             return Ok(());
         }
         self.log.say("preparing");
+        if !self.plan.mount_points.is_empty() {
+            self.volumes = Volumes::Directories;
+        }
+        self.make_directories();
+        Ok(())
+    }
+
+    /// Has directories made: all of them; or those that are mounted on, and then, when everything is mounted, the others.
+    pub(super) fn make_directories(&mut self) {
+        let part = match self.volumes {
+            Volumes::None => prepare::Part::All,
+            Volumes::Directories => prepare::Part::BeforeMounts,
+            Volumes::Mounting(_) | Volumes::Mounted(_) => prepare::Part::AfterMounts,
+        };
         let (dir, plan) = (self.dir.clone(), self.plan.clone());
         match process::helper((plan.group.as_ref(), &plan.bounds), || {
-            prepare::run(&dir, &plan)
+            prepare::run(&dir, &plan, part)
         }) {
             Ok(pid) => {
                 crash_point!("shim_forked_its_helper");
@@ -179,7 +199,6 @@ impl Shim {
                 ..FailureRecord::default()
             }),
         }
-        Ok(())
     }
 
     pub(super) fn ready(&mut self) {
@@ -266,6 +285,10 @@ impl Shim {
             .read_events()
             .is_ok_and(|events| !events.is_empty())
         {}
+        if !matches!(self.ending, Ending::No) {
+            return Ok(());
+        }
+        self.look_at_mounts()?;
         if !matches!(self.ending, Ending::No) {
             return Ok(());
         }

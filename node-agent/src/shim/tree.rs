@@ -20,13 +20,13 @@ pub enum SweepError {
     System(#[from] io::Error),
 }
 
-/// All descendants of a process, but for one that is left alone with what is below it.
-pub fn descendants(root: i32, except: Option<i32>) -> Vec<i32> {
+/// All descendants of a process, but for some that are left alone with what is below them.
+pub fn descendants(root: i32, except: &[i32]) -> Vec<i32> {
     let mut found = Vec::new();
     let mut open = vec![root];
     while let Some(pid) = open.pop() {
         for child in children(pid) {
-            if Some(child) != except {
+            if !except.contains(&child) {
                 found.push(child);
                 open.push(child);
             }

@@ -1,0 +1,170 @@
+//! Mounts that cannot hang a node.
+//!
+//! A process of its own (`holder`) has the mounts of a job, or of the cluster of the node: it mounts them, looks after them, and
+//! unmounts them when it is told to. It touches none of them itself: every mount, unmount and look is done by another process (`step`)
+//! that has a deadline. The holder of a job is a child of its shim; that of a cluster outlives the agent, as shims do. What either left
+//! that was cut down is found by what was written down before it was mounted, and by what the kernel says is mounted: nothing
+//! else is ever unmounted.
+//!
+//! ```text
+//! DIR/mounts.json       what to mount; written by the agent, before anything is mounted
+//! DIR/mounted.json      how that stands; written by the holder
+//! DIR/marks.json        how the kernel knows what was mounted; written by the holder
+//! DIR/unmount           it shall be unmounted; written by the shim or the agent
+//! ```
+//! For a job DIR is the directory of its attempt, for a cluster one of its own (see `journal`).
+
+mod holder;
+mod kernel;
+mod step;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use serde::{Deserialize, Serialize};
+
+use crate::journal::{AttemptDir, JournalError};
+use crate::launch::Mount;
+use crate::status::FailureRecord;
+
+pub use holder::main;
+pub use step::main as step;
+
+/// What to mount.
+pub const PLAN: &str = "mounts.json";
+/// How that stands.
+const STATUS: &str = "mounted.json";
+/// How the kernel knows what was mounted.
+const MARKS: &str = "marks.json";
+/// It shall be unmounted.
+pub const UNMOUNT: &str = "unmount";
+/// It cannot be mounted.
+pub const FAILED: &str = "MountFailed";
+/// It does not answer any more.
+pub const UNAVAILABLE: &str = "MountUnavailable";
+
+/// What a holder holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    pub mounts: Vec<Mount>,
+    /// Where they lie. What is missing below it is made; for jobs all of it is there.
+    pub root: String,
+    /// How long each may take to be mounted, and may not answer.
+    pub patience_s: u64,
+    /// Mounted again when one has answered no more for so long.
+    pub again: bool,
+    /// The environment of what mounts, and so of what serves a mount from this host.
+    pub env: BTreeMap<String, String>,
+}
+
+/// How far a holder is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    #[default]
+    Mounting,
+    /// All are mounted, or were.
+    Ready,
+    /// One could not be mounted; none is.
+    Failed,
+}
+
+/// How mounts stand.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    pub phase: Phase,
+    /// What is the matter with one of them.
+    pub failure: Option<FailureRecord>,
+}
+
+/// How what a directory names stands; as if nothing was begun where a power cut has left nothing of that.
+pub fn status(dir: &AttemptDir) -> Result<Status, JournalError> {
+    match dir.read(STATUS) {
+        Err(JournalError::Unreadable { path, .. }) => {
+            tracing::warn!(path = %path.display(), "unreadable");
+            Ok(Status::default())
+        }
+        status => Ok(status?.unwrap_or_default()),
+    }
+}
+
+/// Forgets how an earlier holder of what a directory names ended.
+pub fn forget(dir: &AttemptDir) {
+    for file in [STATUS, UNMOUNT, MARKS] {
+        // It need not be there.
+        let _ = std::fs::remove_file(dir.path.join(file));
+    }
+}
+
+/// Starts a holder. `own` are the arguments that lead to this program's own subcommands. One that is `held` goes with this process.
+pub fn hold(own: &[&str], dir: &AttemptDir, held: bool) -> io::Result<Child> {
+    let mut command = program(own, "mounts");
+    command.arg(&dir.path);
+    if held {
+        command.arg("--held").arg(std::process::id().to_string());
+    }
+    command
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log(&dir.path)?)
+        .spawn()
+}
+
+/// Starts a process that unmounts what a holder left that is gone.
+pub fn clean(own: &[&str], dir: &AttemptDir) -> io::Result<Child> {
+    program(own, "mounts")
+        .arg(&dir.path)
+        .arg("--clean")
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log(&dir.path)?)
+        .spawn()
+}
+
+/// Whether anything of what a holder was to mount is mounted.
+pub fn any_left(dir: &AttemptDir) -> Result<bool, JournalError> {
+    let Some(plan) = dir.read::<Plan>(PLAN)? else {
+        return Ok(false);
+    };
+    // Where that cannot be known it is looked at again by who unmounts.
+    let Some(known) = kernel::mounted() else {
+        return Ok(true);
+    };
+    Ok(!left(dir, &plan, &known)?.is_empty())
+}
+
+/// What is mounted of a plan: what was noted, wherever it is by now, and what could not be noted any more.
+fn left(
+    dir: &AttemptDir,
+    plan: &Plan,
+    known: &kernel::Mounted,
+) -> Result<Vec<kernel::Mark>, JournalError> {
+    let marks: Vec<Vec<kernel::Mark>> = dir.read(MARKS)?.unwrap_or_default();
+    let noted = marks.into_iter().flatten();
+    let mut left: Vec<_> = noted.filter(|mark| known.place(mark).is_some()).collect();
+    for mount in &plan.mounts {
+        for mark in known.at(&kernel::real(&plan.root, &mount.path)) {
+            if !left.contains(&mark) {
+                left.push(mark);
+            }
+        }
+    }
+    Ok(left)
+}
+
+fn log(dir: &Path) -> io::Result<std::fs::File> {
+    std::fs::File::create(dir.join("mounts.log"))
+}
+
+/// This program, even if it was replaced meanwhile.
+fn program(own: &[&str], part: &str) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(format!("batchai-{part}")).args(own).arg(part);
+    command
+}

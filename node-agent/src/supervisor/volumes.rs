@@ -1,0 +1,246 @@
+//! What is mounted for the cluster of the node, and what is left of mounts whose holder is gone: compared with what is wanted at each
+//! look, by what was written down and what the kernel says. Nothing here waits.
+//!
+//! The mounts of a cluster are begun by the set-up of the node, which waits for them, and taken away when the node has left the cluster,
+//! or that wants others. A holder that died while it was wanted is started again.
+
+use std::collections::{BTreeMap, HashMap};
+use std::process::Child;
+use std::sync::Arc;
+
+use batchai_common::names::hex;
+use batchai_proto::agent::v1::{ClusterMounts, MountsReport};
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
+
+use crate::bundles::Have;
+use crate::journal::{AttemptDir, Journal, JournalError};
+use crate::launch::{ATTEMPT_TAG, HostFacts, Mount, mounts as plan};
+use crate::mounts::{self, Phase};
+use crate::reconcile::failure;
+use crate::shim;
+
+/// What the tags of processes begin with that serve mounts of a cluster.
+pub const TAG: &str = "mounts-";
+
+pub struct Volumes {
+    pub journal: Arc<Journal>,
+    pub own: &'static [&'static str],
+    pub facts: HostFacts,
+    pub patience_s: u64,
+    /// What the cluster of the node wants, as the latest list says.
+    wanted: Option<ClusterMounts>,
+    /// Holders that this agent has started.
+    holders: HashMap<String, Child>,
+    /// Processes that clean up, by the directory that they do it for.
+    cleaners: HashMap<String, Child>,
+    /// For which set-up mounts were begun last.
+    begun_for: HashMap<String, String>,
+}
+
+impl Volumes {
+    pub fn new(
+        journal: Arc<Journal>,
+        own: &'static [&'static str],
+        facts: HostFacts,
+        patience_s: u64,
+    ) -> Volumes {
+        Volumes {
+            journal,
+            own,
+            facts,
+            patience_s,
+            wanted: None,
+            holders: HashMap::new(),
+            cleaners: HashMap::new(),
+            begun_for: HashMap::new(),
+        }
+    }
+
+    /// Writes down what is to be mounted for an attempt, before anything is.
+    pub fn write_down(&self, dir: &AttemptDir, mounts: &[Mount]) -> Result<(), JournalError> {
+        if mounts.is_empty() {
+            return Ok(());
+        }
+        let plan = mounts::Plan {
+            mounts: mounts.to_vec(),
+            root: self.facts.root.clone(),
+            patience_s: self.patience_s,
+            again: false,
+            env: self.env(&dir.id()),
+        };
+        dir.write(mounts::PLAN, &plan, true)
+    }
+
+    /// What mounts has of the agent's environment, and the tag by which all that it leaves is found.
+    fn env(&self, tag: &str) -> BTreeMap<String, String> {
+        let mut env = self.facts.base_env.clone();
+        let tag = format!("{}/{tag}", self.facts.node_uid);
+        env.insert(ATTEMPT_TAG.to_owned(), tag);
+        env
+    }
+
+    /// Whether nothing is left of what a holder that is gone had mounted; sees to it otherwise.
+    pub fn is_clean(&mut self, dir: &AttemptDir) -> bool {
+        let key = dir.path.to_string_lossy().into_owned();
+        if let Some(cleaner) = self.cleaners.get_mut(&key) {
+            match cleaner.try_wait() {
+                Ok(None) => return false,
+                Ok(Some(status)) if !status.success() => {
+                    tracing::error!(
+                        dir = key,
+                        "what is left is still mounted; see its mounts.log"
+                    );
+                }
+                Ok(Some(_)) => {}
+                Err(error) => tracing::error!(dir = key, %error, "cannot be waited for"),
+            }
+            self.cleaners.remove(&key);
+        }
+        match mounts::any_left(dir) {
+            Ok(false) => return true,
+            Ok(true) => {}
+            Err(error) => tracing::error!(dir = key, %error, "what it mounted is not known"),
+        }
+        match mounts::clean(self.own, dir) {
+            Ok(cleaner) => drop(self.cleaners.insert(key, cleaner)),
+            Err(error) => tracing::error!(dir = key, %error, "nothing can be unmounted"),
+        }
+        false
+    }
+
+    /// Compares what is mounted for clusters with what is wanted now.
+    pub fn look(&mut self, wanted: Option<&ClusterMounts>) -> Result<(), JournalError> {
+        self.wanted = wanted.cloned();
+        self.holders
+            .retain(|_, holder| matches!(holder.try_wait(), Ok(None)));
+        let key = wanted.map(key);
+        for dir in self.journal.cluster_mounts()? {
+            let held = self.is_held(&dir)?;
+            if key.as_deref() != Some(&dir.id()) {
+                match held {
+                    true if !dir.has(mounts::UNMOUNT) => {
+                        dir.write(mounts::UNMOUNT, &true, false)?
+                    }
+                    true => {}
+                    false => self.forget(&dir)?,
+                }
+                continue;
+            }
+            // It was ready once, and whoever held it was cut down.
+            let status = mounts::status(&dir)?;
+            if !held && status.phase == Phase::Ready && self.is_gone(&dir) {
+                tracing::warn!(dir = %dir.path.display(), "mounted again");
+                self.begin(&dir)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the mounts of the cluster are there, for a set-up of the node.
+    pub fn look_for(&mut self, attempt: &str) -> Result<Have, JournalError> {
+        let Some(wanted) = self.wanted.clone() else {
+            return Ok(Have::Yes);
+        };
+        let dir = self.journal.cluster_mount(&key(&wanted));
+        let others = self.journal.cluster_mounts()?;
+        if others.iter().any(|other| *other != dir) {
+            return Ok(Have::NotYet);
+        }
+        let status = mounts::status(&dir)?;
+        let tried = self
+            .begun_for
+            .get(&dir.id())
+            .is_some_and(|id| id == attempt);
+        match (status.phase, self.is_held(&dir)?) {
+            (Phase::Ready, true) if !dir.has(mounts::UNMOUNT) => Ok(Have::Yes),
+            (_, true) => Ok(Have::NotYet),
+            (Phase::Failed, false) if tried => {
+                let unsaid = || "they cannot be mounted".to_owned();
+                Ok(Have::Never(
+                    status
+                        .failure
+                        .map_or_else(unsaid, |failure| failure.message),
+                ))
+            }
+            (_, false) if dir.path.exists() && !self.is_gone(&dir) => Ok(Have::NotYet),
+            (_, false) => match plan(wanted.volumes.as_ref(), &self.root()) {
+                Err(error) => Ok(Have::Never(error.to_string())),
+                Ok(mounts) => {
+                    self.prepare(&dir, mounts)?;
+                    self.begun_for.insert(dir.id(), attempt.to_owned());
+                    self.begin(&dir)?;
+                    Ok(Have::NotYet)
+                }
+            },
+        }
+    }
+
+    /// How what is mounted for the cluster stands.
+    pub fn report(&self) -> Option<MountsReport> {
+        let wanted = self.wanted.as_ref()?;
+        let dir = self.journal.cluster_mount(&key(wanted));
+        let status = mounts::status(&dir).ok()?;
+        (status.phase == Phase::Ready).then(|| MountsReport {
+            cluster_uid: wanted.uid.clone(),
+            failure: status.failure.and_then(|record| failure(record).error),
+        })
+    }
+
+    fn root(&self) -> String {
+        format!("{}/mounts", self.facts.root)
+    }
+
+    fn prepare(&self, dir: &AttemptDir, mounts: Vec<Mount>) -> Result<(), JournalError> {
+        dir.create()?;
+        let plan = mounts::Plan {
+            mounts,
+            root: self.facts.root.clone(),
+            patience_s: self.patience_s,
+            again: true,
+            env: self.env(&format!("{TAG}{}", dir.id())),
+        };
+        dir.write(mounts::PLAN, &plan, true)
+    }
+
+    fn begin(&mut self, dir: &AttemptDir) -> Result<(), JournalError> {
+        mounts::forget(dir);
+        match mounts::hold(self.own, dir, false) {
+            Ok(holder) => drop(self.holders.insert(dir.id(), holder)),
+            Err(error) => tracing::error!(%error, "nothing can be mounted; it is tried again"),
+        }
+        Ok(())
+    }
+
+    fn is_held(&self, dir: &AttemptDir) -> Result<bool, JournalError> {
+        Ok(self.holders.contains_key(&dir.id()) || dir.shim()?.is_some())
+    }
+
+    /// Whether nothing is left of mounts without a holder, and of what served them.
+    fn is_gone(&mut self, dir: &AttemptDir) -> bool {
+        if !self.is_clean(dir) {
+            return false;
+        }
+        let tag = format!("{TAG}{}", dir.id());
+        let swept = shim::sweep(&self.journal, &self.facts.node_uid, |attempt| {
+            attempt != tag
+        });
+        if let Err(error) = swept {
+            tracing::error!(%error, "what served a mount is left");
+        }
+        true
+    }
+
+    fn forget(&mut self, dir: &AttemptDir) -> Result<(), JournalError> {
+        if self.is_gone(dir) {
+            self.begun_for.remove(&dir.id());
+            dir.remove()?;
+        }
+        Ok(())
+    }
+}
+
+/// Whose they are and what they are: others have another one.
+fn key(wanted: &ClusterMounts) -> String {
+    hex(&Sha256::digest(wanted.encode_to_vec()))[..32].to_owned()
+}
