@@ -1,7 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- supervisor <- agent`.
+//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, user} <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- peers <- supervisor <- agent`.
 //!
 //! `cgroups`, `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
@@ -20,6 +20,7 @@ pub mod journal;
 pub mod launch;
 pub mod lease;
 mod logs;
+mod peers;
 pub mod reconcile;
 mod session;
 mod shim;
@@ -56,6 +57,12 @@ enum Part {
     /// Holds a command that somebody runs beside an attempt, or on this node.
     #[command(hide = true)]
     Exec { dir: PathBuf },
+    /// Starts a command on another node of the job whose process this is: what jobs find as `ssh`.
+    #[command(hide = true)]
+    RemoteShell {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Shows what lies in a directory.
     #[command(hide = true)]
     Look,
@@ -66,6 +73,7 @@ pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
     match cli.part {
         Some(Part::Shim { dir }) => shim::main(&dir),
         Some(Part::Exec { dir }) => shim::exec(&dir),
+        Some(Part::RemoteShell { arguments }) => peers::shell::main(&arguments),
         Some(Part::Look) => files::look(),
         None => agent_main(cli.config, own),
     }

@@ -60,7 +60,7 @@ const COORDINATOR: [&[&str]; 13] = [
     &["backup", "server"],
     &["lib", "main"],
 ];
-const NODE_AGENT: [&[&str]; 10] = [
+const NODE_AGENT: [&[&str]; 11] = [
     &["cgroups", "status"],
     &["launch", "lease", "reconcile"],
     &["config"],
@@ -68,6 +68,7 @@ const NODE_AGENT: [&[&str]; 10] = [
     &["shim", "watch"],
     &["session"],
     &["bundles", "execs", "files", "join", "logs"],
+    &["peers"],
     &["supervisor"],
     &["agent", "fuzz"],
     &["lib", "main"],

@@ -132,6 +132,8 @@ pub struct HostFacts {
     pub isolation: Isolation,
     /// What every process inherits: PATH, HOME and the like.
     pub base_env: BTreeMap<String, String>,
+    /// The program, with its first arguments, by which processes of a job start others on its other nodes; none where they cannot.
+    pub remote_shell: Vec<String>,
 }
 
 /// Why no plan can be made. The job is to blame.
@@ -256,7 +258,11 @@ pub fn beside(
         paths,
         env,
     };
-    let env = environment::for_preparation(&context)?;
+    let env = match mpi::starts(job) {
+        // Its ranks are what is started beside.
+        true => mpi::environment(&context)?,
+        false => environment::for_preparation(&context)?,
+    };
     Ok((env, context.paths.job_temp))
 }
 
@@ -318,7 +324,7 @@ fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
         wipe: paths.job_temp_dir.clone(),
         directories: paths.directories(),
         own: paths.own(&job.job_output_directory_path_segment),
-        files: host_files(context),
+        files: files(context),
         bundle: bundle(context),
         user: context.user.clone(),
         limits: context.facts.limits.clone(),
@@ -384,8 +390,8 @@ pub fn output_directory(
     Ok((path[..at].to_owned(), path[at + 1..].to_owned()))
 }
 
-/// The hosts and how many processes each has, as the starters of MPI read it.
-fn host_files(context: &Context<'_>) -> Vec<(String, String)> {
+/// The hosts and how many processes each has, as the starters of MPI read it; and how those of other hosts are reached.
+fn files(context: &Context<'_>) -> Vec<(String, String)> {
     let hosts = &context.assignment.hosts;
     let total = rank_count(context.job, hosts.len()).max(hosts.len());
     let of_host = |i| ranks(total, hosts.len(), i).len();
@@ -396,7 +402,26 @@ fn host_files(context: &Context<'_>) -> Vec<(String, String)> {
         job_temp, hostfile, ..
     } = &context.paths;
     let of_hydra = format!("{job_temp}/.hostfile.hydra");
-    vec![(hostfile.clone(), open_mpi), (of_hydra, hydra)]
+    let shell = remote_shell(context);
+    let hosts = [(hostfile.clone(), open_mpi), (of_hydra, hydra)];
+    hosts.into_iter().chain(shell).collect()
+}
+
+/// What processes of the job find as `ssh`, and what it is; none where there is nobody to reach, or no way.
+fn remote_shell(context: &Context<'_>) -> Option<(String, String)> {
+    let Context {
+        assignment,
+        facts,
+        paths,
+        ..
+    } = context;
+    let wanted = assignment.hosts.len() > 1 && !assignment.set_up;
+    (wanted && !facts.remote_shell.is_empty()).then(|| {
+        let words = facts.remote_shell.iter();
+        let words: Vec<_> = words.map(|word| expand::literal(word)).collect();
+        let script = format!("#!/bin/sh\nexec {} \"$@\"\n", words.join(" "));
+        (paths.remote_shell(), script)
+    })
 }
 
 /// How many processes the job has over all hosts.
