@@ -336,6 +336,117 @@ fn caffe_trains_by_a_solver_and_by_a_script_on_two_machines() {
     }
 }
 
+/// What is too heavy for every change: it needs much that is not there else.
+fn is_full() -> bool {
+    std::env::var("BATCHAI_TEST_FULL").is_ok_and(|value| value == "1")
+}
+
+#[test]
+fn an_mpi_job_trains_on_two_machines_by_mpich() {
+    if !is_full() {
+        return;
+    }
+    let Some(starter) = requirement::program("mpirun.mpich", "install mpich") else {
+        return;
+    };
+    let Some(python) = python_of("chainer") else {
+        return;
+    };
+    let Some(pair) = Pair::new("mpich") else {
+        return;
+    };
+    // Debian has Open MPI first, and mpi4py of PyPI looks for MPICH by the name that others give it.
+    let own = pair.e.path().join("mpich");
+    std::fs::create_dir(&own).unwrap();
+    let library = Path::new("/usr/lib/x86_64-linux-gnu/libmpich.so.12");
+    let helper = Path::new("/usr/bin/hydra_pmi_proxy");
+    for (what, name) in [
+        (&*starter, "mpirun"),
+        (helper, "hydra_pmi_proxy"),
+        (library, "libmpi.so.12"),
+    ] {
+        std::os::unix::fs::symlink(what, own.join(name)).unwrap();
+    }
+    let path = format!("{}:{PATH}", own.display());
+    let variables = json!([
+        { "name": "PATH", "value": path },
+        { "name": "LD_LIBRARY_PATH", "value": own },
+        { "name": "MPI4PY_MPIABI", "value": "mpich" },
+    ]);
+    let settings = json!({ "commandLine": format!("{python} train.py"), "processCount": 4 });
+    let more = json!({ "customMpiSettings": settings, "environmentVariables": variables });
+    pair.submit("line", "mpi", more);
+    let (job, log, errors) = pair.end("line");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    assert_trained(&log, 4);
+    for (rank, node) in [(0, "n2"), (1, "n2"), (2, "n3"), (3, "n3")] {
+        assert!(
+            log.contains(&format!("rank {rank} of 4 on {node},")),
+            "{log}"
+        );
+    }
+    println!("{log}");
+    let settings = json!({ "commandLine": TELL, "processCount": 2 });
+    let more = json!({
+        "nodeCount": 2,
+        "customMpiSettings": settings,
+        "inputDirectories": [{ "id": "DATA", "path": "$AZ_BATCHAI_MOUNT_ROOT/data" }],
+        "environmentVariables": [
+            { "name": "PATH", "value": path },
+            { "name": "OWN", "value": "$AZ_BATCHAI_JOB_TEMP/own" },
+        ],
+        "secrets": [{ "name": "SECRET", "value": "do-not-show-it" }],
+    });
+    pair.e.submit_with("tells", more);
+    let (job, log, errors) = pair.end("tells");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    assert_told(&log, pair.e.path(), &[(0, "n2"), (1, "n3")]);
+}
+
+#[test]
+fn cntk_trains_on_two_machines() {
+    if !is_full() {
+        return;
+    }
+    let Some(python) = python_of("cntk") else {
+        return;
+    };
+    let Some(pair) = Pair::new("cntk") else {
+        return;
+    };
+    let libraries = python.replace("/bin/python", "/mpi");
+    let settings = json!({ "pythonScriptFilePath": "train.py", "pythonInterpreterPath": python });
+    let variables = json!([
+        { "name": "PATH", "value": PATH },
+        { "name": "LD_LIBRARY_PATH", "value": libraries },
+    ]);
+    let more = json!({ "cntkSettings": settings, "environmentVariables": variables });
+    pair.submit("fit", "cntk", more);
+    let (job, log, errors) = pair.end("fit");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    assert_trained(&log, 2);
+    for (rank, node) in [(0, "n2"), (1, "n3")] {
+        assert!(
+            log.contains(&format!("rank {rank} of 2 on {node},")),
+            "{log}"
+        );
+    }
+    println!("{log}");
+}
+
+/// Asserts that each rank has all that the job has on its node.
+fn assert_told(log: &str, path: &Path, ranks: &[(usize, &str)]) {
+    let size = ranks.len();
+    for (rank, node) in ranks {
+        let root = format!("{}/nodes/{node}", path.display());
+        let here = format!("{root}/jobs/w/e/tells");
+        let line = format!(
+            "rank {rank} on {node}: {root}/mounts/data, {here}/own, 14, {rank} of {size} in {here} leaks:\n"
+        );
+        assert!(log.contains(&line), "{line} in {log}");
+    }
+}
+
 /// Each rank tells where it is and what it has, and looks for its secret on all command lines of the machine.
 const TELL: &str = r#"
 for file in /proc/[0-9]*/cmdline; do
@@ -348,7 +459,6 @@ echo "rank $RANK on $(hostname): $AZ_BATCHAI_INPUT_DATA, $OWN, ${#SECRET}, $AZ_B
 #[test]
 fn a_rank_on_another_node_has_all_of_its_environment_and_no_secret_is_on_a_command_line() {
     let Some(pair) = Pair::new("env") else { return };
-    let path = pair.e.path().display().to_string();
     let own = json!([
         { "name": "PATH", "value": PATH },
         { "name": "OWN", "value": "$AZ_BATCHAI_JOB_TEMP/own" },
@@ -363,14 +473,7 @@ fn a_rank_on_another_node_has_all_of_its_environment_and_no_secret_is_on_a_comma
     pair.e.submit_with("tells", properties);
     let (job, log, errors) = pair.end("tells");
     assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
-    for (rank, node) in [(0, "n2"), (1, "n2"), (2, "n3")] {
-        let root = format!("{path}/nodes/{node}");
-        let here = format!("{root}/jobs/w/e/tells");
-        let line = format!(
-            "rank {rank} on {node}: {root}/mounts/data, {here}/own, 14, {rank} of 3 in {here} leaks:\n"
-        );
-        assert!(log.contains(&line), "{line} in {log} {errors}");
-    }
+    assert_told(&log, pair.e.path(), &[(0, "n2"), (1, "n2"), (2, "n3")]);
 }
 
 #[test]

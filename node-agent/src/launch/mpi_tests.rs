@@ -220,7 +220,16 @@ fn mpirun_is_told_hosts_processes_and_the_command_by_each_toolkit() {
                     "{what}"
                 );
                 let file = "/r/jobs/w/e/j/.hostfile.hydra";
-                let given = ["mpirun", "-machinefile", file, "-genvnone", "-wdir", "/"];
+                let given = [
+                    "mpirun",
+                    "-machinefile",
+                    file,
+                    "-localhost",
+                    "10.0.0.4",
+                    "-genvnone",
+                    "-wdir",
+                    "/",
+                ];
                 let hydra = [&given[..], &["-n", &number], &ranks].concat();
                 assert_eq!(mpich.told(&process.argv, &process.env), hydra, "{what}");
                 assert_eq!(intel.told(&process.argv, &process.env), hydra, "{what}");
