@@ -244,9 +244,13 @@ impl Shared {
         let mut client = PeerServiceClient::new(channel.clone());
         let answer = client.start_remote(first.chain(rest)).await?;
         // The connection is kept as long as it is used.
+        let name = name.clone();
         let answers = answer.into_inner().map(move |answer| {
             let _connection = &channel;
-            answer
+            answer.map_err(|status| {
+                let why = status.message();
+                Status::unavailable(format!("{name}: the way to its agent broke off: {why}"))
+            })
         });
         Ok(Box::pin(answers))
     }

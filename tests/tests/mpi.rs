@@ -86,7 +86,7 @@ fn submit(e: &Ensemble, name: &str, of: &str, more: Value) {
 /// Two nodes that are machines with names and addresses of their own, and no SSH server; the processes end first.
 struct Pair {
     e: Replicas,
-    _network: Network,
+    network: Network,
 }
 
 const NODES: [&str; 2] = ["n2", "n3"];
@@ -94,21 +94,37 @@ const NODES: [&str; 2] = ["n2", "n3"];
 impl Pair {
     /// None where it cannot be: then the test was told so.
     fn new(test: &str) -> Option<Pair> {
+        Pair::new_as(test, "self")
+    }
+
+    /// The same; their jobs run as a user.
+    fn new_as(test: &str, user: &str) -> Option<Pair> {
         open_mpi()?;
         requirement::program("unshare", "util-linux has it")?;
         let network = Network::new(test, 3)?;
         let mut e = network.replica();
+        e.job_user = user.to_owned();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(e.path(), open).unwrap();
         let all = e.list();
-        for (id, name) in (2..).zip(NODES) {
-            e.start_agent_by(&network.on_named(id, name), name, &all);
+        let mut pair = Pair { e, network };
+        for name in NODES {
+            pair.start_agent(name);
         }
+        let e = &pair.e;
         until("the nodes to be in contact", || {
             let nodes = e.json_at(&all, &["node", "list"]);
             (nodes.as_array()?.len() == 2).then_some(())
         });
         e.create_cluster(2);
-        let _network = network;
-        Some(Pair { e, _network })
+        Some(pair)
+    }
+
+    fn start_agent(&mut self, name: &str) {
+        let id = (2..).zip(NODES).find(|(_, node)| *node == name).unwrap().0;
+        let all = self.e.list();
+        let machine = self.network.on_named(id, name);
+        self.e.start_agent_by(&machine, name, &all);
     }
 
     fn submit(&self, name: &str, of: &str, more: Value) {
@@ -477,8 +493,31 @@ fn a_rank_on_another_node_has_all_of_its_environment_and_no_secret_is_on_a_comma
 }
 
 #[test]
+fn ranks_on_another_node_run_as_the_users_of_jobs_and_as_nobody_else() {
+    let Some(pair) = Pair::new_as("user", "per-workspace:70000") else {
+        return;
+    };
+    let command = "echo \"rank $RANK on $(hostname) as $(id -u), $(ssh n3 id -u) there, $SECRET\"";
+    let settings = json!({ "commandLine": command, "processCount": 2 });
+    let properties = json!({
+        "nodeCount": 2,
+        "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/logs",
+        "customMpiSettings": settings,
+        "environmentVariables": [{ "name": "PATH", "value": PATH }],
+        "secrets": [{ "name": "SECRET", "value": "known" }],
+    });
+    pair.e.submit_with("who", properties);
+    let (job, log, errors) = pair.end("who");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    for (rank, node) in [(0, "n2"), (1, "n3")] {
+        let line = format!("rank {rank} on {node} as 70001, 70001 there, known\n");
+        assert!(log.contains(&line), "{log} {errors}");
+    }
+}
+
+#[test]
 fn whatever_of_an_mpi_job_is_killed_it_ends_and_nothing_is_left() {
-    let Some(pair) = Pair::new("kill") else {
+    let Some(mut pair) = Pair::new("kill") else {
         return;
     };
     let path = pair.e.path().display().to_string();
@@ -486,6 +525,7 @@ fn whatever_of_an_mpi_job_is_killed_it_ends_and_nothing_is_left() {
         ("rank", "sleep 60001"),
         ("mpirun", "sleep 60002"),
         ("tree", "sleep 60003"),
+        ("agent", "sleep 60005"),
     ] {
         let command = format!("echo $$ > {path}/{name}-$RANK; exec {mark}");
         pair.command(name, &command, 2);
@@ -500,6 +540,7 @@ fn whatever_of_an_mpi_job_is_killed_it_ends_and_nothing_is_left() {
         let pids = match name {
             "rank" => vec![ranks[1].parse().unwrap()],
             "mpirun" => of("mpirun"),
+            "agent" => vec![pair.e.agents["n3"].child.id() as i32],
             _ => [
                 of("orted"),
                 of("/usr/bin/orted"),
@@ -515,6 +556,12 @@ fn whatever_of_an_mpi_job_is_killed_it_ends_and_nothing_is_left() {
         for pid in pids {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
+        if name == "agent" {
+            // What it had started there ends with it, whether there is another one or not.
+            pair.until_gone("orted");
+            pair.e.agents.remove("n3");
+            pair.start_agent("n3");
+        }
         let (job, _, errors) = pair.end(name);
         assert_eq!(job["state"], "FAILED", "{job}");
         let error = job["errors"][0]["message"].as_str().unwrap();
@@ -525,6 +572,7 @@ fn whatever_of_an_mpi_job_is_killed_it_ends_and_nothing_is_left() {
                 error.contains("rank 0 on nodes/n2 was ended by SIGKILL"),
                 "{error}"
             ),
+            "agent" => assert!(errors.contains("ssh: nodes/n3: the way to"), "{errors}"),
             _ => assert!(errors.contains("10.78.0.3"), "{errors}"),
         }
         for left in [mark, "orted", "mpirun", "remote-shell"] {
