@@ -32,6 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             ".batchai.v1.UserAccountSettings",
             ".batchai.v1.AppInsightsReference",
             ".batchai.agent.v1.JoinRequest",
+            ".batchai.agent.v1.RemoteHello",
         ])
         .bytes(".batchai.agent.v1.LogChunk.data")
         .bytes(".batchai.v1.StreamJobLogsResponse.data")

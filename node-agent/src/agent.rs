@@ -1,6 +1,7 @@
 //! A node agent from its configuration to its end.
 
 use std::collections::{HashMap, HashSet};
+use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,11 +9,14 @@ use std::time::{Duration, Instant};
 
 use batchai_common::limits::TERMINATION_GRACE;
 use batchai_common::time::boot_millis;
-use batchai_common::tls::Connector;
-use batchai_proto::agent::v1::{AnswerHello, ExecRequest, FileRequest, Hello, LogHello, Report};
+use batchai_common::tls::{Connector, Credentials};
+use batchai_proto::agent::v1::{
+    AnswerHello, AssignmentList, ExecRequest, FileRequest, Hello, LogHello, Report,
+};
 use batchai_proto::v1::NodeFacts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustls::ServerConfig;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -20,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use crate::bundles::Fetcher;
 use crate::cgroups::Isolation;
 use crate::config::Config;
-use crate::execs::Execs;
+use crate::execs::{self, Execs};
 use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
 use crate::join::{self, JoinError, Shows};
@@ -29,6 +33,7 @@ use crate::launch::{HostFacts, JobLimit, JobUsers, LogLimit};
 use crate::lease::Lease;
 use crate::logs::{Shipped, Shipper};
 use crate::mounts::UNMOUNT;
+use crate::peers::{self, Key, Peers};
 use crate::session::Session;
 use crate::shim::{self, Root, RootError};
 use crate::supervisor::{MOUNTS_TAG, Supervisor, Volumes};
@@ -61,6 +66,8 @@ pub enum AgentError {
          new token"
     )]
     Expelled,
+    #[error("other agents cannot be listened to: {0}; give another --peer-port")]
+    Listen(std::io::Error),
     #[error("--name: {0}")]
     Name(#[from] batchai_common::names::NameError),
     #[error("{0}")]
@@ -96,7 +103,14 @@ pub async fn run(
         ..config
     };
     let isolation = shim::detect(&identity.uid, config.isolation.as_deref())?;
-    let facts = hardware::facts(&config, &isolation)?;
+    let way = match &shows {
+        Some(shows) => Some(way(&config, shows, &journal, &mut identity)?),
+        None => None,
+    };
+    let facts = NodeFacts {
+        agent_port: way.as_ref().map_or(0, |_| i32::from(identity.agent_port)),
+        ..hardware::facts(&config, &isolation)?
+    };
     let (uid, vm_size, image) = (&identity.uid, &facts.vm_size, &facts.image);
     let (ends, limits) = (&facts.isolation, &facts.enforced_limits);
     tracing::info!(node = node_id, uid, vm_size, image, ends, ?limits, "node");
@@ -116,8 +130,9 @@ pub async fn run(
         facts,
         journal: Arc::new(journal),
         watch,
+        remote_shell: remote_shell(own),
     };
-    let ended = parts.run(own, shutdown).await;
+    let ended = parts.run(own, way, shutdown).await;
     if let Some(fresh) = fresh {
         fresh.abort();
     }
@@ -131,6 +146,51 @@ pub async fn run(
         true => Err(AgentError::Expelled),
         false => ended,
     }
+}
+
+/// How other agents are called and answered.
+struct Way {
+    listener: TcpListener,
+    credentials: watch::Receiver<Arc<Credentials>>,
+    tls: watch::Receiver<Arc<ServerConfig>>,
+}
+
+/// Listens to the agents of other nodes, at the same port as the last time where that can be; remembers it.
+fn way(
+    config: &Config,
+    shows: &Shows,
+    journal: &Journal,
+    identity: &mut Identity,
+) -> Result<Way, AgentError> {
+    let listener = peers::listen(config.peer_port, identity.agent_port);
+    let listener = listener.map_err(AgentError::Listen)?;
+    let port = listener.local_addr()?.port();
+    if identity.agent_port != port || identity.key.is_empty() {
+        identity.agent_port = port;
+        if identity.key.is_empty() {
+            let half = || uuid::Uuid::new_v4().simple().to_string();
+            identity.key = half() + &half();
+        }
+        journal.keep(identity)?;
+    }
+    let (credentials, tls) = shows.of_peers();
+    Ok(Way {
+        listener,
+        credentials,
+        tls,
+    })
+}
+
+/// This program as jobs start it; nothing where it does not know its own file.
+fn remote_shell(own: &[&str]) -> Vec<String> {
+    let program = std::env::current_exe().ok();
+    let program = program.and_then(|path| path.into_os_string().into_string().ok());
+    let Some(program) = program else {
+        return Vec::new();
+    };
+    let own = own.iter().map(|word| (*word).to_owned());
+    let words = std::iter::once(program).chain(own);
+    words.chain(["remote-shell".to_owned()]).collect()
 }
 
 /// What the agent's tasks are made of.
@@ -148,12 +208,14 @@ struct Parts {
     facts: NodeFacts,
     journal: Arc<Journal>,
     watch: Arc<Watch>,
+    remote_shell: Vec<String>,
 }
 
 impl Parts {
     async fn run(
         &self,
         own: &'static [&'static str],
+        way: Option<Way>,
         shutdown: CancellationToken,
     ) -> Result<(), AgentError> {
         let shipped = Shipped::default();
@@ -163,7 +225,12 @@ impl Parts {
         let (ask_exec, execs) = mpsc::channel(EXECS_MAX);
         let (lease, leased) = watch::channel(0);
         let kept = self.journal.bundles();
-        let facts = self.host_facts();
+        let facts = HostFacts {
+            remote_shell: way
+                .as_ref()
+                .map_or(Vec::new(), |_| self.remote_shell.clone()),
+            ..self.host_facts()
+        };
         let own_name = (self.node_id.clone(), self.identity.uid.clone());
         let (fetcher, bundles) =
             Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;
@@ -175,6 +242,7 @@ impl Parts {
             facts.clone(),
             self.mount_patience_s,
         );
+        let peers = way.map(|way| self.peers(way, execs.parts(), assignments.clone()));
         let supervisor = Supervisor {
             volumes,
             journal: self.journal.clone(),
@@ -183,6 +251,7 @@ impl Parts {
             shipped: shipped.clone(),
             bundles,
             own,
+            key: Key::new(&self.identity.key),
             assignments,
             leased,
             observed: observe,
@@ -191,16 +260,7 @@ impl Parts {
             swept: HashSet::new(),
             unswept: HashMap::new(),
         };
-        let shipper = Shipper {
-            journal: self.journal.clone(),
-            watch: self.watch.clone(),
-            shipped,
-            connector: self.connector.clone(),
-            hello: LogHello {
-                node_id: self.node_id.clone(),
-                uid: self.identity.uid.clone(),
-            },
-        };
+        let shipper = self.shipper(shipped);
         let session = Session {
             // Any replica has sessions: agents spread over them. The rest goes to the leader.
             connector: self.connector.beginning_at(fastrand::usize(..)),
@@ -221,6 +281,9 @@ impl Parts {
         connections.spawn(fetcher.run());
         connections.spawn(answerer.run());
         connections.spawn(execs.run());
+        if let Some(peers) = peers {
+            connections.spawn(peers.run());
+        }
         until_ended(tokio::spawn(supervisor.run(shutdown)), connections).await
     }
 
@@ -236,6 +299,36 @@ impl Parts {
         HostFacts {
             log_limit: self.log_limit,
             ..hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs)
+        }
+    }
+
+    fn shipper(&self, shipped: Shipped) -> Shipper {
+        Shipper {
+            journal: self.journal.clone(),
+            watch: self.watch.clone(),
+            shipped,
+            connector: self.connector.clone(),
+            hello: LogHello {
+                node_id: self.node_id.clone(),
+                uid: self.identity.uid.clone(),
+            },
+        }
+    }
+
+    fn peers(
+        &self,
+        way: Way,
+        parts: execs::Parts,
+        assignments: watch::Receiver<Option<AssignmentList>>,
+    ) -> Peers {
+        Peers {
+            parts,
+            key: Key::new(&self.identity.key),
+            node: format!("nodes/{}", self.node_id),
+            assignments,
+            credentials: way.credentials,
+            tls: way.tls,
+            listener: way.listener,
         }
     }
 

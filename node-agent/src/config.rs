@@ -96,6 +96,16 @@ pub struct Config {
     /// connections (net.ipv4.ip_local_port_range).
     #[arg(long, default_value = "20000-29999", value_name = "FIRST-LAST", value_parser = ports)]
     pub ports: (u16, u16),
+    /// The port at which the agents of other nodes are listened to, which start here what a job's processes ask for. One that is free
+    /// where it is left out.
+    #[arg(
+        long,
+        env = "BATCHAI_PEER_PORT",
+        hide_env = true,
+        default_value_t = 0,
+        value_name = "PORT"
+    )]
+    pub peer_port: u16,
     /// The port of this machine's SSH server.
     #[arg(long, default_value_t = 22, value_name = "PORT")]
     pub ssh_port: u16,

@@ -1,6 +1,6 @@
-//! Runs commands for callers, beside attempts of this node or apart from them.
+//! Runs commands for callers, beside attempts of this node or apart from them; and for the agents of other nodes of an attempt.
 //!
-//! Each has a connection of its own to the coordinator (what one of them prints and nobody reads holds up nothing else), and a process of
+//! Each of a caller has a connection of its own to the coordinator (what one of them prints and nobody reads holds up nothing else), and a process of
 //! this program that holds it (`shim::exec`) and ends with this one. Nothing is remembered, and who may run what was decided by the
 //! coordinator.
 
@@ -8,6 +8,10 @@ mod command;
 mod streams;
 mod talk;
 
+pub use command::secrets;
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,10 +22,13 @@ use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::exec_fault::Kind;
 use batchai_proto::agent::v1::serve_exec_request::Message;
 use batchai_proto::agent::v1::{
-    AnswerHello, ExecFault, ExecRequest, ExecStarted, ServeExecRequest, ServeExecResponse,
+    AnswerHello, Assignment, ExecFault, ExecRequest, ExecStarted, ServeExecRequest,
+    ServeExecResponse,
 };
+use batchai_proto::v1::{ExecCommand, ExecInput};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Code, Status, Streaming};
 
 use crate::journal::Journal;
@@ -38,6 +45,8 @@ const OUTBOX_MAX: usize = 2 * EXEC_CHUNKS_MAX + 16;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long an attempt is waited for that is about to begin: less than the coordinator waits.
 const EARLY_MAX: Duration = Duration::from_secs(5);
+/// The same for another node of it, which has no other way.
+const PEER_EARLY_MAX: Duration = Duration::from_secs(30);
 const EARLY_STEP: Duration = Duration::from_millis(100);
 /// How often it is offered.
 const TRIES: u32 = 5;
@@ -46,10 +55,11 @@ const PAUSE: Duration = Duration::from_millis(300);
 
 /// What a command is made of.
 #[derive(Clone)]
-struct Parts {
-    facts: HostFacts,
-    journal: Arc<Journal>,
-    own: &'static [&'static str],
+pub struct Parts {
+    pub facts: HostFacts,
+    pub journal: Arc<Journal>,
+    /// The arguments that lead to this program's own subcommands.
+    pub own: &'static [&'static str],
 }
 
 /// Runs what the coordinator asks for.
@@ -64,6 +74,15 @@ pub struct Execs {
 }
 
 impl Execs {
+    /// What a command is made of here.
+    pub fn parts(&self) -> Parts {
+        Parts {
+            facts: self.facts.clone(),
+            journal: self.journal.clone(),
+            own: self.own,
+        }
+    }
+
     /// Runs for ever.
     pub async fn run(mut self) {
         let room = Arc::new(Semaphore::new(EXECS_MAX));
@@ -78,11 +97,7 @@ impl Execs {
                 id: question.token.clone(),
                 ..self.hello.clone()
             };
-            let parts = Parts {
-                facts: self.facts.clone(),
-                journal: self.journal.clone(),
-                own: self.own,
-            };
+            let parts = self.parts();
             let connector = self.connector.clone();
             tokio::spawn(async move {
                 serve(&connector, hello, question, parts, full).await;
@@ -92,7 +107,40 @@ impl Execs {
     }
 }
 
-type Outbox = mpsc::Sender<ServeExecRequest>;
+/// What is said to who wants a command.
+pub type Outbox = mpsc::Sender<ServeExecRequest>;
+/// What it gets, until who wants it goes away.
+pub type Inputs = Pin<Box<dyn Stream<Item = ExecInput> + Send>>;
+
+/// Where what is said to another agent waits.
+pub fn outbox() -> (Outbox, mpsc::Receiver<ServeExecRequest>) {
+    mpsc::channel(OUTBOX_MAX)
+}
+
+/// A command that another node of an attempt wants beside it here.
+pub struct ForPeer {
+    pub assignment: Assignment,
+    pub command: ExecCommand,
+    /// What it has beyond the environment of the attempt here.
+    pub more: BTreeMap<String, String>,
+}
+
+/// Runs such a command to its end; returns what that was, for the log.
+pub async fn run_for_peer(
+    what: ForPeer,
+    parts: &Parts,
+    outbox: Outbox,
+    inputs: Inputs,
+) -> &'static str {
+    // The other node may have launched a moment before this one.
+    let begun = Instant::now();
+    let early = || tokio::task::block_in_place(|| command::is_early(&what.assignment, parts));
+    while early() && begun.elapsed() < PEER_EARLY_MAX {
+        tokio::time::sleep(EARLY_STEP).await;
+    }
+    let started = tokio::task::block_in_place(|| command::start_for_peer(what, parts));
+    begin(started, outbox, inputs).await
+}
 
 async fn serve(
     connector: &Connector,
@@ -152,7 +200,8 @@ async fn run(
     incoming: Streaming<ServeExecResponse>,
 ) -> &'static str {
     // The coordinator knows a moment before that an attempt begins.
-    let early = || tokio::task::block_in_place(|| command::is_early(question, parts));
+    let attempt = question.attempt.clone().unwrap_or_default();
+    let early = || tokio::task::block_in_place(|| command::is_early(&attempt, parts));
     let begun = Instant::now();
     while !full && early() && begun.elapsed() < EARLY_MAX {
         tokio::time::sleep(EARLY_STEP).await;
@@ -165,17 +214,25 @@ async fn run(
         // It reads files of the attempt.
         false => tokio::task::block_in_place(|| command::start(question, parts)),
     };
+    let inputs = incoming.map_while(|said| Some(said.ok()?.input.unwrap_or_default()));
+    begin(started, outbox, Box::pin(inputs)).await
+}
+
+async fn begin(
+    started: Result<command::Started, ExecFault>,
+    outbox: Outbox,
+    mut inputs: Inputs,
+) -> &'static str {
     match started {
         Ok(started) => {
             say(&outbox, Message::Started(ExecStarted {}));
-            Talk::new(started, outbox, incoming).run().await
+            Talk::new(started, outbox, inputs).run().await
         }
         Err(fault) => {
             say(&outbox, Message::Fault(fault));
             drop(outbox);
-            let mut incoming = incoming;
             // Until it is heard: who goes away early takes back what was said.
-            let heard = async { while let Ok(Some(_)) = incoming.message().await {} };
+            let heard = async { while inputs.next().await.is_some() {} };
             let _ = tokio::time::timeout(PATIENCE, heard).await;
             "it was refused"
         }

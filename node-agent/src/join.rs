@@ -13,7 +13,7 @@ use batchai_common::tls::credentials::{pinned, write_private};
 use batchai_common::tls::{Connector, Credentials, CredentialsError, shown};
 use batchai_proto::agent::v1::join_service_client::JoinServiceClient;
 use batchai_proto::agent::v1::{JoinRequest, RenewRequest};
-use rustls::ClientConfig;
+use rustls::{ClientConfig, ServerConfig};
 use tokio::sync::watch;
 use tonic::Code;
 
@@ -68,6 +68,9 @@ pub struct Shows {
     /// The coordinator made it, and makes another.
     own: bool,
     latest: watch::Sender<Arc<ClientConfig>>,
+    /// For the agents of other nodes.
+    to_peers: watch::Sender<Arc<Credentials>>,
+    of_peers: watch::Sender<Arc<ServerConfig>>,
     modified: Option<SystemTime>,
     lifetime: (i64, i64),
 }
@@ -98,17 +101,32 @@ pub async fn shows(
         write_private(&own, &credentials)?;
         tracing::info!(node = node_id, "joined");
     }
-    let (latest, modified, lifetime) = read(&path)?;
+    let Read {
+        client,
+        server,
+        credentials,
+        modified,
+        lifetime,
+    } = read(&path)?;
     Ok(Some(Shows {
         own: path == own,
         path,
-        latest: watch::Sender::new(latest),
+        latest: watch::Sender::new(client),
+        to_peers: watch::Sender::new(credentials),
+        of_peers: watch::Sender::new(server),
         modified,
         lifetime,
     }))
 }
 
-type Read = (Arc<ClientConfig>, Option<SystemTime>, (i64, i64));
+/// What is made of a file of credentials.
+struct Read {
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+    credentials: Arc<Credentials>,
+    modified: Option<SystemTime>,
+    lifetime: (i64, i64),
+}
 
 fn read(path: &Path) -> Result<Read, JoinError> {
     let failed = |source| JoinError::Credentials {
@@ -119,8 +137,13 @@ fn read(path: &Path) -> Result<Read, JoinError> {
     let credentials = Credentials::read(path).map_err(failed)?;
     let shown = credentials.certificate().and_then(shown);
     let lifetime = shown.map_or((0, i64::MAX), |shown| (shown.not_before, shown.not_after));
-    let client = credentials.client().map_err(failed)?;
-    Ok((client, modified.ok(), lifetime))
+    Ok(Read {
+        client: credentials.client().map_err(failed)?,
+        server: credentials.server().map_err(failed)?,
+        credentials: Arc::new(credentials),
+        modified: modified.ok(),
+        lifetime,
+    })
 }
 
 /// Joins; returns the VM size that the token wants, and the credentials. It asks with the same key however often it is
@@ -211,6 +234,16 @@ impl Shows {
         self.latest.subscribe()
     }
 
+    /// What agents of other nodes are called with, and what they are answered with.
+    pub fn of_peers(
+        &self,
+    ) -> (
+        watch::Receiver<Arc<Credentials>>,
+        watch::Receiver<Arc<ServerConfig>>,
+    ) {
+        (self.to_peers.subscribe(), self.of_peers.subscribe())
+    }
+
     /// Keeps it fresh for ever.
     pub async fn keep_fresh(mut self, connector: Connector) {
         loop {
@@ -240,9 +273,11 @@ impl Shows {
         };
         let modified = std::fs::metadata(&self.path).and_then(|found| found.modified());
         if modified.ok() != self.modified {
-            let (latest, modified, lifetime) = read(&self.path)?;
-            self.latest.send_replace(latest);
-            (self.modified, self.lifetime) = (modified, lifetime);
+            let read = read(&self.path)?;
+            self.latest.send_replace(read.client);
+            self.to_peers.send_replace(read.credentials);
+            self.of_peers.send_replace(read.server);
+            (self.modified, self.lifetime) = (read.modified, read.lifetime);
         }
         renewed
     }

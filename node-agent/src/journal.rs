@@ -78,6 +78,12 @@ pub struct Identity {
     /// The VM size to register, where who let it in wants one.
     #[serde(default)]
     pub vm_size: Option<String>,
+    /// The port at which other agents were listened to last.
+    #[serde(default)]
+    pub agent_port: u16,
+    /// By it the tokens of attempts are made; empty before there was one.
+    #[serde(default)]
+    pub key: String,
 }
 
 /// Whose work an attempt is: all that is needed to take it over where the State that placed it is lost.
@@ -140,6 +146,8 @@ impl Journal {
                 let identity = Identity {
                     epoch: 0,
                     vm_size: None,
+                    agent_port: 0,
+                    key: String::new(),
                     uid: uuid::Uuid::new_v4().to_string(),
                     journal_id: uuid::Uuid::new_v4().to_string(),
                     ensemble: None,

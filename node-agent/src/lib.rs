@@ -1,7 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, share, user} <- mounts <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- supervisor <- agent`.
+//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, share, user} <- mounts <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- peers <- supervisor <- agent`.
 //!
 //! `cgroups`, `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
@@ -21,6 +21,7 @@ pub mod launch;
 pub mod lease;
 mod logs;
 mod mounts;
+mod peers;
 pub mod reconcile;
 mod session;
 mod share;
@@ -70,6 +71,12 @@ enum Part {
     /// Mounts, unmounts, or looks at what is mounted.
     #[command(hide = true)]
     MountStep,
+    /// Starts a command on another node of the job whose process this is: what jobs find as `ssh`.
+    #[command(hide = true)]
+    RemoteShell {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Shows what lies in a directory.
     #[command(hide = true)]
     Look,
@@ -82,6 +89,7 @@ pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
         Some(Part::Mounts { dir, held, clean }) => mounts::main(&dir, held, clean, own),
         Some(Part::MountStep) => mounts::step(),
         Some(Part::Exec { dir }) => shim::exec(&dir),
+        Some(Part::RemoteShell { arguments }) => peers::shell::main(&arguments),
         Some(Part::Look) => files::look(),
         None => agent_main(cli.config, own),
     }

@@ -28,6 +28,7 @@ use crate::journal::{
 use crate::launch::{HostFacts, plan};
 use crate::logs::Shipped;
 use crate::mounts;
+use crate::peers::{Key, TOKEN};
 use crate::reconcile::{Action, Local, actions, observations, strays};
 use crate::shim;
 use crate::status::{FailureRecord, Phase, Status};
@@ -52,6 +53,8 @@ pub struct Supervisor {
     pub volumes: Volumes,
     /// The arguments that lead to this program's own subcommands.
     pub own: &'static [&'static str],
+    /// By it the processes of an attempt show that they are.
+    pub key: Key,
     pub assignments: watch::Receiver<Option<AssignmentList>>,
     /// Until when fenced work may run, in milliseconds of the boot clock.
     pub leased: watch::Receiver<i64>,
@@ -323,7 +326,9 @@ impl Supervisor {
         self.volumes.write_down(dir, &plan.mounts)?;
         dir.write(PREPARE, &plan.preparation, true)?;
         crash_point!("agent_wrote_a_plan");
-        match self.spawn(dir, &shim::secrets_of(assignment)) {
+        let mut secrets = shim::secrets_of(assignment);
+        secrets.insert(TOKEN.to_owned(), self.key.token(&dir.id()));
+        match self.spawn(dir, &secrets) {
             Ok(child) => {
                 crash_point!("agent_started_a_shim");
                 self.children.insert(dir.id(), child);

@@ -4,7 +4,7 @@
 
 use std::fmt::{Debug, Formatter, Result};
 
-use crate::agent::v1::JoinRequest;
+use crate::agent::v1::{JoinRequest, RemoteHello};
 use crate::v1::{
     AppInsightsReference, Cluster, EnvironmentVariableWithSecretValue, Job, MountVolumes,
     PrivateRegistryCredentials, StorageCredentials, UserAccountSettings,
@@ -152,6 +152,20 @@ impl Debug for AppInsightsReference {
             .field("component", &self.component)
             .field("instrumentation_key", &covered(&self.instrumentation_key))
             .field("instrumentation_key_secret_reference", reference)
+            .finish()
+    }
+}
+
+impl Debug for RemoteHello {
+    fn fmt(&self, f: &mut Formatter<'_>) -> Result {
+        let names: Vec<_> = self.secrets.keys().collect();
+        f.debug_struct("RemoteHello")
+            .field("attempt", &self.attempt)
+            .field("token", &covered(&self.token))
+            .field("host", &self.host)
+            .field("command_line", &self.command_line)
+            .field("input", &self.input)
+            .field("secrets", &names)
             .finish()
     }
 }

@@ -60,6 +60,21 @@ impl Network {
         vec!["nsenter".to_owned(), into]
     }
 
+    /// The same, as a machine that has a name of its own.
+    pub fn on_named(&self, id: u64, name: &str) -> Vec<String> {
+        let script = "hostname \"$0\" && exec \"$@\"";
+        let named = ["unshare", "-u", "sh", "-c", script, name];
+        let mut words = self.on(id);
+        words.extend(named.map(str::to_owned));
+        words
+    }
+
+    /// One replica, on the first machine.
+    pub fn replica(&self) -> Replicas {
+        let place = (format!("https://{}:7070", address(1)), self.on(1));
+        Replicas::start_at(vec![place], &[])
+    }
+
     /// Three replicas, on the first three machines.
     pub fn replicas(&self, args: &[&str]) -> Replicas {
         let place = |id| (format!("https://{}:7070", address(id)), self.on(id));

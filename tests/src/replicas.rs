@@ -20,6 +20,8 @@ pub struct Replicas {
     args: Vec<String>,
     pub processes: BTreeMap<u64, Process>,
     pub agents: BTreeMap<String, Process>,
+    /// Whom the jobs of agents that are started run as.
+    pub job_user: String,
     token: String,
 }
 
@@ -57,6 +59,7 @@ impl Replicas {
             args: args.iter().map(|arg| (*arg).to_owned()).collect(),
             processes: BTreeMap::new(),
             agents: BTreeMap::new(),
+            job_user: "self".to_owned(),
             token: String::new(),
         }
     }
@@ -235,7 +238,7 @@ impl Replicas {
     pub fn start_agent_by(&mut self, prefix: &[String], name: &str, endpoints: &str) {
         self.make_token();
         let log = self.dir.path().join(format!("{name}.log"));
-        let args = agent_args(self.path(), endpoints, name, "self");
+        let args = agent_args(self.path(), endpoints, name, &self.job_user);
         let variables = [("BATCHAI_JOIN_TOKEN", &*self.token)];
         let process = Process::start_by(prefix, args, &variables, &log);
         self.agents.insert(name.to_owned(), process);

@@ -132,7 +132,8 @@ fn a_shell_beside_a_job_is_like_one_here() {
     shell.press("\x03");
     shell.line("echo still $((40 + 2))", "still 42");
     until_sleeping(1, 0);
-    shell.line("cat; echo read $?", "read $?");
+    // What is typed before the shell has given the terminal back is the shell's.
+    shell.line("echo begun; cat; echo read $?", "begun\r\n");
     shell.press("typed\n\x04");
     shell.expect("read 0");
     shell.press("exit 7\n");

@@ -110,7 +110,7 @@ fn the_job_files_of_the_recipes_are_taken_or_refused_by_name() {
                     "outputDirectories": outputs(&[("MODEL", "Models")]),
                 }),
             ),
-            refused: &["job.node_count"],
+            refused: &[],
         },
         Example {
             name: "cntk-brainscript",
@@ -124,7 +124,7 @@ fn the_job_files_of_the_recipes_are_taken_or_refused_by_name() {
                     },
                 }),
             ),
-            refused: &["job.node_count"],
+            refused: &[],
         },
         Example {
             name: "horovod",
@@ -135,7 +135,7 @@ fn the_job_files_of_the_recipes_are_taken_or_refused_by_name() {
                     "jobPreparation": { "commandLine": "apt update; apt install mpi-default-dev -y" },
                 }),
             ),
-            refused: &["job.node_count"],
+            refused: &[],
         },
         Example {
             name: "pytorch",
@@ -176,7 +176,7 @@ fn the_job_files_of_the_recipes_are_taken_or_refused_by_name() {
                     "outputDirectories": outputs(&[("MODEL", "model")]),
                 }),
             ),
-            refused: &["job.node_count"],
+            refused: &[],
         },
         Example {
             name: "custom-mpi",
@@ -187,7 +187,7 @@ fn the_job_files_of_the_recipes_are_taken_or_refused_by_name() {
                     "inputDirectories": [{ "id": "SCRIPT", "path": script("") }],
                 }),
             ),
-            refused: &["job.node_count"],
+            refused: &[],
         },
         Example {
             name: "caffe",

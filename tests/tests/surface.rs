@@ -764,6 +764,8 @@ fn nodes_are_shown_whole() {
         (facts.first_port, facts.last_port, facts.ssh_port),
         (20_000, 29_999, 22)
     );
+    let port = u16::try_from(facts.agent_port).unwrap();
+    assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
     // A busy node says for what.
     let properties =
         json!({ "nodeCount": 1, "customToolkitSettings": { "commandLine": "sleep 600" } });

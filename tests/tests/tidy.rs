@@ -70,6 +70,7 @@ const NODE_AGENT: [&[&str]; 11] = [
     &["shim", "watch"],
     &["session"],
     &["bundles", "execs", "files", "join", "logs"],
+    &["peers"],
     &["supervisor"],
     &["agent", "fuzz"],
     &["lib", "main"],

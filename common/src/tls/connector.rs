@@ -170,6 +170,27 @@ impl Connector {
     }
 }
 
+/// Connects to one that is no coordinator, by a configuration that knows whom it is to be.
+pub async fn connect_to(
+    address: std::net::SocketAddr,
+    config: Arc<ClientConfig>,
+) -> Result<Channel, Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    let dial = move |uri| {
+        let dialled = tokio::time::timeout(CONNECT_TIMEOUT, dial(uri, Some(config.clone())));
+        async {
+            dialled
+                .await
+                .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+        }
+    };
+    endpoint.connect_with_connector(service_fn(dial)).await
+}
+
 /// An address, for a client that knows nothing of TLS: what is below makes the connection secure.
 fn endpoint(url: &str) -> Result<Endpoint, TargetError> {
     let bad = || TargetError::Url {

@@ -15,7 +15,7 @@ use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 use super::trust::Trust;
-use super::{ALPN, provider};
+use super::{ALPN, Identity, provider};
 
 /// The largest file of credentials.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -110,6 +110,11 @@ impl Credentials {
     /// What a client needs.
     pub fn client(&self) -> Result<Arc<ClientConfig>, CredentialsError> {
         client(Trust::roots(&self.roots)?, self.own.as_ref())
+    }
+
+    /// What a client needs that calls a certain node.
+    pub fn client_of(&self, who: Identity) -> Result<Arc<ClientConfig>, CredentialsError> {
+        client(Trust::peer(&self.roots, who)?, self.own.as_ref())
     }
 
     /// What a server needs: whoever comes with a certificate must come with one that is trusted.

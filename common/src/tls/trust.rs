@@ -1,4 +1,4 @@
-//! Whether the other end is a coordinator of this ensemble.
+//! Whether the other end is a coordinator of this ensemble, or a certain node of it.
 
 use std::sync::Arc;
 
@@ -6,9 +6,11 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::verify_tls13_signature;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::{CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 
-use super::{COORDINATOR_NAME, fingerprint, provider};
+use super::{COORDINATOR_NAME, Identity, fingerprint, provider, shown};
 
 /// Whom a client trusts.
 #[derive(Debug)]
@@ -17,12 +19,26 @@ pub enum Trust {
     Roots(Arc<WebPkiServerVerifier>),
     /// Who one that is known by its SHA-256 has signed: it is shown, and not known before.
     Pinned([u8; 32]),
+    /// This one, whom these have signed. Certificates of nodes are for those who call, and name no host.
+    Peer(Arc<dyn ClientCertVerifier>, Identity),
 }
 
 impl Trust {
     /// Trust in certificates of authorities.
     pub fn roots(roots: &[CertificateDer<'static>]) -> Result<Trust, Error> {
         Ok(Trust::Roots(verifier(roots.iter().cloned())?))
+    }
+
+    /// Trust in one node, whose certificate these have signed.
+    pub fn peer(roots: &[CertificateDer<'static>], who: Identity) -> Result<Trust, Error> {
+        let mut store = RootCertStore::empty();
+        for root in roots {
+            store.add(root.clone())?;
+        }
+        let built =
+            WebPkiClientVerifier::builder_with_provider(Arc::new(store), provider()).build();
+        let built = built.map_err(|error| Error::General(error.to_string()))?;
+        Ok(Trust::Peer(built, who))
     }
 }
 
@@ -47,6 +63,12 @@ impl ServerCertVerifier for Trust {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let verifier = match self {
+            Trust::Peer(verifier, who) => {
+                verifier.verify_client_cert(end_entity, intermediates, now)?;
+                let is_it = shown(end_entity).is_some_and(|shown| shown.identity == *who);
+                let other = Error::General(format!("it is not {who}"));
+                return is_it.then(ServerCertVerified::assertion).ok_or(other);
+            }
             Trust::Roots(verifier) => verifier.clone(),
             Trust::Pinned(pin) => {
                 let known = intermediates

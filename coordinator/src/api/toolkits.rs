@@ -75,24 +75,11 @@ pub fn check(faults: &mut Faults, given: &Job) -> ToolType {
         check_caffe(faults, settings, nodes);
     }
     check_scripts(faults, given);
-    // The processes of one node need no way to start others elsewhere.
-    faults.not_served("job.node_count", nodes > 1 && by_mpi(given));
     for (name, served, is_set, _) in blocks(given) {
         faults.not_served(&format!("job.{name}"), is_set && !served);
     }
     set.first()
         .map_or(ToolType::Unspecified, |(.., tool)| *tool)
-}
-
-/// Whether mpirun starts a job's processes.
-fn by_mpi(given: &Job) -> bool {
-    let torch = given.py_torch_settings.as_ref();
-    torch.is_some_and(|torch| torch.communication_backend.eq_ignore_ascii_case("mpi"))
-        || given.custom_mpi_settings.is_some()
-        || given.horovod_settings.is_some()
-        || given.chainer_settings.is_some()
-        || given.cntk_settings.is_some()
-        || given.caffe_settings.is_some()
 }
 
 /// Those that are a script, or a command, and how many processes.

@@ -86,5 +86,7 @@ fn host(node: Option<&std::sync::Arc<Node>>, placed: &super::attempts::AttemptNo
         boot_id: facts.boot_id.clone(),
         root: facts.root.clone(),
         port: placed.port,
+        agent_port: facts.agent_port,
+        uid: node.map(|node| node.uid.clone()).unwrap_or_default(),
     }
 }

@@ -18,9 +18,9 @@ use nix::unistd::Pid;
 use tokio::sync::oneshot;
 
 use super::streams::{Streams, StreamsOf};
-use super::{Parts, fault};
+use super::{ForPeer, Parts, fault};
 use crate::cgroups::Group;
-use crate::journal::{AttemptDir, JournalError, LAUNCH, PREPARE, STATUS};
+use crate::journal::{JournalError, LAUNCH, PREPARE, STATUS};
 use crate::launch::{HostFacts, JobUser, Preparation, ProcessPlan, beside};
 use crate::shim::{Beside, ExecPlan, Words};
 use crate::status::Status;
@@ -67,24 +67,36 @@ struct Place {
 pub fn start(question: &ExecRequest, parts: &Parts) -> Result<Started, ExecFault> {
     let assignment = question.attempt.clone().unwrap_or_default();
     let command = question.command.clone().unwrap_or_default();
-    let Place { mut plan, dir } = match assignment.attempt.as_str() {
+    let place = match assignment.attempt.as_str() {
         "" => on_the_node(&assignment, parts)?,
         _ => beside_an_attempt(&assignment, parts)?,
     };
+    begin(place, command, parts)
+}
+
+/// Starts what another node of an attempt wants.
+pub fn start_for_peer(what: ForPeer, parts: &Parts) -> Result<Started, ExecFault> {
+    let mut place = beside_an_attempt(&what.assignment, parts)?;
+    place.plan.env.extend(what.more);
+    begin(place, what.command, parts)
+}
+
+fn begin(place: Place, command: ExecCommand, parts: &Parts) -> Result<Started, ExecFault> {
+    let Place { mut plan, dir } = place;
     plan.group = plan.group.map(|group| {
         let id = uuid::Uuid::new_v4().simple();
         group.below(&format!("exec-{id}"))
     });
-    complete(&mut plan, command.clone());
-    let started = StreamsOf::new(command.terminal.as_ref(), plan.user.as_ref())
+    let terminal = command.terminal;
+    complete(&mut plan, command);
+    let started = StreamsOf::new(terminal.as_ref(), plan.user.as_ref())
         .and_then(|streams| spawn(&plan, &dir, parts.own, streams));
     started.map_err(|error| failed(format!("the command cannot be started: {error}")))
 }
 
 /// Whether what is asked for is to run beside an attempt that is about to begin.
-pub fn is_early(question: &ExecRequest, parts: &Parts) -> bool {
-    let attempt = question.attempt.as_ref();
-    let dir = attempt.and_then(|attempt| parts.journal.attempt(&attempt.attempt));
+pub fn is_early(assignment: &Assignment, parts: &Parts) -> bool {
+    let dir = parts.journal.attempt(&assignment.attempt);
     dir.is_some_and(|dir| Beside::of(&dir) == Beside::NotYet)
 }
 
@@ -128,7 +140,10 @@ fn beside_an_attempt(assignment: &Assignment, parts: &Parts) -> Result<Place, Ex
         Some(first) => (first.env, first.cwd),
         None => beside(assignment, &parts.facts).map_err(|error| failed(error.to_string()))?,
     };
-    env.extend(secrets(assignment, &dir));
+    let ranks = dir.read::<Status>(STATUS).ok().flatten();
+    let ranks = ranks.map(|status| status.ranks).unwrap_or_default();
+    let alive = ranks.iter().filter(|rank| rank.exit_code.is_none());
+    env.extend(secrets(assignment, alive.map(|rank| rank.pid)));
     let plan = ExecPlan {
         env,
         cwd,
@@ -149,18 +164,16 @@ fn beside_an_attempt(assignment: &Assignment, parts: &Parts) -> Result<Place, Ex
 }
 
 /// The job's secrets: nobody has them any more but its processes, whose user may read them there.
-fn secrets(assignment: &Assignment, dir: &AttemptDir) -> BTreeMap<String, String> {
+pub fn secrets(
+    assignment: &Assignment,
+    processes: impl Iterator<Item = i32>,
+) -> BTreeMap<String, String> {
     let names = assignment.job.iter().flat_map(|job| &job.secrets);
     let names: Vec<_> = names.map(|secret| secret.name.as_str()).collect();
-    let Ok(Some(status)) = dir.read::<Status>(STATUS) else {
-        return BTreeMap::new();
-    };
     if names.is_empty() {
         return BTreeMap::new();
     }
-    let alive = status.ranks.iter().filter(|rank| rank.exit_code.is_none());
-    let mut environs =
-        alive.filter_map(|rank| fs::read(format!("/proc/{}/environ", rank.pid)).ok());
+    let mut environs = processes.filter_map(|pid| fs::read(format!("/proc/{pid}/environ")).ok());
     let environ = environs.next().unwrap_or_default();
     let variables = environ.split(|byte| *byte == 0);
     let pairs =

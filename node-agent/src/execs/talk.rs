@@ -1,6 +1,6 @@
-//! What goes on between a command and the coordinator while it runs.
+//! What goes on between a command and who wants it, the coordinator or another node's agent, while it runs.
 //!
-//! The coordinator is always listened to, and never sent more ahead than it has said that it took: what is printed and not read stays
+//! Who wants it is always listened to, and never sent more ahead than it has said that it took: what is printed and not read stays
 //! where it is, and the command waits.
 
 use std::collections::VecDeque;
@@ -8,20 +8,19 @@ use std::io;
 use std::time::Duration;
 
 use batchai_common::limits::EXEC_CHUNKS_MAX;
-use batchai_proto::agent::v1::ServeExecResponse;
 use batchai_proto::agent::v1::exec_fault::Kind;
 use batchai_proto::agent::v1::serve_exec_request::Message;
-use batchai_proto::v1::ExecOutput;
 use batchai_proto::v1::exec_input::Input;
 use batchai_proto::v1::exec_output::Output;
+use batchai_proto::v1::{ExecInput, ExecOutput};
 use bytes::Bytes;
 use tokio::sync::oneshot;
-use tonic::Streaming;
+use tokio_stream::StreamExt as _;
 
 use super::command::{Holder, Started};
 use super::streams;
 use super::streams::Streams;
-use super::{Outbox, PATIENCE, fault, say};
+use super::{Inputs, Outbox, PATIENCE, fault, say};
 
 /// What a command has printed is there when it has ended. Somebody who has left its tree may hold its pipes open for ever.
 const QUIET: Duration = Duration::from_secs(1);
@@ -36,7 +35,7 @@ pub struct Talk {
     /// Hung up when this is dropped.
     holder: Holder,
     outbox: Outbox,
-    incoming: Streaming<ServeExecResponse>,
+    incoming: Inputs,
     /// What it has not read yet.
     input: VecDeque<Bytes>,
     /// How many pieces came, and how many of them the command was given.
@@ -50,7 +49,7 @@ pub struct Talk {
 
 /// What happens next.
 enum Event {
-    Said(Option<ServeExecResponse>),
+    Said(Option<ExecInput>),
     Wrote(io::Result<()>),
     Printed(bool, io::Result<Bytes>),
     Exited(i32),
@@ -58,7 +57,7 @@ enum Event {
 }
 
 impl Talk {
-    pub fn new(started: Started, outbox: Outbox, incoming: Streaming<ServeExecResponse>) -> Talk {
+    pub fn new(started: Started, outbox: Outbox, incoming: Inputs) -> Talk {
         Talk {
             streams: started.streams,
             exited: started.exited,
@@ -145,7 +144,7 @@ impl Talk {
         let (output_open, error_open) = (printing(output), printing(error));
         let exited = self.code.is_some();
         tokio::select! {
-            said = self.incoming.message() => Event::Said(said.ok().flatten()),
+            said = self.incoming.next() => Event::Said(said),
             wrote = write(writing) => Event::Wrote(wrote),
             printed = read(output.as_ref()), if output_open => Event::Printed(false, printed),
             printed = read(error.as_ref()), if error_open => Event::Printed(true, printed),
@@ -155,8 +154,8 @@ impl Talk {
     }
 
     /// What the command gets.
-    fn take(&mut self, said: ServeExecResponse) -> Option<&'static str> {
-        match said.input.and_then(|input| input.input) {
+    fn take(&mut self, said: ExecInput) -> Option<&'static str> {
+        match said.input {
             Some(Input::Data(_)) if self.ended => {
                 return Some("there was more than all of the input");
             }
@@ -258,7 +257,7 @@ impl Talk {
             ..
         } = self;
         drop(outbox);
-        let heard = async { while let Ok(Some(_)) = incoming.message().await {} };
+        let heard = async { while incoming.next().await.is_some() {} };
         let _ = tokio::time::timeout(PATIENCE, heard).await;
         "it has ended"
     }

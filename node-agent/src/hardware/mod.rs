@@ -66,6 +66,8 @@ pub fn facts(config: &Config, isolation: &Isolation) -> Result<NodeFacts, Hardwa
         first_port: i32::from(config.ports.0),
         last_port: i32::from(config.ports.1),
         ssh_port: i32::from(config.ssh_port),
+        // Known when it listens.
+        agent_port: 0,
         kernel_version: os::kernel_version()?,
         disks: sysfs.disks(),
         numa_nodes: sysfs.numa_nodes(),
@@ -126,6 +128,7 @@ pub fn host_facts(
         log_limit: LogLimit::default(),
         isolation,
         base_env: base.collect::<BTreeMap<_, _>>(),
+        remote_shell: Vec::new(),
     }
 }
 

@@ -13,6 +13,18 @@ use super::{Context, HostFacts, JobUser, LaunchError};
 /// are found by it.
 pub const ATTEMPT_TAG: &str = "BATCHAI_ATTEMPT";
 
+/// How Open MPI, PRRTE, Hydra and Intel MPI start what is on other hosts. Theirs stay there as long as it runs, and end with it.
+const STARTERS: [(&str, &str); 8] = [
+    ("OMPI_MCA_plm_rsh_agent", "{ssh}"),
+    ("OMPI_MCA_orte_leave_session_attached", "1"),
+    ("PRTE_MCA_plm_ssh_agent", "{ssh}"),
+    ("PRTE_MCA_prte_leave_session_attached", "1"),
+    ("HYDRA_LAUNCHER", "ssh"),
+    ("HYDRA_LAUNCHER_EXEC", "{ssh}"),
+    ("I_MPI_HYDRA_BOOTSTRAP", "ssh"),
+    ("I_MPI_HYDRA_BOOTSTRAP_EXEC", "{ssh}"),
+];
+
 type Env = BTreeMap<String, String>;
 
 /// What every process of the job has, before the user's own variables.
@@ -107,22 +119,42 @@ const OF_RANKS: [&str; 4] = [
 
 /// The environment of the preparation command.
 pub fn for_preparation(context: &Context<'_>) -> Result<Env, LaunchError> {
-    let mut env = context.env.clone();
+    let mut env = with_starters(context, context.env.clone());
     let names_ranks = |value: &str| OF_RANKS.iter().any(|name| value.contains(name));
     for variable in &context.job.environment_variables {
         if !names_ranks(&variable.value) {
             add(&mut env, variable)?;
         }
     }
-    Ok(env)
+    Ok(with_programs(context, env))
 }
 
 /// Adds the user's variables, whose values may name the service's.
-pub fn with_user(context: &Context<'_>, mut env: Env) -> Result<Env, LaunchError> {
+pub fn with_user(context: &Context<'_>, env: Env) -> Result<Env, LaunchError> {
+    let mut env = with_starters(context, env);
     for variable in &context.job.environment_variables {
         add(&mut env, variable)?;
     }
-    Ok(env)
+    Ok(with_programs(context, env))
+}
+
+fn with_starters(context: &Context<'_>, mut env: Env) -> Env {
+    if super::preparation::remote_shell(context).is_some() {
+        let shell = context.paths.remote_shell();
+        let of = |(name, value): (&str, &str)| (name.to_owned(), value.replace("{ssh}", &shell));
+        env.extend(STARTERS.map(of));
+    }
+    env
+}
+
+/// Who reaches the job's other nodes does so by what is first on its PATH, whatever the job says of that.
+fn with_programs(context: &Context<'_>, mut env: Env) -> Env {
+    if super::preparation::remote_shell(context).is_some() {
+        let programs = context.paths.programs();
+        let path = env.get("PATH").map_or("/usr/bin:/bin", String::as_str);
+        env.insert("PATH".to_owned(), format!("{programs}:{path}"));
+    }
+    env
 }
 
 fn add(env: &mut Env, variable: &NameValuePair) -> Result<(), LaunchError> {

@@ -45,7 +45,7 @@ pub fn quote(
     let mut out = String::with_capacity(text.len() + 2);
     for piece in pieces(text) {
         match piece {
-            Piece::Text(text) => out.push_str(&format!("'{}'", text.replace('\'', r"'\''"))),
+            Piece::Text(text) => out.push_str(&literal(text)),
             Piece::Variable(name) => {
                 known(what, name, env)?;
                 out.push_str(&format!("\"${{{name}}}\""));
@@ -56,6 +56,11 @@ pub fn quote(
         true => Ok("''".to_owned()),
         false => Ok(out),
     }
+}
+
+/// The text as one word for any shell, as it is.
+pub fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 fn known<'a>(

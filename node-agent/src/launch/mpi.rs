@@ -9,6 +9,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use batchai_proto::v1::Job;
+
 use super::expand::quote;
 use super::{Context, LaunchError, ProcessPlan, environment, pytorch};
 
@@ -39,6 +41,8 @@ pub struct Script<'a> {
 }
 
 const PYTHON: &str = "python3";
+/// The backend of PyTorch that is MPI.
+pub const BACKEND: &str = "mpi";
 
 /// So many processes of a bash command line.
 pub fn processes(
@@ -104,8 +108,19 @@ pub fn of_program(
     processes(context, count, &format!("exec {}", words.join(" ")))
 }
 
-/// What all of its processes have.
-fn environment(context: &Context<'_>) -> Result<BTreeMap<String, String>, LaunchError> {
+/// Whether it is mpirun that starts a job's processes.
+pub fn starts(job: &Job) -> bool {
+    let torch = job.py_torch_settings.as_ref();
+    torch.is_some_and(|torch| torch.communication_backend == BACKEND)
+        || job.custom_mpi_settings.is_some()
+        || job.horovod_settings.is_some()
+        || job.chainer_settings.is_some()
+        || job.cntk_settings.is_some()
+        || job.caffe_settings.is_some()
+}
+
+/// What all of its processes have, on whatever host of it.
+pub fn environment(context: &Context<'_>) -> Result<BTreeMap<String, String>, LaunchError> {
     let master = context.assignment.hosts.first();
     let master = master.ok_or(LaunchError::Incomplete { what: "master" })?;
     let mut env = context.env.clone();

@@ -220,7 +220,16 @@ fn mpirun_is_told_hosts_processes_and_the_command_by_each_toolkit() {
                     "{what}"
                 );
                 let file = "/r/jobs/w/e/j/.hostfile.hydra";
-                let given = ["mpirun", "-machinefile", file, "-genvnone", "-wdir", "/"];
+                let given = [
+                    "mpirun",
+                    "-machinefile",
+                    file,
+                    "-localhost",
+                    "10.0.0.4",
+                    "-genvnone",
+                    "-wdir",
+                    "/",
+                ];
                 let hydra = [&given[..], &["-n", &number], &ranks].concat();
                 assert_eq!(mpich.told(&process.argv, &process.env), hydra, "{what}");
                 assert_eq!(intel.told(&process.argv, &process.env), hydra, "{what}");
@@ -330,4 +339,45 @@ proptest! {
             prop_assert!(process.argv.iter().all(|word| !word.contains(&value)));
         }
     }
+}
+
+#[test]
+fn what_runs_on_another_host_has_the_environment_that_the_job_has_there() {
+    let [.., (_, custom, _)] = jobs(2);
+    let mut job = with_input(custom);
+    job.environment_variables = vec![v1::NameValuePair {
+        name: "PATH".into(),
+        value: "/own".into(),
+    }];
+    let (env, cwd) = beside(&assignment(2, 1, job.clone()), &facts()).unwrap();
+    assert_eq!(cwd, "/r/jobs/w/e/j");
+    let ssh = "/r/jobs/w/e/j/.bin/ssh";
+    for (name, value) in [
+        ("AZ_BATCHAI_INPUT_SCRIPTS", "/r/jobs/w/e/j/mounts/s"),
+        ("MASTER_ADDR", "10.0.0.4"),
+        ("OMPI_MCA_btl_tcp_if_exclude", "docker0,lo"),
+        ("OMPI_MCA_plm_rsh_agent", ssh),
+        ("HYDRA_LAUNCHER_EXEC", ssh),
+        ("I_MPI_HYDRA_BOOTSTRAP_EXEC", ssh),
+        ("PATH", "/r/jobs/w/e/j/.bin:/own"),
+    ] {
+        assert_eq!(env[name], value);
+    }
+    let file = |hosts, facts: &HostFacts| {
+        let plan = plan(&assignment(hosts, 0, job.clone()), facts).unwrap();
+        let files = plan.preparation.files.into_iter();
+        files
+            .filter(|(path, _)| path == ssh)
+            .map(|(_, script)| script)
+            .next()
+    };
+    let script = "#!/bin/sh\nexec '/it'\\''s/batchai' 'remote-shell' \"$@\"\n";
+    assert_eq!(file(2, &facts()).unwrap(), script);
+    // Nobody is to be reached, or in no way.
+    assert_eq!(file(1, &facts()), None);
+    let no_way = HostFacts {
+        remote_shell: Vec::new(),
+        ..facts()
+    };
+    assert_eq!(file(2, &no_way), None);
 }

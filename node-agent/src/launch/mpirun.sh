@@ -12,7 +12,8 @@ case $version in
     if [ "$EUID" = 0 ]; then given+=(--allow-run-as-root); fi
     ;;
 *Intel* | *HYDRA* | *Hydra* | *MPICH* | *MVAPICH*)
-    given=(-machinefile "${hosts%/*}/.hostfile.hydra" -genvnone -wdir / -n "$1")
+    # The others come back to this host by its address: its name may be known to nobody.
+    given=(-machinefile "${hosts%/*}/.hostfile.hydra" -localhost "$MASTER_ADDR" -genvnone -wdir / -n "$1")
     ;;
 *)
     echo "batchai: $(command -v mpirun) is none of Open MPI, MPICH and Intel MPI; it calls itself: ${version:0:500}" >&2

@@ -108,6 +108,16 @@ impl Paths {
         ]
     }
 
+    /// The directory of programs that come first for a job, and what is in it.
+    pub fn programs(&self) -> String {
+        format!("{}/.bin", self.job_temp)
+    }
+
+    /// By it processes start others on the job's other nodes.
+    pub fn remote_shell(&self) -> String {
+        format!("{}/ssh", self.programs())
+    }
+
     /// The parts of directories in the mount root that are the job's own: up to its segment.
     pub fn own(&self, segment: &str) -> Vec<String> {
         let logs = std::iter::once(&self.stdouterr);

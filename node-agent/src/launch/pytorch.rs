@@ -16,7 +16,7 @@ pub fn processes(
     context: &Context<'_>,
     settings: &PyTorchSettings,
 ) -> Result<Vec<ProcessPlan>, LaunchError> {
-    if settings.communication_backend == "mpi" {
+    if settings.communication_backend == mpi::BACKEND {
         let script = Script {
             interpreter: &settings.python_interpreter_path,
             path: &settings.python_script_file_path,

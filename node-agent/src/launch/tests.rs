@@ -11,6 +11,7 @@ pub fn assignment(hosts: usize, index: usize, job: Job) -> Assignment {
         boot_id: format!("boot-{i}"),
         root: format!("/root{i}"),
         port: 20_000 + i as i32,
+        ..Host::default()
     };
     Assignment {
         attempt: "1-7".into(),
@@ -46,6 +47,7 @@ pub fn facts() -> HostFacts {
         gpu_count: 4,
         interface: Some("eth0".into()),
         base_env: BTreeMap::from([("PATH".into(), "/bin".into())]),
+        remote_shell: vec!["/it's/batchai".into(), "remote-shell".into()],
     }
 }
 
@@ -138,7 +140,7 @@ fn the_environment_is_the_originals() {
         ("AZ_BATCHAI_ATTEMPT", "3"),
         ("AZ_BATCH_HOST_LIST", "10.0.0.4,10.0.0.5"),
         ("OUT", "/out/seg/ment/Models/x"),
-        ("PATH", "/bin"),
+        ("PATH", "/r/jobs/w/e/j/.bin:/bin"),
         (ATTEMPT_TAG, "u/1-7"),
     ] {
         assert_eq!(env.get(name).map(String::as_str), Some(value), "{name}");

@@ -84,7 +84,7 @@ fn for_job(plan: &Preparation, bundle: Option<(fs::File, &String)>) -> Result<()
         made.map_err(|e| failure("make directory", directory, &e, false))?;
     }
     for (path, content) in &plan.files {
-        fs::write(path, content).map_err(|e| failure("write", path, &e, true))?;
+        write(Path::new(path), content).map_err(|e| failure("write", path, &e, true))?;
     }
     if let Some((file, into)) = bundle {
         let failed = |error: io::Error, infrastructure| FailureRecord {
@@ -98,6 +98,18 @@ fn for_job(plan: &Preparation, bundle: Option<(fs::File, &String)>) -> Result<()
         })?;
     }
     Ok(())
+}
+
+/// Writes a file; a script can be run.
+fn write(path: &Path, content: &str) -> io::Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    fs::write(path, content)?;
+    match content.starts_with("#!") {
+        true => fs::set_permissions(path, Permissions::from_mode(0o755)),
+        false => Ok(()),
+    }
 }
 
 /// A directory below that of all jobs is the service's to make; the others are where the job wants them, or in what is mounted.

@@ -1,0 +1,146 @@
+//! PURE. What makes a host ready for an attempt: directories, files, limits, the preparation command.
+//!
+//! Which processes are started then, the launchers know.
+
+use batchai_common::limits::TERMINATION_GRACE;
+use batchai_proto::agent::v1::Assignment;
+
+use super::{
+    Context, LaunchError, Paths, Preparation, ProcessPlan, bash, environment, expand, host_number,
+    layout, mpi, own_host, rank_count, ranks,
+};
+use crate::cgroups::{Bound, asked};
+
+pub(super) fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchError> {
+    let Context {
+        assignment,
+        job,
+        paths,
+        ..
+    } = context;
+    // One node: the original's names. Several may share the directory: theirs carry the node.
+    let suffix = match assignment.hosts.len() {
+        1 if !assignment.set_up => String::new(),
+        _ => format!(
+            "-{}",
+            batchai_common::names::last_id(&own_host(assignment)?.node)
+        ),
+    };
+    let command = match &job.job_preparation {
+        Some(preparation) => Some(ProcessPlan {
+            rank: -1,
+            argv: bash(&preparation.command_line),
+            env: environment::for_preparation(context)?,
+            cwd: paths.job_temp.clone(),
+            stdout: format!("stdout-job_prep{suffix}.txt"),
+            stderr: format!("stderr-job_prep{suffix}.txt"),
+        }),
+        None => None,
+    };
+    let groups = &context.facts.isolation.groups;
+    let limit = job
+        .constraints
+        .as_ref()
+        .and_then(|c| c.max_wall_clock_time)
+        .unwrap_or_default();
+    Ok(Preparation {
+        wipe: paths.job_temp_dir.clone(),
+        directories: paths.directories(),
+        own: paths.own(&job.job_output_directory_path_segment),
+        mount_points: Vec::new(),
+        files: files(context),
+        bundle: bundle(context),
+        user: context.user.clone(),
+        limits: context.facts.limits.clone(),
+        group: groups
+            .as_ref()
+            .map(|groups| groups.below(&assignment.attempt)),
+        bounds: bounds(context)?,
+        may_gain: assignment.set_up,
+        command,
+        log_limit: context.facts.log_limit,
+        copy_to: paths.stdouterr.clone(),
+        execution_log: format!("execution{suffix}.log"),
+        fence: assignment.fenced.then(|| context.facts.lease.clone()),
+        ports: ports(context)?,
+        wall_clock_s: u64::try_from(limit.seconds).unwrap_or_default(),
+        grace_s: TERMINATION_GRACE.as_secs(),
+    })
+}
+
+/// The ports that the job's processes on this host are told to listen to: of TensorFlow each process its own, of others rank 0 that of
+/// the rendezvous of them all.
+fn ports(context: &Context<'_>) -> Result<Vec<u16>, LaunchError> {
+    let Assignment {
+        hosts, host_index, ..
+    } = context.assignment;
+    let count = match &context.job.tensor_flow_settings {
+        Some(_) => layout(context).of(host_number(context)).count(),
+        None => usize::from(*host_index == 0 && rank_count(context.job, hosts.len()) > 0),
+    };
+    let first = own_host(context.assignment)?.port;
+    let row = (first..).take(count).map(u16::try_from);
+    row.collect::<Result<_, _>>()
+        .map_err(|_| LaunchError::Incomplete { what: "port" })
+}
+
+/// What the job asks to be limited, and what is counted of it in any case.
+fn bounds(context: &Context<'_>) -> Result<Vec<Bound>, LaunchError> {
+    let seats = &context.facts.isolation.seats;
+    let limits = context.job.resource_limits.unwrap_or_default();
+    let able = |wanted| seats.iter().any(|seat| seat.controller == wanted);
+    if let Some(lacks) = asked(&limits).find(|wanted| !able(*wanted)) {
+        return Err(LaunchError::NotLimited {
+            node: own_host(context.assignment)?.node.clone(),
+            what: lacks.name(),
+        });
+    }
+    let bounds = seats.iter().map(|seat| Bound {
+        seat: seat.below(&context.assignment.attempt),
+        settings: seat.settings(&limits),
+    });
+    // One that neither limits nor counts is not worth its making.
+    let of_use = |bound: &Bound| !bound.settings.is_empty() || bound.seat.kills_file().is_some();
+    Ok(bounds.filter(of_use).collect())
+}
+
+fn bundle(context: &Context<'_>) -> Option<(String, String)> {
+    let name = &context.job.bundle;
+    let digest = batchai_common::names::last_id(name);
+    let path = format!("{}/{digest}.tar.gz", context.facts.bundles);
+    (!name.is_empty()).then(|| (path, context.paths.job_temp.clone()))
+}
+
+/// The hosts and how many processes each has, as the starters of MPI read it; and how those of other hosts are reached.
+fn files(context: &Context<'_>) -> Vec<(String, String)> {
+    let hosts = &context.assignment.hosts;
+    let total = rank_count(context.job, hosts.len()).max(hosts.len());
+    let of_host = |i| ranks(total, hosts.len(), i).len();
+    let slots = hosts.iter().enumerate();
+    let slots = slots.map(|(i, host)| (host.address.as_str(), of_host(i)));
+    let (open_mpi, hydra) = mpi::host_files(slots);
+    let Paths {
+        job_temp, hostfile, ..
+    } = &context.paths;
+    let of_hydra = format!("{job_temp}/.hostfile.hydra");
+    let shell = remote_shell(context);
+    let hosts = [(hostfile.clone(), open_mpi), (of_hydra, hydra)];
+    hosts.into_iter().chain(shell).collect()
+}
+
+/// What processes of the job find as `ssh`, and what it is; none where there is nobody to reach, or no way.
+pub(super) fn remote_shell(context: &Context<'_>) -> Option<(String, String)> {
+    let Context {
+        assignment,
+        facts,
+        paths,
+        ..
+    } = context;
+    let wanted = assignment.hosts.len() > 1 && !assignment.set_up;
+    (wanted && !facts.remote_shell.is_empty()).then(|| {
+        let words = facts.remote_shell.iter();
+        let words: Vec<_> = words.map(|word| expand::literal(word)).collect();
+        let script = format!("#!/bin/sh\nexec {} \"$@\"\n", words.join(" "));
+        (paths.remote_shell(), script)
+    })
+}
