@@ -252,8 +252,8 @@ fn several_faults_are_named_at_once_and_what_is_not_served_is_told_apart() {
     assert_eq!(faults.len(), 3);
     let job = Job {
         custom_toolkit_settings: None,
-        caffe2_settings: Some(v1::Caffe2Settings {
-            python_script_file_path: "train.py".into(),
+        custom_mpi_settings: Some(v1::CustomMpiSettings {
+            command_line: "true".into(),
             ..Default::default()
         }),
         ..valid()
@@ -261,7 +261,7 @@ fn several_faults_are_named_at_once_and_what_is_not_served_is_told_apart() {
     let Err(ApiError::NotServed(faults)) = faults_of(job) else {
         panic!()
     };
-    assert_eq!(faults[0].field, "job.caffe2_settings");
+    assert_eq!(faults[0].field, "job.node_count");
 }
 
 #[test]
