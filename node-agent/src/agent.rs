@@ -103,10 +103,9 @@ pub async fn run(
         ..config
     };
     let isolation = shim::detect(&identity.uid, config.isolation.as_deref())?;
-    let way = match &shows {
-        Some(shows) => Some(way(&config, shows, &journal, &mut identity)?),
-        None => None,
-    };
+    let shown = shows.as_ref();
+    let way = shown.map(|shows| way(&config, shows, &journal, &mut identity));
+    let way = way.transpose()?;
     let facts = NodeFacts {
         agent_port: way.as_ref().map_or(0, |_| i32::from(identity.agent_port)),
         ..hardware::facts(&config, &isolation)?

@@ -69,12 +69,6 @@ impl Network {
         words
     }
 
-    /// One replica, on the first machine.
-    pub fn replica(&self) -> Replicas {
-        let place = (format!("https://{}:7070", address(1)), self.on(1));
-        Replicas::start_at(vec![place], &[])
-    }
-
     /// Three replicas, on the first three machines.
     pub fn replicas(&self, args: &[&str]) -> Replicas {
         let place = |id| (format!("https://{}:7070", address(id)), self.on(id));

@@ -102,7 +102,7 @@ impl Pair {
         open_mpi()?;
         requirement::program("unshare", "util-linux has it")?;
         let network = Network::new(test, 3)?;
-        let mut e = network.replica();
+        let mut e = network.replica(1);
         e.job_user = user.to_owned();
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(e.path(), open).unwrap();

@@ -61,7 +61,7 @@ const COORDINATOR: [&[&str]; 14] = [
     &["backup", "server"],
     &["lib", "main"],
 ];
-const NODE_AGENT: [&[&str]; 11] = [
+const NODE_AGENT: [&[&str]; 12] = [
     &["cgroups", "status"],
     &["launch", "lease", "reconcile"],
     &["config"],

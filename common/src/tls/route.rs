@@ -22,11 +22,12 @@ use super::Connector;
 use crate::error::DOMAIN;
 
 /// Calls whose requests are streams: those cannot be made again.
-pub const STREAMED: [&str; 10] = [
+pub const STREAMED: [&str; 11] = [
     "/batchai.agent.v1.AgentService/AnswerFile",
     "/batchai.agent.v1.AgentService/ServeExec",
     "/batchai.agent.v1.AgentService/Session",
     "/batchai.agent.v1.AgentService/ShipLogs",
+    "/batchai.agent.v1.PeerService/StartRemote",
     "/batchai.internal.v1.PeerService/Exchange",
     "/batchai.internal.v1.PeerService/SendSnapshot",
     "/batchai.internal.v1.RelayService/Relay",
