@@ -224,23 +224,17 @@ impl Parts {
         let (ask_exec, execs) = mpsc::channel(EXECS_MAX);
         let (lease, leased) = watch::channel(0);
         let kept = self.journal.bundles();
-        let facts = HostFacts {
-            remote_shell: way
-                .as_ref()
-                .map_or(Vec::new(), |_| self.remote_shell.clone()),
-            ..self.host_facts()
-        };
+        let mut facts = self.host_facts();
+        if way.is_some() {
+            facts.remote_shell.clone_from(&self.remote_shell);
+        }
         let own_name = (self.node_id.clone(), self.identity.uid.clone());
         let (fetcher, bundles) =
             Fetcher::new(kept, self.connector.clone(), own_name, self.watch.clone())?;
         let answerer = self.answerer(own, facts.clone(), questions);
         let execs = self.execs(own, facts.clone(), execs);
-        let volumes = Volumes::new(
-            self.journal.clone(),
-            own,
-            facts.clone(),
-            self.mount_patience_s,
-        );
+        let (journal, patience_s) = (self.journal.clone(), self.mount_patience_s);
+        let volumes = Volumes::new(journal, own, facts.clone(), patience_s);
         let peers = way.map(|way| self.peers(way, execs.parts(), assignments.clone()));
         let supervisor = Supervisor {
             volumes,
