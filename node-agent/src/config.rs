@@ -45,7 +45,7 @@ pub struct Config {
         value_name = "NAME=NUMBER"
     )]
     pub job_limits: Vec<JobLimit>,
-    /// How many MiB of each log file are kept here; the first go.
+    /// How many MiB of each log file are kept here.
     #[arg(long, env = "BATCHAI_LOG_MIB", hide_env = true, default_value_t = LOG_FILE_MIB, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub log_mib: u64,
     /// How old what is kept of a log file may be, in seconds.
@@ -61,14 +61,14 @@ pub struct Config {
         value_name = "DIR"
     )]
     pub data: PathBuf,
-    /// Mounts and job directories lie below it.
+    /// For mounts and jobs.
     #[arg(
         long,
         default_value = "/mnt/batch/tasks/shared/LS_root",
         value_name = "DIR"
     )]
     pub root: PathBuf,
-    /// How many seconds something may take to be mounted, and what is mounted may not answer.
+    /// Seconds that a mount may take, or not answer.
     #[arg(long, env = "BATCHAI_MOUNT_PATIENCE", hide_env = true, default_value_t = 60, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub mount_patience: u64,
     /// The VM size to register; a token may be for one only. Made of product name, cores, memory and GPUs where it is left out.
@@ -92,16 +92,15 @@ pub struct Config {
     /// reached from.
     #[arg(long, value_name = "IP")]
     pub address: Option<IpAddr>,
-    /// The ports that jobs may be given for their rendezvous. Keep them out of the kernel's own range for outgoing
-    /// connections (net.ipv4.ip_local_port_range).
+    /// The ports that jobs may be given. Keep them out of the kernel's own range (net.ipv4.ip_local_port_range).
     #[arg(long, default_value = "20000-29999", value_name = "FIRST-LAST", value_parser = ports)]
     pub ports: (u16, u16),
-    /// The port at which the agents of other nodes are listened to, which start here what a job's processes ask for. One that is free
-    /// where it is left out.
+    /// The port for other nodes' agents. A free one where it is left out.
     #[arg(
         long,
         env = "BATCHAI_PEER_PORT",
         hide_env = true,
+        hide_default_value = true,
         default_value_t = 0,
         value_name = "PORT"
     )]
