@@ -168,7 +168,7 @@ fn nobody_but_a_replica_speaks_to_a_replica() {
     let node = api.e.credentials_of(&Identity::node("n", node).unwrap());
     let replica = api.e.credentials_of(&Identity::Replica { id: 2 });
     let methods = raw::methods("batchai.internal.v1");
-    assert_eq!(methods.len(), 3);
+    assert_eq!(methods.len(), 5);
     for method in methods {
         let none = Vec::new();
         assert!(!passes(&api, &api.channel, &method, none.clone()));

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -59,6 +60,14 @@ pub fn signal_all(pids: &[i32], signal: Signal) {
     }
 }
 
+/// Rounds in which nothing may be found, and nothing may vanish, before nothing is left: between two programs of a process its environment
+/// is not to be seen.
+const EMPTY_ROUNDS: usize = 3;
+/// On a machine where something always begins and ends no round is a quiet one: so many do as well.
+const UNQUIET_ROUNDS: usize = 40;
+const ROUNDS_MAX: usize = 200;
+const ROUND_PAUSE: Duration = Duration::from_millis(5);
+
 /// Kills every process on this machine that is in the group or carries the tag of an attempt of a node, where the attempt
 /// is not one that `keep` says is alive, until none is left.
 ///
@@ -69,43 +78,58 @@ pub fn sweep(
     node_uid: &str,
     keep: impl Fn(&str) -> bool,
 ) -> Result<(), SweepError> {
-    const ROUNDS_MAX: usize = 100;
     let grouped = group::sweep(journal, node_uid, &keep);
-    let mut left = BTreeSet::new();
+    let (mut left, mut quiet, mut unquiet) = (BTreeSet::new(), 0, 0);
     for _ in 0..ROUNDS_MAX {
-        left = tagged(node_uid, &keep)?;
-        if left.is_empty() {
+        let round = kill_tagged(node_uid, &keep)?;
+        left = round.killed;
+        match (left.is_empty(), round.vanished) {
+            (false, _) => (quiet, unquiet) = (0, 0),
+            (true, true) => unquiet += 1,
+            (true, false) => quiet += 1,
+        }
+        if quiet == EMPTY_ROUNDS || unquiet == UNQUIET_ROUNDS {
             return grouped;
         }
-        let pids: Vec<_> = left.iter().copied().collect();
-        signal_all(&pids, Signal::SIGKILL);
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(ROUND_PAUSE);
     }
     Err(SweepError::Left(left.into_iter().collect()))
 }
 
-fn tagged(node_uid: &str, keep: &impl Fn(&str) -> bool) -> io::Result<BTreeSet<i32>> {
+struct Round {
+    killed: BTreeSet<i32>,
+    /// One ended before it could be looked at.
+    vanished: bool,
+}
+
+/// Kills each as it is found, the latest first: one that goes on in another process every few milliseconds would be gone before its turn.
+fn kill_tagged(node_uid: &str, keep: &impl Fn(&str) -> bool) -> io::Result<Round> {
     let prefix = format!("{ATTEMPT_TAG}={node_uid}/");
-    let mut found = BTreeSet::new();
-    for entry in fs::read_dir("/proc")? {
-        let entry = entry?;
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok())
-        else {
-            continue;
-        };
-        // Processes that ended meanwhile, and those of other users, have nothing to read.
-        let Ok(environ) = fs::read(entry.path().join("environ")) else {
-            continue;
+    let names = fs::read_dir("/proc")?.map(|entry| entry.map(|entry| entry.file_name()));
+    let names = names.collect::<io::Result<Vec<_>>>()?;
+    let pids = names.iter().filter_map(|name| name.to_str()?.parse().ok());
+    let mut pids: Vec<i32> = pids.collect();
+    pids.sort_unstable_by(|a, b| b.cmp(a));
+    let mut round = Round {
+        killed: BTreeSet::new(),
+        vanished: false,
+    };
+    for pid in pids {
+        let environ = match fs::read(format!("/proc/{pid}/environ")) {
+            Ok(environ) => environ,
+            // Those of other users have nothing to read.
+            Err(error) => {
+                round.vanished |= error.kind() != io::ErrorKind::PermissionDenied;
+                continue;
+            }
         };
         let mut variables = environ.split(|byte| *byte == 0);
         let attempt = variables
             .find_map(|variable| std::str::from_utf8(variable).ok()?.strip_prefix(&prefix));
         if attempt.is_some_and(|attempt| !keep(attempt)) {
-            found.insert(pid);
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            round.killed.insert(pid);
         }
     }
-    Ok(found)
+    Ok(round)
 }
