@@ -250,18 +250,6 @@ fn several_faults_are_named_at_once_and_what_is_not_served_is_told_apart() {
         panic!()
     };
     assert_eq!(faults.len(), 3);
-    let job = Job {
-        custom_toolkit_settings: None,
-        custom_mpi_settings: Some(v1::CustomMpiSettings {
-            command_line: "true".into(),
-            ..Default::default()
-        }),
-        ..valid()
-    };
-    let Err(ApiError::NotServed(faults)) = faults_of(job) else {
-        panic!()
-    };
-    assert_eq!(faults[0].field, "job.node_count");
 }
 
 #[test]
