@@ -10,30 +10,25 @@ use super::job_spec::{PROCESSES_MAX, path, text};
 
 const PROCESSES_PER_NODE_MAX: i32 = 1024;
 
-/// A block of settings: its field, whether it is served, whether it is set, and the tool that it is of.
-type Block = (&'static str, bool, bool, ToolType);
+/// A block of settings: its field, whether it is set, and the tool that it is of.
+type Block = (&'static str, bool, ToolType);
 
 fn blocks(given: &Job) -> [Block; 9] {
     macro_rules! block {
-        ($field:ident, $served:expr, $tool:ident) => {
-            (
-                stringify!($field),
-                $served,
-                given.$field.is_some(),
-                ToolType::$tool,
-            )
+        ($field:ident, $tool:ident) => {
+            (stringify!($field), given.$field.is_some(), ToolType::$tool)
         };
     }
     [
-        block!(custom_toolkit_settings, true, Custom),
-        block!(py_torch_settings, true, Pytorch),
-        block!(tensor_flow_settings, true, Tensorflow),
-        block!(cntk_settings, true, Cntk),
-        block!(caffe_settings, true, Caffe),
-        block!(caffe2_settings, true, Caffe2),
-        block!(chainer_settings, true, Chainer),
-        block!(horovod_settings, true, Horovod),
-        block!(custom_mpi_settings, true, Mpi),
+        block!(custom_toolkit_settings, Custom),
+        block!(py_torch_settings, Pytorch),
+        block!(tensor_flow_settings, Tensorflow),
+        block!(cntk_settings, Cntk),
+        block!(caffe_settings, Caffe),
+        block!(caffe2_settings, Caffe2),
+        block!(chainer_settings, Chainer),
+        block!(horovod_settings, Horovod),
+        block!(custom_mpi_settings, Mpi),
     ]
 }
 
@@ -41,7 +36,7 @@ fn blocks(given: &Job) -> [Block; 9] {
 pub fn check(faults: &mut Faults, given: &Job) -> ToolType {
     let set: Vec<_> = blocks(given)
         .into_iter()
-        .filter(|(_, _, set, _)| *set)
+        .filter(|(_, set, _)| *set)
         .collect();
     match set[..] {
         [_] => {}
@@ -75,9 +70,6 @@ pub fn check(faults: &mut Faults, given: &Job) -> ToolType {
         check_caffe(faults, settings, nodes);
     }
     check_scripts(faults, given);
-    for (name, served, is_set, _) in blocks(given) {
-        faults.not_served(&format!("job.{name}"), is_set && !served);
-    }
     set.first()
         .map_or(ToolType::Unspecified, |(.., tool)| *tool)
 }
@@ -124,7 +116,7 @@ fn check_scripts(faults: &mut Faults, given: &Job) {
     }
 }
 
-/// Fills in the defaults of what is served.
+/// Fills in the defaults.
 pub fn materialise(job: &mut Job) {
     let nodes = job.node_count;
     macro_rules! one_per_node {
