@@ -1,7 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, share, user} <- mounts <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- peers <- supervisor <- agent`.
+//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, nfs, share, user} <- mounts <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- peers <- supervisor <- agent`.
 //!
 //! `cgroups`, `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
@@ -21,6 +21,7 @@ pub mod launch;
 pub mod lease;
 mod logs;
 mod mounts;
+pub mod nfs;
 mod peers;
 pub mod reconcile;
 mod session;
@@ -80,6 +81,12 @@ enum Part {
     /// Shows what lies in a directory.
     #[command(hide = true)]
     Look,
+    /// Serves a directory to other nodes by NFS.
+    #[command(hide = true)]
+    NfsServer {
+        #[arg(long)]
+        dir: PathBuf,
+    },
 }
 
 /// An agent, or a part of one, as a process. `own` are the arguments that come before those of this command line.
@@ -91,6 +98,7 @@ pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
         Some(Part::Exec { dir }) => shim::exec(&dir),
         Some(Part::RemoteShell { arguments }) => peers::shell::main(&arguments),
         Some(Part::Look) => files::look(),
+        Some(Part::NfsServer { dir }) => nfs::main(&dir),
         None => agent_main(cli.config, own),
     }
 }

@@ -44,6 +44,12 @@ const PURE: [&str; 15] = [
     "node-agent/src/status.rs",
 ];
 
+/// What the kernel is asked that no crate asks for us.
+const UNSAFE: [&str; 2] = [
+    "node-agent/src/nfs/sys.rs",
+    "node-agent/src/shim/process.rs",
+];
+
 /// Arrows point down: a module may name those of lower levels only. Modules of one level do not name each other.
 const COORDINATOR: [&[&str]; 14] = [
     &["state"],
@@ -65,7 +71,7 @@ const NODE_AGENT: [&[&str]; 12] = [
     &["cgroups", "status"],
     &["launch", "lease", "reconcile"],
     &["config"],
-    &["hardware", "journal", "share", "user"],
+    &["hardware", "journal", "nfs", "share", "user"],
     &["mounts"],
     &["shim", "watch"],
     &["session"],
@@ -230,7 +236,7 @@ fn nothing_is_left_undone_and_unwrap_stays_in_tests() {
         }
         let unsafe_here = names(&code, "unsafe");
         assert!(
-            !unsafe_here || path == "node-agent/src/shim/process.rs",
+            !unsafe_here || UNSAFE.contains(&path.as_str()),
             "{path} is unsafe"
         );
     }

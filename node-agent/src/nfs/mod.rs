@@ -1,0 +1,268 @@
+//! An NFS server as a process of its own: `nfs-server --dir DIR`, which exports one directory to some clients and needs nothing installed.
+//!
+//! Whoever starts it writes `DIR/config.json` (by renaming it into place) and reads `DIR/status.json`, which is there once it listens, or says in
+//! words why it does not. One process at a time holds `DIR/lock`. Which clients may come, and whom root is taken for, is read again when the
+//! file changes; what else is in it holds as long as the process.
+//!
+//! It serves NFS version 3 and its MOUNT protocol on one TCP port, without a portmapper and without locks (`nolock`):
+//!
+//! - `server` takes connections, in bounds, from the clients alone, and calls from them. `rpc` and `xdr` read these, `calls` sends them to
+//!   `look`, `listing`, `change` and `write`.
+//! - `identity` has each call run with its caller's rights, so that the kernel decides. Clients are believed who their users are, so only
+//!   their root may call: from a port below 1024, unless `any_port` is set.
+//! - `handle` and `export` keep clients in the export. Handles are the kernel's own, with a seal: they last over renames and restarts.
+//! - What is answered to a change of names or attributes is on the disk. Writes are when the client was told (`unstable`); those that were
+//!   not told to be, a client writes again after the server, or its host, was cut down.
+//! - `replay` answers a call that comes twice as it did the first time.
+//!
+//! Root of a client is nobody here, devices are not made, and it runs as root.
+
+mod calls;
+mod change;
+mod export;
+mod handle;
+mod identity;
+mod listing;
+mod look;
+mod protocol;
+mod replay;
+mod rpc;
+mod server;
+mod sys;
+mod unstable;
+mod write;
+mod xdr;
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use batchai_common::{shutdown, telemetry};
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+/// How many clients an export may have.
+pub const CLIENTS_MAX: usize = 4096;
+/// How many calls are done at once.
+const CALLS_AT_ONCE: usize = 32;
+/// For those that are being done when it is to end.
+const LAST_CALLS: Duration = Duration::from_secs(5);
+
+/// What the server is told: `config.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The exported directory.
+    pub root: PathBuf,
+    /// Where it listens. With port 0 the kernel draws one, and clients are lost at the next start.
+    pub listen: SocketAddr,
+    /// Handles hold for one generation: another number makes all of them stale.
+    pub generation: u64,
+    /// The addresses that may come.
+    pub clients: Vec<IpAddr>,
+    /// Whom root of a client is taken for.
+    pub squash_uid: u32,
+    pub squash_gid: u32,
+    /// Whether calls may come from any port: then every user of a client may claim to be any other. It is for clients behind a
+    /// translation of addresses.
+    #[serde(default)]
+    pub any_port: bool,
+}
+
+/// What the server says of itself: `status.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub pid: u32,
+    /// Where it listens.
+    pub address: Option<SocketAddr>,
+    /// Why it does not.
+    pub error: Option<String>,
+}
+
+/// Why the server does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("{}: {error}", path.display())]
+    File { path: PathBuf, error: io::Error },
+    #[error("another server runs with {}", .0.display())]
+    Running(PathBuf),
+    #[error("{} is not as it must be: {why}", path.display())]
+    Config { path: PathBuf, why: String },
+    #[error("only root can serve files for others: run the agent as root")]
+    NotRoot,
+    #[error(transparent)]
+    Export(#[from] export::ExportError),
+    #[error("cannot listen on {address}: {error}")]
+    Listen {
+        address: SocketAddr,
+        error: io::Error,
+    },
+    #[error("root, listen and generation hold as long as the server runs: start it anew")]
+    Changed,
+    #[error("the system: {0}")]
+    System(#[from] io::Error),
+}
+
+impl Config {
+    /// Reads what the server is told.
+    pub fn read(dir: &Path) -> Result<Config, ServerError> {
+        let path = dir.join("config.json");
+        let bytes = fs::read(&path).map_err(|error| ServerError::File {
+            path: path.clone(),
+            error,
+        })?;
+        let bad = |why: String| ServerError::Config {
+            path: path.clone(),
+            why,
+        };
+        let config: Config = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        let faults = config.faults();
+        match faults.is_empty() {
+            true => Ok(config),
+            false => Err(bad(faults.join("; "))),
+        }
+    }
+
+    fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if !self.root.is_absolute() {
+            faults.push("root must be an absolute path".to_owned());
+        }
+        if self.clients.len() > CLIENTS_MAX {
+            faults.push(format!("clients has more than {CLIENTS_MAX}"));
+        }
+        for (name, id) in [
+            ("squash_uid", self.squash_uid),
+            ("squash_gid", self.squash_gid),
+        ] {
+            if [0, u32::MAX].contains(&id) {
+                faults.push(format!("{name} must be nobody's number, not {id}"));
+            }
+        }
+        faults
+    }
+}
+
+/// The server as a process.
+pub fn main(dir: &Path) -> ExitCode {
+    telemetry::init();
+    match serve(dir) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("batchai-nfs-server: {error}");
+            // The status is that of the one that runs.
+            if !matches!(error, ServerError::Running(_)) {
+                let status = Status {
+                    pid: std::process::id(),
+                    address: None,
+                    error: Some(error.to_string()),
+                };
+                if let Err(error) = tell(dir, &status) {
+                    eprintln!("batchai-nfs-server: {error}");
+                }
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(dir: &Path) -> Result<(), ServerError> {
+    let _lock = alone(dir)?;
+    let config = Config::read(dir)?;
+    if !nix::unistd::geteuid().is_root() {
+        return Err(ServerError::NotRoot);
+    }
+    // Modes are as callers ask; and threads that are started from here have the rights that are left.
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    sys::give_up_rights()?;
+    sys::set_thread_groups(&[])?;
+    let export = export::Export::open(&config.root, dir, config.generation)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(CALLS_AT_ONCE)
+        .enable_all()
+        .build()?;
+    let ended = runtime.block_on(async {
+        let stop = shutdown::on_signal()?;
+        server::run(dir, config, export, stop).await
+    });
+    runtime.shutdown_timeout(LAST_CALLS);
+    ended
+}
+
+/// Has one server at a time use a directory.
+fn alone(dir: &Path) -> Result<Flock<File>, ServerError> {
+    let path = dir.join("lock");
+    let failed = |error| ServerError::File {
+        path: path.clone(),
+        error,
+    };
+    let file = File::create(&path).map_err(failed)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+        nix::Error::EWOULDBLOCK => ServerError::Running(dir.to_owned()),
+        error => failed(error.into()),
+    })
+}
+
+/// Writes the status.
+fn tell(dir: &Path, status: &Status) -> Result<(), ServerError> {
+    let (draft, path) = (dir.join("status.json.new"), dir.join("status.json"));
+    let write = || {
+        let mut file = File::create(&draft)?;
+        file.write_all(&serde_json::to_vec(status)?)?;
+        fs::rename(&draft, &path)
+    };
+    write().map_err(|error| ServerError::File {
+        path: path.clone(),
+        error,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_it_is_told_is_read_whole_or_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let text = r#"{"root": "/srv", "listen": "10.0.0.1:20490", "generation": 7,
+            "clients": ["10.0.0.2", "fe80::1"], "squash_uid": 65534, "squash_gid": 65534}"#;
+        fs::write(&path, text).unwrap();
+        let config = Config::read(dir.path()).unwrap();
+        assert!(!config.any_port);
+        fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+        assert_eq!(Config::read(dir.path()).unwrap(), config);
+        let bad = text
+            .replace("\"/srv\"", "\"srv\"")
+            .replace("_uid\": 65534", "_uid\": 0");
+        fs::write(&path, bad).unwrap();
+        let error = Config::read(dir.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("root") && error.contains("squash_uid"),
+            "{error}"
+        );
+        for bad in [
+            "",
+            "{}",
+            &text.replace("10.0.0.2", "host"),
+            &text.replace("generation", "g"),
+        ] {
+            fs::write(&path, bad).unwrap();
+            assert!(Config::read(dir.path()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn one_server_at_a_time_has_a_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = alone(dir.path()).unwrap();
+        let second = alone(dir.path()).unwrap_err();
+        assert!(matches!(second, ServerError::Running(_)));
+        drop(held);
+        alone(dir.path()).unwrap();
+    }
+}
