@@ -1,18 +1,23 @@
 //! The verbs of file servers.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use batchai_common::names::{Kind, last_id};
-use batchai_proto::v1;
+use batchai_proto::v1::file_server_service_client::FileServerServiceClient;
+use batchai_proto::v1::{self, ProvisioningState};
 
 use crate::args;
-use crate::client::{request, request_id, send_once};
+use crate::client::{Secured, request, request_id, send_once};
 use crate::context::Context;
 use crate::error::CliError;
 use crate::file;
 use crate::output::{View, confirm};
 use crate::resources::{Done, all_pages, delete_all, get_all, part};
 use crate::settings::{enum_value, set_account};
+
+/// Between two looks at a file server that is not served yet.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 const FILE_SERVER: View<v1::FileServer> = View {
     message: "FileServer",
@@ -24,6 +29,8 @@ const FILE_SERVER: View<v1::FileServer> = View {
         "Public IP",
         "Internal IP",
         "Mount Point",
+        "Node",
+        "State",
     ],
     row: |f| {
         let disks = f.data_disks.unwrap_or_default();
@@ -36,6 +43,8 @@ const FILE_SERVER: View<v1::FileServer> = View {
             mount.file_server_public_ip,
             mount.file_server_internal_ip,
             mount.mount_point,
+            last_id(&f.node).into(),
+            f.provisioning_state().as_str_name().to_lowercase(),
         ]
     },
 };
@@ -47,6 +56,7 @@ pub async fn file_server(command: args::FileServer, context: &Context) -> Done {
     };
     match command {
         args::FileServer::Create(create) => {
+            let wait = !create.no_wait;
             let create = v1::CreateFileServerRequest {
                 parent: context.workspace(&create.parent)?,
                 file_server_id: create.name.clone(),
@@ -59,7 +69,12 @@ pub async fn file_server(command: args::FileServer, context: &Context) -> Done {
                 async move { client.create_file_server(r).await }
             })
             .await?;
+            let server = match wait {
+                true => served(&mut client, server).await?,
+                false => server,
+            };
             context.printer.show(&FILE_SERVER, &server)?;
+            return Ok(said_of(&server));
         }
         args::FileServer::List { parent } => {
             let list = v1::ListFileServersRequest {
@@ -77,11 +92,15 @@ pub async fn file_server(command: args::FileServer, context: &Context) -> Done {
         args::FileServer::Delete {
             parent,
             which,
+            force,
+            purge,
             confirm: c,
         } => {
             let delete = |name| v1::DeleteFileServerRequest {
                 name,
                 etag: String::new(),
+                force,
+                purge,
             };
             delete_all!(
                 client.delete_file_server,
@@ -95,6 +114,40 @@ pub async fn file_server(command: args::FileServer, context: &Context) -> Done {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Waits until a file server is served, or cannot be; says what it waits for.
+async fn served(
+    client: &mut FileServerServiceClient<Secured>,
+    mut server: v1::FileServer,
+) -> Result<v1::FileServer, CliError> {
+    let mut said = String::new();
+    while server.provisioning_state() == ProvisioningState::Creating {
+        if let Some(error) = server.errors.first().filter(|error| error.message != said) {
+            said.clone_from(&error.message);
+            eprintln!("batchai: waiting: {said}");
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+        let name = server.name.clone();
+        let get = request(v1::GetFileServerRequest { name });
+        server = client.get_file_server(get).await?.into_inner();
+    }
+    Ok(server)
+}
+
+/// Says what is to be known of a new file server, and what that makes of the command.
+fn said_of(server: &v1::FileServer) -> ExitCode {
+    for warning in &server.warnings {
+        let (field, why) = (&warning.field, &warning.message);
+        eprintln!("batchai: {field} has no effect: {why}");
+    }
+    for error in &server.errors {
+        eprintln!("batchai: {}: {}", error.code, error.message);
+    }
+    match server.provisioning_state() {
+        ProvisioningState::Failed => ExitCode::FAILURE,
+        _ => ExitCode::SUCCESS,
+    }
+}
+
 fn file_server_of(args: args::FileServerCreate) -> Result<v1::FileServer, CliError> {
     use v1::data_disks::{CachingType, StorageAccountType};
     let mut server: v1::FileServer = match &args.file {
@@ -106,6 +159,12 @@ fn file_server_of(args: args::FileServerCreate) -> Result<v1::FileServer, CliErr
     }
     if let Some(subnet) = args.subnet {
         server.subnet = subnet;
+    }
+    if let Some(node) = args.node {
+        server.node = match node.contains('/') {
+            true => node,
+            false => format!("{}/{node}", Kind::Node.collection()),
+        };
     }
     let disks = server.data_disks.get_or_insert_default();
     disks.disk_count = args.disk_count.unwrap_or(disks.disk_count);

@@ -9,6 +9,7 @@ pub mod faults;
 pub mod fuzz;
 pub mod holes;
 pub mod limits;
+pub mod mount_options;
 pub mod names;
 pub mod paths;
 pub mod ranks;

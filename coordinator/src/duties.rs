@@ -8,8 +8,8 @@ use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::terminate_job::Cause;
 use batchai_proto::internal::v1::{
-    AllocateNode, Delete, FailAttempt, InitEnsemble, LoseNode, RecordLease, ReleaseNode, Replica,
-    SetUpNode, TerminateJob,
+    AllocateNode, Delete, FailAttempt, InitEnsemble, LoseNode, PlaceFileServer, RecordLease,
+    ReleaseNode, Replica, SetUpNode, TerminateJob,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
@@ -21,6 +21,7 @@ use std::sync::Arc;
 use crate::scheduler;
 pub use crate::scheduler::heard::Heard;
 use crate::state::attempts::{self, Attempt, Phase};
+use crate::state::file_servers::{self, FileServer, OF_NODE_MAX};
 use crate::state::{
     Cluster, Node, State, agreement, children, keys, loss, restore, setup, vm_size_aliases,
 };
@@ -67,6 +68,7 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     commands.extend(deletions(state));
     let late = attempts::live(state).filter_map(|attempt| late(heard, attempt));
     commands.extend(late.take(COMMANDS_MAX));
+    commands.extend(place_file_servers(state, heard));
     commands.extend(set_ups(state, heard, leader));
     let placements = scheduler::schedule(state, heard, leader.replica);
     commands.extend(placements.into_iter().map(Kind::Place));
@@ -116,6 +118,10 @@ fn deletion(state: &State, name: &str) -> Vec<Kind> {
         Some(Noun::Workspace) => {
             let mut held_here = held(state, &state.experiments, name, Noun::Experiment);
             held_here.extend(held(state, &state.clusters, name, Noun::Cluster));
+            if held_here.is_empty() {
+                // Nothing here mounts them any more.
+                held_here = held(state, &state.file_servers, name, Noun::FileServer);
+            }
             held_here
         }
         Some(Noun::Experiment) => held(state, &state.jobs, name, Noun::Job),
@@ -148,11 +154,11 @@ fn held<K: Ord + Borrow<str>, T>(
     kind: Noun,
 ) -> Vec<Option<Kind>> {
     let going = |child: &str| {
+        let job = state.jobs.get(child);
+        let server = state.file_servers.get(child);
         state.deleting.contains(child)
-            || state
-                .jobs
-                .get(child)
-                .is_some_and(|job| job.deleting.is_some())
+            || job.is_some_and(|job| job.deleting.is_some())
+            || server.is_some_and(|server| server.deleting.is_some())
     };
     let held = children(table, name, kind, "");
     bounded(held.map(|(child, _)| (!going(child)).then(|| delete(child))))
@@ -275,6 +281,38 @@ fn set_ups(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
         })
     })
     .collect()
+}
+
+/// Gives each file server without a node one that fits: of those with the fewest, the first by name.
+fn place_file_servers(state: &State, heard: &Heard) -> Vec<Kind> {
+    let open = |server: &&Arc<FileServer>| server.node.is_none() && server.deleting.is_none();
+    let mut servers = state.file_servers.values().filter(open).peekable();
+    if state.restored || servers.peek().is_none() {
+        return Vec::new();
+    }
+    let storage = state
+        .nodes
+        .iter()
+        .filter(|(name, node)| !node.facts.storage_root.is_empty() && heard.is_alive(name));
+    let mut storage: Vec<_> = storage
+        .map(|(name, node)| (file_servers::of_node(state, name).count(), name, node))
+        .collect();
+    let mut plan = Vec::new();
+    for server in servers.take(COMMANDS_MAX) {
+        let alias = vm_size_aliases::resolve(state, &server.spec.vm_size);
+        let fitting = storage.iter_mut().filter(|(count, name, node)| {
+            *count < OF_NODE_MAX && server.matches(alias, name, node)
+        });
+        let Some((count, node, _)) = fitting.min_by_key(|(count, name, _)| (*count, *name)) else {
+            continue;
+        };
+        *count += 1;
+        plan.push(Kind::PlaceFileServer(PlaceFileServer {
+            name: server.spec.name.clone(),
+            node: (*node).clone(),
+        }));
+    }
+    plan
 }
 
 /// Whether the cluster of a node is one that stays.

@@ -25,6 +25,7 @@ use crate::bundles::Fetcher;
 use crate::cgroups::Isolation;
 use crate::config::Config;
 use crate::execs::{self, Execs};
+use crate::file_servers::{self, FileServers};
 use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
 use crate::join::{self, JoinError, Shows};
@@ -81,12 +82,7 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), AgentError> {
     let node_id = node_id(&config)?;
-    let root = std::path::absolute(&config.root)?;
-    let config = Config {
-        root,
-        data: std::path::absolute(&config.data)?,
-        ..config
-    };
+    let config = config.absolute()?;
     let (journal, mut identity) = Journal::open(&config.data)?;
     let _root = Root::claim(&config.root, &identity.uid)?;
     let users = user::resolve(config.job_user.as_deref())?;
@@ -235,9 +231,11 @@ impl Parts {
         let execs = self.execs(own, facts.clone(), execs);
         let (journal, patience_s) = (self.journal.clone(), self.mount_patience_s);
         let volumes = Volumes::new(journal, own, facts.clone(), patience_s);
+        let file_servers = FileServers::new(self.journal.clone(), own, &self.facts);
         let peers = way.map(|way| self.peers(way, execs.parts(), assignments.clone()));
         let supervisor = Supervisor {
             volumes,
+            file_servers,
             journal: self.journal.clone(),
             watch: self.watch.clone(),
             facts,
@@ -426,6 +424,7 @@ fn end_jobs_of(journal: &Journal, uid: &str) -> Result<(), AgentError> {
                 let _ = shim.map(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM));
             }
         }
+        alive |= file_servers::end_all(journal)?;
         for dir in journal.cluster_mounts()? {
             alive |= dir.shim().unwrap_or_default().is_some();
             if !dir.has(UNMOUNT) {

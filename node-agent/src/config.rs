@@ -1,5 +1,6 @@
 //! What a node agent is told on its command line.
 
+use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -68,6 +69,14 @@ pub struct Config {
         value_name = "DIR"
     )]
     pub root: PathBuf,
+    /// A directory of root's in which file servers may lie.
+    #[arg(
+        long,
+        env = "BATCHAI_STORAGE_ROOT",
+        hide_env = true,
+        value_name = "DIR"
+    )]
+    pub storage_root: Option<PathBuf>,
     /// Seconds that a mount may take, or not answer.
     #[arg(long, env = "BATCHAI_MOUNT_PATIENCE", hide_env = true, default_value_t = 60, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub mount_patience: u64,
@@ -120,6 +129,17 @@ pub struct Config {
 }
 
 impl Config {
+    /// Its paths are what they are wherever they are used.
+    pub fn absolute(self) -> io::Result<Config> {
+        let storage_root = self.storage_root.as_deref().map(std::path::absolute);
+        Ok(Config {
+            root: std::path::absolute(&self.root)?,
+            data: std::path::absolute(&self.data)?,
+            storage_root: storage_root.transpose()?,
+            ..self
+        })
+    }
+
     /// How much of each log file is kept here.
     pub fn log_limit(&self) -> LogLimit {
         LogLimit {

@@ -45,6 +45,7 @@ pub const SETUP_FAILED: &str = "setup-failed.json";
 pub const LOGS: &str = "logs";
 const LOCK: &str = "lock";
 const CLUSTER_MOUNTS: &str = "mounts";
+const FILE_SERVERS: &str = "file-servers";
 const LEASE_READS_MAX: u32 = 10;
 const LEASE_READ_PAUSE: Duration = Duration::from_millis(2);
 /// What the names of removed attempts begin with.
@@ -211,10 +212,18 @@ impl Journal {
 
     /// The directories of what is mounted for clusters.
     pub fn cluster_mounts(&self) -> Result<Vec<AttemptDir>, JournalError> {
-        let root = self.root.join(CLUSTER_MOUNTS);
-        match root.exists() {
-            true => dirs(&root),
-            false => Ok(Vec::new()),
+        dirs_if_any(&self.root.join(CLUSTER_MOUNTS))
+    }
+
+    /// The directories of the file servers of this node.
+    pub fn file_servers(&self) -> Result<Vec<AttemptDir>, JournalError> {
+        dirs_if_any(&self.root.join(FILE_SERVERS))
+    }
+
+    /// The directory of one of them, which need not exist. The id is a UUID that was checked.
+    pub fn file_server(&self, uid: &str) -> AttemptDir {
+        AttemptDir {
+            path: self.root.join(FILE_SERVERS).join(uid),
         }
     }
 
@@ -231,6 +240,13 @@ impl Journal {
         Some(AttemptDir {
             path: self.root.join("attempts").join(id),
         })
+    }
+}
+
+fn dirs_if_any(root: &Path) -> Result<Vec<AttemptDir>, JournalError> {
+    match root.exists() {
+        true => dirs(root),
+        false => Ok(Vec::new()),
     }
 }
 

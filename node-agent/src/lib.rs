@@ -1,7 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, nfs, share, user} <- mounts <- {shim, watch} <- session <- {join, logs, bundles, execs, files} <- peers <- supervisor <- agent`.
+//! `{status, cgroups} <- {launch, lease, reconcile} <- config <- {hardware, journal, share, user} <- {mounts, nfs} <- {shim, watch} <- session <- {join, logs, bundles, execs, files, file_servers} <- peers <- supervisor <- agent`.
 //!
 //! `cgroups`, `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
@@ -11,6 +11,7 @@ mod bundles;
 pub mod cgroups;
 mod config;
 mod execs;
+mod file_servers;
 mod files;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::bundles::{Bundles, Have};
+use crate::file_servers::FileServers;
 use crate::journal::{
     AttemptDir, Journal, JournalError, LAUNCH, ORIGIN, Origin, PREPARE, STARTED, STATUS, STOP,
 };
@@ -51,6 +52,7 @@ pub struct Supervisor {
     pub shipped: Shipped,
     pub bundles: Bundles,
     pub volumes: Volumes,
+    pub file_servers: FileServers,
     /// The arguments that lead to this program's own subcommands.
     pub own: &'static [&'static str],
     /// By it the processes of an attempt show that they are.
@@ -103,6 +105,9 @@ impl Supervisor {
                 // Jobs go on, and begin, without it.
                 tracing::error!(%error, "mounts of clusters are not looked after");
             }
+            if let Err(error) = self.file_servers.look(&list.file_servers) {
+                tracing::error!(%error, "file servers are not looked after");
+            }
             // About what cannot be looked at nothing is done and nothing is said: it may well run.
             list.assignments
                 .retain(|wanted| !unread.contains(&wanted.attempt));
@@ -128,6 +133,7 @@ impl Supervisor {
             attempts,
             strays,
             mounts: self.volumes.report(),
+            file_servers: self.file_servers.report(),
         };
         crash_point!(
             "agent_saw_an_end",

@@ -188,6 +188,11 @@ impl Ensemble {
     pub fn start_agent_as(&mut self, name: &str, user: &str) {
         let log = self.path().join(format!("{name}.log"));
         let mut args = agent_args(self.path(), &self.endpoint, name, user);
+        // What is given counts.
+        let given = |arg: &String| arg.starts_with("--") && self.agent_args.contains(arg);
+        while let Some(at) = args.iter().position(given) {
+            args.drain(at..at + 2);
+        }
         args.extend(self.agent_args.iter().cloned());
         let variables = [&self.variables()[..], &self.join_token()].concat();
         let process = Process::start_with(args, &variables, &log);

@@ -261,10 +261,6 @@ fn what_is_not_served_is_refused_by_every_way_to_ask_for_it() {
             "cluster.scale_settings.auto_scale",
         ),
         (
-            vec!["-t", "1", "--nfs", "f"],
-            "cluster.node_setup.mount_volumes",
-        ),
-        (
             [&["-t", "1", "--afs-name", "s"], &key[..]].concat(),
             "cluster.node_setup.mount_volumes",
         ),
@@ -349,21 +345,10 @@ fn what_is_not_served_is_refused_by_every_way_to_ask_for_it() {
         "dataDisks": { "diskSizeInGB": 10, "diskCount": 2, "storageAccountType": "Standard_LRS" },
     });
     fs::write(&nfs, json!({ "properties": properties }).to_string()).unwrap();
-    let (_, said) = fails(
-        &e,
-        &[
-            "file-server",
-            "create",
-            "-n",
-            "f",
-            "-f",
-            &nfs.to_string_lossy(),
-        ],
-    );
-    assert!(
-        said.contains("not served yet: file_server: is not served yet"),
-        "{said}"
-    );
+    let create = ["file-server", "create", "-n", "f", "--no-wait", "-f"];
+    let created = ok(&e, &[&create[..], &[&nfs.to_string_lossy()]].concat());
+    assert!(created.contains("NoStorageNode"), "{created}");
+    ok(&e, &["file-server", "delete", "-n", "f", "-y"]);
     assert!(ok(&e, &["file-server", "list"]).starts_with("[]"));
     assert_eq!(fails(&e, &["file-server", "show", "-n", "f"]).0, 3);
     assert_eq!(fails(&e, &["file-server", "delete", "-n", "f", "-y"]).0, 3);

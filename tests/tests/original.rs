@@ -2,7 +2,7 @@
 //! refusal that the ledger of fields announces.
 
 use batchai_proto::v1;
-use batchai_tests::api::{Api, CLUSTER, EXPERIMENT, GROUP, WORKSPACE, refusal};
+use batchai_tests::api::{Api, CLUSTER, EXPERIMENT, GROUP, WORKSPACE};
 use batchai_tests::ensemble::{Ensemble, SIZE};
 use batchai_tests::process::until;
 use serde_json::{Value, json};
@@ -272,7 +272,7 @@ fn the_cluster_and_file_server_files_of_the_original_are_taken_or_refused_by_nam
         properties
     };
     let manual = json!({ "manual": { "targetNodeCount": 1 } });
-    let create = |id: &str, properties: Value| {
+    let create_cluster = |id: &str, properties: Value| {
         let path = api.e.job_file(id, properties);
         // `job_file` writes any file of the original; this field is a job's.
         let text = std::fs::read_to_string(&path).unwrap();
@@ -287,7 +287,7 @@ fn the_cluster_and_file_server_files_of_the_original_are_taken_or_refused_by_nam
             "cluster", "create", "-g", "g", "-w", "w", "-n", id, "-f", &path,
         ])
     };
-    let taken = create(
+    let taken = create_cluster(
         "manual",
         cluster(json!({
             "scaleSettings": { "manual": { "targetNodeCount": 1, "nodeDeallocationOption": "waitforjobcompletion" } },
@@ -312,28 +312,17 @@ fn the_cluster_and_file_server_files_of_the_original_are_taken_or_refused_by_nam
         "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/logs",
     });
     let set_up = json!({ "scaleSettings": manual, "nodeSetup": { "setupTask": task } });
-    let taken = create("setup", cluster(set_up));
+    let taken = create_cluster("setup", cluster(set_up));
     let shown: Value = serde_json::from_slice(&taken.stdout).unwrap();
     let task = &shown["nodeSetup"]["setupTask"];
     assert_eq!(task["commandLine"], "echo set up", "{shown}");
     assert_eq!(task["secrets"], json!([{ "name": "S" }]));
-    for (id, more, field) in [
-        (
-            "auto",
-            json!({ "scaleSettings": { "autoScale": { "minimumNodeCount": 0, "maximumNodeCount": 10 } } }),
-            "cluster.scale_settings.auto_scale",
-        ),
-        (
-            "mounts",
-            json!({ "scaleSettings": manual, "nodeSetup": { "mountVolumes": { "fileServers": [{
-                "fileServer": { "id": "/subscriptions/s/resourceGroups/g/providers/Microsoft.BatchAI/workspaces/w/fileServers/f" },
-                "relativeMountPath": "nfs",
-                "mountOptions": "rw",
-            }] } } }),
-            "cluster.node_setup.mount_volumes",
-        ),
-    ] {
-        let refused = create(id, cluster(more));
+    for (id, more, field) in [(
+        "auto",
+        json!({ "scaleSettings": { "autoScale": { "minimumNodeCount": 0, "maximumNodeCount": 10 } } }),
+        "cluster.scale_settings.auto_scale",
+    )] {
+        let refused = create_cluster(id, cluster(more));
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(
             !refused.status.success() && said.contains("not served yet"),
@@ -365,13 +354,22 @@ fn the_cluster_and_file_server_files_of_the_original_are_taken_or_refused_by_nam
         file_server: Some(file_server),
         ..Default::default()
     };
-    let refused = api
+    let server = api
         .call(api.file_servers().create_file_server(create))
-        .unwrap_err();
-    assert_eq!(
-        refusal(&refused),
-        (Code::Unimplemented, vec!["file_server".to_owned()])
-    );
+        .unwrap();
+    let account = server.ssh_configuration.unwrap().user_account_settings;
+    assert_eq!(account.unwrap().admin_user_password, "");
+    assert_eq!(server.errors[0].code, "NoStorageNode");
+    let mounts = json!({ "fileServers": [{
+        "fileServer": { "id": "/subscriptions/s/resourceGroups/g/providers/Microsoft.BatchAI/workspaces/w/fileServers/f" },
+        "relativeMountPath": "nfs",
+        "mountOptions": "rw",
+    }] });
+    let given = json!({ "scaleSettings": manual, "nodeSetup": { "mountVolumes": mounts } });
+    let taken = create_cluster("mounts", cluster(given));
+    let shown: Value = serde_json::from_slice(&taken.stdout).unwrap();
+    let mounted = &shown["nodeSetup"]["mountVolumes"]["fileServers"][0];
+    assert_eq!(mounted["fileServer"], format!("{WORKSPACE}/fileServers/f"));
 }
 
 fn code<T>(answer: Result<T, Status>) -> Code {

@@ -323,9 +323,12 @@ pub struct FileServerCreate {
     /// Settings as JSON: {"properties": {"vmSize": ..., ...}}. Options go before it.
     #[arg(short = 'f', long = "config-file", value_name = "FILE")]
     pub file: Option<PathBuf>,
-    /// The VM size of its machine.
+    /// The VM size of its node.
     #[arg(short = 's', long, value_name = "SIZE")]
     pub vm_size: Option<String>,
+    /// The node that serves it. One that fits is chosen where it is left out.
+    #[arg(long, value_name = "NODE")]
+    pub node: Option<String>,
     /// How many disks.
     #[arg(long, value_name = "COUNT")]
     pub disk_count: Option<i32>,
@@ -350,7 +353,7 @@ pub struct FileServerCreate {
 
 #[derive(Debug, Subcommand)]
 pub enum FileServer {
-    /// Create a file server. Not served yet.
+    /// Create a file server and wait until it is served.
     Create(Box<FileServerCreate>),
     /// List the file servers of a workspace.
     List {
@@ -364,12 +367,18 @@ pub enum FileServer {
         #[command(flatten)]
         which: Which,
     },
-    /// Delete file servers.
+    /// Delete file servers. What lies on them stays on the disk.
     Delete {
         #[command(flatten)]
         parent: InWorkspace,
         #[command(flatten)]
         which: Which,
+        /// Also those that something mounts.
+        #[arg(long)]
+        force: bool,
+        /// With all that lies on them.
+        #[arg(long)]
+        purge: bool,
         #[command(flatten)]
         confirm: Confirm,
     },

@@ -25,6 +25,9 @@ pub const WORK: &str = "batchai/nodes/work/action";
 /// The permission to say what nodes do for a cluster as their agents' own user, which is root: beside that of the call.
 pub const SET_UP: &str = "batchai/nodes/setUp/action";
 
+/// The permission to run jobs: what a job uses must be where its owner may run some.
+pub const RUN_JOBS: &str = "batchai/workspaces/experiments/jobs/write";
+
 /// Who calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Who {

@@ -17,6 +17,8 @@ const LIST_MAX: usize = 64;
 const FACTS_BYTES_MAX: usize = 64 << 10;
 /// Attempts that one node can hold: one that runs, and some that are not forgotten yet.
 const ATTEMPTS_MAX: usize = 1000;
+/// More file servers than are given to a node.
+const FILE_SERVERS_MAX: usize = 100;
 /// As many as a job may have processes.
 const RANKS_MAX: usize = 10_000;
 /// What a node says about a failure.
@@ -78,7 +80,19 @@ pub fn check_report(report: &Report) -> Result<(), Status> {
         mounts.cluster_uid.len() <= TEXT_BYTES_MAX
             && failure.is_none_or(|error| text_of(error) <= FAILURE_BYTES_MAX)
     });
-    if !small || !mounts_fit || !fit(told) || !fit(report.attempts.iter()) {
+    let servers = &report.file_servers;
+    let servers_fit = servers.len() <= FILE_SERVERS_MAX
+        && servers.iter().all(|said| {
+            let place = said.place.clone().unwrap_or_default();
+            let texts = [&said.uid, &place.address, &place.path, &place.backend];
+            texts.iter().all(|text| text.len() <= TEXT_BYTES_MAX)
+                && (0..=65_535).contains(&place.port)
+                && said
+                    .failure
+                    .as_ref()
+                    .is_none_or(|error| text_of(error) <= FAILURE_BYTES_MAX)
+        });
+    if !small || !mounts_fit || !servers_fit || !fit(told) || !fit(report.attempts.iter()) {
         let fault = Fault::new("report", "it is larger than a report can be");
         return Err(ApiError::Invalid(vec![fault]).into());
     }
@@ -150,6 +164,7 @@ fn check_facts(facts: &NodeFacts, faults: &mut Vec<Fault>) {
         &facts.image,
         &facts.boot_id,
         &facts.root,
+        &facts.storage_root,
         &facts.agent_version,
         &facts.isolation,
     ];

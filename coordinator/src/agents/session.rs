@@ -7,8 +7,8 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::time::boot_millis;
 use batchai_proto::agent::v1::{
-    Assignment, Hello, LeaseGrant, Report, SessionRequest, SessionResponse, Welcome,
-    session_request, session_response,
+    Assignment, FileServerReport, Hello, LeaseGrant, Report, SessionRequest, SessionResponse,
+    Welcome, session_request, session_response,
 };
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
@@ -29,7 +29,7 @@ use crate::replica::hub::Topic;
 use crate::replica::{Handle, ReplicaError};
 use crate::secrets::Vault;
 use crate::state::keys::workspace_of;
-use crate::state::{Rejection, State, assignments::assignments, restore, setup};
+use crate::state::{Rejection, State, assignments::assignments, file_servers, restore, setup};
 
 /// What a session may have to send and the agent has not taken: it reads at once or is cut off.
 pub const OUTBOX_MAX: usize = 16;
@@ -214,6 +214,8 @@ impl Session {
             let node = state.nodes.get(&self.name);
             node.is_some_and(|node| setup::is_news(state, node, said))
         });
+        let news = |said: &FileServerReport| file_servers::is_news(state, &self.name, said);
+        report.file_servers.retain(news);
         report
     }
 

@@ -16,8 +16,9 @@ use uuid::Uuid;
 use super::access::demand;
 use super::faults::Faults;
 use super::{Api, Replies, cluster_spec, fields, not_found, parse, remote_login, seal, volumes};
-use crate::access::SET_UP;
+use crate::access::{RUN_JOBS, SET_UP};
 use crate::call::caller;
+use crate::state::file_servers;
 
 /// What can be changed of a cluster.
 const CHANGEABLE: [&str; 2] = ["scale_settings", "labels"];
@@ -40,6 +41,10 @@ impl ClusterService for Api {
             setup.setup_task.is_some() || volumes::have_commands(setup.mount_volumes.as_ref())
         }) {
             demand(&caller(), SET_UP, name.as_str())?;
+        }
+        let setup = cluster.node_setup.as_ref();
+        for server in file_servers::named(setup.and_then(|s| s.mount_volumes.as_ref())) {
+            demand(&caller(), RUN_JOBS, server)?;
         }
         let mut cluster = Cluster {
             name: name.to_string(),

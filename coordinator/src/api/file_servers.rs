@@ -1,17 +1,19 @@
-//! File servers: checked, and refused. There are none.
+//! File servers.
 
 use batchai_common::names::Kind as Noun;
+use batchai_proto::internal::v1::command::Kind;
+use batchai_proto::internal::v1::{Delete, DeleteFileServer};
 use batchai_proto::v1::data_disks::{CachingType, StorageAccountType};
 use batchai_proto::v1::file_server_service_server::FileServerService;
 use batchai_proto::v1::{
     CreateFileServerRequest, DataDisks, DeleteFileServerRequest, FileServer, GetFileServerRequest,
-    ListFileServersRequest, ListFileServersResponse, SshConfiguration,
+    ListFileServersRequest, ListFileServersResponse, SshConfiguration, Warning,
 };
 use tonic::{Request, Response, Status};
+use uuid::Uuid;
 
 use super::faults::Faults;
-use super::page::Query;
-use super::{Api, cluster_spec, fields, not_found, parse};
+use super::{Api, cluster_spec, fields, parse};
 
 /// As many ranges as the original took.
 const RANGES_MAX: usize = 400;
@@ -25,20 +27,27 @@ impl FileServerService for Api {
     ) -> Result<Response<FileServer>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        faults.once(&request.request_id, request.validate_only, &request);
+        let once = faults.once(&request.request_id, request.validate_only, &request);
         let (parent, id) = (&request.parent, &request.file_server_id);
-        faults.new_name(Noun::FileServer, parent, "file_server_id", id);
-        check(&mut faults, &request.file_server.unwrap_or_default());
-        faults.not_served("file_server", true);
-        Err(faults.refuse().into())
+        let name = faults.new_name(Noun::FileServer, parent, "file_server_id", id);
+        let server = check(&mut faults, request.file_server.unwrap_or_default());
+        let name = faults.finish(name)?;
+        let server = FileServer {
+            name: name.to_string(),
+            uid: Uuid::new_v4().to_string(),
+            ..server
+        };
+        let state = self
+            .write_once(Kind::CreateFileServer(server), once)
+            .await?;
+        self.show(&state, name.as_str())
     }
 
     async fn get_file_server(
         &self,
         request: Request<GetFileServerRequest>,
     ) -> Result<Response<FileServer>, Status> {
-        let name = parse(Noun::FileServer, &request.get_ref().name)?;
-        Err(not_found(Noun::FileServer, &name).into())
+        self.get(&request.get_ref().name).await
     }
 
     async fn list_file_servers(
@@ -47,36 +56,58 @@ impl FileServerService for Api {
     ) -> Result<Response<ListFileServersResponse>, Status> {
         let request = request.into_inner();
         let page = (request.page_size, request.page_token.as_str());
-        let kind = (Noun::FileServer, "FileServer");
-        let query = Query::new(kind, &request.parent, page, &request.filter)?;
-        query.check_parent(&*self.read().await?)?;
-        Ok(Response::new(ListFileServersResponse::default()))
+        let (file_servers, next_page_token) =
+            self.list(&request.parent, page, &request.filter).await?;
+        Ok(Response::new(ListFileServersResponse {
+            file_servers,
+            next_page_token,
+        }))
     }
 
     async fn delete_file_server(
         &self,
         request: Request<DeleteFileServerRequest>,
     ) -> Result<Response<()>, Status> {
-        let name = parse(Noun::FileServer, &request.get_ref().name)?;
-        Err(not_found(Noun::FileServer, &name).into())
+        let DeleteFileServerRequest {
+            name,
+            etag,
+            force,
+            purge,
+        } = request.into_inner();
+        let name = parse(Noun::FileServer, &name)?.into();
+        let delete = Some(Delete { name, etag, force });
+        self.write(Kind::DeleteFileServer(DeleteFileServer { delete, purge }))
+            .await?;
+        Ok(Response::new(()))
     }
 }
 
-fn check(faults: &mut Faults, given: &FileServer) {
-    fields::check_output_only(faults, "file_server", "FileServer", given);
+/// What is kept of what a user set.
+fn check(faults: &mut Faults, given: FileServer) -> FileServer {
+    fields::check_output_only(faults, "file_server", "FileServer", &given);
+    if !given.node.is_empty() {
+        faults.name("file_server.node", Noun::Node, &given.node);
+    }
     faults.text("file_server.vm_size", &given.vm_size, true);
     faults.text("file_server.subnet", &given.subnet, false);
-    match &given.ssh_configuration {
-        Some(ssh) => check_ssh(faults, ssh),
-        None => faults.invalid("file_server.ssh_configuration", "must be given"),
+    if given.ssh_configuration.is_none() {
+        faults.invalid("file_server.ssh_configuration", "must be given");
     }
     match &given.data_disks {
         Some(disks) => check_disks(faults, disks),
         None => faults.invalid("file_server.data_disks", "must be given"),
     }
+    FileServer {
+        vm_size: given.vm_size,
+        ssh_configuration: given.ssh_configuration.map(|ssh| check_ssh(faults, ssh)),
+        data_disks: given.data_disks,
+        subnet: given.subnet,
+        node: given.node,
+        ..FileServer::default()
+    }
 }
 
-fn check_ssh(faults: &mut Faults, given: &SshConfiguration) {
+fn check_ssh(faults: &mut Faults, given: SshConfiguration) -> SshConfiguration {
     const AT: &str = "file_server.ssh_configuration";
     let ranges = &given.public_ips_to_allow;
     if ranges.len() > RANGES_MAX {
@@ -99,11 +130,13 @@ fn check_ssh(faults: &mut Faults, given: &SshConfiguration) {
         }
     }
     let at = format!("{AT}.user_account_settings");
-    match given.user_account_settings.clone() {
-        Some(account) => {
-            cluster_spec::check_account(faults, &at, account);
-        }
-        None => faults.invalid(at, "must be given"),
+    if given.user_account_settings.is_none() {
+        faults.invalid(&at, "must be given");
+    }
+    let account = given.user_account_settings;
+    SshConfiguration {
+        user_account_settings: account.map(|given| cluster_spec::check_account(faults, &at, given)),
+        ..given
     }
 }
 
@@ -128,4 +161,43 @@ fn check_disks(faults: &mut Faults, given: &DataDisks) {
     if CachingType::try_from(given.caching_type).is_err() {
         faults.invalid(format!("{AT}.caching_type"), "is not one of its values");
     }
+}
+
+/// The settings that are kept and have no effect here.
+pub fn warnings(given: &FileServer) -> Vec<Warning> {
+    let disks = given.data_disks.unwrap_or_default();
+    let ssh = given.ssh_configuration.clone().unwrap_or_default();
+    let kept = [
+        (
+            "ssh_configuration.user_account_settings",
+            ssh.user_account_settings.is_some(),
+            "accounts on your machines are yours to make; a password is not even kept",
+        ),
+        (
+            "ssh_configuration.public_ips_to_allow",
+            !ssh.public_ips_to_allow.is_empty(),
+            "who may log in to your machines is yours to say",
+        ),
+        (
+            "subnet",
+            !given.subnet.is_empty(),
+            "your machines are in your network already",
+        ),
+        (
+            "data_disks.storage_account_type",
+            true,
+            "your disks are what they are: only their room is looked at",
+        ),
+        (
+            "data_disks.caching_type",
+            disks.caching_type() != CachingType::Unspecified,
+            "the kernel caches what is read there",
+        ),
+    ];
+    let kept = kept.into_iter().filter(|(_, set, _)| *set);
+    kept.map(|(field, _, message)| Warning {
+        field: field.to_owned(),
+        message: message.to_owned(),
+    })
+    .collect()
 }

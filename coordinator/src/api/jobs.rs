@@ -24,8 +24,9 @@ use super::views::Resource as _;
 use super::{
     Api, Replies, draining, fields, job_spec, not_found, parse, remote_login, seal, volumes,
 };
-use crate::access::SET_UP;
+use crate::access::{RUN_JOBS, SET_UP};
 use crate::call::caller;
+use crate::state::file_servers;
 
 /// What a watcher or reader has not taken yet; one that is slow waits for itself only.
 const OUTBOX_MAX: usize = 2;
@@ -230,14 +231,13 @@ impl Api {
     async fn use_references(&self, jobs: &[Job]) -> Result<(), ApiError> {
         let caller = caller();
         for job in jobs {
-            demand(
-                &caller,
-                "batchai/workspaces/experiments/jobs/write",
-                &job.cluster,
-            )?;
+            demand(&caller, RUN_JOBS, &job.cluster)?;
             // It is run as root, on every node of the job.
             if volumes::have_commands(job.mount_volumes.as_ref()) {
                 demand(&caller, SET_UP, &job.cluster)?;
+            }
+            for server in file_servers::named(job.mount_volumes.as_ref()) {
+                demand(&caller, RUN_JOBS, server)?;
             }
         }
         self.use_bundles(jobs).await

@@ -148,7 +148,7 @@ impl Api {
     /// Nodes are heard of by the leader: what they do now, and what jobs and clusters wait for, only it can say.
     fn may_show(&self, kind: Noun) -> Result<(), ApiError> {
         match kind {
-            Noun::Node | Noun::Job | Noun::Cluster => self.replica.must_lead(),
+            Noun::Node | Noun::Job | Noun::Cluster | Noun::FileServer => self.replica.must_lead(),
             _ => Ok(()),
         }
     }

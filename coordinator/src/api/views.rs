@@ -11,11 +11,11 @@ use batchai_proto::v1::node::State as NodeState;
 use batchai_proto::{secrets, v1};
 use prost_types::Timestamp;
 
-use super::cluster_spec;
+use super::{cluster_spec, file_servers};
 use crate::duties::Heard;
 use crate::scheduler::explain::pending_reason;
 use crate::state::attempts;
-use crate::state::{Cluster, Job, Node, State, etag, setup, vm_size_aliases};
+use crate::state::{Cluster, FileServer, Job, Node, State, etag, setup, vm_size_aliases};
 
 /// Errors of its nodes that a cluster shows.
 const ERRORS_MAX: usize = 20;
@@ -85,6 +85,12 @@ resource!(Node, |state, heard, name| Some(node(
     state.nodes.get(name)?
 )));
 
+resource!(FileServer, |state, heard, name| Some(file_server(
+    state,
+    heard,
+    state.file_servers.get(name)?
+)));
+
 impl Resource for v1::Job {
     const KIND: Noun = Noun::Job;
     const MESSAGE: &'static str = "Job";
@@ -131,6 +137,58 @@ fn job(state: &State, heard: &Heard, job: &Job) -> v1::Job {
         infrastructure_retry_count: job.infrastructure_retries,
         ..spec
     }
+}
+
+fn file_server(state: &State, heard: &Heard, server: &FileServer) -> v1::FileServer {
+    let place = server.place.as_ref();
+    v1::FileServer {
+        etag: etag(server.revision),
+        mount_settings: place.map(|place| v1::MountSettings {
+            mount_point: place.path.clone(),
+            file_server_public_ip: place.address.clone(),
+            file_server_internal_ip: place.address.clone(),
+            port: place.port,
+        }),
+        provisioning_state: server.state() as i32,
+        provisioning_state_transition_time: Some(server.state_time),
+        node: server.node.clone().unwrap_or(server.spec.node.clone()),
+        backend: place.map(|place| place.backend.clone()).unwrap_or_default(),
+        errors: server
+            .failure
+            .clone()
+            .into_iter()
+            .chain(unserved(state, heard, server))
+            .collect(),
+        warnings: file_servers::warnings(&server.spec),
+        ..v1::FileServer::clone(&server.spec)
+    }
+}
+
+/// Why a file server is not served, as far as that is not its node's own failure.
+fn unserved(state: &State, heard: &Heard, server: &FileServer) -> Option<v1::ResourceError> {
+    let (size, name) = (&server.spec.vm_size, &server.spec.name);
+    let alias = vm_size_aliases::resolve(state, size);
+    let (code, message) = match &server.node {
+        Some(node) if !heard.is_alive(node) && server.failure.is_none() => (
+            "FileServerNodeSilent",
+            format!("{node}, which serves it, is not heard of"),
+        ),
+        Some(_) => return None,
+        None if state
+            .nodes
+            .iter()
+            .any(|(id, node)| heard.is_alive(id) && server.matches(alias, id, node)) =>
+        {
+            return None;
+        }
+        None => (
+            "NoStorageNode",
+            format!(
+                "no node that is heard of has VM size {size}, was given a --storage-root and has room there for its disks"
+            ),
+        ),
+    };
+    Some(attempts::error(code, &message, &[("fileServer", name)]))
 }
 
 fn node(state: &State, heard: &Heard, name: &str, node: &Node) -> v1::Node {

@@ -1,8 +1,8 @@
-//! PURE. Checks volumes and secrets, wherever they stand. Azure's storage, file servers and references to a key vault are not served
+//! PURE. Checks volumes and secrets, wherever they stand. Azure's storage and references to a key vault are not served
 //! yet; what is wrong with them is said all the same.
 
 use batchai_common::names::Kind as Noun;
-use batchai_common::paths;
+use batchai_common::{mount_options, paths};
 use batchai_proto::v1::{
     EnvironmentVariableWithSecretValue, KeyVaultSecretReference, MountVolumes, NameValuePair,
     StorageCredentials,
@@ -61,7 +61,14 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
             &server.source_directory,
             false,
         );
-        faults.text(&format!("{at}.mount_options"), &server.mount_options, false);
+        if let Err(why) = mount_options::parse(&server.mount_options) {
+            faults.invalid(format!("{at}.mount_options"), why);
+        }
+        let below = &server.source_directory;
+        if !below.is_empty() && paths::below(below).is_none() && below.trim_matches('/') != "" {
+            let why = "must be a path below the server's directory, without `..`";
+            faults.invalid(format!("{at}.source_directory"), why);
+        }
         places.push((at, server.relative_mount_path.as_str()));
     }
     for (i, system) in given
@@ -89,7 +96,6 @@ fn refuse_others(faults: &mut Faults, field: &str, given: &MountVolumes) {
             "azure_blob_file_systems",
             !given.azure_blob_file_systems.is_empty(),
         ),
-        ("file_servers", !given.file_servers.is_empty()),
     ] {
         faults.not_served(&format!("{field}.{list}"), set);
     }

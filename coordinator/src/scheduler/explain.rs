@@ -1,7 +1,7 @@
 //! PURE. Why a job waits, in words, from the same facts that scheduling uses.
 
 use crate::scheduler::heard::Heard;
-use crate::state::{Cluster, Job, State, keys, loss, restore, setup};
+use crate::state::{Cluster, Job, State, file_servers, keys, loss, restore, setup};
 use batchai_common::names::last_id;
 
 use super::fit::{Free, Ports, place};
@@ -40,6 +40,11 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
     if let Some(key) = keys::closed(&job.spec.secrets, &heard.closed) {
         return format!(
             "its secrets cannot be opened: the coordinator's keyring lacks the key that wrapped data key {key}"
+        );
+    }
+    if let Some(server) = file_servers::awaited(state, job.spec.mount_volumes.as_ref()) {
+        return format!(
+            "it waits for {server}, which it mounts: batchai file-server show says why"
         );
     }
     let first = order::candidates(state, heard, cluster).next();

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use crate::scheduler::heard::Heard;
-use crate::state::{Cluster, Job, State, keys};
+use crate::state::{Cluster, Job, State, file_servers, keys};
 
 /// The queued jobs of a cluster in their order. A job that wants more nodes than the cluster shall ever have keeps
-/// nobody else waiting: it is passed over until the cluster is resized. So is one whose secrets cannot be opened.
+/// nobody else waiting: it is passed over until the cluster is resized. So is one whose secrets cannot be opened, or whose
+/// file servers are not there yet.
 pub fn candidates<'a>(
     state: &'a State,
     heard: &'a Heard,
@@ -20,5 +21,6 @@ pub fn candidates<'a>(
     queued.filter(move |job| {
         let fits = usize::try_from(job.spec.node_count).is_ok_and(|n| n <= reach);
         fits && keys::closed(&job.spec.secrets, &heard.closed).is_none()
+            && file_servers::awaited(state, job.spec.mount_volumes.as_ref()).is_none()
     })
 }

@@ -11,7 +11,8 @@ use batchai_proto::v1::token::Kind as TokenKind;
 use batchai_proto::v1::{RoleBinding, Token};
 
 use super::{
-    Rejection, State, Step, check_etag, check_new, etag, loss, names, nodes, not_found, restore,
+    Rejection, State, Step, check_etag, check_new, etag, file_servers, loss, names, nodes,
+    not_found, restore,
 };
 
 /// A machine that has joined by a token.
@@ -224,6 +225,7 @@ pub(super) fn expel_node(step: &mut Step<'_>, command: &ExpelNode) -> Result<(),
     });
     nodes::assign(step, name);
     nodes::free_if_leaving(step, name);
+    file_servers::expelled(step, name);
     restore::forget(step, name);
     Ok(())
 }

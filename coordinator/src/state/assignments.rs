@@ -1,12 +1,16 @@
 //! PURE. What every node shall do, derived from the State: nothing of it is stored.
 
+use std::collections::BTreeSet;
+
 use batchai_proto::agent::v1::assignment::Desired;
-use batchai_proto::agent::v1::{Assignment, AssignmentList, ClusterMounts, Host};
+use batchai_proto::agent::v1::{
+    Assignment, AssignmentList, ClusterMounts, FileServerSource, Host, ServedFileServer,
+};
 use batchai_proto::{secrets, v1};
 
 use super::attempts::{Attempt, Phase, Work};
 use super::keys::workspace_of;
-use super::{Node, State, loss, restore, setup};
+use super::{Node, State, file_servers, loss, restore, setup};
 
 /// The whole list of a node's assignments. A node that does not exist has none. Secrets are as they lie in the State: sealed.
 pub fn assignments(state: &State, name: &str) -> AssignmentList {
@@ -24,6 +28,7 @@ pub fn assignments(state: &State, name: &str) -> AssignmentList {
             .map(|(attempt, _)| attempt.to_owned())
             .collect(),
         mounts: cluster_mounts(state, node),
+        file_servers: served(state, name),
     }
 }
 
@@ -34,7 +39,45 @@ fn cluster_mounts(state: &State, node: &Node) -> Option<ClusterMounts> {
         cluster: cluster.spec.name.clone(),
         uid: cluster.spec.uid.clone(),
         volumes: Some(setup::mounts(cluster)?.clone()),
+        file_servers: sources(state, node, setup::mounts(cluster)),
     })
+}
+
+/// The file servers that a node serves, and with whom it shares them.
+fn served(state: &State, node: &str) -> Vec<ServedFileServer> {
+    let served = file_servers::of_node(state, node).map(|server| {
+        let name = &server.spec.name;
+        let clients = file_servers::mounting(state, name);
+        let clients: BTreeSet<_> = clients.flat_map(|(_, n)| &n.facts.addresses).collect();
+        ServedFileServer {
+            name: name.clone(),
+            uid: server.spec.uid.clone(),
+            clients: clients.into_iter().cloned().collect(),
+            ending: server.deleting.is_some(),
+            purge: server.purge,
+        }
+    });
+    served.collect()
+}
+
+/// Where a node mounts file servers from.
+fn sources(
+    state: &State,
+    node: &Node,
+    volumes: Option<&v1::MountVolumes>,
+) -> Vec<FileServerSource> {
+    let names: BTreeSet<_> = file_servers::named(volumes).collect();
+    let servers = names.into_iter().filter_map(|n| state.file_servers.get(n));
+    let sources = servers.map(|server| {
+        let serving = server.node.as_ref().and_then(|id| state.nodes.get(id));
+        FileServerSource {
+            name: server.spec.name.clone(),
+            uid: server.spec.uid.clone(),
+            place: server.place.clone(),
+            local: serving.is_some_and(|serving| serving.facts.boot_id == node.facts.boot_id),
+        }
+    });
+    sources.collect()
 }
 
 fn assignment(state: &State, attempt: &Attempt, name: &str) -> Option<Assignment> {
@@ -59,6 +102,8 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
         .iter()
         .map(|n| host(state.nodes.get(&n.node), n));
     let workspace = state.workspaces.get(workspace_of(&attempt.spec.name));
+    let node = state.nodes.get(name);
+    let file_servers = node.map(|node| sources(state, node, attempt.spec.mount_volumes.as_ref()));
     let mut job = v1::Job::clone(&attempt.spec);
     // Whoever prepares hands them to what runs; nobody else needs them.
     if desired != Desired::Prepare {
@@ -75,6 +120,7 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
         workspace_number: workspace.map_or(0, |workspace| workspace.number),
         fenced: loss::is_fenced(attempt),
         number: attempt.number,
+        file_servers: file_servers.unwrap_or_default(),
     })
 }
 

@@ -23,7 +23,9 @@ use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 use prost_types::Timestamp;
 
 use super::verdict::{failed, with_others};
-use super::{Job, Node, Rejection, State, Step, jobs, keys, nodes, not_found, restore, setup};
+use super::{
+    Job, Node, Rejection, State, Step, file_servers, jobs, keys, nodes, not_found, restore, setup,
+};
 
 pub use super::verdict::{Outcome, Verdict, error, layout, port_count, rank_count, verdict};
 
@@ -282,6 +284,9 @@ pub(super) fn record(step: &mut Step<'_>, command: &RecordReport) -> Result<(), 
     }
     if let Some(mounts) = &report.mounts {
         setup::take_in(step, &command.node, mounts);
+    }
+    for server in &report.file_servers {
+        file_servers::take_in(step, &command.node, server);
     }
     Ok(())
 }

@@ -13,7 +13,9 @@ use batchai_proto::v1::manual_scale_settings::NodeDeallocationOption;
 use imbl::OrdSet;
 use prost_types::Timestamp;
 
-use super::{Rejection, State, Step, check_etag, check_new, etag, keys, not_found, setup};
+use super::{
+    Rejection, State, Step, check_etag, check_new, etag, file_servers, keys, not_found, setup,
+};
 
 /// The order of a cluster's queue: urgent ones first, then in the order of submission.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -107,6 +109,8 @@ pub(super) fn create(step: &mut Step<'_>, cluster: &v1::Cluster) -> Result<(), R
     let state = &mut *step.state;
     let name = &cluster.name;
     check_new(state, Kind::Cluster, name)?;
+    let setup = cluster.node_setup.as_ref();
+    file_servers::check(state, setup.and_then(|s| s.mount_volumes.as_ref()))?;
     keys::check_cluster(state, cluster)?;
     let stored = Cluster {
         spec: Arc::new(setup::named(state, cluster)),

@@ -170,6 +170,8 @@ impl Sum {
         self.table(a, b, |_, c| Record::Cluster(stored::cluster(c)));
         let (a, b) = (&before.experiments, &after.experiments);
         self.table(a, b, |_, e| Record::Experiment((**e).clone()));
+        let (a, b) = (&before.file_servers, &after.file_servers);
+        self.table(a, b, |_, s| Record::FileServer(stored::file_server(s)));
         let (a, b) = (&before.vm_size_aliases, &after.vm_size_aliases);
         self.table(a, b, |_, a| Record::VmSizeAlias((**a).clone()));
     }

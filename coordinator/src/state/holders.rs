@@ -73,7 +73,7 @@ impl Holder for v1::ResourceGroup {
 
 impl Holder for v1::Workspace {
     const KIND: Kind = Kind::Workspace;
-    const HELD: &'static [Kind] = &[Kind::Experiment, Kind::Cluster];
+    const HELD: &'static [Kind] = &[Kind::Experiment, Kind::Cluster, Kind::FileServer];
 
     fn table(state: &mut State) -> &mut OrdMap<String, Arc<Self>> {
         &mut state.workspaces
@@ -205,6 +205,7 @@ fn first_child(state: &State, kinds: &[Kind], name: &str) -> Option<(Kind, Strin
             Kind::Workspace => first_of(&state.workspaces, name, *kind),
             Kind::Experiment => first_of(&state.experiments, name, *kind),
             Kind::Cluster => first_of(&state.clusters, name, *kind),
+            Kind::FileServer => first_of(&state.file_servers, name, *kind),
             _ => first_of(&state.jobs, name, *kind),
         };
         Some((*kind, child?))

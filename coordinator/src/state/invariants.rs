@@ -65,7 +65,8 @@ fn parents_exist(state: &State) -> Result<(), String> {
             .get(parent)
             .ok_or_else(|| orphan(name))?;
     }
-    for name in state.clusters.keys().chain(state.experiments.keys()) {
+    let held = state.clusters.keys().chain(state.experiments.keys());
+    for name in held.chain(state.file_servers.keys()) {
         let parent = names::parent(name).unwrap_or_default();
         state.workspaces.get(parent).ok_or_else(|| orphan(name))?;
     }
@@ -221,7 +222,7 @@ fn grants_and_bindings_agree(state: &State) -> Result<(), String> {
 
 fn workspaces_hold_what_is_counted(state: &State) -> Result<(), String> {
     let mut held = std::collections::BTreeMap::new();
-    for kind in [Kind::Cluster, Kind::Experiment, Kind::Job] {
+    for kind in [Kind::Cluster, Kind::Experiment, Kind::FileServer, Kind::Job] {
         for name in state.names(kind, "", "") {
             *held
                 .entry((keys::workspace_of(name).to_owned(), kind))

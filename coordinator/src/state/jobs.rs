@@ -21,7 +21,10 @@ use prost_types::Timestamp;
 
 use super::attempts::{self, Outcome, Verdict};
 use super::clusters::QueueKey;
-use super::{Rejection, Step, check_etag, check_new, check_stays, clusters, etag, keys, not_found};
+use super::{
+    Rejection, Step, check_etag, check_new, check_stays, clusters, etag, file_servers, keys,
+    not_found,
+};
 
 /// How often a job may go back to the queue because infrastructure failed.
 pub const INFRASTRUCTURE_RETRIES_MAX: i32 = 3;
@@ -106,6 +109,7 @@ pub(super) fn create(step: &mut Step<'_>, spec: &v1::Job) -> Result<(), Rejectio
         return Err(not_found(Kind::Cluster, &spec.cluster));
     }
     check_stays(state, &spec.cluster)?;
+    file_servers::check(state, spec.mount_volumes.as_ref())?;
     keys::check_job(state, spec)?;
     let segment = format!("{}/{}/{}", state.ensemble, segment_of(name), spec.uid);
     let job = Job {

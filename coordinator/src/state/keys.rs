@@ -11,7 +11,8 @@ use batchai_proto::internal::v1::{DataKey, PutDataKey};
 use batchai_proto::secrets;
 use batchai_proto::v1;
 
-use super::{Rejection, State, Step, behind, check_stays, not_found};
+use super::tables::behind;
+use super::{Rejection, State, Step, check_stays, not_found};
 
 /// What every sealed secret begins with.
 const PREFIX: &str = "sealed";

@@ -12,6 +12,7 @@ pub mod assignments;
 pub mod attempts;
 pub mod clusters;
 pub mod digest;
+pub mod file_servers;
 mod holders;
 pub mod invariants;
 pub mod jobs;
@@ -24,12 +25,11 @@ pub mod restore;
 pub mod setup;
 pub mod snapshot;
 mod stored;
+mod tables;
 mod verdict;
 pub mod vm_size_aliases;
 
 use batchai_common::fault;
-use std::borrow::Borrow;
-use std::ops::Bound;
 use std::sync::Arc;
 
 use batchai_common::names::{self, Kind};
@@ -42,8 +42,10 @@ use prost_types::Timestamp;
 
 pub use attempts::Attempt;
 pub use clusters::Cluster;
+pub use file_servers::FileServer;
 pub use jobs::Job;
 pub use nodes::Node;
+pub use tables::children;
 
 /// All resources by full name. A value: cloning it costs a few pointers, whatever it holds.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -83,6 +85,7 @@ pub struct State {
     pub nodes: OrdMap<String, Arc<Node>>,
     /// The latest attempt of every job that has one, by attempt id.
     pub attempts: OrdMap<String, Arc<Attempt>>,
+    pub file_servers: OrdMap<String, Arc<FileServer>>,
     pub vm_size_aliases: OrdMap<String, Arc<v1::VmSizeAlias>>,
     pub role_bindings: OrdMap<String, Arc<v1::RoleBinding>>,
     /// Who is bound, and by which of them.
@@ -119,7 +122,7 @@ pub fn limit(kind: Kind) -> usize {
 /// How many of a kind one workspace may hold: so many that none can use up what all may have.
 pub fn limit_of_workspace(kind: Kind) -> Option<usize> {
     match kind {
-        Kind::Cluster => Some(100),
+        Kind::Cluster | Kind::FileServer => Some(100),
         Kind::Experiment => Some(10_000),
         Kind::Job => Some(100_000),
         _ => None,
@@ -243,6 +246,7 @@ pub fn apply(state: &mut State, index: u64, command: &Command) -> Result<Vec<Eve
         events: Vec::new(),
     };
     dispatch(&mut step, command)?;
+    file_servers::follow(state, &mut step);
     let events = step.events;
     if let Some(request) = &command.request {
         requests::remember(&mut next, request);
@@ -286,6 +290,11 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         CommandKind::UseToken(c) => access::use_token(step, c),
         CommandKind::RevokeCertificates(c) => access::revoke_certificates(step, c),
         CommandKind::ExpelNode(c) => access::expel_node(step, c),
+        CommandKind::CreateFileServer(c) => file_servers::create(step, c),
+        CommandKind::PlaceFileServer(c) => file_servers::place(step, c),
+        CommandKind::DeleteFileServer(c) => {
+            file_servers::delete(step, &c.delete.clone().unwrap_or_default(), c.purge)
+        }
         CommandKind::Update(c) => update(step, c),
         CommandKind::Delete(c) => delete(step, c),
         CommandKind::TerminateJob(c) => jobs::terminate(step, &c.name, c.cause()),
@@ -326,7 +335,8 @@ fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
         Kind::VmSizeAlias => vm_size_aliases::delete(step, command),
         Kind::RoleBinding => access::delete_role_binding(step, command),
         Kind::Token => access::delete_token(step, command),
-        Kind::FileServer | Kind::Node | Kind::Bundle => Err(not_for(&command.name)),
+        Kind::FileServer => file_servers::delete(step, command, false),
+        Kind::Node | Kind::Bundle => Err(not_for(&command.name)),
     }
 }
 
@@ -354,68 +364,6 @@ pub(crate) fn not_found(kind: Kind, name: &str) -> Rejection {
     Rejection::NotFound {
         kind,
         name: name.to_owned(),
-    }
-}
-
-impl State {
-    /// Whether a resource exists.
-    pub fn contains(&self, kind: Kind, name: &str) -> bool {
-        match kind {
-            Kind::ResourceGroup => self.resource_groups.contains_key(name),
-            Kind::Workspace => self.workspaces.contains_key(name),
-            Kind::Cluster => self.clusters.contains_key(name),
-            Kind::Experiment => self.experiments.contains_key(name),
-            Kind::Job => self.jobs.contains_key(name),
-            Kind::Node => self.nodes.contains_key(name),
-            Kind::VmSizeAlias => self.vm_size_aliases.contains_key(name),
-            Kind::RoleBinding => self.role_bindings.contains_key(name),
-            Kind::Token => self.tokens.contains_key(name),
-            Kind::FileServer | Kind::Bundle => false,
-        }
-    }
-
-    /// The names of a kind that begin alike, in their order, from behind a name on.
-    pub fn names<'a>(
-        &'a self,
-        kind: Kind,
-        prefix: &str,
-        after: &str,
-    ) -> Box<dyn Iterator<Item = &'a str> + Send + 'a> {
-        fn of<'a, K: Ord + Borrow<str> + Send + Sync, T: Send + Sync>(
-            table: &'a OrdMap<K, T>,
-            prefix: &str,
-            after: &str,
-        ) -> Box<dyn Iterator<Item = &'a str> + Send + 'a> {
-            Box::new(behind(table, prefix, after).map(|(name, _)| name))
-        }
-        match kind {
-            Kind::ResourceGroup => of(&self.resource_groups, prefix, after),
-            Kind::Workspace => of(&self.workspaces, prefix, after),
-            Kind::Cluster => of(&self.clusters, prefix, after),
-            Kind::Experiment => of(&self.experiments, prefix, after),
-            Kind::Job => of(&self.jobs, prefix, after),
-            Kind::Node => of(&self.nodes, prefix, after),
-            Kind::VmSizeAlias => of(&self.vm_size_aliases, prefix, after),
-            Kind::RoleBinding => of(&self.role_bindings, prefix, after),
-            Kind::Token => of(&self.tokens, prefix, after),
-            Kind::FileServer | Kind::Bundle => Box::new(std::iter::empty()),
-        }
-    }
-
-    /// How many resources of a kind there are.
-    pub fn count(&self, kind: Kind) -> usize {
-        match kind {
-            Kind::ResourceGroup => self.resource_groups.len(),
-            Kind::Workspace => self.workspaces.len(),
-            Kind::Cluster => self.clusters.len(),
-            Kind::Experiment => self.experiments.len(),
-            Kind::Job => self.jobs.len(),
-            Kind::Node => self.nodes.len(),
-            Kind::VmSizeAlias => self.vm_size_aliases.len(),
-            Kind::RoleBinding => self.role_bindings.len(),
-            Kind::Token => self.tokens.len(),
-            Kind::FileServer | Kind::Bundle => 0,
-        }
     }
 }
 
@@ -462,37 +410,6 @@ pub(crate) fn check_stays(state: &State, name: &str) -> Result<(), Rejection> {
         name: name.to_owned(),
         why: "it is being deleted".to_owned(),
     })
-}
-
-/// The resources of a table that one parent holds, by name, from behind a name on.
-pub fn children<'a, K: Ord + Borrow<str>, T>(
-    table: &'a OrdMap<K, T>,
-    parent: &str,
-    kind: Kind,
-    after: &str,
-) -> impl Iterator<Item = (&'a str, &'a T)> + use<'a, K, T> {
-    let prefix = match kind.parent() {
-        Some(_) => format!("{parent}/{}/", kind.collection()),
-        None => format!("{}/", kind.collection()),
-    };
-    behind(table, &prefix, after)
-}
-
-/// The resources of a table whose names begin alike, by name, from behind a name on.
-fn behind<'a, K: Ord + Borrow<str>, T>(
-    table: &'a OrdMap<K, T>,
-    prefix: &str,
-    after: &str,
-) -> impl Iterator<Item = (&'a str, &'a T)> + use<'a, K, T> {
-    let prefix = prefix.to_owned();
-    let begin = match after {
-        "" => Bound::Included(prefix.as_str()),
-        after => Bound::Excluded(after),
-    };
-    table
-        .range::<_, str>((begin, Bound::Unbounded))
-        .map(|(name, value)| (name.borrow(), value))
-        .take_while(move |(name, _): &(&str, _)| name.starts_with(&prefix))
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use batchai_proto::v1;
 
 use super::attempts::{self, Attempt, AttemptNode, Outcome, Phase, Verdict, Work};
 use super::jobs::INFRASTRUCTURE_RETRIES_MAX;
-use super::{Cluster, Node, Rejection, State, Step, nodes, not_found, restore};
+use super::{Cluster, Node, Rejection, State, Step, file_servers, nodes, not_found, restore};
 
 /// How long it may take.
 const WALL_CLOCK_S: i64 = 3600;
@@ -114,10 +114,24 @@ pub(super) fn take_in(step: &mut Step<'_>, name: &str, said: &MountsReport) {
     super::clusters::change(step, node.cluster.as_deref().unwrap_or_default(), |_| {});
 }
 
+/// What is mounted on a node for its cluster is to be mounted anew.
+pub(super) fn renew(step: &mut Step<'_>, name: &str) {
+    nodes::change(step, name, |node| {
+        if let Some(setup) = &mut node.setup {
+            setup.done = false;
+        }
+    });
+}
+
 /// Whether the set-up of a node is to begin.
 pub fn is_due(state: &State, node: &Node) -> bool {
     let busy = node.attempt.is_some() || node.leaving || node.expelled;
-    !busy && !is_done(state, node) && error(node).is_none()
+    let cluster = node.cluster.as_ref().and_then(|c| state.clusters.get(c));
+    let volumes = cluster.and_then(|cluster| mounts(cluster));
+    !busy
+        && !is_done(state, node)
+        && error(node).is_none()
+        && file_servers::awaited(state, volumes).is_none()
 }
 
 /// The secrets that the set-up of a node takes.

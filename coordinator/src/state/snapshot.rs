@@ -8,7 +8,7 @@ use std::sync::Arc;
 use batchai_common::names::Kind;
 use batchai_proto::internal::v1::snapshot_record::Kind as Record;
 use batchai_proto::internal::v1::{
-    SnapshotRecord, StoredAttempt, StoredCluster, StoredJob, StoredNode,
+    SnapshotRecord, StoredAttempt, StoredCluster, StoredFileServer, StoredJob, StoredNode,
 };
 use batchai_proto::v1;
 use imbl::OrdSet;
@@ -18,7 +18,7 @@ use super::agreement::{Comparison, FEATURE_LEVEL};
 use super::attempts::{Attempt, AttemptNode, Outcome, Phase, Verdict, Work};
 use super::digest::Digest;
 use super::setup::Setup;
-use super::{Cluster, Job, Node, State, keys, limit_of_workspace, stored};
+use super::{Cluster, FileServer, Job, Node, State, keys, limit_of_workspace, stored};
 
 /// Why records are no State.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -66,12 +66,15 @@ fn resources(state: &State) -> impl Iterator<Item = Record> + '_ {
         .map(|c| Record::Cluster(stored::cluster(c)));
     let experiments = state.experiments.values();
     let experiments = experiments.map(|e| Record::Experiment((**e).clone()));
+    let servers = state.file_servers.values();
+    let servers = servers.map(|s| Record::FileServer(stored::file_server(s)));
     let aliases = state.vm_size_aliases.values();
     let aliases = aliases.map(|a| Record::VmSizeAlias((**a).clone()));
     groups
         .chain(workspaces)
         .chain(clusters)
         .chain(experiments)
+        .chain(servers)
         .chain(aliases)
 }
 
@@ -183,6 +186,7 @@ impl Builder {
                     .insert(alias.name.clone(), Arc::new(alias));
             }
             Record::Cluster(stored) => add_cluster(state, stored)?,
+            Record::FileServer(stored) => add_file_server(state, stored)?,
             Record::Attempt(stored) => add_attempt(state, stored)?,
             Record::Job(stored) => add_job(state, stored)?,
             Record::Node(stored) => add_node(state, stored)?,
@@ -262,6 +266,23 @@ fn add_cluster(state: &mut State, stored: StoredCluster) -> Result<(), SnapshotE
         deleting: stored.deleting,
     };
     state.clusters.insert(name, Arc::new(cluster));
+    Ok(())
+}
+
+fn add_file_server(state: &mut State, stored: StoredFileServer) -> Result<(), SnapshotError> {
+    let spec = required(stored.spec, "a file server's spec")?;
+    let name = spec.name.clone();
+    let server = FileServer {
+        spec: Arc::new(spec),
+        revision: stored.revision,
+        node: Some(stored.node).filter(|node| !node.is_empty()),
+        place: stored.place,
+        failure: stored.failure,
+        deleting: stored.deleting,
+        purge: stored.purge,
+        state_time: stored.state_time.unwrap_or_default(),
+    };
+    state.file_servers.insert(name, Arc::new(server));
     Ok(())
 }
 
@@ -393,7 +414,7 @@ fn derive(mut state: State) -> State {
     for (name, binding) in state.role_bindings.clone() {
         state.grants.insert((binding.member.clone(), name));
     }
-    for kind in [Kind::Cluster, Kind::Experiment, Kind::Job] {
+    for kind in [Kind::Cluster, Kind::Experiment, Kind::FileServer, Kind::Job] {
         let names: Vec<_> = state.names(kind, "", "").map(str::to_owned).collect();
         for name in names.iter().filter(|_| limit_of_workspace(kind).is_some()) {
             let key = (keys::workspace_of(name).to_owned(), kind);

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use batchai_proto::internal::v1::snapshot_record::Kind as Record;
 use batchai_proto::internal::v1::{
     DataKey, RequestKey, StateHeader, StoredAttempt, StoredAttemptNode, StoredCluster,
-    StoredDataKeys, StoredExpelled, StoredJob, StoredJoined, StoredNode, StoredOutcome,
-    StoredRequest, StoredRevoked, StoredSetup,
+    StoredDataKeys, StoredExpelled, StoredFileServer, StoredJob, StoredJoined, StoredNode,
+    StoredOutcome, StoredRequest, StoredRevoked, StoredSetup,
 };
 use batchai_proto::v1;
 
 use super::access::Joined;
-use super::{Attempt, Cluster, Job, Node, State};
+use super::{Attempt, Cluster, FileServer, Job, Node, State};
 
 pub(super) fn header(state: &State) -> Record {
     let comparison = &state.comparison;
@@ -71,6 +71,19 @@ pub(super) fn request((caller, id): &(String, String), known: &(Arc<[u8]>, i64))
         key: Some(key),
         time: *time,
     })
+}
+
+pub(super) fn file_server(server: &FileServer) -> StoredFileServer {
+    StoredFileServer {
+        spec: Some((*server.spec).clone()),
+        revision: server.revision,
+        place: server.place.clone(),
+        failure: server.failure.clone(),
+        deleting: server.deleting,
+        purge: server.purge,
+        state_time: Some(server.state_time),
+        node: server.node.clone().unwrap_or_default(),
+    }
 }
 
 pub(super) fn cluster(cluster: &Cluster) -> StoredCluster {

@@ -174,6 +174,7 @@ impl Ensemble {
         let facts = v1::NodeFacts {
             vm_size: vm_size.into(),
             boot_id: "one-machine".into(),
+            addresses: vec!["10.0.0.1".into()],
             first_port: 20_000,
             last_port: 20_099,
             ..Default::default()

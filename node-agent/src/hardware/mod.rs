@@ -8,7 +8,7 @@ mod sysfs;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use batchai_proto::v1::NodeFacts;
 
@@ -31,6 +31,8 @@ pub enum HardwareError {
         path: &'static str,
         why: &'static str,
     },
+    #[error("--storage-root {}: {error}", path.display())]
+    Storage { path: PathBuf, error: io::Error },
     #[error("no address of this machine leads to {coordinator}: {source}; give --address")]
     Address {
         coordinator: String,
@@ -53,8 +55,13 @@ pub fn facts(config: &Config, isolation: &Isolation) -> Result<NodeFacts, Hardwa
         &sysfs,
         &os::size_name(cpu_cores, memory_mib, gpus.len()),
     );
+    let storage = config.storage_root.as_deref();
     Ok(NodeFacts {
         vm_size,
+        storage_root: storage
+            .map(|path| path.to_string_lossy().into_owned())
+            .unwrap_or_default(),
+        storage_free_bytes: storage.map_or(Ok(0), free_bytes)?,
         image: config.image.clone().map_or_else(os::image, Ok)?,
         cpu_cores,
         memory_mib,
@@ -83,6 +90,16 @@ pub fn facts(config: &Config, isolation: &Isolation) -> Result<NodeFacts, Hardwa
             .map(|seat| seat.controller.name().to_owned())
             .collect(),
     })
+}
+
+/// How much room there is where file servers may lie.
+fn free_bytes(storage: &Path) -> Result<i64, HardwareError> {
+    let room = nix::sys::statvfs::statvfs(storage).map_err(|error| HardwareError::Storage {
+        path: storage.to_owned(),
+        error: error.into(),
+    })?;
+    let bytes = u64::from(room.blocks_available()).saturating_mul(room.fragment_size());
+    Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
 }
 
 /// What was typed, what the cloud says, what the maker says, or what the machine has.

@@ -180,6 +180,8 @@ pub enum LaunchError {
     NotLimited { node: String, what: &'static str },
     #[error("this agent cannot mount {what}; upgrade the agent")]
     UnknownVolume { what: &'static str },
+    #[error("file server {name} cannot be mounted: it is not known where it is served")]
+    NotServed { name: String },
     #[error(
         "{path} is no place for a volume: it leads out of the mount root, or is that of another"
     )]
@@ -234,7 +236,8 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
     let context = Context::of(assignment, facts)?;
     check_addresses(assignment)?;
     let volumes = context.job.mount_volumes.as_ref();
-    let mounts = mounts(volumes, &context.paths.job_mount_root)?;
+    let sources = &assignment.file_servers;
+    let mounts = mounts(volumes, sources, &context.paths.job_mount_root)?;
     Ok(Plan {
         preparation: Preparation {
             mount_points: mounts.iter().map(|mount| mount.path.clone()).collect(),

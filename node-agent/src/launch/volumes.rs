@@ -1,7 +1,8 @@
 //! PURE. What is mounted, where: from what a job or a cluster asks for to paths on this host and how to come to what lies there.
 
 use batchai_common::paths;
-use batchai_proto::v1::MountVolumes;
+use batchai_proto::agent::v1::FileServerSource;
+use batchai_proto::v1::{FileServerMount, MountVolumes};
 use serde::{Deserialize, Serialize};
 
 use super::LaunchError;
@@ -20,10 +21,30 @@ pub struct Mount {
 pub enum How {
     /// By a command line of the user's, to which the path is appended.
     Command(String),
+    /// A directory of a file server, by NFS version 3.
+    Nfs {
+        address: String,
+        port: u16,
+        /// As the server names it.
+        directory: String,
+        options: String,
+    },
+    /// A directory of a file server that lies on this machine.
+    Local {
+        /// What the file server shares.
+        shared: String,
+        /// Below that.
+        directory: String,
+        options: String,
+    },
 }
 
 /// What to mount below a root.
-pub fn of(volumes: Option<&MountVolumes>, root: &str) -> Result<Vec<Mount>, LaunchError> {
+pub fn of(
+    volumes: Option<&MountVolumes>,
+    sources: &[FileServerSource],
+    root: &str,
+) -> Result<Vec<Mount>, LaunchError> {
     let Some(volumes) = volumes else {
         return Ok(Vec::new());
     };
@@ -33,14 +54,20 @@ pub fn of(volumes: Option<&MountVolumes>, root: &str) -> Result<Vec<Mount>, Laun
             "azureBlobFileSystems",
             volumes.azure_blob_file_systems.is_empty(),
         ),
-        ("fileServers", volumes.file_servers.is_empty()),
     ];
     if let Some((what, _)) = unknown.into_iter().find(|(_, none)| !none) {
         return Err(LaunchError::UnknownVolume { what });
     }
-    let mut mounts: Vec<Mount> = Vec::new();
+    let mut wanted = Vec::new();
+    for server in &volumes.file_servers {
+        wanted.push((&server.relative_mount_path, file_server(server, sources)?));
+    }
     for system in &volumes.unmanaged_file_systems {
-        let path = &system.relative_mount_path;
+        let how = How::Command(system.mount_command.clone());
+        wanted.push((&system.relative_mount_path, how));
+    }
+    let mut mounts: Vec<Mount> = Vec::new();
+    for (path, how) in wanted {
         // The coordinator has checked it; what is mounted as root is checked where it is done.
         let plain =
             paths::below(path).ok_or_else(|| LaunchError::BadPlace { path: path.clone() })?;
@@ -51,17 +78,46 @@ pub fn of(volumes: Option<&MountVolumes>, root: &str) -> Result<Vec<Mount>, Laun
         if mounts.iter().any(clash) {
             return Err(LaunchError::BadPlace { path });
         }
-        mounts.push(Mount {
-            path,
-            how: How::Command(system.mount_command.clone()),
-        });
+        mounts.push(Mount { path, how });
     }
     Ok(mounts)
 }
 
+fn file_server(mount: &FileServerMount, sources: &[FileServerSource]) -> Result<How, LaunchError> {
+    let named = sources
+        .iter()
+        .find(|source| source.name == mount.file_server);
+    let place = named.and_then(|source| source.place.as_ref());
+    let (Some(source), Some(place)) = (named, place) else {
+        let name = mount.file_server.clone();
+        return Err(LaunchError::NotServed { name });
+    };
+    let below = match mount.source_directory.trim_matches('/') {
+        "" => String::new(),
+        below => paths::below(below).ok_or_else(|| LaunchError::BadPlace {
+            path: mount.source_directory.clone(),
+        })?,
+    };
+    let options = mount.mount_options.clone();
+    if source.local {
+        return Ok(How::Local {
+            shared: place.path.clone(),
+            directory: below,
+            options,
+        });
+    }
+    Ok(How::Nfs {
+        address: place.address.clone(),
+        port: u16::try_from(place.port).unwrap_or_default(),
+        directory: format!("/{below}"),
+        options,
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use batchai_proto::v1::{FileServerMount, UnmanagedFileSystem};
+    use batchai_proto::agent::v1::FileServerPlace;
+    use batchai_proto::v1::{AzureFileShare, UnmanagedFileSystem};
 
     use super::*;
 
@@ -78,7 +134,7 @@ mod tests {
 
     #[test]
     fn everything_has_a_place_of_its_own_below_the_root() {
-        let mounts = of(Some(&volumes(&["a//b/.", "c"])), "/r/mounts").unwrap();
+        let mounts = of(Some(&volumes(&["a//b/.", "c"])), &[], "/r/mounts").unwrap();
         let places: Vec<_> = mounts.iter().map(|mount| mount.path.as_str()).collect();
         assert_eq!(places, ["/r/mounts/a/b", "/r/mounts/c"]);
         assert_eq!(mounts[0].how, How::Command("mount -t x y".into()));
@@ -90,22 +146,79 @@ mod tests {
             &["a", "a/b"],
             &["a/b", "a"],
         ] {
-            let refused = of(Some(&volumes(bad)), "/r");
+            let refused = of(Some(&volumes(bad)), &[], "/r");
             assert!(
                 matches!(refused, Err(LaunchError::BadPlace { .. })),
                 "{bad:?}"
             );
         }
-        assert_eq!(of(None, "/r"), Ok(Vec::new()));
+        assert_eq!(of(None, &[], "/r"), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn a_file_server_is_mounted_from_where_it_is_served() {
+        let volumes = |directory: &str| MountVolumes {
+            file_servers: vec![FileServerMount {
+                file_server: "f".into(),
+                source_directory: directory.into(),
+                relative_mount_path: "data".into(),
+                mount_options: "ro".into(),
+            }],
+            ..Default::default()
+        };
+        let source = FileServerSource {
+            name: "f".into(),
+            place: Some(FileServerPlace {
+                address: "10.0.0.2".into(),
+                port: 2049,
+                path: "/srv/f-1".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let how = |directory: &str, source: &FileServerSource| {
+            let mounts = of(
+                Some(&volumes(directory)),
+                std::slice::from_ref(source),
+                "/r",
+            );
+            mounts.map(|mounts| mounts[0].how.clone())
+        };
+        let nfs = |directory: &str| How::Nfs {
+            address: "10.0.0.2".into(),
+            port: 2049,
+            directory: directory.into(),
+            options: "ro".into(),
+        };
+        assert_eq!(how("", &source), Ok(nfs("/")));
+        assert_eq!(how("/", &source), Ok(nfs("/")));
+        assert_eq!(how("/a//b/", &source), Ok(nfs("/a/b")));
+        assert!(how("a/../..", &source).is_err());
+        let local = FileServerSource {
+            local: true,
+            ..source.clone()
+        };
+        let shared = How::Local {
+            shared: "/srv/f-1".into(),
+            directory: "a".into(),
+            options: "ro".into(),
+        };
+        assert_eq!(how("a", &local), Ok(shared));
+        let absent = FileServerSource {
+            place: None,
+            ..source
+        };
+        let refused = how("", &absent).unwrap_err().to_string();
+        assert!(refused.contains("f cannot be mounted"), "{refused}");
     }
 
     #[test]
     fn what_this_agent_does_not_know_is_refused() {
         let volumes = MountVolumes {
-            file_servers: vec![FileServerMount::default()],
+            azure_file_shares: vec![AzureFileShare::default()],
             ..Default::default()
         };
-        let refused = of(Some(&volumes), "/r").unwrap_err().to_string();
-        assert!(refused.contains("fileServers"), "{refused}");
+        let refused = of(Some(&volumes), &[], "/r").unwrap_err().to_string();
+        assert!(refused.contains("azureFileShares"), "{refused}");
     }
 }

@@ -310,6 +310,7 @@ impl Holder<'_> {
         let step = Step::Mount {
             mount: mount.clone(),
             env: self.plan.env.clone(),
+            most: left(),
         };
         let mounted = self.within(&step, left()).map_err(words);
         let noted = self.note(at, mount);
@@ -369,6 +370,15 @@ impl Holder<'_> {
 fn named(mount: &Mount) -> String {
     match &mount.how {
         How::Command(line) => format!("{line:?}"),
+        How::Nfs {
+            address,
+            port,
+            directory,
+            ..
+        } => format!("NFS from {address}:{port}, {directory}"),
+        How::Local {
+            shared, directory, ..
+        } => format!("the directory {directory:?} of {shared}"),
     }
 }
 

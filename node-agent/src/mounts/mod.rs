@@ -14,6 +14,7 @@
 //! ```
 //! For a job DIR is the directory of its attempt, for a cluster one of its own (see `journal`).
 
+mod file_server;
 mod holder;
 mod kernel;
 mod step;

@@ -19,6 +19,7 @@ use nix::sys::statfs::statfs;
 use nix::unistd::{Pid, fchdir, getppid, setsid};
 use serde::{Deserialize, Serialize};
 
+use super::file_server;
 use crate::launch::{How, Mount};
 use crate::share;
 
@@ -39,6 +40,8 @@ pub enum Step {
     Mount {
         mount: Mount,
         env: BTreeMap<String, String>,
+        /// How long it may take.
+        most: Duration,
     },
     /// `force`: whoever waits for it gets an error. `lazy`: it is out of the way at once, whoever uses it.
     Unmount {
@@ -169,7 +172,7 @@ fn begin() -> io::Result<()> {
     }
     match step {
         Step::Make { root, path } => share::make_own(Path::new(&root), Path::new(&path), None),
-        Step::Mount { mount, env } => mount_it(&mount, &env),
+        Step::Mount { mount, env, most } => mount_it(&mount, &env, most),
         Step::Unmount { place, force, lazy } => unmount(&place, force, lazy),
         Step::Look { path } => statfs(path.as_str()).map(drop).map_err(io::Error::from),
     }
@@ -198,8 +201,20 @@ fn unmount(place: &Path, force: bool, lazy: bool) -> io::Result<()> {
     Ok(umount2(name, flags)?)
 }
 
-fn mount_it(mount: &Mount, env: &BTreeMap<String, String>) -> io::Result<()> {
+fn mount_it(mount: &Mount, env: &BTreeMap<String, String>, most: Duration) -> io::Result<()> {
+    let place = Path::new(&mount.path);
     match &mount.how {
+        How::Nfs {
+            address,
+            port,
+            directory,
+            options,
+        } => file_server::nfs((address, *port), directory, options, place, most),
+        How::Local {
+            shared,
+            directory,
+            options,
+        } => file_server::local(Path::new(shared), directory, options, place),
         How::Command(line) => {
             let path = mount.path.replace('\'', r"'\''");
             Err(Command::new("/bin/bash")

@@ -41,9 +41,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use batchai_common::{shutdown, telemetry};
-use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::journal::{AttemptDir, JournalError};
+
+/// What the server is told.
+pub const CONFIG: &str = "config.json";
+/// What it says of itself.
+pub const STATUS: &str = "status.json";
 /// How many clients an export may have.
 pub const CLIENTS_MAX: usize = 4096;
 /// How many calls are done at once.
@@ -73,7 +78,7 @@ pub struct Config {
 }
 
 /// What the server says of itself: `status.json`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     pub pid: u32,
     /// Where it listens.
@@ -94,6 +99,8 @@ pub enum ServerError {
     #[error("only root can serve files for others: run the agent as root")]
     NotRoot,
     #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
     Export(#[from] export::ExportError),
     #[error("cannot listen on {address}: {error}")]
     Listen {
@@ -109,7 +116,7 @@ pub enum ServerError {
 impl Config {
     /// Reads what the server is told.
     pub fn read(dir: &Path) -> Result<Config, ServerError> {
-        let path = dir.join("config.json");
+        let path = dir.join(CONFIG);
         let bytes = fs::read(&path).map_err(|error| ServerError::File {
             path: path.clone(),
             error,
@@ -193,23 +200,16 @@ fn serve(dir: &Path) -> Result<(), ServerError> {
     ended
 }
 
-/// Has one server at a time use a directory.
-fn alone(dir: &Path) -> Result<Flock<File>, ServerError> {
-    let path = dir.join("lock");
-    let failed = |error| ServerError::File {
-        path: path.clone(),
-        error,
-    };
-    let file = File::create(&path).map_err(failed)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
-        nix::Error::EWOULDBLOCK => ServerError::Running(dir.to_owned()),
-        error => failed(error.into()),
-    })
+/// Has one server at a time use a directory. Who started it sees by the lock that it runs.
+fn alone(dir: &Path) -> Result<File, ServerError> {
+    let path = dir.to_owned();
+    let lock = AttemptDir { path }.take_lock()?;
+    lock.ok_or_else(|| ServerError::Running(dir.to_owned()))
 }
 
 /// Writes the status.
 fn tell(dir: &Path, status: &Status) -> Result<(), ServerError> {
-    let (draft, path) = (dir.join("status.json.new"), dir.join("status.json"));
+    let (draft, path) = (dir.join("status.json.new"), dir.join(STATUS));
     let write = || {
         let mut file = File::create(&draft)?;
         file.write_all(&serde_json::to_vec(status)?)?;
@@ -254,15 +254,5 @@ mod tests {
             fs::write(&path, bad).unwrap();
             assert!(Config::read(dir.path()).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn one_server_at_a_time_has_a_directory() {
-        let dir = tempfile::tempdir().unwrap();
-        let held = alone(dir.path()).unwrap();
-        let second = alone(dir.path()).unwrap_err();
-        assert!(matches!(second, ServerError::Running(_)));
-        drop(held);
-        alone(dir.path()).unwrap();
     }
 }

@@ -164,7 +164,7 @@ impl Volumes {
                 ))
             }
             (_, false) if dir.path.exists() && !self.is_gone(&dir) => Ok(Have::NotYet),
-            (_, false) => match plan(wanted.volumes.as_ref(), &self.root()) {
+            (_, false) => match plan(wanted.volumes.as_ref(), &wanted.file_servers, &self.root()) {
                 Err(error) => Ok(Have::Never(error.to_string())),
                 Ok(mounts) => {
                     self.prepare(&dir, mounts)?;

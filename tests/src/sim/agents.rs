@@ -442,6 +442,7 @@ impl Sim {
         let seen = Report {
             attempts: observations(&list, &local),
             strays: agent.list.is_some().then_some(strays),
+            file_servers: Vec::new(),
             mounts: None,
         };
         if agent.reported.as_ref() == Some(&seen) {

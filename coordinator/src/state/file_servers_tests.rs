@@ -1,0 +1,300 @@
+//! Tells the story of file servers: served by a node, mounted by clusters and jobs, shared with whom that makes mount them, and gone.
+
+use batchai_proto::agent::v1::{FileServerPlace, FileServerReport, Report};
+use batchai_proto::internal::v1::command::Kind as C;
+use batchai_proto::internal::v1::{
+    Delete, DeleteFileServer, ExpelNode, RecordReport, RegisterNode,
+};
+use batchai_proto::v1::job::State as JobState;
+use batchai_proto::v1::job_attempt_node::Phase as P;
+
+use crate::scheduler::explain::pending_reason;
+use crate::state::assignments::assignments;
+use crate::state::tests::{Ensemble, through_a_snapshot};
+use crate::state::*;
+
+const WORKSPACE: &str = "resourceGroups/g/workspaces/w";
+const SERVER: &str = "resourceGroups/g/workspaces/w/fileServers/f";
+const STORE: &str = "nodes/store";
+
+/// A node that offers storage.
+fn store(e: &mut Ensemble, name: &str, free_gb: i64) {
+    let facts = v1::NodeFacts {
+        vm_size: "storage".into(),
+        boot_id: format!("boot of {name}"),
+        storage_root: "/srv".into(),
+        storage_free_bytes: free_gb * 1_000_000_000,
+        addresses: vec!["10.0.0.9".into()],
+        first_port: 20_000,
+        last_port: 20_099,
+        ..Default::default()
+    };
+    e.ok(C::RegisterNode(RegisterNode {
+        name: name.into(),
+        uid: format!("uid-{name}"),
+        incarnation: "1".into(),
+        facts: Some(facts),
+        empty: true,
+    }));
+    e.heard.last.insert(name.into(), e.heard.now);
+    e.settle();
+}
+
+fn spec() -> v1::FileServer {
+    v1::FileServer {
+        name: SERVER.into(),
+        uid: "uid-f".into(),
+        vm_size: "storage".into(),
+        data_disks: Some(v1::DataDisks {
+            disk_count: 2,
+            disk_size_in_gb: 50,
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn mounts() -> v1::MountVolumes {
+    v1::MountVolumes {
+        file_servers: vec![v1::FileServerMount {
+            file_server: SERVER.into(),
+            relative_mount_path: "data".into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    }
+}
+
+fn report(node: &str, said: FileServerReport) -> C {
+    C::RecordReport(RecordReport {
+        node: node.into(),
+        uid: format!("uid-{node}"),
+        incarnation: "1".into(),
+        report: Some(Report {
+            file_servers: vec![said],
+            ..Report::default()
+        }),
+    })
+}
+
+fn served(port: i32) -> FileServerReport {
+    FileServerReport {
+        uid: "uid-f".into(),
+        place: Some(FileServerPlace {
+            address: "10.0.0.9".into(),
+            port,
+            path: "/srv/f".into(),
+            backend: "embedded".into(),
+        }),
+        ..FileServerReport::default()
+    }
+}
+
+fn delete(force: bool, purge: bool) -> C {
+    let delete = Delete {
+        name: SERVER.into(),
+        etag: String::new(),
+        force,
+    };
+    C::DeleteFileServer(DeleteFileServer {
+        delete: Some(delete),
+        purge,
+    })
+}
+
+/// One that is served, with a cluster of two nodes beside it.
+fn begun() -> Ensemble {
+    let mut e = Ensemble::with_nodes(2, 2);
+    store(&mut e, STORE, 200);
+    e.ok(C::CreateFileServer(spec()));
+    e.settle();
+    e.ok(report(STORE, served(2049)));
+    e
+}
+
+fn server(e: &Ensemble) -> &FileServer {
+    &e.state.file_servers[SERVER]
+}
+
+fn clients(e: &Ensemble) -> Vec<String> {
+    let list = assignments(&e.state, STORE);
+    list.file_servers[0].clients.clone()
+}
+
+#[test]
+fn one_is_served_by_a_node_of_its_size_with_storage_and_room() {
+    let mut e = Ensemble::with_nodes(1, 1);
+    e.ok(C::CreateFileServer(spec()));
+    store(&mut e, "nodes/full", 99);
+    assert_eq!(server(&e).node, None);
+    assert_eq!(server(&e).state(), v1::ProvisioningState::Creating);
+    store(&mut e, STORE, 100);
+    assert_eq!(server(&e).node.as_deref(), Some(STORE));
+    let list = assignments(&e.state, STORE);
+    assert_eq!(list.file_servers[0].uid, "uid-f");
+    assert!(list.revision > 0 && list.file_servers[0].clients.is_empty());
+    // Others do not speak for it.
+    e.ok(report("nodes/full", served(1)));
+    assert_eq!(server(&e).place, None);
+    let failure = v1::ResourceError {
+        code: "FileServerNotServed".into(),
+        ..Default::default()
+    };
+    e.ok(report(
+        STORE,
+        FileServerReport {
+            uid: "uid-f".into(),
+            failure: Some(failure),
+            ..FileServerReport::default()
+        },
+    ));
+    assert_eq!(server(&e).state(), v1::ProvisioningState::Failed);
+    e.ok(report(STORE, served(2049)));
+    assert_eq!(server(&e).state(), v1::ProvisioningState::Succeeded);
+    // Saying it again changes nothing.
+    let revision = server(&e).revision;
+    e.ok(report(STORE, served(2049)));
+    assert_eq!(server(&e).revision, revision);
+}
+
+#[test]
+fn a_job_waits_for_what_it_mounts_and_its_nodes_may_mount_it_while_it_runs() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    e.ok(C::CreateFileServer(spec()));
+    let job = e.submit("j", 1, |job| job.mount_volumes = Some(mounts()));
+    // Others do not wait for it.
+    let other = e.submit("k", 1, |_| {});
+    assert_eq!(e.state_of(&job), JobState::Queued);
+    assert_eq!(e.state_of(&other), JobState::Running);
+    let reason = pending_reason(&e.state, &e.heard, e.job(&job));
+    assert!(reason.contains(SERVER), "{reason}");
+    store(&mut e, STORE, 200);
+    e.ok(report(STORE, served(2049)));
+    e.settle();
+    assert_eq!(e.state_of(&job), JobState::Running);
+    let node = e.attempt(&job).nodes[0].node.clone();
+    let assigned = &assignments(&e.state, &node).assignments[0];
+    assert_eq!(assigned.file_servers[0].place.as_ref().unwrap().port, 2049);
+    assert!(!assigned.file_servers[0].local);
+    let revision = e.state.nodes[STORE].assigned;
+    assert_eq!(clients(&e), ["10.0.0.1"]);
+    let refused = e.try_apply(delete(false, false)).unwrap_err().to_string();
+    assert!(refused.contains(&job), "{refused}");
+    e.see(&job, 0, P::Ready, &[]);
+    e.see(&job, 0, P::Ended, &[(0, Some(0))]);
+    assert!(e.state.nodes[STORE].assigned > revision);
+    assert!(clients(&e).is_empty());
+}
+
+#[test]
+fn a_cluster_is_set_up_when_its_file_server_is_there_and_anew_when_that_moves() {
+    let mut e = Ensemble::with_nodes(0, 2);
+    e.ok(C::CreateFileServer(spec()));
+    let cluster = format!("{WORKSPACE}/clusters/mounting");
+    e.ok(C::CreateCluster(v1::Cluster {
+        name: cluster.clone(),
+        vm_size: "small".into(),
+        scale_settings: Some(v1::ScaleSettings {
+            manual: Some(v1::ManualScaleSettings {
+                target_node_count: 1,
+                ..Default::default()
+            }),
+            auto_scale: None,
+        }),
+        node_setup: Some(v1::NodeSetup {
+            mount_volumes: Some(mounts()),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }));
+    e.settle();
+    let node = e.state.clusters[&cluster]
+        .members
+        .get_min()
+        .unwrap()
+        .clone();
+    assert_eq!(e.state.nodes[&node].attempt, None, "set up too early");
+    store(&mut e, STORE, 200);
+    e.ok(report(STORE, served(2049)));
+    e.settle();
+    let list = assignments(&e.state, &node);
+    assert_eq!(list.mounts.unwrap().file_servers[0].uid, "uid-f");
+    assert_eq!(clients(&e), ["10.0.0.1"]);
+    let finish = |e: &mut Ensemble| {
+        let attempt = e.state.nodes[&node].attempt.clone().unwrap();
+        let attempt = e.state.attempts[&attempt].clone();
+        e.see_attempt(&attempt, 0, P::Ready, &[], None);
+        e.see_attempt(&attempt, 0, P::Ended, &[(0, Some(0))], None);
+    };
+    finish(&mut e);
+    assert!(setup::is_done(&e.state, &e.state.nodes[&node]));
+    let revision = e.state.nodes[&node].assigned;
+    e.ok(report(STORE, served(2050)));
+    assert!(e.state.nodes[&node].assigned > revision);
+    assert!(!setup::is_done(&e.state, &e.state.nodes[&node]));
+    e.settle();
+    finish(&mut e);
+    assert!(setup::is_done(&e.state, &e.state.nodes[&node]));
+    // A snapshot has all of it.
+    assert_eq!(through_a_snapshot(&e.state), e.state);
+}
+
+#[test]
+fn what_is_deleted_goes_when_its_node_has_said_so_or_was_expelled() {
+    let mut e = begun();
+    e.ok(delete(false, true));
+    assert_eq!(server(&e).state(), v1::ProvisioningState::Deleting);
+    let list = assignments(&e.state, STORE);
+    assert!(list.file_servers[0].ending && list.file_servers[0].purge);
+    let job = v1::Job {
+        name: format!("{WORKSPACE}/experiments/e/jobs/late"),
+        cluster: format!("{WORKSPACE}/clusters/c"),
+        mount_volumes: Some(mounts()),
+        ..Default::default()
+    };
+    let refused = e.try_apply(C::CreateJob(job)).unwrap_err().to_string();
+    assert!(refused.contains("is being deleted"), "{refused}");
+    let gone = FileServerReport {
+        uid: "uid-f".into(),
+        gone: true,
+        ..FileServerReport::default()
+    };
+    e.ok(report(STORE, gone.clone()));
+    assert!(!e.state.file_servers.contains_key(SERVER));
+    assert!(assignments(&e.state, STORE).file_servers.is_empty());
+    // One that is to stay is not gone because its node says so.
+    let mut e = begun();
+    e.ok(report(STORE, gone));
+    assert_eq!(server(&e).state(), v1::ProvisioningState::Succeeded);
+    e.ok(C::ExpelNode(ExpelNode { name: STORE.into() }));
+    assert_eq!(
+        server(&e).failure.as_ref().unwrap().code,
+        "FileServerNodeExpelled"
+    );
+    e.ok(delete(false, false));
+    assert!(!e.state.file_servers.contains_key(SERVER));
+}
+
+#[test]
+fn a_workspace_goes_with_its_file_servers() {
+    let mut e = begun();
+    let delete = |force| {
+        C::Delete(Delete {
+            name: WORKSPACE.into(),
+            etag: String::new(),
+            force,
+        })
+    };
+    e.ok(delete(true));
+    e.settle();
+    let server = server(&e);
+    assert!(server.deleting.is_some() && !server.purge);
+    let gone = FileServerReport {
+        uid: "uid-f".into(),
+        gone: true,
+        ..FileServerReport::default()
+    };
+    e.ok(report(STORE, gone));
+    e.settle();
+    assert!(!e.state.workspaces.contains_key(WORKSPACE));
+}
