@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use crate::network::Network;
 use crate::process::{PATIENCE, Process, until};
 
 pub use image::{Image, image};
@@ -34,14 +35,25 @@ pub struct Guest {
 impl Guest {
     /// Boots one; what it needs lies in a directory of the test's.
     pub fn boot(image: &Image, dir: &Path) -> Guest {
+        Guest::boot_by(&["env".to_owned()], image, dir, "user,id=n0")
+    }
+
+    /// Boots one at a network of machines, where it has this address.
+    pub fn boot_at(image: &Image, dir: &Path, network: &Network, address: &str) -> Guest {
+        let (by, tap) = network.tap();
+        let line = format!("tap,id=n0,ifname={tap},script=no,downscript=no");
+        let mut guest = Guest::boot_by(&by, image, dir, &line);
+        guest.ok("ip addr flush dev eth0");
+        guest.ok(&format!("ip addr add {address}/24 dev eth0"));
+        guest
+    }
+
+    fn boot_by(by: &[String], image: &Image, dir: &Path, line: &str) -> Guest {
         let (console, socket) = (dir.join("console.log"), dir.join("control"));
-        let network = [
-            "-netdev",
-            "user,id=n0",
-            "-device",
-            "virtio-net-pci,netdev=n0",
-        ];
-        let child = Command::new(&image.qemu)
+        let network = ["-netdev", line, "-device", "virtio-net-pci,netdev=n0"];
+        let child = Command::new(&by[0])
+            .args(&by[1..])
+            .arg(&image.qemu)
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-M", "pc", "-accel", "tcg"])
             .args(["-cpu", "qemu64,+rdrand", "-smp", "1", "-m", "512"])

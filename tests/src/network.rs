@@ -60,6 +60,16 @@ impl Network {
         vec!["nsenter".to_owned(), into]
     }
 
+    /// Makes a line of the bridge for a machine that is no namespace; returns by what QEMU is started for it, and the line's name.
+    pub fn tap(&self) -> (Vec<String>, &'static str) {
+        const TAP: &str = "tap0";
+        let of = ["-n", &self.hub];
+        ip(&[&of[..], &["tuntap", "add", TAP, "mode", "tap"]].concat());
+        ip(&[&of[..], &["link", "set", TAP, "master", "br0", "up"]].concat());
+        let into = format!("--net=/run/netns/{}", self.hub);
+        (vec!["nsenter".to_owned(), into], TAP)
+    }
+
     /// The same, as a machine that has a name of its own.
     pub fn on_named(&self, id: u64, name: &str) -> Vec<String> {
         let script = "hostname \"$0\" && exec \"$@\"";

@@ -229,6 +229,12 @@ impl Replicas {
         }
     }
 
+    /// What agents join by.
+    pub fn join_token(&mut self) -> String {
+        self.make_token();
+        self.token.clone()
+    }
+
     /// Starts an agent that knows some of the replicas.
     pub fn start_agent_at(&mut self, name: &str, endpoints: &str) {
         self.start_agent_by(&[], name, endpoints);

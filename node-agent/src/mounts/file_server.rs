@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use batchai_common::mount_options::{self, Flag, MountOptions};
+use batchai_common::time::boot_millis;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MsFlags, mount};
@@ -15,21 +16,22 @@ use nix::sys::stat::Mode;
 /// A server that has just begun is asked again: it may not know of this node yet.
 const PAUSE: Duration = Duration::from_millis(250);
 /// What is left of the time when it is given up, so that there is time to say why.
-const SPARE: Duration = Duration::from_millis(500);
+const SPARE: Duration = Duration::from_secs(1);
 
 /// What others put there gets them no rights here.
 const SAFE: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 
-/// Mounts by NFS version 3, within some time.
+/// Mounts by NFS version 3, until some time in milliseconds of the boot clock.
 pub fn nfs(
     (host, port): (&str, u16),
     directory: &str,
     options: &str,
     place: &Path,
-    most: Duration,
+    until: i64,
 ) -> io::Result<()> {
     let options = mount_options::parse(options).map_err(io::Error::other)?;
-    let end = Instant::now() + most.saturating_sub(SPARE);
+    let left = u64::try_from(until - boot_millis()).unwrap_or_default();
+    let end = Instant::now() + Duration::from_millis(left).saturating_sub(SPARE);
     loop {
         let left = end.saturating_duration_since(Instant::now());
         let tried = try_nfs((host, port), directory, &options, place, left.max(PAUSE));

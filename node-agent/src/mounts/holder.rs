@@ -13,6 +13,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use batchai_common::time::boot_millis;
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -310,7 +311,7 @@ impl Holder<'_> {
         let step = Step::Mount {
             mount: mount.clone(),
             env: self.plan.env.clone(),
-            most: left(),
+            until: boot_millis() + left().as_millis() as i64,
         };
         let mounted = self.within(&step, left()).map_err(words);
         let noted = self.note(at, mount);

@@ -40,8 +40,8 @@ pub enum Step {
     Mount {
         mount: Mount,
         env: BTreeMap<String, String>,
-        /// How long it may take.
-        most: Duration,
+        /// Until when it may take, in milliseconds of the boot clock.
+        until: i64,
     },
     /// `force`: whoever waits for it gets an error. `lazy`: it is out of the way at once, whoever uses it.
     Unmount {
@@ -172,7 +172,7 @@ fn begin() -> io::Result<()> {
     }
     match step {
         Step::Make { root, path } => share::make_own(Path::new(&root), Path::new(&path), None),
-        Step::Mount { mount, env, most } => mount_it(&mount, &env, most),
+        Step::Mount { mount, env, until } => mount_it(&mount, &env, until),
         Step::Unmount { place, force, lazy } => unmount(&place, force, lazy),
         Step::Look { path } => statfs(path.as_str()).map(drop).map_err(io::Error::from),
     }
@@ -201,7 +201,7 @@ fn unmount(place: &Path, force: bool, lazy: bool) -> io::Result<()> {
     Ok(umount2(name, flags)?)
 }
 
-fn mount_it(mount: &Mount, env: &BTreeMap<String, String>, most: Duration) -> io::Result<()> {
+fn mount_it(mount: &Mount, env: &BTreeMap<String, String>, until: i64) -> io::Result<()> {
     let place = Path::new(&mount.path);
     match &mount.how {
         How::Nfs {
@@ -209,7 +209,7 @@ fn mount_it(mount: &Mount, env: &BTreeMap<String, String>, most: Duration) -> io
             port,
             directory,
             options,
-        } => file_server::nfs((address, *port), directory, options, place, most),
+        } => file_server::nfs((address, *port), directory, options, place, until),
         How::Local {
             shared,
             directory,

@@ -1,0 +1,259 @@
+//! File servers as machines of another kernel mount them: by NFS, over a network that breaks. The coordinator and the node that serves are
+//! network namespaces, the node that mounts is a guest.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use batchai_tests::ensemble::agent_args;
+use batchai_tests::guest::{Guest, image};
+use batchai_tests::network::Network;
+use batchai_tests::process::{processes_of, until};
+use batchai_tests::replicas::Replicas;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+/// The machine of the node that serves.
+const STORE: u64 = 2;
+/// The guest's.
+const ADDRESS: &str = "10.78.0.9";
+const GUEST_SIZE: &str = "guest-size";
+/// How long the guest's agent waits for a mount that does not answer. The guest is slow.
+const PATIENCE_S: u64 = 8;
+/// The same, where it answers again: the kernel takes its time between two attempts to reach a server.
+const PATIENCE_LONG_S: u64 = 60;
+const SERVER: &str = "resourceGroups/g/workspaces/w/fileServers/data";
+
+struct World {
+    guest: Guest,
+    e: Replicas,
+    network: Network,
+    /// What is shared, as it lies here.
+    data: PathBuf,
+}
+
+impl World {
+    /// None where it cannot be: then the test was told so.
+    fn start(test: &str, patience_s: u64) -> Option<World> {
+        let image = image()?;
+        let network = Network::new(test, STORE)?;
+        let mut e = network.replica(1);
+        let all = e.list();
+        let storage = e.path().join("storage");
+        fs::create_dir(&storage).unwrap();
+        let mut by = network.on_named(STORE, "store");
+        by.push("env".to_owned());
+        by.push(format!("BATCHAI_STORAGE_ROOT={}", storage.display()));
+        e.start_agent_by(&by, "store", &all);
+        let mut guest = Guest::boot_at(image, e.path(), &network, ADDRESS);
+        guest.ok("load nfs");
+        let mut args = agent_args("/batchai".as_ref(), &all, "guest", "job")[1..].join(" ");
+        args = args.replace("test-size", GUEST_SIZE);
+        guest.ok(&format!(
+            "export BATCHAI_JOIN_TOKEN={} AGENT_GROUP=; setsid /sbin/agent {args} --mount-patience {patience_s} &",
+            e.join_token()
+        ));
+        until("the nodes to be in contact", || {
+            let nodes = e.json_at(&all, &["node", "list"]);
+            (nodes.as_array()?.len() == 2).then_some(())
+        });
+        e.ok(&["group", "create", "-n", "g"]);
+        e.ok(&["workspace", "create", "-g", "g", "-n", "w"]);
+        e.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
+        e.ok(&[
+            "cluster", "create", "-g", "g", "-w", "w", "-n", "c", "-s", GUEST_SIZE, "-t", "1",
+        ]);
+        let shown = e.json_at(
+            &all,
+            &[
+                "file-server",
+                "create",
+                "-g",
+                "g",
+                "-w",
+                "w",
+                "-n",
+                "data",
+                "-s",
+                "test-size",
+                "--disk-count",
+                "1",
+                "--disk-size",
+                "1",
+                "--storage-sku",
+                "Standard_LRS",
+                "-u",
+                "ada",
+                "-p",
+                "pass",
+            ],
+        );
+        assert_eq!(
+            shown["mountSettings"]["fileServerInternalIP"], "10.78.0.2",
+            "{shown}"
+        );
+        let data = shown["mountSettings"]["mountPoint"]
+            .as_str()
+            .unwrap()
+            .into();
+        Some(World {
+            guest,
+            e,
+            network,
+            data,
+        })
+    }
+
+    fn submit(&self, name: &str, directory: &str, options: &str, command: &str) {
+        let volume = json!({
+            "fileServer": { "id": SERVER },
+            "sourceDirectory": directory,
+            "relativeMountPath": "nfs",
+            "mountOptions": options,
+        });
+        self.e.submit_with(
+            name,
+            json!({
+                "nodeCount": 1,
+                "stdOutErrPathPrefix": "/out",
+                "mountVolumes": { "fileServers": [volume] },
+                "customToolkitSettings": { "commandLine": command },
+            }),
+        );
+    }
+
+    fn end(&self, name: &str) -> Value {
+        until("the job to end", || {
+            let job = self.e.job(name);
+            (job["state"] == "SUCCEEDED" || job["state"] == "FAILED").then_some(job)
+        })
+    }
+
+    fn error(&self, name: &str) -> (String, String) {
+        let job = self.end(name);
+        let text = |field: &str| {
+            job["errors"][0][field]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        };
+        (text("code"), text("message"))
+    }
+
+    fn log(&self, name: &str) -> String {
+        let stream = ["job", "file", "stream", "-j", name, "-f", "stdout.txt"];
+        let at = ["-g", "g", "-w", "w", "-e", "e"];
+        self.e.ok(&[&stream[..], &at].concat())
+    }
+
+    fn serving(&self) -> i32 {
+        until("it to be served", || {
+            let all = processes_of(&self.e.path().join("agents"));
+            let own = all.iter().find(|(_, line)| line.contains("nfs-server"));
+            own.map(|(pid, _)| *pid)
+        })
+    }
+
+    fn nothing_is_mounted(&mut self) {
+        let guest = &mut self.guest;
+        until("nothing to be mounted", || {
+            (guest.run("grep -q ' nfs ' /proc/mounts").1 != 0).then_some(())
+        });
+    }
+}
+
+#[test]
+fn a_job_writes_by_nfs_and_goes_on_when_its_file_server_was_cut_down() {
+    let Some(mut w) = World::start("nfs", PATIENCE_LONG_S) else {
+        return;
+    };
+    fs::create_dir(w.data.join("set")).unwrap();
+    fs::set_permissions(w.data.join("set"), fs::Permissions::from_mode(0o777)).unwrap();
+    fs::write(w.data.join("set/in"), "given\n").unwrap();
+    let command = "set -e; cd $AZ_BATCHAI_JOB_MOUNT_ROOT/nfs; grep ' nfs ' /proc/mounts; cat in; \
+                   for i in $(seq 40); do echo $i >>log; sync log; usleep 100000; done; echo done";
+    w.submit("j", "set", "noatime,timeo=50", command);
+    let log = w.data.join("set/log");
+    let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
+    until("it to write", || (lines() >= 3).then_some(()));
+    let first = w.serving();
+    kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
+    let written = lines();
+    until("it to be served again", || {
+        (w.serving() != first).then_some(())
+    });
+    let job = w.end("j");
+    assert_eq!(job["state"], "SUCCEEDED", "{job}");
+    assert!(written < 40, "it had ended before");
+    let said = w.log("j");
+    let options: Vec<_> = said.lines().next().unwrap().split([' ', ',']).collect();
+    for option in [
+        "nfs", "vers=3", "nosuid", "nodev", "noatime", "hard", "timeo=50",
+    ] {
+        assert!(options.contains(&option), "{option}: {said}");
+    }
+    assert!(said.ends_with("given\ndone\n"), "{said}");
+    let all: String = (1..=40).map(|i| format!("{i}\n")).collect();
+    assert_eq!(fs::read_to_string(&log).unwrap(), all);
+    assert_eq!(fs::metadata(&log).unwrap().uid(), 1000);
+    w.nothing_is_mounted();
+
+    w.submit("absent", "other", "", "true");
+    let (code, message) = w.error("absent");
+    assert_eq!(code, "JobMountFailed", "{message}");
+    assert!(message.contains("has no directory /other"), "{message}");
+    w.nothing_is_mounted();
+}
+
+#[test]
+fn a_file_server_that_is_silent_hangs_nothing_but_its_job() {
+    let Some(mut w) = World::start("nfsdead", PATIENCE_S) else {
+        return;
+    };
+    let quick = |w: &World, name: &str| {
+        let begun = Instant::now();
+        w.e.submit(name, "true");
+        assert_eq!(w.end(name)["state"], "SUCCEEDED");
+        begun.elapsed()
+    };
+    let before = quick(&w, "before");
+    let writes = "cd $AZ_BATCHAI_JOB_MOUNT_ROOT/nfs; while echo x >>log; do sync log; usleep 50000; done; sleep 600";
+    w.submit("dies", "", "", writes);
+    let log = w.data.join("log");
+    until("it to write", || log.exists().then_some(()));
+    w.network.lose(STORE, true);
+    let begun = Instant::now();
+    let (code, message) = w.error("dies");
+    assert_eq!(code, "MountUnavailable", "{message}");
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(PATIENCE_S + 40), "{took:?}");
+    w.nothing_is_mounted();
+    // Its agent is as it was.
+    let after = quick(&w, "after");
+    assert!(
+        after < before * 3 + Duration::from_secs(1),
+        "{after:?} after {before:?}"
+    );
+    // One that is silent from the beginning.
+    w.submit("late", "", "", "true");
+    let (code, message) = w.error("late");
+    assert_eq!(code, "JobMountFailed", "{message}");
+    assert!(
+        message.contains("nothing is heard from 10.78.0.2"),
+        "{message}"
+    );
+    // One whose node is there, and that is not: nothing listens.
+    w.network.lose(STORE, false);
+    let mut agent = w.e.agents.remove("store").unwrap();
+    agent.signal(Signal::SIGKILL);
+    agent.wait();
+    kill(Pid::from_raw(w.serving()), Signal::SIGKILL).unwrap();
+    w.submit("closed", "", "", "true");
+    let (code, message) = w.error("closed");
+    assert_eq!(code, "JobMountFailed", "{message}");
+    assert!(message.contains("refused"), "{message}");
+    w.nothing_is_mounted();
+    quick(&w, "last");
+}
