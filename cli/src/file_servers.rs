@@ -14,6 +14,7 @@ use crate::error::CliError;
 use crate::file;
 use crate::output::{View, confirm};
 use crate::resources::{Done, all_pages, delete_all, get_all, part};
+use crate::server_files;
 use crate::settings::{enum_value, set_account};
 
 /// Between two looks at a file server that is not served yet.
@@ -50,7 +51,8 @@ const FILE_SERVER: View<v1::FileServer> = View {
 };
 
 pub async fn file_server(command: args::FileServer, context: &Context) -> Done {
-    let mut client = context.client().await?.file_servers();
+    let connected = context.client().await?;
+    let mut client = connected.file_servers();
     let named = |which: &args::Which, parent: &args::InWorkspace| {
         context.which(which, Kind::FileServer, || context.workspace(parent))
     };
@@ -109,6 +111,9 @@ pub async fn file_server(command: args::FileServer, context: &Context) -> Done {
                 named(&which, &parent)?,
                 &c
             );
+        }
+        args::FileServer::File(command) => {
+            return server_files::run(command, &connected, context).await;
         }
     }
     Ok(ExitCode::SUCCESS)

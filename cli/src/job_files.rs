@@ -281,7 +281,7 @@ async fn download(
     Ok(())
 }
 
-fn at(path: &Path) -> impl Fn(io::Error) -> CliError {
+pub fn at(path: &Path) -> impl Fn(io::Error) -> CliError {
     let path: PathBuf = path.to_owned();
     move |source| CliError::File {
         path: path.clone(),
@@ -289,7 +289,7 @@ fn at(path: &Path) -> impl Fn(io::Error) -> CliError {
     }
 }
 
-fn join(path: &str, name: &str) -> String {
+pub fn join(path: &str, name: &str) -> String {
     match path.trim_end_matches('/') {
         "" | "." => name.to_owned(),
         path => format!("{path}/{name}"),
@@ -297,7 +297,7 @@ fn join(path: &str, name: &str) -> String {
 }
 
 /// The last part of a name that a node gave: it must not lead out of where the file goes.
-fn safe(name: &str) -> Result<&str, CliError> {
+pub fn safe(name: &str) -> Result<&str, CliError> {
     let last = Path::new(name).components().next_back();
     match last {
         Some(Component::Normal(last)) if !name.ends_with('/') => last

@@ -42,6 +42,7 @@ mod output;
 mod ranks;
 mod resources;
 mod run;
+mod server_files;
 mod settings;
 mod terminal;
 mod variables;

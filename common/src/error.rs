@@ -48,7 +48,7 @@ pub enum ApiError {
     NotServed(Vec<Fault>),
     #[error("{} {name} does not exist", .kind.noun())]
     NotFound { kind: Kind, name: String },
-    #[error("log file {file} of {job} does not exist; {hint}")]
+    #[error("file {file} of {job} does not exist; {hint}")]
     NoSuchFile {
         job: String,
         file: String,

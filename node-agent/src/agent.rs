@@ -333,6 +333,7 @@ impl Parts {
             connector: self.connector.clone(),
             hello: self.answer_hello(),
             facts,
+            storage: self.facts.storage_root.clone(),
             own,
             questions,
             stuck: Default::default(),

@@ -151,11 +151,8 @@ impl FileServers {
 
     /// Where a file server lies.
     fn data(&self, server: &ServedFileServer) -> Option<PathBuf> {
-        let name = last_id(&server.name);
-        // The coordinator has checked it; here it becomes a path.
-        check_id(Kind::Node, name).ok()?;
-        let storage = self.storage.as_ref()?;
-        Some(storage.join(format!("{name}-{}", server.uid)))
+        let data = data_name(&server.name, &server.uid)?;
+        Some(self.storage.as_ref()?.join(data))
     }
 
     fn has_data(&self, server: &ServedFileServer) -> bool {
@@ -288,6 +285,15 @@ fn failure(code: &str, server: &ServedFileServer, why: &str) -> ResourceError {
             value: why.to_owned(),
         }],
     }
+}
+
+/// What the directory of a file server is called.
+pub fn data_name(name: &str, uid: &str) -> Option<String> {
+    let name = last_id(name);
+    // The coordinator has checked both; here they become a path.
+    check_id(Kind::Node, name).ok()?;
+    check_id(Kind::Node, uid).ok()?;
+    Some(format!("{name}-{uid}"))
 }
 
 /// Everybody may write there, as on a disk of one's own; what belongs to whom the server sees to.

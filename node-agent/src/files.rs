@@ -1,54 +1,52 @@
-//! Shows what lies in the output directories of this node's jobs, to whom the coordinator asks for.
+//! Shows what lies in the output directories of this node's jobs and in its file servers, to whom the coordinator asks for, and writes
+//! files of its file servers.
 //!
-//! A directory may lie on a dead mount, and a path may be anything: so a process of its own opens it (`look`), beneath the
-//! directory whatever links say, and this one passes on what that prints and gives up on it when it is silent for too
-//! long. Nothing is remembered.
+//! A directory may lie on a dead mount, and a path may be anything: so a process of its own opens it (`look`, and `put` to write), beneath
+//! the directory whatever links say, and this one passes on what that prints (`process`) and gives up on it when it is silent for too
+//! long. Nothing is remembered. Whole files of file servers go over connections of their own: a slow end holds up nobody else.
 
 mod look;
+mod process;
+mod put;
 
-use std::io::{self, Write as _};
-use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
 use batchai_common::error::causes;
-use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
 use batchai_common::tls::Connector;
 use batchai_common::tls::Route;
 use batchai_proto::agent::v1::agent_service_client::AgentServiceClient;
 use batchai_proto::agent::v1::answer_file_request::Part;
 use batchai_proto::agent::v1::file_request::Kind;
 use batchai_proto::agent::v1::{
-    AnswerFileRequest, AnswerHello, Assignment, FileDone, FileEntries, FileFault, FileRequest,
+    AnswerFileRequest, AnswerFileResponse, AnswerHello, Assignment, FileDone, FileFault,
+    FileRequest, FileServerTarget,
 };
-use batchai_proto::v1::JobFile;
-use batchai_proto::v1::job_file::FileType;
 use bytes::Bytes;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status};
+use tonic::{Code, Status, Streaming};
 
-use crate::launch::{HostFacts, output_directory};
+use crate::file_servers::data_name;
+use crate::launch::{HostFacts, JobUser, output_directory};
+use process::Starter;
 
 pub use look::main as look;
+pub use put::main as put;
 
 /// Answers at once.
 const ANSWERS_MAX: usize = 8;
 /// Parts of an answer that the coordinator has not taken yet.
 const PARTS_MAX: usize = 4;
-/// Entries in one message.
-const ENTRIES_MAX: usize = 500;
-/// How long the process that looks may be silent: less than the coordinator waits.
-const SILENCE_MAX_MS: u16 = 20_000;
+/// Whole files of file servers at once, and pieces to write that wait for their process.
+const TRANSFERS_MAX: usize = 32;
+const PIECES_MAX: usize = 4;
+/// How long what was said last may take to be heard.
+const HEARD_MAX: Duration = Duration::from_secs(10);
 
 /// A connection is used for so long.
 const CHANNEL_AGE_MAX: Duration = Duration::from_secs(3600);
-/// Processes that look and are stuck in the kernel: with so many, no other is started.
-const STUCK_MAX: usize = 8;
 /// How often an answer is offered.
 const TRIES: u32 = 3;
 /// While another leader is found.
@@ -59,6 +57,8 @@ pub struct Answerer {
     pub connector: Connector,
     pub hello: AnswerHello,
     pub facts: HostFacts,
+    /// Where file servers lie; empty where this node offers no storage.
+    pub storage: String,
     /// The arguments that lead to this program's own subcommands.
     pub own: &'static [&'static str],
     pub questions: mpsc::Receiver<FileRequest>,
@@ -69,45 +69,65 @@ pub struct Answerer {
 /// A count of processes.
 pub type Stuck = Arc<AtomicUsize>;
 
+/// What an answer is made of.
+#[derive(Clone)]
+struct Parts {
+    facts: HostFacts,
+    storage: String,
+    starter: Starter,
+    /// There is no room for it.
+    full: bool,
+}
+
 impl Answerer {
     /// Answers for ever.
     pub async fn run(mut self) {
         let room = Arc::new(Semaphore::new(ANSWERS_MAX));
+        let transfers = Arc::new(Semaphore::new(TRANSFERS_MAX));
         // Made when it is needed, again when it broke, and again now and then: what it shows is good for a time only.
         let mut channel = (self.connector.connect_lazy(), Instant::now());
         while let Some(question) = self.questions.recv().await {
-            let Ok(permit) = room.clone().acquire_owned().await else {
-                return;
-            };
             let hello = AnswerHello {
                 id: question.id.clone(),
                 ..self.hello.clone()
             };
+            let mut parts = Parts {
+                facts: self.facts.clone(),
+                storage: self.storage.clone(),
+                starter: Starter {
+                    own: self.own,
+                    stuck: self.stuck.clone(),
+                },
+                full: false,
+            };
+            if question.file_server.is_some() && question.kind() != Kind::List {
+                let permit = transfers.clone().try_acquire_owned().ok();
+                parts.full = permit.is_none();
+                let channel = self.connector.connect_lazy();
+                tokio::spawn(async move {
+                    answer(channel, hello, question, parts).await;
+                    drop(permit);
+                });
+                continue;
+            }
+            let Ok(permit) = room.clone().acquire_owned().await else {
+                return;
+            };
             if channel.1.elapsed() > CHANNEL_AGE_MAX {
                 channel = (self.connector.connect_lazy(), Instant::now());
             }
-            let (channel, facts) = (channel.0.clone(), self.facts.clone());
-            let starter = Starter {
-                own: self.own,
-                stuck: self.stuck.clone(),
-            };
+            let channel = channel.0.clone();
             tokio::spawn(async move {
-                answer(channel, hello, question, facts, starter).await;
+                answer(channel, hello, question, parts).await;
                 drop(permit);
             });
         }
     }
 }
 
-async fn answer(
-    channel: Route,
-    hello: AnswerHello,
-    question: FileRequest,
-    facts: HostFacts,
-    starter: Starter,
-) {
+async fn answer(channel: Route, hello: AnswerHello, question: FileRequest, parts: Parts) {
     for _ in 0..TRIES {
-        let asked = (question.clone(), facts.clone(), starter.clone());
+        let asked = (question.clone(), parts.clone());
         let Err(status) = offer(channel.clone(), hello.clone(), asked).await else {
             return;
         };
@@ -126,9 +146,10 @@ async fn answer(
 async fn offer(
     channel: Route,
     hello: AnswerHello,
-    (question, facts, starter): (FileRequest, HostFacts, Starter),
+    (question, parts): (FileRequest, Parts),
 ) -> Result<(), Status> {
-    let (sender, parts) = mpsc::channel(PARTS_MAX);
+    let (sender, messages) = mpsc::channel(PARTS_MAX);
+    let (pieces, data) = mpsc::channel(PIECES_MAX);
     let hello = AnswerFileRequest {
         part: Some(Part::Hello(hello)),
     };
@@ -139,11 +160,11 @@ async fn offer(
             let part = AnswerFileRequest { part: Some(part) };
             sender.blocking_send(part).map_err(|_| Stop::Unwanted)
         };
-        match tell(&question, &facts, &starter, &send) {
+        match tell(&question, &parts, data, &send) {
             // Nobody is there any more to hear why.
             Err(Stop::Unwanted) => {}
-            Ok(()) => {
-                let _ = send(Part::Done(FileDone {}));
+            Ok(done) => {
+                let _ = send(Part::Done(done));
             }
             Err(Stop::Fault(fault)) => {
                 let _ = send(Part::Fault(fault));
@@ -151,8 +172,24 @@ async fn offer(
         }
     });
     let mut client = AgentServiceClient::new(channel);
-    let end = client.answer_file(ReceiverStream::new(parts)).await?;
-    end.into_inner().message().await.map(|_| ())
+    let end = client.answer_file(ReceiverStream::new(messages)).await?;
+    take(end.into_inner(), pieces).await
+}
+
+/// Takes what is to be written, to the end of the stream.
+async fn take(
+    mut incoming: Streaming<AnswerFileResponse>,
+    pieces: mpsc::Sender<Bytes>,
+) -> Result<(), Status> {
+    while let Some(piece) = incoming.message().await? {
+        if pieces.send(piece.data).await.is_err() {
+            // It is over, and said why: whoever goes away early takes back what was said.
+            let heard = async { while let Ok(Some(_)) = incoming.message().await {} };
+            let _ = tokio::time::timeout(HEARD_MAX, heard).await;
+            return Ok(());
+        }
+    }
+    Ok(())
 }
 
 /// Why an answer ends early.
@@ -164,40 +201,124 @@ enum Stop {
 
 fn fault(message: impl Into<String>) -> Stop {
     Stop::Fault(FileFault {
-        absent: false,
         message: message.into(),
+        ..FileFault::default()
     })
 }
 
+type Send<'a> = &'a dyn Fn(Part) -> Result<(), Stop>;
+
 fn tell(
     question: &FileRequest,
-    facts: &HostFacts,
-    starter: &Starter,
-    send: &dyn Fn(Part) -> Result<(), Stop>,
-) -> Result<(), Stop> {
-    let (prefix, base) = base(question.attempt.as_ref(), facts, &question.directory)?;
+    parts: &Parts,
+    data: mpsc::Receiver<Bytes>,
+    send: Send<'_>,
+) -> Result<FileDone, Stop> {
+    if parts.full {
+        return Err(Stop::Fault(FileFault {
+            busy: true,
+            ..FileFault::default()
+        }));
+    }
     let number = |value: i64| u64::try_from(value).unwrap_or_default();
-    let user = question
-        .attempt
-        .as_ref()
-        .map(|attempt| facts.users.of(attempt));
-    let user = user.transpose().map_err(|error| fault(error.to_string()))?;
-    let wanted = look::Wanted {
-        prefix,
-        base,
+    let mut wanted = look::Wanted {
         path: question.path.clone(),
         list: question.kind() == Kind::List,
         after: question.after.clone(),
         limit: number(question.limit),
         offset: number(question.offset),
-        user: user.flatten(),
+        ..look::Wanted::default()
     };
-    let mut looking = starter.start(&wanted)?;
-    let told = match wanted.list {
-        true => looking.entries(send),
-        false => looking.bytes(send),
+    let Some(server) = &question.file_server else {
+        let user = user_of(question.attempt.as_ref(), &parts.facts)?;
+        let (prefix, base) = base(question.attempt.as_ref(), &parts.facts, &question.directory)?;
+        let wanted = look::Wanted {
+            prefix,
+            base,
+            user,
+            ..wanted
+        };
+        let mut looking = parts.starter.look(&wanted)?;
+        let told = match wanted.list {
+            true => looking.entries(send),
+            false => looking.bytes(send),
+        };
+        return told
+            .and_then(|()| looking.finish())
+            .map(|()| FileDone::default());
     };
-    told.and_then(|()| looking.finish())
+    let absent = || fault("this node offers no storage: its agent was given no --storage-root");
+    wanted.base = data_name(&server.name, &server.uid).ok_or_else(absent)?;
+    wanted.prefix.clone_from(&parts.storage);
+    if wanted.prefix.is_empty() {
+        return Err(absent());
+    }
+    wanted.user = user_of(Some(&of(server)), &parts.facts)?;
+    wanted.served = true;
+    of_server(question, wanted, parts, data, send)
+}
+
+/// The same of a file server.
+fn of_server(
+    question: &FileRequest,
+    wanted: look::Wanted,
+    parts: &Parts,
+    data: mpsc::Receiver<Bytes>,
+    send: Send<'_>,
+) -> Result<FileDone, Stop> {
+    match question.kind() {
+        Kind::Write => {
+            let wanted = put::Wanted {
+                prefix: wanted.prefix,
+                base: wanted.base,
+                path: wanted.path,
+                user: wanted.user,
+                size: u64::try_from(question.size_bytes).unwrap_or_default(),
+                sha256: question.sha256.clone(),
+            };
+            let mut putting = parts.starter.put(&wanted)?;
+            let put = putting.write(wanted.size, data, send);
+            put.and_then(|()| putting.finish())?;
+            Ok(FileDone::default())
+        }
+        Kind::List => {
+            let mut looking = parts.starter.look(&wanted)?;
+            looking.entries(send)?;
+            looking.finish()?;
+            Ok(FileDone::default())
+        }
+        _ if wanted.limit > 0 => {
+            let mut looking = parts.starter.look(&wanted)?;
+            looking.bytes(send)?;
+            looking.finish()?;
+            Ok(FileDone::default())
+        }
+        // From its beginning: the digest is of all of it.
+        _ => {
+            let from = wanted.offset;
+            let whole = look::Wanted {
+                offset: 0,
+                ..wanted
+            };
+            let mut looking = parts.starter.look(&whole)?;
+            let done = looking.whole(from, send)?;
+            looking.finish()?;
+            Ok(done)
+        }
+    }
+}
+
+/// Whom jobs of its workspace run as.
+fn of(server: &FileServerTarget) -> Assignment {
+    Assignment {
+        workspace_number: server.workspace_number,
+        ..Assignment::default()
+    }
+}
+
+fn user_of(attempt: Option<&Assignment>, facts: &HostFacts) -> Result<Option<JobUser>, Stop> {
+    let user = attempt.map(|attempt| facts.users.of(attempt)).transpose();
+    Ok(user.map_err(|error| fault(error.to_string()))?.flatten())
 }
 
 fn base(
@@ -207,150 +328,4 @@ fn base(
 ) -> Result<(String, String), Stop> {
     let attempt = attempt.ok_or_else(|| fault("the question names no attempt"))?;
     output_directory(attempt, facts, id).map_err(|error| fault(error.to_string()))
-}
-
-/// Starts processes that look.
-#[derive(Clone)]
-struct Starter {
-    own: &'static [&'static str],
-    stuck: Stuck,
-}
-
-impl Starter {
-    fn start(&self, wanted: &look::Wanted) -> Result<Looking, Stop> {
-        let stuck = self.stuck.load(Ordering::Relaxed);
-        if stuck >= STUCK_MAX {
-            let why = format!("{stuck} earlier looks still hang on this node: is a mount dead?");
-            return Err(fault(why));
-        }
-        let started = self.spawn(wanted);
-        started.map_err(|error| fault(error.to_string()))
-    }
-
-    fn spawn(&self, wanted: &look::Wanted) -> io::Result<Looking> {
-        let question = serde_json::to_vec(wanted).map_err(io::Error::other)?;
-        // The very file that this agent runs, even if it was replaced meanwhile.
-        let child = Command::new("/proc/self/exe")
-            .arg0("batchai-look")
-            .args(self.own)
-            .arg("look")
-            .env_clear()
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let mut looking = Looking {
-            child,
-            stuck: self.stuck.clone(),
-        };
-        if let Some(mut stdin) = looking.child.stdin.take() {
-            stdin.write_all(&question)?;
-        }
-        Ok(looking)
-    }
-}
-
-/// The next bytes that a process prints; none at the end.
-fn next(pipe: Option<&mut (impl io::Read + AsFd)>, buffer: &mut [u8]) -> Result<usize, Stop> {
-    let pipe = pipe.ok_or_else(|| fault("its output is not piped"))?;
-    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut fds, PollTimeout::from(SILENCE_MAX_MS)) {
-        Ok(0) => return Err(fault("the directory does not answer: is its mount dead?")),
-        Ok(_) => {}
-        Err(error) => return Err(fault(error.to_string())),
-    }
-    pipe.read(buffer).map_err(|error| fault(error.to_string()))
-}
-
-/// A process that looks.
-struct Looking {
-    child: Child,
-    stuck: Stuck,
-}
-
-impl Looking {
-    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Stop> {
-        next(self.child.stdout.as_mut(), buffer)
-    }
-
-    fn bytes(&mut self, send: &dyn Fn(Part) -> Result<(), Stop>) -> Result<(), Stop> {
-        let mut buffer = vec![0; FILE_CHUNK_BYTES_MAX];
-        loop {
-            match self.read(&mut buffer)? {
-                0 => return Ok(()),
-                read => send(Part::Data(Bytes::copy_from_slice(&buffer[..read])))?,
-            }
-        }
-    }
-
-    fn entries(&mut self, send: &dyn Fn(Part) -> Result<(), Stop>) -> Result<(), Stop> {
-        let (mut text, mut buffer) = (Vec::new(), vec![0; FILE_CHUNK_BYTES_MAX]);
-        loop {
-            match self.read(&mut buffer)? {
-                0 => break,
-                read => text.extend_from_slice(&buffer[..read]),
-            }
-        }
-        if text.is_empty() {
-            return Ok(());
-        }
-        let found: Vec<look::Entry> =
-            serde_json::from_slice(&text).map_err(|error| fault(error.to_string()))?;
-        for part in found.chunks(ENTRIES_MAX) {
-            let entries = part.iter().map(entry).collect();
-            send(Part::Entries(FileEntries { entries }))?;
-        }
-        Ok(())
-    }
-
-    fn finish(&mut self) -> Result<(), Stop> {
-        let (mut said, mut buffer) = (Vec::new(), [0; 1024]);
-        loop {
-            match next(self.child.stderr.as_mut(), &mut buffer)? {
-                0 => break,
-                read => said.extend_from_slice(&buffer[..read]),
-            }
-        }
-        let status = self
-            .child
-            .wait()
-            .map_err(|error| fault(error.to_string()))?;
-        match status.code() {
-            Some(0) => Ok(()),
-            code => Err(Stop::Fault(FileFault {
-                absent: code == Some(look::ABSENT),
-                message: String::from_utf8_lossy(&said).trim().to_owned(),
-            })),
-        }
-    }
-}
-
-impl Drop for Looking {
-    fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            // One that is stuck in the kernel is left to the kernel; who waits for it is a thread of its own.
-            let _ = self.child.kill();
-            let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
-            let stuck = self.stuck.clone();
-            stuck.fetch_add(1, Ordering::Relaxed);
-            std::thread::spawn(move || {
-                let _ = nix::sys::wait::waitpid(pid, None);
-                stuck.fetch_sub(1, Ordering::Relaxed);
-            });
-        }
-    }
-}
-
-fn entry(found: &look::Entry) -> JobFile {
-    let file_type = match found.directory {
-        true => FileType::Directory,
-        false => FileType::File,
-    };
-    JobFile {
-        name: found.name.clone(),
-        file_type: file_type as i32,
-        content_length: found.length as i64,
-        last_modified: Some(batchai_common::time::from_millis(found.modified_ms)),
-        node: String::new(),
-    }
 }

@@ -82,6 +82,9 @@ enum Part {
     /// Shows what lies in a directory.
     #[command(hide = true)]
     Look,
+    /// Writes a file of a file server.
+    #[command(hide = true)]
+    Put,
     /// Serves a directory to other nodes by NFS.
     #[command(hide = true)]
     NfsServer {
@@ -99,6 +102,7 @@ pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
         Some(Part::Exec { dir }) => shim::exec(&dir),
         Some(Part::RemoteShell { arguments }) => peers::shell::main(&arguments),
         Some(Part::Look) => files::look(),
+        Some(Part::Put) => files::put(),
         Some(Part::NfsServer { dir }) => nfs::main(&dir),
         None => agent_main(cli.config, own),
     }

@@ -79,6 +79,18 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("file-server show", "batchai file-server show -n nfs"),
     ("file-server delete", "batchai file-server delete -n nfs -y"),
     (
+        "file-server file list",
+        "batchai file-server file list -n nfs -p sets -o table",
+    ),
+    (
+        "file-server file download",
+        "batchai file-server file download -n nfs -p sets/one -d data",
+    ),
+    (
+        "file-server file upload",
+        "batchai file-server file upload -n nfs data/one -p sets",
+    ),
+    (
         "experiment create",
         "batchai experiment create -g lab -w vision -n first",
     ),

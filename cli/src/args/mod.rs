@@ -19,7 +19,7 @@ pub use exec::NodeExec;
 pub use jobs::{Job, JobCreate, JobFile, JobNode, OfJob, Run, Variables};
 pub use resources::{
     Cluster, ClusterCreate, ClusterFile, ClusterNode, Experiment, FileServer, FileServerCreate,
-    Group, LogKeeping, Node, VmSize, VmSizeAlias, Workspace,
+    Group, LogKeeping, Node, OfServer, ServerFile, VmSize, VmSizeAlias, Workspace,
 };
 pub use settings::{Account, Mounts};
 
@@ -113,7 +113,7 @@ pub enum Command {
     /// Clusters: nodes of one VM size and image that run jobs.
     #[command(subcommand)]
     Cluster(Cluster),
-    /// File servers: machines that share disks with clusters. Not served yet.
+    /// File servers: machines that share disks with clusters.
     #[command(subcommand)]
     FileServer(FileServer),
     /// Experiments: groups of jobs.

@@ -382,6 +382,53 @@ pub enum FileServer {
         #[command(flatten)]
         confirm: Confirm,
     },
+    /// The files on a file server.
+    #[command(subcommand)]
+    File(ServerFile),
+}
+
+/// Which file server.
+#[derive(Debug, Args)]
+pub struct OfServer {
+    #[command(flatten)]
+    pub parent: InWorkspace,
+    /// The file server.
+    #[arg(short, long)]
+    pub name: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ServerFile {
+    /// List a directory of a file server.
+    List {
+        #[command(flatten)]
+        of: OfServer,
+        /// A directory below, or a file.
+        #[arg(short = 'p', long, default_value = "", hide_default_value = true)]
+        path: String,
+    },
+    /// Copy a file, or a directory with all below it, from a file server to this machine. What broke off is gone on with.
+    Download {
+        #[command(flatten)]
+        of: OfServer,
+        /// The file or directory; all there is where it is left out.
+        #[arg(short = 'p', long, default_value = "", hide_default_value = true)]
+        path: String,
+        /// Into this directory.
+        #[arg(short = 'd', long = "to", value_name = "DIR", default_value = ".")]
+        to: PathBuf,
+    },
+    /// Copy files, and directories with all below them, to a file server, for jobs of the workspace. What broke off is gone on with.
+    Upload {
+        #[command(flatten)]
+        of: OfServer,
+        /// Files and directories of this machine. Links and empty directories in them are left out.
+        #[arg(required = true, value_name = "LOCAL")]
+        local: Vec<PathBuf>,
+        /// Into this directory of the file server, which is made where it is missing.
+        #[arg(short = 'p', long, default_value = "", hide_default_value = true)]
+        path: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -22,7 +22,7 @@ use super::Connector;
 use crate::error::DOMAIN;
 
 /// Calls whose requests are streams: those cannot be made again.
-pub const STREAMED: [&str; 11] = [
+pub const STREAMED: [&str; 12] = [
     "/batchai.agent.v1.AgentService/AnswerFile",
     "/batchai.agent.v1.AgentService/ServeExec",
     "/batchai.agent.v1.AgentService/Session",
@@ -34,6 +34,7 @@ pub const STREAMED: [&str; 11] = [
     "/batchai.v1.BundleService/UploadBundle",
     "/batchai.v1.ExecService/ExecJob",
     "/batchai.v1.ExecService/ExecNode",
+    "/batchai.v1.FileServerService/WriteFileServerFile",
 ];
 /// How long somebody who leads is looked for.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -86,7 +86,10 @@ pub const RULES: &[(&str, &str, &str)] = &[
     ("batchai.v1.FileServerService/CreateFileServer", "batchai/workspaces/fileServers/write", "parent"),
     ("batchai.v1.FileServerService/DeleteFileServer", "batchai/workspaces/fileServers/delete", "name"),
     ("batchai.v1.FileServerService/GetFileServer", "batchai/workspaces/fileServers/read", "name"),
+    ("batchai.v1.FileServerService/ListFileServerFiles", "batchai/workspaces/fileServers/read", "name"),
     ("batchai.v1.FileServerService/ListFileServers", "batchai/workspaces/fileServers/read", "parent"),
+    ("batchai.v1.FileServerService/ReadFileServerFile", "batchai/workspaces/fileServers/read", "name"),
+    ("batchai.v1.FileServerService/WriteFileServerFile", "batchai/workspaces/fileServers/files/write", "start.name"),
     ("batchai.v1.InformationService/ListOperations", "batchai/operations/read", "*"),
     ("batchai.v1.InformationService/ListUsages", "batchai/usages/read", "*"),
     ("batchai.v1.JobService/BatchCreateJobs", "batchai/workspaces/experiments/jobs/write", "parent"),
@@ -139,7 +142,13 @@ static TABLE: LazyLock<BTreeMap<String, Rule>> = LazyLock::new(|| {
         let rule = Rule {
             permission,
             subject: match request {
-                Form::Opening => vec![numbers(call, "start.name")?, numbers(call, "start.node")?],
+                Form::Opening => {
+                    let paths = ["start.name", "start.node", "start.path"];
+                    paths
+                        .iter()
+                        .filter_map(|path| numbers(call, path))
+                        .collect()
+                }
                 Form::Message | Form::Stream => subject(&method.input(), &place),
             },
             place,
@@ -222,11 +231,13 @@ mod tests {
             assert!(rule(&format!("/{call}")).is_some(), "{call}");
         }
         assert_eq!(rule("/batchai.v1.JobService/None"), None);
-        // What runs somewhere is judged and recorded by its first message; nothing else has a command.
+        // What runs or is written somewhere is judged and recorded by its first message; nothing else has a command.
         for (path, rule) in TABLE.iter() {
             let execs = path.contains("/Exec") && path.contains("ExecService/");
             let opens = rule.request == Form::Opening;
-            assert!(opens == execs && rule.command.is_some() == execs, "{path}");
+            let writes = path.ends_with("/WriteFileServerFile");
+            assert!(opens == (execs || writes), "{path}");
+            assert_eq!(rule.command.is_some(), execs, "{path}");
             assert!(!opens || rule.subject.len() == 2, "{path}");
         }
     }

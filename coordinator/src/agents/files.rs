@@ -10,10 +10,12 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::{CALL_TIMEOUT, FILE_CHUNK_BYTES_MAX};
 use batchai_common::names::{Kind, Name};
 use batchai_proto::agent::v1::answer_file_request::Part as Message;
-use batchai_proto::agent::v1::{AnswerFileRequest, ExecRequest, FileFault, FileRequest};
+use batchai_proto::agent::v1::{
+    AnswerFileRequest, AnswerFileResponse, ExecRequest, FileDone, FileFault, FileRequest,
+};
 use batchai_proto::v1::JobFile;
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::{Status, Streaming};
 
 /// Questions that an agent has not taken yet.
@@ -22,15 +24,26 @@ pub const QUESTIONS_MAX: usize = 16;
 const PARTS_MAX: usize = 4;
 /// How long an answer may take to begin, or to go on.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Files of file servers that go through one replica at once.
+const TRANSFERS_MAX: usize = 128;
+/// Pieces to write that an agent has not taken yet.
+pub const PIECES_MAX: usize = 8;
 
 /// A part of an answer.
 #[derive(Debug)]
 pub enum Part {
     Entries(Vec<JobFile>),
     Data(Bytes),
+    /// What is to be written goes there, from that offset on.
+    Begun(i64, Pieces),
+    /// It takes its time.
+    Alive,
     /// That was all of it.
-    Done,
+    Done(FileDone),
 }
+
+/// What an agent is sent.
+pub type Pieces = mpsc::Sender<Result<AnswerFileResponse, Status>>;
 
 /// What an agent is asked over its session. The answer comes over another connection.
 #[derive(Clone, Debug)]
@@ -46,9 +59,19 @@ pub type Questions = mpsc::Sender<(String, Question)>;
 type Parts = mpsc::Sender<Result<Part, FileFault>>;
 
 /// Who can be asked, and what was asked and is not answered.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct FileDesk {
     inner: Arc<Mutex<Inner>>,
+    transfers: Arc<Semaphore>,
+}
+
+impl Default for FileDesk {
+    fn default() -> FileDesk {
+        FileDesk {
+            inner: Arc::default(),
+            transfers: Arc::new(Semaphore::new(TRANSFERS_MAX)),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -111,6 +134,18 @@ impl FileDesk {
             node: node.to_owned(),
             id,
             parts,
+            done: FileDone::default(),
+        })
+    }
+
+    /// A place among the whole files that go through this replica.
+    ///
+    /// # Errors
+    /// There is none now.
+    pub fn transfer(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        let permit = self.transfers.clone().try_acquire_owned();
+        permit.map_err(|_| ApiError::Busy {
+            what: "this replica's room for files of file servers",
         })
     }
 
@@ -128,6 +163,7 @@ impl FileDesk {
         &self,
         registered: impl Fn(&str, &str) -> bool,
         mut incoming: Streaming<AnswerFileRequest>,
+        outbox: &Pieces,
     ) -> Result<(), Status> {
         let first = tokio::time::timeout(CALL_TIMEOUT, incoming.message()).await;
         let first = first.map_err(|_| invalid("part", "the hello did not come in time"))??;
@@ -141,10 +177,17 @@ impl FileDesk {
         let Some(parts) = parts else {
             return Err(invalid("hello.id", "nobody waits for this answer"));
         };
+        let mut writes = false;
         loop {
-            let next = tokio::time::timeout(PATIENCE, incoming.message()).await;
-            let next = next.map_err(|_| invalid("part", "did not come in time"))?;
-            let Some(request) = next? else {
+            let next = tokio::select! {
+                next = incoming.message() => next?,
+                // Who waits for one that writes also knows how long.
+                () = tokio::time::sleep(PATIENCE), if !writes => {
+                    return Err(invalid("part", "did not come in time"));
+                }
+                () = parts.closed() => break,
+            };
+            let Some(request) = next else {
                 break;
             };
             let part = match request.part {
@@ -153,8 +196,13 @@ impl FileDesk {
                     Ok(Part::Data(data))
                 }
                 Some(Message::Fault(fault)) => Err(fault),
-                Some(Message::Done(_)) => Ok(Part::Done),
-                Some(Message::Data(_) | Message::Hello(_)) | None => {
+                Some(Message::Done(done)) => Ok(Part::Done(done)),
+                Some(Message::Alive(_)) => Ok(Part::Alive),
+                Some(Message::Begun(begun)) if !writes => {
+                    writes = true;
+                    Ok(Part::Begun(begun.offset, outbox.clone()))
+                }
+                Some(Message::Data(_) | Message::Hello(_) | Message::Begun(_)) | None => {
                     return Err(invalid("part", "is not a part of an answer"));
                 }
             };
@@ -197,14 +245,37 @@ pub struct Answer {
     node: String,
     id: String,
     parts: mpsc::Receiver<Result<Part, FileFault>>,
+    /// What was said at its end.
+    pub done: FileDone,
 }
 
 impl Answer {
     /// The next part; none where that was all.
     pub async fn next(&mut self) -> Result<Option<Result<Part, FileFault>>, ApiError> {
-        let part = tokio::time::timeout(PATIENCE, self.parts.recv()).await;
-        match part.map_err(|_| unavailable(&self.node, "does not answer"))? {
-            Some(Ok(Part::Done)) => Ok(None),
+        loop {
+            let part = tokio::time::timeout(PATIENCE, self.parts.recv()).await;
+            let part = part.map_err(|_| unavailable(&self.node, "does not answer"))?;
+            if !matches!(part, Some(Ok(Part::Alive))) {
+                return self.told(part);
+            }
+        }
+    }
+
+    /// The same, however long it takes.
+    pub async fn whenever(&mut self) -> Result<Option<Result<Part, FileFault>>, ApiError> {
+        let part = self.parts.recv().await;
+        self.told(part)
+    }
+
+    fn told(
+        &mut self,
+        part: Option<Result<Part, FileFault>>,
+    ) -> Result<Option<Result<Part, FileFault>>, ApiError> {
+        match part {
+            Some(Ok(Part::Done(done))) => {
+                self.done = done;
+                Ok(None)
+            }
             Some(part) => Ok(Some(part)),
             None => Err(unavailable(&self.node, "broke off its answer")),
         }

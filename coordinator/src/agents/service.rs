@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::bundle;
 use super::contacts::Contacts;
 use super::execs::{self, ExecDesk};
-use super::files::FileDesk;
+use super::files::{self, FileDesk};
 use super::link::Uplink;
 use super::log_intake;
 use super::session::{OUTBOX_MAX, Session};
@@ -99,7 +99,7 @@ impl AgentService for Agents {
     ) -> Result<Response<Self::AnswerFileStream>, Status> {
         self.replica.must_lead()?;
         let incoming = request.into_inner();
-        let (outbox, replies) = mpsc::channel(1);
+        let (outbox, replies) = mpsc::channel(files::PIECES_MAX);
         let caller = caller();
         let (desk, replica, shutdown) = (
             self.desk.clone(),
@@ -111,7 +111,7 @@ impl AgentService for Agents {
                 caller.is_node(last_id(node), uid) && is_registered(&replica, node, uid)
             };
             let end = tokio::select! {
-                end = desk.take_in(registered, incoming) => end,
+                end = desk.take_in(registered, incoming, &outbox) => end,
                 () = replica.deposed() => Err(unavailable(&replica, &ReplicaError::NotLeader).into()),
                 () = shutdown.cancelled() => Ok(()),
             };

@@ -7,13 +7,15 @@ use batchai_proto::v1::data_disks::{CachingType, StorageAccountType};
 use batchai_proto::v1::file_server_service_server::FileServerService;
 use batchai_proto::v1::{
     CreateFileServerRequest, DataDisks, DeleteFileServerRequest, FileServer, GetFileServerRequest,
-    ListFileServersRequest, ListFileServersResponse, SshConfiguration, Warning,
+    ListFileServerFilesRequest, ListFileServerFilesResponse, ListFileServersRequest,
+    ListFileServersResponse, ReadFileServerFileRequest, ReadFileServerFileResponse,
+    SshConfiguration, Warning, WriteFileServerFileRequest, WriteFileServerFileResponse,
 };
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
 use super::faults::Faults;
-use super::{Api, cluster_spec, fields, parse};
+use super::{Api, Replies, cluster_spec, fields, parse};
 
 /// As many ranges as the original took.
 const RANGES_MAX: usize = 400;
@@ -79,6 +81,32 @@ impl FileServerService for Api {
         self.write(Kind::DeleteFileServer(DeleteFileServer { delete, purge }))
             .await?;
         Ok(Response::new(()))
+    }
+
+    async fn list_file_server_files(
+        &self,
+        request: Request<ListFileServerFilesRequest>,
+    ) -> Result<Response<ListFileServerFilesResponse>, Status> {
+        let page = self.list_server_files(request.into_inner()).await?;
+        Ok(Response::new(page))
+    }
+
+    type ReadFileServerFileStream = Replies<ReadFileServerFileResponse>;
+
+    async fn read_file_server_file(
+        &self,
+        request: Request<ReadFileServerFileRequest>,
+    ) -> Result<Response<Self::ReadFileServerFileStream>, Status> {
+        self.read_server_file(request.into_inner()).await
+    }
+
+    type WriteFileServerFileStream = Replies<WriteFileServerFileResponse>;
+
+    async fn write_file_server_file(
+        &self,
+        request: Request<Streaming<WriteFileServerFileRequest>>,
+    ) -> Result<Response<Self::WriteFileServerFileStream>, Status> {
+        self.write_server_file(request.into_inner()).await
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! The kernel itself keeps it beneath (`openat2`): no link and no `..` leads out, whatever changes meanwhile.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek as _, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
@@ -40,9 +40,11 @@ pub struct Wanted {
     pub offset: u64,
     /// As whom; the agent's own user where it is none.
     pub user: Option<JobUser>,
+    /// It is a file server's directory: the way to it is the agent's own, no link is followed, and a file may be listed.
+    pub served: bool,
 }
 
-/// An entry of a directory.
+/// An entry of a directory; without a name it is what was to be listed itself, a file.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     pub name: String,
@@ -73,42 +75,79 @@ pub fn main() -> ExitCode {
 }
 
 fn look(wanted: &Wanted, out: &mut impl Write) -> io::Result<()> {
-    if let Some(user) = &wanted.user {
-        // What the job may not read is not shown to who may read the job.
-        become_user(&user.into())?;
-    }
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let none = nix::sys::stat::Mode::empty();
-    let prefix = nix::fcntl::open(Path::new(&wanted.prefix), flags, none)?;
-    let how = OpenHow::new()
-        .flags(flags)
-        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
-    let base = openat2(prefix, wanted.base.as_str(), how).map_err(|error| match error {
-        Errno::ELOOP => io::Error::other("a link lies where the directory should be"),
-        error => error.into(),
-    })?;
+    let become_it = || match &wanted.user {
+        Some(user) => become_user(&user.into()),
+        None => Ok(()),
+    };
+    let base = match wanted.served {
+        true => {
+            let base = directory(&wanted.prefix, &wanted.base)?;
+            become_it()?;
+            base
+        }
+        false => {
+            // What the job may not read is not shown to who may read the job.
+            become_it()?;
+            directory(&wanted.prefix, &wanted.base)?
+        }
+    };
+    let base = Base {
+        fd: base.as_fd(),
+        links: !wanted.served,
+    };
     match wanted.list {
         true => {
-            let entries = entries(base.as_fd(), wanted)?;
+            let entries = entries(base, wanted)?;
             serde_json::to_writer(out, &entries).map_err(io::Error::other)
         }
-        false => bytes(base.as_fd(), wanted, out),
+        false => bytes(base, wanted, out),
     }
 }
 
-/// Opens a path beneath a directory.
-fn beneath(base: BorrowedFd<'_>, path: &str, flags: OFlag) -> io::Result<OwnedFd> {
+/// Opens a directory that is not left.
+pub fn directory(prefix: &str, base: &str) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let prefix = nix::fcntl::open(Path::new(prefix), flags, nix::sys::stat::Mode::empty())?;
     let how = OpenHow::new()
-        .flags(flags | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    let path = if path.is_empty() { "." } else { path };
-    openat2(base, path, how).map_err(|error| match error {
-        Errno::EXDEV => io::Error::other("it leads out of the directory"),
+        .flags(flags)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    openat2(prefix, base, how).map_err(|error| match error {
+        Errno::ELOOP => io::Error::other("a link lies where the directory should be"),
         error => error.into(),
     })
 }
 
-fn entries(base: BorrowedFd<'_>, wanted: &Wanted) -> io::Result<Vec<Entry>> {
+/// A directory that is not left, and whether links in it are followed.
+#[derive(Clone, Copy)]
+pub struct Base<'a> {
+    pub fd: BorrowedFd<'a>,
+    pub links: bool,
+}
+
+/// Opens a path beneath a directory.
+pub fn beneath(base: Base<'_>, path: &str, flags: OFlag) -> io::Result<OwnedFd> {
+    let links = match base.links {
+        true => ResolveFlag::RESOLVE_NO_MAGICLINKS,
+        false => ResolveFlag::RESOLVE_NO_SYMLINKS,
+    };
+    let how = OpenHow::new()
+        .flags(flags | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | links);
+    let path = if path.is_empty() { "." } else { path };
+    openat2(base.fd, path, how).map_err(|error| match error {
+        Errno::EXDEV => io::Error::other("it leads out of the directory"),
+        Errno::ELOOP => io::Error::other("a symbolic link lies there, which is not followed"),
+        error => error.into(),
+    })
+}
+
+fn entries(base: Base<'_>, wanted: &Wanted) -> io::Result<Vec<Entry>> {
+    if wanted.served {
+        let own = File::from(beneath(base, &wanted.path, OFlag::O_PATH)?).metadata()?;
+        if own.is_file() {
+            return Ok(vec![entry(String::new(), &own)]);
+        }
+    }
     let directory = beneath(base, &wanted.path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
     let mut names = Vec::new();
     for entry in Dir::from_fd(directory)? {
@@ -137,19 +176,23 @@ fn entries(base: BorrowedFd<'_>, wanted: &Wanted) -> io::Result<Vec<Entry>> {
             return None;
         }
         // What leads out, dangles or is neither file nor directory is not shown.
-        (metadata.is_file() || metadata.is_dir()).then(|| Entry {
-            name,
-            directory: metadata.is_dir(),
-            length: if metadata.is_dir() { 0 } else { metadata.len() },
-            modified_ms: metadata.mtime() * 1000 + metadata.mtime_nsec() / 1_000_000,
-        })
+        (metadata.is_file() || metadata.is_dir()).then(|| entry(name, &metadata))
     });
     Ok(shown
         .take(usize::try_from(wanted.limit).unwrap_or(usize::MAX))
         .collect())
 }
 
-fn bytes(base: BorrowedFd<'_>, wanted: &Wanted, out: &mut impl Write) -> io::Result<()> {
+fn entry(name: String, metadata: &Metadata) -> Entry {
+    Entry {
+        name,
+        directory: metadata.is_dir(),
+        length: if metadata.is_dir() { 0 } else { metadata.len() },
+        modified_ms: metadata.mtime() * 1000 + metadata.mtime_nsec() / 1_000_000,
+    }
+}
+
+fn bytes(base: Base<'_>, wanted: &Wanted, out: &mut impl Write) -> io::Result<()> {
     // A pipe or device must not be waited for, nor read.
     let opened = beneath(base, &wanted.path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?;
     let mut file = File::from(opened);

@@ -1,0 +1,384 @@
+//! The process that writes a file of a file server, as jobs of its workspace would: whole or not at all.
+//!
+//! ```text
+//! DIR/.NAME.part-KEY         what came so far of an upload of one content, which KEY stands for; renamed to NAME when all of it is there
+//! ```
+//! It is locked while somebody writes it, synced now and then, and stays when an upload breaks off: the next one of the same content goes
+//! on where it ends. Nobody but who uploads that content again, or a job, takes it away.
+
+use std::fs::File;
+use std::io::{self, BufRead, Read, Seek as _, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use batchai_common::names::hex;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, openat, renameat};
+use nix::sys::stat::{Mode, fstatat, mkdirat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::look::{ABSENT, Base, beneath, directory};
+use super::process::ALIVE_EVERY;
+use crate::launch::JobUser;
+use crate::user::{become_user, give_up_privileges};
+
+/// Its exit code where another one writes the same.
+pub const BUSY: i32 = 4;
+/// How long another one that is about to end is waited for.
+const LOCK_MAX: Duration = Duration::from_secs(5);
+const LOCK_STEP: Duration = Duration::from_millis(50);
+/// So much of a file's name is part of the name of what is not whole yet.
+const NAME_BYTES_MAX: usize = 180;
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// What is wanted: one line of JSON on standard input, before the bytes.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Wanted {
+    /// Where file servers lie.
+    pub prefix: String,
+    /// Below it, the directory that is not left.
+    pub base: String,
+    /// The file's path in it.
+    pub path: String,
+    pub size: u64,
+    /// The digest of all of it.
+    pub sha256: String,
+    /// As whom; the agent's own user where it is none.
+    pub user: Option<JobUser>,
+}
+
+/// What it says on standard output, a line each.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Progress {
+    /// What is there already is read, which takes its time.
+    Alive,
+    /// Bytes are wanted from there on.
+    From(u64),
+}
+
+/// The process. It ends well when the file has its name and is on the disk.
+pub fn main() -> ExitCode {
+    let mut input = io::BufReader::with_capacity(BUFFER_BYTES, io::stdin().lock());
+    let mut question = String::new();
+    let done = input
+        .read_line(&mut question)
+        .and_then(|_| serde_json::from_str(&question).map_err(io::Error::other))
+        .and_then(|wanted: Wanted| {
+            let base = directory(&wanted.prefix, &wanted.base)?;
+            if let Some(user) = &wanted.user {
+                become_user(&user.into())?;
+            }
+            give_up_privileges(false)?;
+            put(&base, &wanted, &mut input, &mut io::stdout().lock())
+        });
+    let Err(error) = done else {
+        return ExitCode::SUCCESS;
+    };
+    let _ = writeln!(io::stderr(), "{error}");
+    ExitCode::from(match error.kind() {
+        io::ErrorKind::NotFound => ABSENT as u8,
+        io::ErrorKind::WouldBlock => BUSY as u8,
+        _ => 1,
+    })
+}
+
+fn put(
+    base: &OwnedFd,
+    wanted: &Wanted,
+    input: &mut impl Read,
+    out: &mut impl Write,
+) -> io::Result<()> {
+    let (above, name) = wanted.path.rsplit_once('/').unwrap_or(("", &wanted.path));
+    let dir = made(base, above)?;
+    if is_there(&dir, name, wanted, out)? {
+        return say(out, &Progress::From(wanted.size));
+    }
+    let part = part_name(name, wanted);
+    let mut file = open_part(&dir, &part)?;
+    if file.metadata()?.len() > wanted.size {
+        file.set_len(0)?;
+    }
+    let mut hash = Sha256::new();
+    let offset = read_all(&mut file, &mut hash, out)?;
+    say(out, &Progress::From(offset))?;
+    let came = copy(input, &mut file, &mut hash, wanted.size - offset)?;
+    // Also of what broke off: it is gone on with.
+    file.sync_all()?;
+    if offset + came < wanted.size {
+        let why = "it broke off; what came of it stays, for when it is sent again";
+        return Err(io::Error::other(why));
+    }
+    if hex(&hash.finalize()) != wanted.sha256 {
+        unlinkat(&dir, part.as_str(), UnlinkatFlags::NoRemoveDir)?;
+        let why = "what came has another SHA-256 than was announced: did it change while it was sent? Send it again";
+        return Err(io::Error::other(why));
+    }
+    renameat(&dir, part.as_str(), &dir, name)?;
+    nix::unistd::fsync(&dir)?;
+    Ok(())
+}
+
+fn say(out: &mut impl Write, what: &Progress) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, what).map_err(io::Error::other)?;
+    out.write_all(b"\n")?;
+    out.flush()
+}
+
+/// Opens a directory for what is made in it; what is missing on the way is made.
+fn made(base: &OwnedFd, path: &str) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+    let open = |dir: &OwnedFd, name: &str| {
+        let base = Base {
+            fd: dir.as_fd(),
+            links: false,
+        };
+        beneath(base, name, flags)
+    };
+    let mut dir = open(base, "")?;
+    for name in path.split('/').filter(|name| !matches!(*name, "" | ".")) {
+        match mkdirat(&dir, name, Mode::from_bits_truncate(0o777)) {
+            Ok(()) => nix::unistd::fsync(&dir)?,
+            Err(Errno::EEXIST) => {}
+            Err(error) => return Err(at(name, error.into())),
+        }
+        dir = open(&dir, name).map_err(|error| at(name, error))?;
+    }
+    Ok(dir)
+}
+
+/// Whether the very file is there already. What is there and no file is not replaced.
+fn is_there(dir: &OwnedFd, name: &str, wanted: &Wanted, out: &mut impl Write) -> io::Result<bool> {
+    let found = match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Err(Errno::ENOENT) => return Ok(false),
+        found => found?,
+    };
+    let kind = found.st_mode & nix::libc::S_IFMT;
+    if kind != nix::libc::S_IFREG {
+        let what = match kind {
+            nix::libc::S_IFLNK => "a symbolic link lies there, which is not followed",
+            nix::libc::S_IFDIR => "a directory lies there",
+            _ => "something lies there that is no file",
+        };
+        return Err(io::Error::other(what));
+    }
+    if found.st_size != wanted.size as i64 {
+        return Ok(false);
+    }
+    let base = Base {
+        fd: dir.as_fd(),
+        links: false,
+    };
+    // What cannot be read is written anew.
+    let Ok(opened) = beneath(base, name, OFlag::O_RDONLY | OFlag::O_NONBLOCK) else {
+        return Ok(false);
+    };
+    let mut hash = Sha256::new();
+    read_all(&mut File::from(opened), &mut hash, out)?;
+    Ok(hex(&hash.finalize()) == wanted.sha256)
+}
+
+/// What is not whole yet is called after its file and its content.
+fn part_name(name: &str, wanted: &Wanted) -> String {
+    let mut short = name.len().min(NAME_BYTES_MAX);
+    while !name.is_char_boundary(short) {
+        short -= 1;
+    }
+    let key = Sha256::digest(format!("{name}/{}/{}", wanted.size, wanted.sha256));
+    format!(".{}.part-{}", &name[..short], &hex(&key)[..32])
+}
+
+/// Opens it for nobody else.
+fn open_part(dir: &OwnedFd, part: &str) -> io::Result<Flock<File>> {
+    let begun = Instant::now();
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    loop {
+        let mode = Mode::from_bits_truncate(0o666);
+        let file = File::from(openat(dir, part, flags | OFlag::O_CLOEXEC, mode)?);
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(at(
+                part,
+                io::Error::other("something lies there that is no file"),
+            ));
+        }
+        if let Ok(locked) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            // Whoever had it may have given it its name meanwhile.
+            let now = fstatat(dir, part, AtFlags::AT_SYMLINK_NOFOLLOW);
+            if now.is_ok_and(|now| (now.st_dev, now.st_ino) == (metadata.dev(), metadata.ino())) {
+                return Ok(locked);
+            }
+        }
+        if begun.elapsed() > LOCK_MAX {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        std::thread::sleep(LOCK_STEP);
+    }
+}
+
+/// Takes all of a file into a digest; how much that is. It stands at its end then.
+fn read_all(file: &mut File, hash: &mut Sha256, out: &mut impl Write) -> io::Result<u64> {
+    file.seek(SeekFrom::Start(0))?;
+    let (mut buffer, mut size, mut silent) = (vec![0; BUFFER_BYTES], 0, 0);
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            return Ok(size);
+        }
+        hash.update(&buffer[..read]);
+        size += read as u64;
+        silent += read as u64;
+        if silent >= ALIVE_EVERY {
+            silent = 0;
+            say(out, &Progress::Alive)?;
+        }
+    }
+}
+
+/// Writes what comes, so much at most; how much that was. Synced now and then: the end of it takes no long time.
+fn copy(input: &mut impl Read, file: &mut File, hash: &mut Sha256, most: u64) -> io::Result<u64> {
+    let (mut buffer, mut came, mut unsynced) = (vec![0; BUFFER_BYTES], 0, 0);
+    let mut input = input.take(most);
+    loop {
+        let read = input.read(&mut buffer)?;
+        if read == 0 {
+            return Ok(came);
+        }
+        file.write_all(&buffer[..read])?;
+        hash.update(&buffer[..read]);
+        came += read as u64;
+        unsynced += read as u64;
+        if unsynced >= ALIVE_EVERY {
+            unsynced = 0;
+            file.sync_data()?;
+        }
+    }
+}
+
+fn at(name: &str, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{name}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::path::Path;
+
+    use super::*;
+
+    fn wanted(base: &Path, path: &str, content: &[u8]) -> Wanted {
+        Wanted {
+            prefix: base.parent().unwrap().to_string_lossy().into_owned(),
+            base: base.file_name().unwrap().to_string_lossy().into_owned(),
+            path: path.to_owned(),
+            size: content.len() as u64,
+            sha256: hex(&Sha256::digest(content)),
+            user: None,
+        }
+    }
+
+    fn run(wanted: &Wanted, mut input: &[u8]) -> (io::Result<()>, Vec<Progress>) {
+        let mut out = Vec::new();
+        let base = directory(&wanted.prefix, &wanted.base).unwrap();
+        let done = put(&base, wanted, &mut input, &mut out);
+        let lines = out.split(|byte| *byte == b'\n').filter(|l| !l.is_empty());
+        let said = lines.map(|line| serde_json::from_slice(line).unwrap());
+        (done, said.collect())
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = fs::read_dir(dir).unwrap();
+        let name = |entry: io::Result<fs::DirEntry>| entry.unwrap().file_name();
+        let mut names: Vec<_> = entries
+            .map(|entry| name(entry).to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_broke_off_is_gone_on_with_and_only_what_is_whole_has_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base");
+        fs::create_dir(&base).unwrap();
+        let content = b"0123456789";
+        let wanted = wanted(&base, "sets/one/file", content);
+        let (done, said) = run(&wanted, &content[..4]);
+        assert!(done.unwrap_err().to_string().contains("broke off"));
+        assert_eq!(said, [Progress::From(0)]);
+        let parent = base.join("sets/one");
+        assert!(names(&parent)[0].starts_with(".file.part-"));
+        // Another content is another upload.
+        let other = Wanted {
+            sha256: hex(&Sha256::digest(b"9876543210")),
+            ..wanted_again(&wanted)
+        };
+        assert_eq!(run(&other, b"98").1, [Progress::From(0)]);
+        let (done, said) = run(&wanted, &content[4..]);
+        done.unwrap();
+        assert_eq!(said, [Progress::From(4)]);
+        assert_eq!(fs::read(parent.join("file")).unwrap(), content);
+        // Once more, with nothing to send.
+        let (done, said) = run(&wanted, b"");
+        done.unwrap();
+        assert_eq!(said, [Progress::From(10)]);
+        // What differs from what was announced has no name, and is not gone on with.
+        let (done, _) = run(&other, b"xxxxxxxx");
+        assert!(done.unwrap_err().to_string().contains("SHA-256"));
+        assert_eq!(names(&parent), ["file"]);
+        assert_eq!(fs::read(parent.join("file")).unwrap(), content);
+    }
+
+    fn wanted_again(wanted: &Wanted) -> Wanted {
+        serde_json::from_str(&serde_json::to_string(wanted).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn nothing_is_written_outside_or_through_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, outside) = (dir.path().join("base"), dir.path().join("outside"));
+        fs::create_dir(&base).unwrap();
+        fs::create_dir_all(outside.join("sub")).unwrap();
+        fs::create_dir(base.join("dir")).unwrap();
+        symlink(&outside, base.join("out")).unwrap();
+        symlink("../outside", base.join("up")).unwrap();
+        symlink("dir", base.join("inside")).unwrap();
+        symlink(outside.join("file"), base.join("link")).unwrap();
+        for (path, why) in [
+            ("out/x", "link"),
+            ("up/sub/x", "link"),
+            ("inside/x", "link"),
+            ("link", "link"),
+            ("../x", "leads out"),
+            ("dir/../../x", "leads out"),
+            ("dir", "a directory"),
+        ] {
+            let (done, said) = run(&wanted(&base, path, b"x"), b"x");
+            let error = done.unwrap_err().to_string();
+            assert!(error.contains(why) && said.is_empty(), "{path}: {error}");
+        }
+        assert_eq!(names(&outside), ["sub"]);
+        assert_eq!(names(dir.path()), ["base", "outside"]);
+    }
+
+    #[test]
+    fn two_that_write_the_same_do_not_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = File::open(dir.path()).unwrap();
+        let dir = OwnedFd::from(dir);
+        let held = open_part(&dir, "part").unwrap();
+        assert_eq!(
+            open_part(&dir, "part").unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
+        drop(held);
+        assert!(open_part(&dir, "part").is_ok());
+        let long = "ü".repeat(127);
+        let part = part_name(&long, &Wanted::default());
+        assert!(part.len() < 255 && part.starts_with(".üü"), "{part}");
+    }
+}
