@@ -1,8 +1,8 @@
-//! PURE. Checks volumes and secrets, wherever they stand. Azure's storage, file servers and references to a key vault are not served
-//! yet; what is wrong with them is said all the same.
+//! PURE. Checks volumes and secrets, wherever they stand. File servers and references to a key vault are not served yet; what is wrong
+//! with them is said all the same.
 
 use batchai_common::names::Kind as Noun;
-use batchai_common::paths;
+use batchai_common::{paths, storage};
 use batchai_proto::v1::{
     EnvironmentVariableWithSecretValue, KeyVaultSecretReference, MountVolumes, NameValuePair,
     StorageCredentials,
@@ -25,8 +25,10 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
         .take(LIST_MAX + 1)
     {
         let at = format!("{field}.azure_file_shares[{i}]");
-        faults.text(&format!("{at}.account_name"), &share.account_name, true);
-        faults.text(&format!("{at}.azure_file_url"), &share.azure_file_url, true);
+        let account = storage::check_account(&share.account_name);
+        must(faults, format!("{at}.account_name"), account);
+        let url = storage::share(&share.azure_file_url).map(drop);
+        must(faults, format!("{at}.azure_file_url"), url);
         credentials(faults, &at, share.credentials.as_ref());
         mode(faults, &format!("{at}.file_mode"), &share.file_mode);
         mode(
@@ -43,9 +45,15 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
         .take(LIST_MAX + 1)
     {
         let at = format!("{field}.azure_blob_file_systems[{i}]");
-        faults.text(&format!("{at}.account_name"), &blob.account_name, true);
-        faults.text(&format!("{at}.container_name"), &blob.container_name, true);
-        faults.text(&format!("{at}.mount_options"), &blob.mount_options, false);
+        let account = storage::check_account(&blob.account_name);
+        must(faults, format!("{at}.account_name"), account);
+        let container = storage::check_container(&blob.container_name);
+        must(faults, format!("{at}.container_name"), container);
+        if let Err(unknown) = storage::blob_options(&blob.mount_options) {
+            let (unknown, known) = (unknown.join(" "), storage::BLOB_OPTIONS);
+            let why = format!("has what is not known: {unknown}; known are: {known}");
+            faults.invalid(format!("{at}.mount_options"), why);
+        }
         credentials(faults, &at, blob.credentials.as_ref());
         places.push((at, blob.relative_mount_path.as_str()));
     }
@@ -83,15 +91,15 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
 
 /// What nodes cannot mount yet.
 fn refuse_others(faults: &mut Faults, field: &str, given: &MountVolumes) {
-    for (list, set) in [
-        ("azure_file_shares", !given.azure_file_shares.is_empty()),
-        (
-            "azure_blob_file_systems",
-            !given.azure_blob_file_systems.is_empty(),
-        ),
-        ("file_servers", !given.file_servers.is_empty()),
-    ] {
-        faults.not_served(&format!("{field}.{list}"), set);
+    faults.not_served(
+        &format!("{field}.file_servers"),
+        !given.file_servers.is_empty(),
+    );
+}
+
+fn must(faults: &mut Faults, at: String, checked: Result<(), String>) {
+    if let Err(why) = checked {
+        faults.invalid(at, why);
     }
 }
 
@@ -132,6 +140,8 @@ fn credentials(faults: &mut Faults, at: &str, given: Option<&StorageCredentials>
         return faults.invalid(at, "must be given");
     };
     let reference = given.account_key_secret_reference.as_ref();
+    let key = storage::check_key(&given.account_key);
+    must(faults, format!("{at}.account_key"), key);
     one_of(faults, &at, ("account_key", &given.account_key), reference);
 }
 
@@ -159,8 +169,8 @@ pub fn one_of(
 }
 
 fn mode(faults: &mut Faults, at: &str, text: &str) {
-    if !text.is_empty() && (text.len() > 4 || u32::from_str_radix(text, 8).is_err()) {
-        faults.invalid(at, "must be an octal mode such as 0777");
+    if storage::mode(text).is_none() {
+        faults.invalid(at, "must be an octal mode of at most 0777");
     }
 }
 

@@ -6,7 +6,7 @@ use batchai_proto::{secrets, v1};
 
 use super::attempts::{Attempt, Phase, Work};
 use super::keys::workspace_of;
-use super::{Node, State, loss, restore, setup};
+use super::{Node, State, loss, restore, setup, storage_aliases};
 
 /// The whole list of a node's assignments. A node that does not exist has none. Secrets are as they lie in the State: sealed.
 pub fn assignments(state: &State, name: &str) -> AssignmentList {
@@ -34,6 +34,8 @@ fn cluster_mounts(state: &State, node: &Node) -> Option<ClusterMounts> {
         cluster: cluster.spec.name.clone(),
         uid: cluster.spec.uid.clone(),
         volumes: Some(setup::mounts(cluster)?.clone()),
+        storage: storage_aliases::resolve(state, setup::mounts(cluster)),
+        fault: String::new(),
     })
 }
 
@@ -64,6 +66,7 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
     if desired != Desired::Prepare {
         secrets::blank(secrets::of_job(&mut job));
     }
+    let storage = storage_aliases::resolve(state, job.mount_volumes.as_ref());
     Some(Assignment {
         attempt: attempt.id.clone(),
         desired: desired as i32,
@@ -75,6 +78,7 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
         workspace_number: workspace.map_or(0, |workspace| workspace.number),
         fenced: loss::is_fenced(attempt),
         number: attempt.number,
+        storage,
     })
 }
 

@@ -23,6 +23,7 @@ pub mod requests;
 pub mod restore;
 pub mod setup;
 pub mod snapshot;
+pub mod storage_aliases;
 mod stored;
 mod verdict;
 pub mod vm_size_aliases;
@@ -84,6 +85,7 @@ pub struct State {
     /// The latest attempt of every job that has one, by attempt id.
     pub attempts: OrdMap<String, Arc<Attempt>>,
     pub vm_size_aliases: OrdMap<String, Arc<v1::VmSizeAlias>>,
+    pub storage_aliases: OrdMap<String, Arc<v1::StorageAlias>>,
     pub role_bindings: OrdMap<String, Arc<v1::RoleBinding>>,
     /// Who is bound, and by which of them.
     pub grants: OrdSet<(String, String)>,
@@ -107,7 +109,11 @@ pub struct State {
 /// How many resources of a kind there may be. All of them are in memory and in every copy of the log.
 pub fn limit(kind: Kind) -> usize {
     match kind {
-        Kind::ResourceGroup | Kind::Cluster | Kind::FileServer | Kind::VmSizeAlias => 1_000,
+        Kind::ResourceGroup
+        | Kind::Cluster
+        | Kind::FileServer
+        | Kind::VmSizeAlias
+        | Kind::StorageAlias => 1_000,
         Kind::Workspace | Kind::Node | Kind::RoleBinding | Kind::Token => 10_000,
         Kind::Experiment => 100_000,
         Kind::Job => 1_000_000,
@@ -281,6 +287,7 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         CommandKind::CreateJob(c) => jobs::create(step, c),
         CommandKind::CreateJobs(c) => c.jobs.iter().try_for_each(|job| jobs::create(step, job)),
         CommandKind::CreateVmSizeAlias(c) => vm_size_aliases::create(step, c),
+        CommandKind::CreateStorageAlias(c) => storage_aliases::create(step, c),
         CommandKind::CreateRoleBinding(c) => access::create_role_binding(step, c),
         CommandKind::CreateToken(c) => access::create_token(step, c),
         CommandKind::UseToken(c) => access::use_token(step, c),
@@ -310,6 +317,7 @@ fn update(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
         Kind::FileServer
         | Kind::Node
         | Kind::VmSizeAlias
+        | Kind::StorageAlias
         | Kind::RoleBinding
         | Kind::Token
         | Kind::Bundle => Err(not_for(&command.name)),
@@ -324,6 +332,7 @@ fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
         Kind::Cluster => clusters::delete(step, command),
         Kind::Job => jobs::delete(step, command),
         Kind::VmSizeAlias => vm_size_aliases::delete(step, command),
+        Kind::StorageAlias => storage_aliases::delete(step, command),
         Kind::RoleBinding => access::delete_role_binding(step, command),
         Kind::Token => access::delete_token(step, command),
         Kind::FileServer | Kind::Node | Kind::Bundle => Err(not_for(&command.name)),
@@ -368,6 +377,7 @@ impl State {
             Kind::Job => self.jobs.contains_key(name),
             Kind::Node => self.nodes.contains_key(name),
             Kind::VmSizeAlias => self.vm_size_aliases.contains_key(name),
+            Kind::StorageAlias => self.storage_aliases.contains_key(name),
             Kind::RoleBinding => self.role_bindings.contains_key(name),
             Kind::Token => self.tokens.contains_key(name),
             Kind::FileServer | Kind::Bundle => false,
@@ -396,6 +406,7 @@ impl State {
             Kind::Job => of(&self.jobs, prefix, after),
             Kind::Node => of(&self.nodes, prefix, after),
             Kind::VmSizeAlias => of(&self.vm_size_aliases, prefix, after),
+            Kind::StorageAlias => of(&self.storage_aliases, prefix, after),
             Kind::RoleBinding => of(&self.role_bindings, prefix, after),
             Kind::Token => of(&self.tokens, prefix, after),
             Kind::FileServer | Kind::Bundle => Box::new(std::iter::empty()),
@@ -412,6 +423,7 @@ impl State {
             Kind::Job => self.jobs.len(),
             Kind::Node => self.nodes.len(),
             Kind::VmSizeAlias => self.vm_size_aliases.len(),
+            Kind::StorageAlias => self.storage_aliases.len(),
             Kind::RoleBinding => self.role_bindings.len(),
             Kind::Token => self.tokens.len(),
             Kind::FileServer | Kind::Bundle => 0,

@@ -68,6 +68,8 @@ fn resources(state: &State) -> impl Iterator<Item = Record> + '_ {
     let experiments = experiments.map(|e| Record::Experiment((**e).clone()));
     let aliases = state.vm_size_aliases.values();
     let aliases = aliases.map(|a| Record::VmSizeAlias((**a).clone()));
+    let storage = state.storage_aliases.values();
+    let aliases = aliases.chain(storage.map(|a| Record::StorageAlias((**a).clone())));
     groups
         .chain(workspaces)
         .chain(clusters)
@@ -176,6 +178,10 @@ impl Builder {
             Record::Experiment(experiment) => {
                 let name = experiment.name.clone();
                 state.experiments.insert(name, Arc::new(experiment));
+            }
+            Record::StorageAlias(alias) => {
+                let name = alias.name.clone();
+                state.storage_aliases.insert(name, Arc::new(alias));
             }
             Record::VmSizeAlias(alias) => {
                 state

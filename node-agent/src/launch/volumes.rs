@@ -5,6 +5,7 @@ use batchai_proto::v1::MountVolumes;
 use serde::{Deserialize, Serialize};
 
 use super::LaunchError;
+use super::storage::{self, Remote, Stead};
 
 /// Something that is mounted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,6 +13,9 @@ pub struct Mount {
     /// Where: a directory of its own below the root of mounts. None lies in another.
     pub path: String,
     pub how: How,
+    /// What the error is called where it cannot be mounted; empty for what others are called.
+    #[serde(default)]
+    pub code: String,
 }
 
 /// How it is mounted.
@@ -20,27 +24,42 @@ pub struct Mount {
 pub enum How {
     /// By a command line of the user's, to which the path is appended.
     Command(String),
+    /// A directory of this host, which is there at this path as well.
+    Bind { source: String, read_only: bool },
+    /// By its key, from another machine.
+    Remote(Box<Remote>),
 }
 
-/// What to mount below a root.
-pub fn of(volumes: Option<&MountVolumes>, root: &str) -> Result<Vec<Mount>, LaunchError> {
+/// What to mount below a root. `stead`: what is mounted in the stead of volumes; `owner`: whom the files of what knows no users belong to.
+pub fn of(
+    volumes: Option<&MountVolumes>,
+    stead: &Stead,
+    root: &str,
+    owner: (u32, u32),
+) -> Result<Vec<Mount>, LaunchError> {
     let Some(volumes) = volumes else {
         return Ok(Vec::new());
     };
-    let unknown = [
-        ("azureFileShares", volumes.azure_file_shares.is_empty()),
-        (
-            "azureBlobFileSystems",
-            volumes.azure_blob_file_systems.is_empty(),
-        ),
-        ("fileServers", volumes.file_servers.is_empty()),
-    ];
-    if let Some((what, _)) = unknown.into_iter().find(|(_, none)| !none) {
-        return Err(LaunchError::UnknownVolume { what });
+    if !volumes.file_servers.is_empty() {
+        return Err(LaunchError::UnknownVolume {
+            what: "fileServers",
+        });
+    }
+    let mut all = Vec::new();
+    for share in &volumes.azure_file_shares {
+        let how = storage::of_share(share, stead, owner)?;
+        all.push((&share.relative_mount_path, how, storage::SHARE_FAILED));
+    }
+    for blob in &volumes.azure_blob_file_systems {
+        let how = storage::of_container(blob, stead, owner)?;
+        all.push((&blob.relative_mount_path, how, storage::CONTAINER_FAILED));
+    }
+    for system in &volumes.unmanaged_file_systems {
+        let how = How::Command(system.mount_command.clone());
+        all.push((&system.relative_mount_path, how, ""));
     }
     let mut mounts: Vec<Mount> = Vec::new();
-    for system in &volumes.unmanaged_file_systems {
-        let path = &system.relative_mount_path;
+    for (path, how, code) in all {
         // The coordinator has checked it; what is mounted as root is checked where it is done.
         let plain =
             paths::below(path).ok_or_else(|| LaunchError::BadPlace { path: path.clone() })?;
@@ -51,10 +70,8 @@ pub fn of(volumes: Option<&MountVolumes>, root: &str) -> Result<Vec<Mount>, Laun
         if mounts.iter().any(clash) {
             return Err(LaunchError::BadPlace { path });
         }
-        mounts.push(Mount {
-            path,
-            how: How::Command(system.mount_command.clone()),
-        });
+        let code = code.to_owned();
+        mounts.push(Mount { path, how, code });
     }
     Ok(mounts)
 }
@@ -76,9 +93,13 @@ mod tests {
         }
     }
 
+    fn all(volumes: &MountVolumes, root: &str) -> Result<Vec<Mount>, LaunchError> {
+        of(Some(volumes), &Stead::new(), root, (0, 0))
+    }
+
     #[test]
     fn everything_has_a_place_of_its_own_below_the_root() {
-        let mounts = of(Some(&volumes(&["a//b/.", "c"])), "/r/mounts").unwrap();
+        let mounts = all(&volumes(&["a//b/.", "c"]), "/r/mounts").unwrap();
         let places: Vec<_> = mounts.iter().map(|mount| mount.path.as_str()).collect();
         assert_eq!(places, ["/r/mounts/a/b", "/r/mounts/c"]);
         assert_eq!(mounts[0].how, How::Command("mount -t x y".into()));
@@ -90,13 +111,13 @@ mod tests {
             &["a", "a/b"],
             &["a/b", "a"],
         ] {
-            let refused = of(Some(&volumes(bad)), "/r");
+            let refused = all(&volumes(bad), "/r");
             assert!(
                 matches!(refused, Err(LaunchError::BadPlace { .. })),
                 "{bad:?}"
             );
         }
-        assert_eq!(of(None, "/r"), Ok(Vec::new()));
+        assert_eq!(of(None, &Stead::new(), "/r", (0, 0)), Ok(Vec::new()));
     }
 
     #[test]
@@ -105,7 +126,7 @@ mod tests {
             file_servers: vec![FileServerMount::default()],
             ..Default::default()
         };
-        let refused = of(Some(&volumes), "/r").unwrap_err().to_string();
+        let refused = all(&volumes, "/r").unwrap_err().to_string();
         assert!(refused.contains("fileServers"), "{refused}");
     }
 }
