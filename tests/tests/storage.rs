@@ -5,13 +5,15 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use batchai_tests::ensemble::{Ensemble, IN, SIZE, mounts_below};
+use batchai_tests::ensemble::{Ensemble, SIZE, mounts_below};
 use batchai_tests::process::{processes_of, until};
 use batchai_tests::requirement;
 use batchai_tests::storage::{
     BLOB_ACCOUNT, BLOB_KEY, BUCKET_KEY_ID, BUCKET_SECRET, Blobs, Buckets, SHARE_KEY, SHARE_USER,
     Shares, files_below,
 };
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 /// Nobody's: numbers that no account has.
@@ -327,8 +329,320 @@ fn what_cannot_be_opened_is_said_as_the_original_did() {
         afs,
         &["127.0.0.1:1", "refused"],
     );
-    // What is missing on a node is named with what has it.
-    let path = e.path().join("empty").display().to_string();
-    e.variables = vec![("PATH".into(), format!("{path}:/bin-without"))];
-    drop(e);
+    // A program that is missing is named with the package that has it.
+    let only = e.path().join("bin");
+    fs::create_dir(&only).unwrap();
+    for agent in e.agents.values_mut() {
+        agent.kill();
+    }
+    e.variables = vec![("PATH".into(), only.display().to_string())];
+    e.start_agent_as("a1", USER);
+    e.until_alive(1);
+    submit(&e, "none", of_share(&url, SHARE_KEY));
+    let job = e.until_job("none", "FAILED");
+    let (code, message) = error(&job);
+    assert_eq!(code, afs, "{job}");
+    assert!(
+        message.contains("rclone is not installed: apt-get install rclone"),
+        "{message}"
+    );
+    e.assert_nothing_left();
+}
+
+#[test]
+fn what_stands_in_their_stead_is_mounted_and_the_files_of_the_original_run_as_they_are() {
+    let (Some(buckets), Some(shares)) =
+        (Buckets::start("train"), Shares::start().filter(|_| able()))
+    else {
+        return;
+    };
+    let mut e = ensemble(&["a1"]);
+    e.create_cluster(1);
+    let lab = e.path().join("lab");
+    for dir in [lab.clone(), lab.join("logs")] {
+        fs::create_dir(&dir).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    fs::write(lab.join("given"), "by path\n").unwrap();
+    let (account, path) = ("mystorage", lab.display().to_string());
+    let url = format!("smb://127.0.0.1:{}/data/inner", shares.0.port);
+    fs::create_dir(shares.dir().join("inner")).unwrap();
+    fs::write(shares.dir().join("inner/given"), "by share\n").unwrap();
+    alias(
+        &e,
+        "path",
+        account,
+        &["--share", "logs"],
+        &["--path", &path],
+    );
+    alias(
+        &e,
+        "share",
+        SHARE_USER,
+        &["--share", "nas"],
+        &["--url", &url],
+    );
+    let bucket = ["--s3-bucket", "train", "--s3-endpoint", &buckets.url()];
+    alias(
+        &e,
+        "bucket",
+        BUCKET_KEY_ID,
+        &["--container", "datasets"],
+        &bucket,
+    );
+    let table = e.ok(&["storage-alias", "list", "-o", "table"]);
+    assert!(
+        table.contains("mystorage") && table.contains("train at http://"),
+        "{table}"
+    );
+    fs::write(e.path().join("given"), "by bucket\n").unwrap();
+    buckets.client(&[
+        "copy",
+        &e.path().join("given").display().to_string(),
+        "r:train/in",
+    ]);
+
+    // As it was written for Azure.
+    let azure = |account: &str, share: &str, path: &str, key: &str| {
+        json!({
+            "accountName": account,
+            "azureFileUrl": format!("https://{account}.file.core.windows.net/{share}"),
+            "credentials": { "accountKey": key },
+            "relativeMountPath": path,
+        })
+    };
+    let volumes = [
+        azure(account, "logs", "afs", WRONG_KEY),
+        azure(SHARE_USER, "nas", "nas", SHARE_KEY),
+    ];
+    let mut data = blob("datasets", BUCKET_SECRET, "bfs");
+    data["accountName"] = json!(BUCKET_KEY_ID);
+    let mut whole = job(
+        &volumes,
+        std::slice::from_ref(&data),
+        "set -e; cd $AZ_BATCHAI_JOB_MOUNT_ROOT; cat afs/given nas/given bfs/in/given; echo out > bfs/out; echo out > nas/out; \
+         findmnt -n -o OPTIONS afs | grep -q nosuid; grep -c afs /proc/self/mountinfo",
+    );
+    whole["stdOutErrPathPrefix"] = json!("$AZ_BATCHAI_JOB_MOUNT_ROOT/afs/logs");
+    submit(&e, "j", whole);
+    assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
+    assert_eq!(
+        e.log("j", "stdout.txt"),
+        "by path\nby share\nby bucket\n1\n"
+    );
+    nothing_is_mounted(&e);
+    assert_eq!(buckets.client(&["cat", "r:train/out"]), "out\n");
+    assert_eq!(shares.get("inner/out"), "out\n");
+    let shown = e.job("j");
+    let segment = shown["jobOutputDirectoryPathSegment"].as_str().unwrap();
+    let copy = lab.join("logs").join(segment).join("stdouterr/stdout.txt");
+    assert_eq!(fs::read_to_string(copy).unwrap(), e.log("j", "stdout.txt"));
+    assert_hidden(SHARE_KEY, e.path());
+
+    // Read only where the container is to be.
+    let of = ["--container", "frozen"];
+    alias(&e, "frozen", account, &of, &["--path", &path]);
+    let mut frozen = blob("frozen", WRONG_KEY, "m");
+    frozen["accountName"] = json!(account);
+    frozen["mountOptions"] = json!("-o ro");
+    submit(
+        &e,
+        "frozen",
+        job(&[], &[frozen], "! touch $AZ_BATCHAI_JOB_MOUNT_ROOT/m/x"),
+    );
+    assert_eq!(e.wait("frozen"), 0, "{}", e.job("frozen"));
+
+    // What is wrong with one is said, by the error of what was asked for.
+    let mut wrong = data.clone();
+    wrong["accountName"] = json!("NOBODY");
+    for (name, of, to, volume) in [
+        (
+            "key",
+            ["--container", "datasets"],
+            bucket.to_vec(),
+            wrong.clone(),
+        ),
+        (
+            "dir",
+            ["--container", "other"],
+            vec!["--path", "/no/such/dir"],
+            {
+                let mut other = wrong;
+                other["containerName"] = json!("other");
+                other
+            },
+        ),
+    ] {
+        alias(&e, name, "NOBODY", &of, &to);
+        submit(&e, name, job(&[], &[volume], "true"));
+        let failed = e.until_job(name, "FAILED");
+        let (code, message) = error(&failed);
+        assert_eq!(code, "BFSMountError", "{failed}");
+        let said = ["InvalidAccessKeyId", "/no/such/dir is no directory"];
+        assert!(said.iter().any(|part| message.contains(part)), "{message}");
+    }
+    // Deleted, it stands for nothing any more.
+    e.ok(&["storage-alias", "delete", "-n", "dir", "-y"]);
+    e.fails(&["storage-alias", "show", "-n", "dir"]);
+    e.assert_nothing_left();
+}
+
+/// Waits for the one node to be in a state.
+fn until_node(e: &Ensemble, state: &str) -> Value {
+    until(&format!("the node to be {state}"), || {
+        let nodes = e.json(&["node", "list"]);
+        let node = nodes.as_array()?.first()?.clone();
+        (node["state"] == state).then_some(node)
+    })
+}
+
+fn create_cluster(e: &Ensemble, name: &str, volumes: &Value) {
+    let path = e.path().join(format!("{name}.json"));
+    let properties = json!({
+        "vmSize": SIZE,
+        "scaleSettings": { "manual": { "targetNodeCount": 1 } },
+        "nodeSetup": { "mountVolumes": volumes },
+    });
+    fs::write(&path, json!({ "properties": properties }).to_string()).unwrap();
+    let file = path.to_string_lossy();
+    let create = [
+        "cluster", "create", "-g", "g", "-w", "w", "-n", name, "-f", &file,
+    ];
+    e.ok(&create);
+    fs::remove_file(&path).unwrap();
+}
+
+#[test]
+fn a_cluster_has_them_for_as_long_as_it_has_the_node_whoever_dies() {
+    let (Some(blobs), Some(shares)) = (Blobs::start(), Shares::start().filter(|_| able())) else {
+        return;
+    };
+    blobs.create_container("data");
+    let mut e = ensemble(&["a1"]);
+    e.ok(&["group", "create", "-n", "g"]);
+    e.ok(&["workspace", "create", "-g", "g", "-n", "w"]);
+    e.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
+    let of = ["--container", "data"];
+    alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    let volumes = |key: &str| {
+        json!({
+            "azureFileShares": [share(&shares.url(), key, "afs")],
+            "azureBlobFileSystems": [blob("data", BLOB_KEY, "bfs")],
+        })
+    };
+    // One that cannot be opened makes the node unusable, and says why.
+    create_cluster(&e, "bad", &volumes(WRONG_KEY));
+    let node = until_node(&e, "UNUSABLE");
+    assert_eq!(node["errors"][0]["code"], "AZFMountError", "{node}");
+    let message = node["errors"][0]["message"].as_str().unwrap();
+    assert!(message.contains("logon is invalid"), "{message}");
+    e.ok(&["cluster", "delete", "-g", "g", "-w", "w", "-n", "bad", "-y"]);
+    until("the mounts of the other to go", || {
+        mounts_below(&e.path().join("nodes"))
+            .is_empty()
+            .then_some(())
+    });
+
+    create_cluster(&e, "c", &volumes(SHARE_KEY));
+    until_node(&e, "IDLE");
+    assert_eq!(mounts_below(&e.path().join("nodes")).len(), 2);
+    assert_hidden(SHARE_KEY, e.path());
+    assert_hidden(BLOB_KEY, e.path());
+    let shown = e
+        .json(&["cluster", "show", "-g", "g", "-w", "w", "-n", "c"])
+        .to_string();
+    assert!(
+        !shown.contains(SHARE_KEY) && !shown.contains(BLOB_KEY),
+        "{shown}"
+    );
+    let runs = |e: &Ensemble, name: &str| {
+        let command = format!(
+            "set -e; cd $AZ_BATCHAI_MOUNT_ROOT; echo {name} > afs/{name}; echo {name} > bfs/{name}; cat afs/{name} bfs/{name}"
+        );
+        let whole = json!({
+            "nodeCount": 1,
+            "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/afs/logs",
+            "customToolkitSettings": { "commandLine": command },
+        });
+        submit(e, name, whole);
+        assert_eq!(e.wait(name), 0, "{}", e.job(name));
+        let blob = format!("data/{name}");
+        until("it to be written back", || blobs.get(&blob));
+        until("it to be written back", || {
+            shares.dir().join(name).exists().then_some(())
+        });
+    };
+    runs(&e, "first");
+    // Agents come and go.
+    e.agents.get_mut("a1").unwrap().kill();
+    e.start_agent_as("a1", USER);
+    e.until_alive(1);
+    runs(&e, "second");
+    // Who holds them is cut down: whoever does next has the keys again.
+    let holders = || {
+        let all = processes_of(&e.path().join("agents")).into_iter();
+        all.filter(|(_, line)| line.contains(" mounts "))
+            .collect::<Vec<_>>()
+    };
+    let cut = holders()[0].0;
+    kill(Pid::from_raw(cut), Signal::SIGKILL).unwrap();
+    until("they to be held again", || {
+        let now = holders();
+        (now.len() == 1 && now[0].0 != cut).then_some(())
+    });
+    until("they to be mounted again", || {
+        (mounts_below(&e.path().join("nodes")).len() == 2).then_some(())
+    });
+    until_node(&e, "IDLE");
+    runs(&e, "third");
+    e.ok(&["cluster", "delete", "-g", "g", "-w", "w", "-n", "c", "-y"]);
+    until("the last mounts to go", || {
+        mounts_below(&e.path().join("nodes"))
+            .is_empty()
+            .then_some(())
+    });
+    until("the last holder to end", || {
+        holders().is_empty().then_some(())
+    });
+    nothing_is_mounted(&e);
+    assert_hidden(SHARE_KEY, e.path());
+    assert_hidden(BLOB_KEY, e.path());
+    e.assert_nothing_left();
+}
+
+#[test]
+fn what_cannot_be_written_back_is_said_and_is_no_success() {
+    let Some(blobs) = Blobs::start().filter(|_| able()) else {
+        return;
+    };
+    blobs.create_container("data");
+    let mut e = Ensemble::start(0);
+    fs::set_permissions(e.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // Ten times as much is what writing back may take.
+    e.agent_args = vec!["--mount-patience".into(), "3".into()];
+    e.start_agent_as("a1", USER);
+    e.until_alive(1);
+    e.create_cluster(1);
+    let of = ["--container", "data"];
+    alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    let (command, begun, go) = pausing(&e, "true");
+    let command = format!("{command}; echo model > $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs/model");
+    submit(
+        &e,
+        "j",
+        job(&[], &[blob("data", BLOB_KEY, "bfs")], &command),
+    );
+    until("the job to begin", || begun.exists().then_some(()));
+    // Its service is there, and answers no more.
+    kill(Pid::from_raw(blobs.0.pid()), Signal::SIGSTOP).unwrap();
+    fs::write(&go, "").unwrap();
+    let job = e.until_job("j", "FAILED");
+    let (code, message) = error(&job);
+    assert_eq!(code, "MountUnavailable", "{job}");
+    assert!(
+        message.contains("1 files were not written back"),
+        "{message}"
+    );
+    nothing_is_mounted(&e);
+    e.assert_nothing_left();
 }

@@ -4,8 +4,8 @@
 use batchai_common::names::Kind as Noun;
 use batchai_common::{paths, storage};
 use batchai_proto::v1::{
-    EnvironmentVariableWithSecretValue, KeyVaultSecretReference, MountVolumes, NameValuePair,
-    StorageCredentials,
+    AzureBlobFileSystem, AzureFileShare, EnvironmentVariableWithSecretValue,
+    KeyVaultSecretReference, MountVolumes, NameValuePair, StorageCredentials,
 };
 
 use super::faults::Faults;
@@ -18,45 +18,8 @@ const SECRET_BYTES_MAX: usize = 32 << 10;
 /// Checks what to mount.
 pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
     let mut places = Vec::new();
-    for (i, share) in given
-        .azure_file_shares
-        .iter()
-        .enumerate()
-        .take(LIST_MAX + 1)
-    {
-        let at = format!("{field}.azure_file_shares[{i}]");
-        let account = storage::check_account(&share.account_name);
-        must(faults, format!("{at}.account_name"), account);
-        let url = storage::share(&share.azure_file_url).map(drop);
-        must(faults, format!("{at}.azure_file_url"), url);
-        credentials(faults, &at, share.credentials.as_ref());
-        mode(faults, &format!("{at}.file_mode"), &share.file_mode);
-        mode(
-            faults,
-            &format!("{at}.directory_mode"),
-            &share.directory_mode,
-        );
-        places.push((at, share.relative_mount_path.as_str()));
-    }
-    for (i, blob) in given
-        .azure_blob_file_systems
-        .iter()
-        .enumerate()
-        .take(LIST_MAX + 1)
-    {
-        let at = format!("{field}.azure_blob_file_systems[{i}]");
-        let account = storage::check_account(&blob.account_name);
-        must(faults, format!("{at}.account_name"), account);
-        let container = storage::check_container(&blob.container_name);
-        must(faults, format!("{at}.container_name"), container);
-        if let Err(unknown) = storage::blob_options(&blob.mount_options) {
-            let (unknown, known) = (unknown.join(" "), storage::BLOB_OPTIONS);
-            let why = format!("has what is not known: {unknown}; known are: {known}");
-            faults.invalid(format!("{at}.mount_options"), why);
-        }
-        credentials(faults, &at, blob.credentials.as_ref());
-        places.push((at, blob.relative_mount_path.as_str()));
-    }
+    check_shares(faults, field, &given.azure_file_shares, &mut places);
+    check_containers(faults, field, &given.azure_blob_file_systems, &mut places);
     for (i, server) in given.file_servers.iter().enumerate().take(LIST_MAX + 1) {
         let at = format!("{field}.file_servers[{i}]");
         faults.name(
@@ -87,6 +50,57 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
     }
     check_places(faults, &places);
     refuse_others(faults, field, given);
+}
+
+/// Where volumes are to be mounted, with the paths of what says so.
+type Places<'a> = Vec<(String, &'a str)>;
+
+fn check_shares<'a>(
+    faults: &mut Faults,
+    field: &str,
+    given: &'a [AzureFileShare],
+    places: &mut Places<'a>,
+) {
+    for (i, share) in given.iter().enumerate().take(LIST_MAX + 1) {
+        let at = format!("{field}.azure_file_shares[{i}]");
+        let account = storage::check_account(&share.account_name);
+        must(faults, format!("{at}.account_name"), account);
+        let url = storage::share(&share.azure_file_url).map(drop);
+        must(faults, format!("{at}.azure_file_url"), url);
+        credentials(faults, &at, share.credentials.as_ref());
+        for (name, text) in [
+            ("file_mode", &share.file_mode),
+            ("directory_mode", &share.directory_mode),
+        ] {
+            if storage::mode(text).is_none() {
+                let why = "must be an octal mode of at most 0777";
+                faults.invalid(format!("{at}.{name}"), why);
+            }
+        }
+        places.push((at, share.relative_mount_path.as_str()));
+    }
+}
+
+fn check_containers<'a>(
+    faults: &mut Faults,
+    field: &str,
+    given: &'a [AzureBlobFileSystem],
+    places: &mut Places<'a>,
+) {
+    for (i, blob) in given.iter().enumerate().take(LIST_MAX + 1) {
+        let at = format!("{field}.azure_blob_file_systems[{i}]");
+        let account = storage::check_account(&blob.account_name);
+        must(faults, format!("{at}.account_name"), account);
+        let container = storage::check_container(&blob.container_name);
+        must(faults, format!("{at}.container_name"), container);
+        if let Err(unknown) = storage::blob_options(&blob.mount_options) {
+            let (unknown, known) = (unknown.join(" "), storage::BLOB_OPTIONS);
+            let why = format!("has what is not known: {unknown}; known are: {known}");
+            faults.invalid(format!("{at}.mount_options"), why);
+        }
+        credentials(faults, &at, blob.credentials.as_ref());
+        places.push((at, blob.relative_mount_path.as_str()));
+    }
 }
 
 /// What nodes cannot mount yet.
@@ -165,12 +179,6 @@ pub fn one_of(
         faults.text(&format!("{at}.source_vault"), &reference.source_vault, true);
         faults.text(&format!("{at}.secret_url"), &reference.secret_url, true);
         faults.not_served(&at, true);
-    }
-}
-
-fn mode(faults: &mut Faults, at: &str, text: &str) {
-    if storage::mode(text).is_none() {
-        faults.invalid(at, "must be an octal mode of at most 0777");
     }
 }
 

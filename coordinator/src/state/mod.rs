@@ -25,6 +25,7 @@ pub mod setup;
 pub mod snapshot;
 pub mod storage_aliases;
 mod stored;
+mod tables;
 mod verdict;
 pub mod vm_size_aliases;
 
@@ -363,71 +364,6 @@ pub(crate) fn not_found(kind: Kind, name: &str) -> Rejection {
     Rejection::NotFound {
         kind,
         name: name.to_owned(),
-    }
-}
-
-impl State {
-    /// Whether a resource exists.
-    pub fn contains(&self, kind: Kind, name: &str) -> bool {
-        match kind {
-            Kind::ResourceGroup => self.resource_groups.contains_key(name),
-            Kind::Workspace => self.workspaces.contains_key(name),
-            Kind::Cluster => self.clusters.contains_key(name),
-            Kind::Experiment => self.experiments.contains_key(name),
-            Kind::Job => self.jobs.contains_key(name),
-            Kind::Node => self.nodes.contains_key(name),
-            Kind::VmSizeAlias => self.vm_size_aliases.contains_key(name),
-            Kind::StorageAlias => self.storage_aliases.contains_key(name),
-            Kind::RoleBinding => self.role_bindings.contains_key(name),
-            Kind::Token => self.tokens.contains_key(name),
-            Kind::FileServer | Kind::Bundle => false,
-        }
-    }
-
-    /// The names of a kind that begin alike, in their order, from behind a name on.
-    pub fn names<'a>(
-        &'a self,
-        kind: Kind,
-        prefix: &str,
-        after: &str,
-    ) -> Box<dyn Iterator<Item = &'a str> + Send + 'a> {
-        fn of<'a, K: Ord + Borrow<str> + Send + Sync, T: Send + Sync>(
-            table: &'a OrdMap<K, T>,
-            prefix: &str,
-            after: &str,
-        ) -> Box<dyn Iterator<Item = &'a str> + Send + 'a> {
-            Box::new(behind(table, prefix, after).map(|(name, _)| name))
-        }
-        match kind {
-            Kind::ResourceGroup => of(&self.resource_groups, prefix, after),
-            Kind::Workspace => of(&self.workspaces, prefix, after),
-            Kind::Cluster => of(&self.clusters, prefix, after),
-            Kind::Experiment => of(&self.experiments, prefix, after),
-            Kind::Job => of(&self.jobs, prefix, after),
-            Kind::Node => of(&self.nodes, prefix, after),
-            Kind::VmSizeAlias => of(&self.vm_size_aliases, prefix, after),
-            Kind::StorageAlias => of(&self.storage_aliases, prefix, after),
-            Kind::RoleBinding => of(&self.role_bindings, prefix, after),
-            Kind::Token => of(&self.tokens, prefix, after),
-            Kind::FileServer | Kind::Bundle => Box::new(std::iter::empty()),
-        }
-    }
-
-    /// How many resources of a kind there are.
-    pub fn count(&self, kind: Kind) -> usize {
-        match kind {
-            Kind::ResourceGroup => self.resource_groups.len(),
-            Kind::Workspace => self.workspaces.len(),
-            Kind::Cluster => self.clusters.len(),
-            Kind::Experiment => self.experiments.len(),
-            Kind::Job => self.jobs.len(),
-            Kind::Node => self.nodes.len(),
-            Kind::VmSizeAlias => self.vm_size_aliases.len(),
-            Kind::StorageAlias => self.storage_aliases.len(),
-            Kind::RoleBinding => self.role_bindings.len(),
-            Kind::Token => self.tokens.len(),
-            Kind::FileServer | Kind::Bundle => 0,
-        }
     }
 }
 
