@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 /// Nobody's: numbers that no account has.
 const USER: &str = "54321:54322";
 /// Generous: programs are started for every mount, on a machine that may be busy.
-const PATIENCE_S: &str = "10";
+const PATIENCE_S: u64 = 10;
 /// Key and signature of a kind that opens nothing.
 const WRONG_KEY: &str = "d3JvbmdrZXltYXJrMTIzNDU2Nzg5MA==";
 
@@ -34,14 +34,19 @@ fn able() -> bool {
     rclone.is_some() && fuse.is_some()
 }
 
-fn ensemble(agents: &[&str]) -> Ensemble {
+/// One agent, a cluster with it where that is wanted, and a directory that everybody may write to.
+fn ensemble(patience_s: u64, cluster: bool) -> Ensemble {
     let mut e = Ensemble::start(0);
     fs::set_permissions(e.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    e.agent_args = vec!["--mount-patience".into(), PATIENCE_S.into()];
-    for name in agents {
-        e.start_agent_as(name, USER);
+    let out = e.path().join("out");
+    fs::create_dir(&out).unwrap();
+    fs::set_permissions(&out, fs::Permissions::from_mode(0o777)).unwrap();
+    e.agent_args = vec!["--mount-patience".into(), patience_s.to_string()];
+    e.start_agent_as("a1", USER);
+    e.until_alive(1);
+    if cluster {
+        e.create_cluster(1);
     }
-    e.until_alive(agents.len());
     e
 }
 
@@ -80,12 +85,7 @@ fn job(shares: &[Value], blobs: &[Value], command: &str) -> Value {
 
 /// A command that goes on when the test says so.
 fn pausing(e: &Ensemble, command: &str) -> (String, PathBuf, PathBuf) {
-    let dir = e.path().join("out");
-    if !dir.exists() {
-        fs::create_dir(&dir).unwrap();
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
-    }
-    let (begun, go) = (dir.join("begun"), dir.join("go"));
+    let (begun, go) = (e.path().join("out/begun"), e.path().join("out/go"));
     let wait = format!(
         "{command}; touch {}; while [ ! -e {} ]; do sleep 0.02; done",
         begun.display(),
@@ -161,8 +161,7 @@ fn a_container_is_there_for_the_job_and_what_it_writes_is_in_it() {
     };
     blobs.create_container("data");
     blobs.put("data/in/a.txt", "given\n");
-    let mut e = ensemble(&["a1"]);
-    e.create_cluster(1);
+    let mut e = ensemble(PATIENCE_S, true);
     let of = ["--container", "data"];
     alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
     // Also by another name first, as checkpoints are, in a directory of its own, and much at the last moment.
@@ -209,8 +208,7 @@ fn a_share_is_there_for_the_job_with_its_modes_and_what_it_writes_is_in_it() {
         return;
     };
     shares.put("a.txt", "given\n");
-    let mut e = ensemble(&["a1"]);
-    e.create_cluster(1);
+    let mut e = ensemble(PATIENCE_S, true);
     let mut volume = share(&shares.url(), SHARE_KEY, "deep/afs");
     volume["fileMode"] = json!("0640");
     volume["directoryMode"] = json!("0750");
@@ -260,8 +258,7 @@ fn what_cannot_be_opened_is_said_as_the_original_did() {
         return;
     };
     blobs.create_container("data");
-    let mut e = ensemble(&["a1"]);
-    e.create_cluster(1);
+    let mut e = ensemble(PATIENCE_S, true);
     for name in ["data", "missing"] {
         let of = ["--container", name];
         alias(&e, name, BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
@@ -356,8 +353,7 @@ fn what_stands_in_their_stead_is_mounted_and_the_files_of_the_original_run_as_th
     else {
         return;
     };
-    let mut e = ensemble(&["a1"]);
-    e.create_cluster(1);
+    let mut e = ensemble(PATIENCE_S, true);
     let lab = e.path().join("lab");
     for dir in [lab.clone(), lab.join("logs")] {
         fs::create_dir(&dir).unwrap();
@@ -518,7 +514,7 @@ fn a_cluster_has_them_for_as_long_as_it_has_the_node_whoever_dies() {
         return;
     };
     blobs.create_container("data");
-    let mut e = ensemble(&["a1"]);
+    let mut e = ensemble(PATIENCE_S, false);
     e.ok(&["group", "create", "-n", "g"]);
     e.ok(&["workspace", "create", "-g", "g", "-n", "w"]);
     e.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
@@ -581,7 +577,7 @@ fn a_cluster_has_them_for_as_long_as_it_has_the_node_whoever_dies() {
     // Who holds them is cut down: whoever does next has the keys again.
     let holders = || {
         let all = processes_of(&e.path().join("agents")).into_iter();
-        all.filter(|(_, line)| line.contains(" mounts "))
+        all.filter(|(_, line)| line.contains(" mounts ") && !line.contains("--clean"))
             .collect::<Vec<_>>()
     };
     let cut = holders()[0].0;
@@ -616,25 +612,24 @@ fn what_cannot_be_written_back_is_said_and_is_no_success() {
         return;
     };
     blobs.create_container("data");
-    let mut e = Ensemble::start(0);
-    fs::set_permissions(e.path(), fs::Permissions::from_mode(0o755)).unwrap();
     // Ten times as much is what writing back may take.
-    e.agent_args = vec!["--mount-patience".into(), "3".into()];
-    e.start_agent_as("a1", USER);
-    e.until_alive(1);
-    e.create_cluster(1);
+    let mut e = ensemble(3, true);
     let of = ["--container", "data"];
     alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
-    let (command, begun, go) = pausing(&e, "true");
-    let command = format!("{command}; echo model > $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs/model");
-    submit(
-        &e,
-        "j",
-        job(&[], &[blob("data", BLOB_KEY, "bfs")], &command),
-    );
+    let submit_one = |name: &str, command: &str| {
+        let command = format!("cd $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs; {command}");
+        submit(
+            &e,
+            name,
+            job(&[], &[blob("data", BLOB_KEY, "bfs")], &command),
+        );
+    };
+    let server = Pid::from_raw(blobs.0.pid());
+    let (command, begun, go) = pausing(&e, "exec 3> model");
+    submit_one("j", &format!("{command}; echo model >&3"));
     until("the job to begin", || begun.exists().then_some(()));
     // Its service is there, and answers no more.
-    kill(Pid::from_raw(blobs.0.pid()), Signal::SIGSTOP).unwrap();
+    kill(server, Signal::SIGSTOP).unwrap();
     fs::write(&go, "").unwrap();
     let job = e.until_job("j", "FAILED");
     let (code, message) = error(&job);
@@ -643,6 +638,18 @@ fn what_cannot_be_written_back_is_said_and_is_no_success() {
         message.contains("1 files were not written back"),
         "{message}"
     );
+    nothing_is_mounted(&e);
+    kill(server, Signal::SIGCONT).unwrap();
+
+    // One that is gone while a job runs ends it.
+    fs::remove_file(&begun).unwrap();
+    submit_one("gone", &format!("touch {}; sleep 1000", begun.display()));
+    until("the job to begin", || begun.exists().then_some(()));
+    kill(server, Signal::SIGKILL).unwrap();
+    let job = e.until_job("gone", "FAILED");
+    let (code, message) = error(&job);
+    assert_eq!(code, "MountUnavailable", "{job}");
+    assert!(message.contains("refused"), "{message}");
     nothing_is_mounted(&e);
     e.assert_nothing_left();
 }

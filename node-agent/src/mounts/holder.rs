@@ -370,18 +370,14 @@ impl Holder<'_> {
         let noted = self.note(at, mount);
         mounted?;
         noted?;
-        let look = Step::Look {
-            path: mount.path.clone(),
-        };
+        let look = look(mount);
         self.within(&look, left())
             .map_err(|error| format!("it is mounted, and does not answer: {error}"))
     }
 
     /// Looks after a mount until it is to go, or does not answer for too long: then why.
     fn watch(&self, mount: &Mount) -> Option<String> {
-        let look = Step::Look {
-            path: mount.path.clone(),
-        };
+        let look = look(mount);
         let mut answered = Instant::now();
         loop {
             self.pause(self.look_every());
@@ -427,6 +423,15 @@ fn named(mount: &Mount) -> String {
         How::Bind { source, .. } => source.clone(),
         How::Remote(remote) => remote.named(),
     }
+}
+
+fn look(mount: &Mount) -> Step {
+    let server = match &mount.how {
+        How::Remote(remote) => remote.server(),
+        How::Command(_) | How::Bind { .. } => None,
+    };
+    let path = mount.path.clone();
+    Step::Look { path, server }
 }
 
 fn failed_code(mount: &Mount) -> &str {

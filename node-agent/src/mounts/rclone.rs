@@ -41,7 +41,9 @@ pub fn mount(remote: &Remote, key: &str, point: &Point<'_>) -> io::Result<()> {
     if key.is_empty() {
         return Err(io::Error::other("its key is not known here"));
     }
-    let address = reach(remote)?;
+    let server = remote.server();
+    let (host, port) = server.ok_or_else(|| io::Error::other("it is nowhere"))?;
+    let address = reach(&host, port)?;
     if let Some(data) = cifs_options(remote, key, address)
         && let Some(done) = by_kernel(remote, &data, point.path)
     {
@@ -60,13 +62,10 @@ pub fn mount(remote: &Remote, key: &str, point: &Point<'_>) -> io::Result<()> {
 }
 
 /// A server that cannot be reached is said at once: what speaks to it tries for minutes.
-fn reach(remote: &Remote) -> io::Result<SocketAddr> {
-    let (host, port) = remote
-        .server()
-        .ok_or_else(|| io::Error::other("it is nowhere"))?;
+pub fn reach(host: &str, port: u16) -> io::Result<SocketAddr> {
     let unreachable =
         |error: &dyn std::fmt::Display| io::Error::other(format!("{host}:{port}: {error}"));
-    let addresses = (host.as_str(), port).to_socket_addrs();
+    let addresses = (host, port).to_socket_addrs();
     let mut last = None;
     for address in addresses.map_err(|error| unreachable(&error))? {
         match TcpStream::connect_timeout(&address, CONNECT_MAX) {

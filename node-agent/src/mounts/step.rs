@@ -53,8 +53,11 @@ pub enum Step {
         force: bool,
         lazy: bool,
     },
-    /// See whether it answers.
-    Look { path: String },
+    /// See whether it answers, and whether the server does that it comes from: who serves it here answers without that.
+    Look {
+        path: String,
+        server: Option<(String, u16)>,
+    },
 }
 
 /// Why it was not done.
@@ -196,7 +199,10 @@ fn begin() -> io::Result<()> {
             }
         },
         Step::Unmount { place, force, lazy } => unmount(&place, force, lazy),
-        Step::Look { path } => statfs(path.as_str()).map(drop).map_err(io::Error::from),
+        Step::Look { path, server } => {
+            statfs(path.as_str())?;
+            server.map_or(Ok(()), |(host, port)| rclone::reach(&host, port).map(drop))
+        }
     }
 }
 
