@@ -15,6 +15,7 @@ pub mod paths;
 pub mod ranks;
 pub mod shutdown;
 pub mod signals;
+pub mod storage;
 pub mod telemetry;
 pub mod time;
 pub mod tls;

@@ -18,6 +18,7 @@ pub mod replicas;
 pub mod requirement;
 pub mod sim;
 pub mod sources;
+pub mod storage;
 pub mod terminal;
 pub mod torture;
 pub mod volume;

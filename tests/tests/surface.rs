@@ -1092,6 +1092,10 @@ fn every_kind_of_resource_can_be_watched() {
         1
     );
     assert_eq!(
+        watched!(storage_aliases.watch_storage_alias(WatchStorageAliasRequest { "storageAliases/-" }).storage_aliases),
+        0
+    );
+    assert_eq!(
         watched!(vm_sizes.watch_vm_size_alias(WatchVmSizeAliasRequest { "vmSizeAliases/-" }).vm_size_aliases),
         0
     );

@@ -25,6 +25,7 @@ mod remote_login;
 mod resource_groups;
 mod restore;
 mod seal;
+mod storage_aliases;
 mod toolkits;
 pub mod views;
 mod vm_sizes;

@@ -98,7 +98,7 @@ fn free_bytes(storage: &Path) -> Result<i64, HardwareError> {
         path: storage.to_owned(),
         error: error.into(),
     })?;
-    let bytes = u64::from(room.blocks_available()).saturating_mul(room.fragment_size());
+    let bytes = room.blocks_available().saturating_mul(room.fragment_size());
     Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
 }
 

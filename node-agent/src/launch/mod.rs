@@ -17,6 +17,7 @@ mod paths;
 mod preparation;
 mod pytorch;
 mod script;
+mod storage;
 mod tensorflow;
 mod users;
 mod volumes;
@@ -32,6 +33,7 @@ use serde::{Deserialize, Serialize};
 use crate::cgroups::{Bound, Group, Isolation};
 pub use environment::ATTEMPT_TAG;
 use paths::Paths;
+pub use storage::{Keys, Place, Remote, keys};
 pub use users::{JobLimit, JobUser, JobUsers, Limited};
 pub use volumes::{How, Mount, of as mounts};
 
@@ -186,6 +188,8 @@ pub enum LaunchError {
         "{path} is no place for a volume: it leads out of the mount root, or is that of another"
     )]
     BadPlace { path: String },
+    #[error("what is to be mounted at {path} cannot be: {why}")]
+    BadVolume { path: String, why: String },
     #[error("this agent cannot launch the job's toolkit; upgrade the agent")]
     UnknownToolkit,
 }
@@ -237,7 +241,12 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
     check_addresses(assignment)?;
     let volumes = context.job.mount_volumes.as_ref();
     let sources = &assignment.file_servers;
-    let mounts = mounts(volumes, sources, &context.paths.job_mount_root)?;
+    let owner = context
+        .user
+        .as_ref()
+        .map_or((0, 0), |user| (user.uid, user.gid));
+    let root = &context.paths.job_mount_root;
+    let mounts = mounts(volumes, &assignment.storage, sources, root, owner)?;
     Ok(Plan {
         preparation: Preparation {
             mount_points: mounts.iter().map(|mount| mount.path.clone()).collect(),

@@ -23,11 +23,11 @@ use super::children::{StartError, start_failure};
 use super::copier::{self, Copier};
 use super::logs::{Drained, ExecutionLog, Stream};
 use super::process::Rights;
-use super::secrets::Secrets;
+use super::secrets::{Handed, Secrets};
 use super::volumes::Volumes;
 use super::{ShimError, ports, prepare, process, system};
 use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, STATUS, STOP};
-use crate::launch::{Preparation, ProcessPlan};
+use crate::launch::{Keys, Preparation, ProcessPlan};
 use crate::lease::Fence;
 use crate::status::{FailureRecord, Phase, RankStatus, Status};
 
@@ -75,6 +75,8 @@ pub struct Shim {
     pub(super) plan: Preparation,
     /// They are nowhere but here, and in the environment of the job's processes.
     secrets: Secrets,
+    /// They are handed on to what mounts its volumes.
+    pub(super) keys: Keys,
     pub(super) status: Status,
     pub(super) log: ExecutionLog,
     pub(super) running: Vec<Running>,
@@ -98,7 +100,7 @@ pub struct Shim {
 }
 
 impl Shim {
-    pub fn new(dir: AttemptDir, secrets: Secrets, own: Vec<String>) -> Result<Shim, ShimError> {
+    pub fn new(dir: AttemptDir, handed: Handed, own: Vec<String>) -> Result<Shim, ShimError> {
         let plan: Preparation = dir.read(PREPARE)?.ok_or(ShimError::NoPlan)?;
         let signals = super::take_signals()?;
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC);
@@ -114,7 +116,8 @@ impl Shim {
         Ok(Shim {
             dir,
             plan,
-            secrets,
+            secrets: handed.variables,
+            keys: handed.keys,
             status: Status::default(),
             log,
             running: Vec::new(),
