@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 
 use batchai_common::time::boot_millis;
 use nix::sys::prctl;
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, geteuid, getppid, setsid};
+use nix::sys::signal::Signal;
+use nix::unistd::{geteuid, getppid, setsid};
 
 use super::kernel::{self, Mark};
 use super::rclone;
+use super::servers;
 use super::step::{Step, StepError, within};
 use super::{CACHE, FAILED, MARKS, PLAN, Phase, Plan, STATUS, Status, UNAVAILABLE, UNMOUNT, left};
 use crate::journal::{AttemptDir, JournalError};
@@ -37,8 +37,6 @@ const DETACH_MAX: Duration = Duration::from_secs(10);
 /// Between two looks at whether a mount answers.
 const LOOK_MAX: Duration = Duration::from_secs(5);
 const LOOK_MIN: Duration = Duration::from_millis(200);
-/// What served mounts from this host ends by itself when they are gone.
-const SERVERS_MAX: Duration = Duration::from_secs(3);
 
 /// Why a holder cannot do its work.
 #[derive(Debug, thiserror::Error)]
@@ -183,7 +181,7 @@ impl Holder<'_> {
             let none: Vec<Vec<Mark>> = Vec::new();
             self.dir.write(MARKS, &none, true)?;
         }
-        end_servers();
+        servers::end();
         // Nobody reads or writes it any more, and it may be large. It need not be there.
         let _ = std::fs::remove_dir_all(self.dir.path.join(CACHE));
         // After the last of it is gone: who reads it may do what must not find it.
@@ -470,40 +468,4 @@ fn detach(own: &[&str], mark: &Mark) {
     if let Err(error) = within(own, &step, DETACH_MAX, &|| false) {
         eprintln!("mounts: {} cannot be unmounted: {error}", place.display());
     }
-}
-
-/// What served the mounts has nothing to serve any more.
-fn end_servers() {
-    let begun = Instant::now();
-    loop {
-        loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) => break,
-                Ok(_) => {}
-                Err(_) => return,
-            }
-        }
-        let signal = match begun.elapsed() {
-            elapsed if elapsed < SERVERS_MAX / 3 => None,
-            elapsed if elapsed < SERVERS_MAX * 2 / 3 => Some(Signal::SIGTERM),
-            elapsed if elapsed < SERVERS_MAX => Some(Signal::SIGKILL),
-            _ => return,
-        };
-        if let Some(signal) = signal {
-            for pid in children() {
-                let _ = kill(Pid::from_raw(pid), signal);
-            }
-        }
-        std::thread::sleep(PAUSE);
-    }
-}
-
-/// Orphans are children of the first thread; this is the only one left.
-fn children() -> Vec<i32> {
-    let pid = std::process::id();
-    let text = std::fs::read_to_string(format!("/proc/self/task/{pid}/children"));
-    let text = text.unwrap_or_default();
-    text.split_whitespace()
-        .filter_map(|pid| pid.parse().ok())
-        .collect()
 }

@@ -21,6 +21,7 @@ mod file_server;
 mod holder;
 mod kernel;
 mod rclone;
+mod servers;
 mod step;
 
 use std::collections::BTreeMap;
