@@ -13,6 +13,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use batchai_common::shutdown;
 use batchai_common::time::boot_millis;
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
@@ -111,6 +112,7 @@ fn begin(dir: &AttemptDir, held: Option<i32>, own: &[&str]) -> Result<(), Holder
             lock => lock,
         },
     };
+    shutdown::keep_memory_private();
     let keys = memory::take()?;
     setsid()?;
     // What serves a mount from this host stays where it can be found.

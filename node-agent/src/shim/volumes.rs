@@ -89,7 +89,10 @@ impl Shim {
         let failure = mounts::status(&self.dir).ok().and_then(|it| it.failure);
         if let Some(failure) = failure.filter(|_| self.status.failure.is_none()) {
             self.log.say(&failure.message);
-            self.status.failure = Some(failure);
+            self.status.failure = Some(FailureRecord {
+                undoes_success: true,
+                ..failure
+            });
         }
     }
 
