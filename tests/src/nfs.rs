@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use batchai_node_agent::nfs::{Config, Status};
 use nfs3_client::io::{AsyncRead, AsyncWrite};
 use nfs3_client::nfs3_types::mount::dirpath;
-use nfs3_client::nfs3_types::nfs3::{self as nfs, *};
+use nfs3_client::nfs3_types::nfs3::*;
 use nfs3_client::nfs3_types::rpc::{auth_unix, opaque_auth};
 use nfs3_client::nfs3_types::xdr_codec::Opaque;
 use nfs3_client::{MountClient, Nfs3Client, RpcError};
@@ -85,7 +85,6 @@ impl Server {
     }
 }
 
-/// Starts a server.
 pub fn run(dir: &Path) -> Process {
     let args = ["node-agent", "nfs-server", "--dir"].map(PathBuf::from);
     Process::start(args.iter().chain([&dir.to_owned()]), &dir.join("log"))
@@ -219,8 +218,8 @@ fn place<'a>(dir: &Handle, name: &'a [u8]) -> diropargs3<'a> {
 
 /// One page of a directory.
 pub struct Page {
+    /// Each with where the next one is.
     pub names: Vec<(Vec<u8>, u64)>,
-    pub handles: usize,
     pub end: bool,
 }
 
@@ -407,12 +406,8 @@ impl Client {
         Ok(())
     }
 
-    pub fn set(&mut self, object: &Handle, new: sattr3) -> Result<wcc_data, Failure> {
-        self.set_if(object, new, None)
-    }
-
-    /// If it was changed last at a time.
-    pub fn set_if(
+    /// Only if it was changed last at a time, where one is given.
+    pub fn set(
         &mut self,
         object: &Handle,
         new: sattr3,
@@ -455,7 +450,7 @@ impl Client {
 
     /// A page of a directory, with attributes or without.
     pub fn page(&mut self, dir: &Handle, cookie: u64, plus: bool) -> Result<Page, Failure> {
-        let cookieverf = nfs::cookieverf3::default();
+        let cookieverf = cookieverf3::default();
         if !plus {
             let args = READDIR3args {
                 dir: dir.clone(),
@@ -467,7 +462,6 @@ impl Client {
             let entries = reply.entries.into_inner().into_iter();
             return Ok(Page {
                 names: entries.map(|e| (e.name.0.to_vec(), e.cookie)).collect(),
-                handles: 0,
                 end: reply.eof,
             });
         }
@@ -479,13 +473,9 @@ impl Client {
             maxcount: 32 << 10,
         };
         let reply = result(self.runtime.block_on(self.nfs.readdirplus(&args))?)?.reply;
-        let entries = reply.entries.into_inner();
+        let entries = reply.entries.into_inner().into_iter();
         Ok(Page {
-            handles: entries.iter().filter(|e| e.name_handle.is_some()).count(),
-            names: entries
-                .into_iter()
-                .map(|e| (e.name.0.to_vec(), e.cookie))
-                .collect(),
+            names: entries.map(|e| (e.name.0.to_vec(), e.cookie)).collect(),
             end: reply.eof,
         })
     }

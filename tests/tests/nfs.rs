@@ -11,6 +11,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use batchai_tests::guest::{Guest, image};
 use batchai_tests::nfs::{
     Client, Failure, Handle, LOOPBACK, NOBODY, Server, User, connect, credentials, run, settings,
     status, write_config,
@@ -311,9 +312,9 @@ fn sizes_times_and_modes_are_set() {
     let root = client.root.clone();
     let file = client.create(&root, b"file", 0o640).unwrap();
     client.write(&file, 0, &[7; 5000], UNSTABLE).unwrap();
-    client.set(&file, settings(None, Some(3))).unwrap();
+    client.set(&file, settings(None, Some(3)), None).unwrap();
     assert_eq!(client.read(&file, 0, 10).unwrap(), (vec![7; 3], true));
-    client.set(&file, settings(None, Some(5))).unwrap();
+    client.set(&file, settings(None, Some(5)), None).unwrap();
     assert_eq!(client.read(&file, 2, 10).unwrap(), (vec![7, 0, 0], true));
     assert_eq!(client.read(&file, 5, 10).unwrap(), (vec![], true));
     assert_eq!(client.read(&file, u64::MAX, 10).unwrap(), (vec![], true));
@@ -328,16 +329,16 @@ fn sizes_times_and_modes_are_set() {
         atime: set_atime::SET_TO_SERVER_TIME,
         ..settings(Some(0o4751), None)
     };
-    let change = client.set(&file, new).unwrap();
+    let change = client.set(&file, new, None).unwrap();
     let (before, after) = (change.before.unwrap(), change.after.unwrap());
     assert_eq!((before.size, after.size, after.mode), (5, 5, 0o4751));
     let now = client.attributes(&file).unwrap();
     assert_eq!((now.mtime, now.ctime), (time, after.ctime));
     assert!(now.atime.seconds > time.seconds);
     // Only if nobody changed it meanwhile.
-    let stale = client.set_if(&file, settings(Some(0o600), None), Some(time));
+    let stale = client.set(&file, settings(Some(0o600), None), Some(time));
     assert_eq!(refused(stale), Status::NFS3ERR_NOT_SYNC);
-    let fresh = client.set_if(&file, settings(Some(0o600), None), Some(now.ctime));
+    let fresh = client.set(&file, settings(Some(0o600), None), Some(now.ctime));
     assert_eq!(refused(fresh), Status::NFS3_OK);
     // A file that is there is opened, and made empty where that is asked.
     let open = createhow3::UNCHECKED(settings(Some(0o666), None));
@@ -402,9 +403,9 @@ fn the_kernel_decides_who_may_do_what() {
             refused(client.write(&file, 0, b"x", UNSTABLE)),
             Status::NFS3ERR_ACCES
         );
-        let cut = client.set(&file, settings(None, Some(0)));
+        let cut = client.set(&file, settings(None, Some(0)), None);
         assert_eq!(refused(cut), Status::NFS3ERR_ACCES);
-        let opened = client.set(&file, settings(Some(0o666), None));
+        let opened = client.set(&file, settings(Some(0o666), None), None);
         assert_eq!(refused(opened), Status::NFS3ERR_PERM);
         assert_eq!(client.access(&file, 63).unwrap(), 0);
     }
@@ -419,7 +420,7 @@ fn the_kernel_decides_who_may_do_what() {
         uid: Nfs3Option::Some(BOB),
         ..sattr3::default()
     };
-    assert_eq!(refused(ann.set(&file, given)), Status::NFS3ERR_PERM);
+    assert_eq!(refused(ann.set(&file, given, None)), Status::NFS3ERR_PERM);
     // A directory of one: others neither look into it nor make anything in it.
     let dir = ann.mkdir(&top, b"own", 0o700).unwrap();
     ann.create(&dir, b"inside", 0o666).unwrap();
@@ -491,7 +492,7 @@ fn nothing_beyond_the_export_is_reached() {
     assert_eq!(refused(client.read(&link, 0, 9)), Status::NFS3ERR_INVAL);
     let write = client.write(&link, 0, b"x", FILE_SYNC);
     assert_eq!(refused(write), Status::NFS3ERR_INVAL);
-    let cut = client.set(&link, settings(None, Some(0)));
+    let cut = client.set(&link, settings(None, Some(0)), None);
     assert_eq!(refused(cut), Status::NFS3ERR_INVAL);
     let open = createhow3::UNCHECKED(settings(None, Some(0)));
     assert_eq!(
@@ -744,9 +745,11 @@ fn what_was_acknowledged_outlives_a_power_cut() {
     client.remove(&from, b"b").unwrap();
     client.link(&synced, &to, b"linked").unwrap();
     client.symlink(&to, b"link", b"renamed").unwrap();
-    client.set(&synced, settings(Some(0o604), None)).unwrap();
     client
-        .set(&committed, settings(None, Some(BLOCK as u64 * 15)))
+        .set(&synced, settings(Some(0o604), None), None)
+        .unwrap();
+    client
+        .set(&committed, settings(None, Some(BLOCK as u64 * 15)), None)
         .unwrap();
     server.process.kill();
     let (copy, found) = (dir.path().join("copy"), dir.path().join("found"));
@@ -894,6 +897,68 @@ fn what_is_no_call_does_no_harm() {
         });
         assert_eq!(served, CONNECTIONS_OF_ONE);
     }
+}
+
+#[test]
+fn linux_mounts_it_and_goes_on_when_it_comes_back() {
+    let Some(w) = World::start() else { return };
+    let Some(image) = image() else { return };
+    let machine = w.dir.path().join("machine");
+    fs::create_dir(&machine).unwrap();
+    let mut guest = Guest::boot(image, &machine);
+    let mut server = w.server;
+    let export = w.dir.path().join("export");
+    // The guest's addresses and ports are translated.
+    server.tell(|config| config.any_port = true);
+    let (host, port) = ("10.0.2.2", server.config.listen.port());
+    guest.ok("load nfs; mkdir /files");
+    let options = format!(
+        "vers=3,proto=tcp,port={port},mountport={port},mountproto=tcp,mountvers=3,nolock,hard,timeo=50,addr={host},mountaddr={host}"
+    );
+    let mount = format!(
+        "mount -t nfs -o {options} {host}:{} /files",
+        export.display()
+    );
+    until("the server to take it", || {
+        (guest.run(&mount).1 == 0).then_some(())
+    });
+    guest.ok("cd /files && mkdir d && echo one > d/a && ln d/a d/b && ln -s a d/c && mv d/b e && chmod 4640 e && cat d/c");
+    assert_eq!(fs::read_to_string(export.join("e")).unwrap(), "one\n");
+    let made = fs::symlink_metadata(export.join("e")).unwrap();
+    assert_eq!(
+        (made.uid(), made.nlink(), made.mode() & 0o7777),
+        (NOBODY, 2, 0o4640)
+    );
+    guest.ok("cd /files && mkdir many && for i in $(seq 1 300); do echo $i > many/$i; done");
+    assert_eq!(guest.ok("ls /files/many | wc -l").trim(), "300");
+    assert_eq!(
+        guest.ok("cat /files/many/* | sort -n | tail -n 1").trim(),
+        "300"
+    );
+    guest.ok("cd /files && rm -r many d && echo more >> e && test ! -e d");
+    assert_eq!(fs::read_to_string(export.join("e")).unwrap(), "one\nmore\n");
+    // What is written while the server is cut down is written, by the same open file.
+    let work = "dd if=/dev/urandom of=/tmp/own bs=64k count=128 && dd if=/tmp/own of=/files/copy bs=64k conv=fsync && echo done";
+    guest.ok(&format!("mkdir -p /tmp; ({work}) > /tmp/said 2>&1 &"));
+    for _ in 0..3 {
+        let size = || fs::metadata(export.join("copy")).map_or(0, |copy| copy.len());
+        let before = size();
+        until("something to be written", || {
+            (size() > before || before == 8 << 20).then_some(())
+        });
+        server.restart();
+    }
+    until("all to be written", || {
+        guest.ok("cat /tmp/said").contains("done").then_some(())
+    });
+    let own = guest.ok("sha256sum < /tmp/own");
+    assert_eq!(guest.ok("sha256sum < /files/copy"), own);
+    let hex: String = digest(&export.join("copy"))
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
+    assert!(own.starts_with(&hex), "{own} and here {hex}");
+    guest.ok("cd /; umount /files");
 }
 
 #[test]

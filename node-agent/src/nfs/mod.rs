@@ -44,6 +44,9 @@ use batchai_common::{shutdown, telemetry};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+#[cfg(any(test, fuzzing))]
+pub use calls::any as any_call;
+
 /// How many clients an export may have.
 pub const CLIENTS_MAX: usize = 4096;
 /// How many calls are done at once.
