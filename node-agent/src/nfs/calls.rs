@@ -154,5 +154,5 @@ pub fn any(bytes: &[u8], root: &std::path::Path, keys: &std::path::Path) {
     arguments.bytes(&handle.expect("it has one"));
     arguments.0.extend(rest);
     let answered = answer(&export, &head, squash, Reader(&arguments.0));
-    assert!(answered.len() >= 28 && answered.len() % 4 == 0);
+    assert!(answered.len() >= 28 && answered.len().is_multiple_of(4));
 }

@@ -123,11 +123,17 @@ impl Call<'_> {
         // The data is read into its place, and what comes before it is written when its length is known.
         let head = out.0.len();
         let data = head + READ_HEAD;
-        out.0.resize(data + count, 0);
+        // New memory is zeroed already, and need not be touched before the data comes.
+        let mut whole = vec![0; data + count + padding(count)];
+        whole[..head].copy_from_slice(&out.0);
+        out.0 = whole;
         let mut filled = 0;
         // Beyond what the kernel can say there is nothing.
         while filled < count && i64::try_from(offset + filled as u64).is_ok() {
-            match file.read_at(&mut out.0[data + filled..], offset + filled as u64) {
+            match file.read_at(
+                &mut out.0[data + filled..data + count],
+                offset + filled as u64,
+            ) {
                 Ok(0) => break,
                 Ok(read) => filled += read,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}

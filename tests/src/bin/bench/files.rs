@@ -126,7 +126,7 @@ fn measure(name: &str, root: &Path, worker: &(dyn Fn(u64) -> Box<dyn Worker> + S
     };
     let written = timed(&|worker, _| worker.write(&piece, MIB / CLIENTS));
     forget(root);
-    let read = timed(&|worker, _| assert_eq!(worker.read(MIB / CLIENTS), MIB / CLIENTS << 20));
+    let read = timed(&|worker, _| assert_eq!(worker.read(MIB / CLIENTS), (MIB / CLIENTS) << 20));
     let made = timed(&|worker, part| {
         for number in 0..FILES / CLIENTS {
             worker.create(&format!("small-{part}-{number}"), &piece[..SMALL]);
