@@ -11,6 +11,7 @@ pub mod given;
 pub mod guest;
 pub mod history;
 pub mod network;
+pub mod nfs;
 pub mod process;
 pub mod raw;
 pub mod register;
