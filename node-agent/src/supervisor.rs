@@ -328,6 +328,7 @@ impl Supervisor {
         crash_point!("agent_wrote_a_plan");
         let mut secrets = shim::secrets_of(assignment);
         secrets.insert(TOKEN.to_owned(), self.key.token(&dir.id()));
+        secrets.extend(shim::registry_password(assignment));
         match self.spawn(dir, &secrets) {
             Ok(child) => {
                 crash_point!("agent_started_a_shim");

@@ -6,6 +6,7 @@
 //! to fork.
 
 mod children;
+mod container;
 mod copier;
 mod ending;
 mod exec;
@@ -35,11 +36,12 @@ use nix::unistd::setsid;
 
 use crate::journal::{AttemptDir, JournalError};
 
+pub use container::able as can_contain;
 pub use exec::{Beside, ExecPlan, Words, main as exec};
 pub use group::{detect, homes};
 pub use process::resize as resize_terminal;
 pub use root::{Root, RootError};
-pub use secrets::{hand_over, of as secrets_of};
+pub use secrets::{hand_over, of as secrets_of, registry_password};
 pub use tree::{SweepError, sweep};
 #[cfg(any(test, fuzzing))]
 pub use unpack::unpack as unpack_bundle;

@@ -12,6 +12,7 @@ use batchai_proto::agent::v1::Assignment;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::dup2_stdin;
 
+use super::container::PASSWORD;
 use super::{ShimError, system};
 
 /// Values by the names of their variables.
@@ -23,6 +24,17 @@ pub fn of(assignment: &Assignment) -> Secrets {
     secrets
         .map(|secret| (secret.name.clone(), secret.value.clone()))
         .collect()
+}
+
+/// The password of the registry that an assignment's image is pulled from, beside the secrets: no process of the job gets it.
+pub fn registry_password(assignment: &Assignment) -> Option<(String, String)> {
+    let container = assignment.job.as_ref()?.container_settings.as_ref()?;
+    let credentials = container
+        .image_source_registry
+        .as_ref()?
+        .credentials
+        .as_ref()?;
+    Some((PASSWORD.to_owned(), credentials.password.clone()))
 }
 
 /// What a shim that is about to start reads them from.
