@@ -332,6 +332,13 @@ impl Store {
     }
 }
 
+impl Drop for Store {
+    fn drop(&mut self) {
+        // Where it became an image it is not there any more; what this leaves the next one removes.
+        let _ = fs::remove_dir_all(self.at.join(NEW));
+    }
+}
+
 /// Unpacks in a process that sees nothing else: links in an image lead nowhere but into it.
 fn unpack(archive: &File, image: &layers::Image, into: &Path) -> io::Result<()> {
     let (from, to) = pipe2(OFlag::O_CLOEXEC)?;
@@ -366,5 +373,41 @@ fn unpack(archive: &File, image: &layers::Image, into: &Path) -> io::Result<()> 
         other => Err(io::Error::other(format!(
             "what unpacks it has ended: {other:?}"
         ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_used_last_and_what_is_in_use_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().to_string_lossy()).unwrap();
+        let name = |at: usize| format!("{at:064}");
+        let count = IMAGES_KEPT + 4;
+        for at in 0..count {
+            let path = dir.path().join(name(at));
+            private_dir(&path.join(ROOT)).unwrap();
+            fs::write(path.join(KNOWN), "{}").unwrap();
+            let used = File::create(path.join(USED)).unwrap();
+            let age = Duration::from_secs((count - at) as u64);
+            used.set_modified(SystemTime::now() - age).unwrap();
+        }
+        let never = || -> io::Result<(File, layers::Image)> { panic!("it is there") };
+        // The oldest one, before it is used.
+        let held = File::open(dir.path().join(name(0)).join(USED)).unwrap();
+        let held = Flock::lock(held, FlockArg::LockShared).unwrap();
+        let used = store.have(&name(1), never).unwrap();
+        store.make_room(&name(count - 1));
+        let left: Vec<_> = (0..count)
+            .filter(|at| dir.path().join(name(*at)).join(KNOWN).exists())
+            .collect();
+        let expected: Vec<_> = [0, 1]
+            .into_iter()
+            .chain(count - IMAGES_KEPT + 1..count)
+            .collect();
+        assert_eq!(left, expected);
+        drop((held, used));
     }
 }

@@ -48,10 +48,26 @@ pub fn make(
     image: &Image,
 ) -> Result<Room, FailureRecord> {
     let made = build(container, user, image);
-    made.map_err(|error| failure(format!("the container cannot be made: {error}"), true))
+    let failed = |error: &io::Error, infrastructure| {
+        failure(
+            format!("the container cannot be made: {error}"),
+            infrastructure,
+        )
+    };
+    match made {
+        Ok((room, Ok(()))) => Ok(room),
+        // By what the image is, or what the job wants to see in it.
+        Ok((_, Err(error))) => Err(failed(&error, false)),
+        Err(error) => Err(failed(&error, true)),
+    }
 }
 
-fn build(container: &Container, user: Option<&JobUser>, image: &Image) -> io::Result<Room> {
+/// The container, and whether everything could be put into place in it.
+fn build(
+    container: &Container,
+    user: Option<&JobUser>,
+    image: &Image,
+) -> io::Result<(Room, io::Result<()>)> {
     let namespace = OwnedFd::from(File::open("/proc/self/ns/mnt")?);
     let root = over(Path::new(&container.layer), image)?;
     if Path::new(NVIDIA).exists() {
@@ -69,16 +85,17 @@ fn build(container: &Container, user: Option<&JobUser>, image: &Image) -> io::Re
     drop(seen);
     umount2(&host, MntFlags::MNT_DETACH)?;
     fs::remove_dir(&host)?;
-    placed?;
-    Ok(Room {
-        known: Known {
-            env: image.env.clone(),
-            shell: shell(),
-            namespace: -1,
-        },
+    let known = Known {
+        env: image.env.clone(),
+        shell: shell(),
+        namespace: -1,
+    };
+    let room = Room {
+        known,
         namespace,
         _image: None,
-    })
+    };
+    Ok((room, placed))
 }
 
 /// The image's files with a layer over them. Where the disk of jobs cannot hold such a layer it is kept in memory.
