@@ -8,6 +8,7 @@ pub mod faults;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod holes;
+pub mod images;
 pub mod limits;
 pub mod mount_options;
 pub mod names;

@@ -213,6 +213,7 @@ fn text(name: &str) -> &'static str {
         "file_mode" | "directory_mode" => "0777",
         "file_server" => "resourceGroups/g/workspaces/w/fileServers/f",
         "std_out_err_path_prefix" => "/out",
+        "server_url" => "docker.io",
         "public_ips_to_allow" => "10.0.0.0/24",
         _ => "x",
     }
@@ -246,11 +247,19 @@ fn set(message: &mut DynamicMessage, path: &str) {
     let descriptor = prost_reflect::ReflectMessage::descriptor(message);
     let field = descriptor.get_field_by_name(first).unwrap();
     match rest {
-        None => message.set_field(&field, sample(&field)),
+        None => {
+            // A reference stands in the place of a value.
+            if let Some(value) = first.strip_suffix("_secret_reference") {
+                message.clear_field_by_name(value);
+            }
+            message.set_field(&field, sample(&field));
+        }
         Some(rest) => {
             let mut inner = match message.get_field(&field).into_owned() {
                 Value::Message(inner) if message.has_field(&field) => inner,
-                _ if ["image_reference", "setup_task"].contains(&first) => {
+                _ if ["image_reference", "setup_task", "image_source_registry"]
+                    .contains(&first) =>
+                {
                     message_sample(&inner(&field).unwrap())
                 }
                 _ => DynamicMessage::new(inner(&field).unwrap()),
@@ -310,7 +319,8 @@ fn send_job(api: &Api, path: &str) -> Result<v1::Job, tonic::Status> {
         cluster: CLUSTER.into(),
         ..job()
     };
-    if path.split('.').next().unwrap().ends_with("_settings") && path != "container_settings" {
+    let first = path.split('.').next().unwrap();
+    if first.ends_with("_settings") && first != "container_settings" {
         base.custom_toolkit_settings = None;
     }
     let mut given = dynamic("Job", &base);

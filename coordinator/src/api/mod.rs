@@ -6,6 +6,7 @@ mod admin;
 mod bundles;
 mod cluster_spec;
 mod clusters;
+mod containers;
 mod exec;
 mod experiments;
 mod faults;

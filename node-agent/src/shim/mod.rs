@@ -6,6 +6,7 @@
 //! to fork.
 
 mod children;
+mod container;
 mod copier;
 mod ending;
 mod exec;
@@ -36,6 +37,7 @@ use nix::unistd::setsid;
 use crate::journal::{AttemptDir, JournalError};
 use crate::memory;
 
+pub use container::able as can_contain;
 pub use exec::{Beside, ExecPlan, Words, main as exec};
 pub use group::{detect, homes};
 pub use process::resize as resize_terminal;

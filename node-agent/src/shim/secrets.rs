@@ -19,6 +19,9 @@ pub struct Handed {
     pub variables: Secrets,
     /// For what mounts its volumes, and for nobody else.
     pub keys: Keys,
+    /// Of the registry that the job's image is pulled from: no process of the job gets it.
+    #[serde(default)]
+    pub password: Option<String>,
 }
 
 /// The secrets of an assignment's work.
@@ -30,5 +33,12 @@ pub fn of(assignment: &Assignment) -> Handed {
             .map(|secret| (secret.name.clone(), secret.value.clone()))
             .collect(),
         keys: keys(volumes.and_then(|job| job.mount_volumes.as_ref())),
+        password: registry_password(assignment),
     }
+}
+
+fn registry_password(assignment: &Assignment) -> Option<String> {
+    let container = assignment.job.as_ref()?.container_settings.as_ref()?;
+    let registry = container.image_source_registry.as_ref()?;
+    Some(registry.credentials.as_ref()?.password.clone())
 }
