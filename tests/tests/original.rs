@@ -55,7 +55,7 @@ fn script(name: &str) -> String {
     format!("{ROOT}/scripts/{name}")
 }
 
-const MOUNTS: [&str; 2] = ["job.mount_volumes", "job.container_settings"];
+const MOUNTS: [&str; 1] = ["job.container_settings"];
 
 #[test]
 fn the_job_files_of_the_recipes_are_taken_or_refused_by_name() {
