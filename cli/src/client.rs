@@ -17,6 +17,7 @@ use batchai_proto::v1::information_service_client::InformationServiceClient;
 use batchai_proto::v1::job_service_client::JobServiceClient;
 use batchai_proto::v1::node_service_client::NodeServiceClient;
 use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient;
+use batchai_proto::v1::storage_alias_service_client::StorageAliasServiceClient;
 use batchai_proto::v1::vm_size_service_client::VmSizeServiceClient;
 use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
 use tokio::sync::watch;
@@ -102,6 +103,10 @@ impl Client {
 
     pub fn file_servers(&self) -> FileServerServiceClient<Secured> {
         FileServerServiceClient::new(self.secured.clone())
+    }
+
+    pub fn storage_aliases(&self) -> StorageAliasServiceClient<Secured> {
+        StorageAliasServiceClient::new(self.secured.clone())
     }
 
     pub fn vm_sizes(&self) -> VmSizeServiceClient<Secured> {

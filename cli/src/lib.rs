@@ -44,6 +44,7 @@ mod resources;
 mod run;
 mod server_files;
 mod settings;
+mod storage;
 mod terminal;
 mod variables;
 
@@ -109,6 +110,7 @@ async fn run(command: Command, global: &args::Global) -> Result<ExitCode, CliErr
         Command::User(command) => access::user(command, context).await,
         Command::Admin(command) => admin::admin(command, context).await,
         Command::Audit(command) => access::audit(command, context).await,
+        Command::StorageAlias(command) => storage::alias(command, context).await,
         Command::VmSize(command) => machines::vm_size(command, context).await,
         Command::ListUsages { location } => machines::list_usages(location, context).await,
         Command::Job(command) => job::run(command, context).await,

@@ -8,6 +8,7 @@ pub mod faults;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod holes;
+pub mod images;
 pub mod limits;
 pub mod mount_options;
 pub mod names;
@@ -15,6 +16,7 @@ pub mod paths;
 pub mod ranks;
 pub mod shutdown;
 pub mod signals;
+pub mod storage;
 pub mod telemetry;
 pub mod time;
 pub mod tls;

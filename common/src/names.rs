@@ -18,6 +18,7 @@ pub enum Kind {
     FileServer,
     Node,
     VmSizeAlias,
+    StorageAlias,
     RoleBinding,
     Token,
     Bundle,
@@ -27,7 +28,7 @@ pub enum Kind {
 pub const WILDCARD: &str = "-";
 
 impl Kind {
-    const ALL: [Kind; 11] = [
+    const ALL: [Kind; 12] = [
         Kind::ResourceGroup,
         Kind::Workspace,
         Kind::Cluster,
@@ -36,6 +37,7 @@ impl Kind {
         Kind::FileServer,
         Kind::Node,
         Kind::VmSizeAlias,
+        Kind::StorageAlias,
         Kind::RoleBinding,
         Kind::Token,
         Kind::Bundle,
@@ -61,6 +63,7 @@ impl Kind {
             Kind::FileServer => "fileServers",
             Kind::Node => "nodes",
             Kind::VmSizeAlias => "vmSizeAliases",
+            Kind::StorageAlias => "storageAliases",
             Kind::RoleBinding => "roleBindings",
             Kind::Token => "tokens",
             Kind::Bundle => "bundles",
@@ -78,6 +81,7 @@ impl Kind {
             Kind::FileServer => "file server",
             Kind::Node => "node",
             Kind::VmSizeAlias => "VM size alias",
+            Kind::StorageAlias => "storage alias",
             Kind::RoleBinding => "role binding",
             Kind::Token => "token",
             Kind::Bundle => "bundle",
@@ -90,6 +94,7 @@ impl Kind {
             Kind::ResourceGroup
             | Kind::Node
             | Kind::VmSizeAlias
+            | Kind::StorageAlias
             | Kind::RoleBinding
             | Kind::Token
             | Kind::Bundle => None,

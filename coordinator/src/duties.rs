@@ -346,6 +346,7 @@ fn late(heard: &Heard, attempt: &Attempt) -> Option<Kind> {
         exit_code: None,
         infrastructure: false,
         ends_job: false,
+        undoes_success: false,
     };
     Some(Kind::FailAttempt(FailAttempt {
         attempt: attempt.id.clone(),

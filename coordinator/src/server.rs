@@ -26,6 +26,7 @@ use batchai_proto::v1::information_service_server::InformationServiceServer;
 use batchai_proto::v1::job_service_server::JobServiceServer;
 use batchai_proto::v1::node_service_server::NodeServiceServer;
 use batchai_proto::v1::resource_group_service_server::ResourceGroupServiceServer;
+use batchai_proto::v1::storage_alias_service_server::StorageAliasServiceServer;
 use batchai_proto::v1::vm_size_service_server::VmSizeServiceServer;
 use batchai_proto::v1::workspace_service_server::WorkspaceServiceServer;
 use tokio::net::TcpListener;
@@ -404,6 +405,7 @@ fn routes(gate: Gate, api: Api, agents: Agents, join: Join) -> Result<Routes, Se
         .add_service(limited!(ExecServiceServer, api.clone()))
         .add_service(limited!(ExperimentServiceServer, api.clone()))
         .add_service(limited!(BundleServiceServer, api.clone()))
+        .add_service(limited!(StorageAliasServiceServer, api.clone()))
         .add_service(limited!(VmSizeServiceServer, api.clone()))
         .add_service(limited!(InformationServiceServer, api.clone()))
         .add_service(limited!(NodeServiceServer, api.clone()))

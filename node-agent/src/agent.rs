@@ -30,7 +30,7 @@ use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
 use crate::join::{self, JoinError, Shows};
 use crate::journal::{Identity, Journal, JournalError, STOP};
-use crate::launch::{HostFacts, JobLimit, JobUsers, LogLimit};
+use crate::launch::{Ability, HostFacts, JobLimit, JobUsers, LogLimit};
 use crate::lease::Lease;
 use crate::logs::{Shipped, Shipper};
 use crate::mounts::UNMOUNT;
@@ -85,9 +85,7 @@ pub async fn run(
     let config = config.absolute()?;
     let (journal, mut identity) = Journal::open(&config.data)?;
     let _root = Root::claim(&config.root, &identity.uid)?;
-    let users = user::resolve(config.job_user.as_deref())?;
-    tracing::info!(?users, limits = ?config.job_limits, "jobs run as");
-    user::check_limits(&config.job_limits)?;
+    let users = users(&config)?;
     let shows = tokio::select! {
         shows = join::shows(&config, &journal, &node_id, &mut identity) => shows?,
         () = shutdown.cancelled() => return Ok(()),
@@ -99,12 +97,13 @@ pub async fn run(
         ..config
     };
     let isolation = shim::detect(&identity.uid, config.isolation.as_deref())?;
+    let containers = shim::can_contain(journal.images());
     let shown = shows.as_ref();
     let way = shown.map(|shows| way(&config, shows, &journal, &mut identity));
     let way = way.transpose()?;
     let facts = NodeFacts {
         agent_port: way.as_ref().map_or(0, |_| i32::from(identity.agent_port)),
-        ..hardware::facts(&config, &isolation)?
+        ..hardware::facts(&config, &isolation, &containers)?
     };
     let (uid, vm_size, image) = (&identity.uid, &facts.vm_size, &facts.image);
     let (ends, limits) = (&facts.isolation, &facts.enforced_limits);
@@ -120,6 +119,7 @@ pub async fn run(
         log_limit: config.log_limit(),
         mount_patience_s: config.mount_patience,
         isolation,
+        containers,
         node_id,
         identity,
         facts,
@@ -141,6 +141,14 @@ pub async fn run(
         true => Err(AgentError::Expelled),
         false => ended,
     }
+}
+
+/// Whom jobs run as, with what they may take.
+fn users(config: &Config) -> Result<JobUsers, UserError> {
+    let users = user::resolve(config.job_user.as_deref())?;
+    tracing::info!(?users, limits = ?config.job_limits, "jobs run as");
+    user::check_limits(&config.job_limits)?;
+    Ok(users)
 }
 
 /// How other agents are called and answered.
@@ -198,6 +206,8 @@ struct Parts {
     mount_patience_s: u64,
     /// What it can do with groups of processes.
     isolation: Isolation,
+    /// What it can do for containers.
+    containers: Ability,
     node_id: String,
     identity: Identity,
     facts: NodeFacts,
@@ -289,6 +299,7 @@ impl Parts {
         let paths = (&*bundles, &*lease);
         HostFacts {
             log_limit: self.log_limit,
+            containers: self.containers.clone(),
             ..hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs)
         }
     }

@@ -120,7 +120,8 @@ impl FileServers {
             ..FileServerReport::default()
         };
         if server.ending {
-            report.gone = !dir.path.exists() && !(server.purge && self.has_data(server));
+            let left = dir.path.exists() || (server.purge && self.has_data(server));
+            report.gone = !left;
             let purge = self.failures.get(&server.uid);
             report.failure = purge.map(|why| failure("FileServerNotPurged", server, why));
             return report;

@@ -57,6 +57,20 @@ pub fn bundles(bytes: &[u8], dir: &Path) {
     assert_eq!((names(dir), names(&dir.join("a"))), (2, 1));
 }
 
+/// Calls of NFS: answered, and nothing is changed outside the export.
+pub fn nfs_calls(bytes: &[u8], dir: &Path) {
+    let (export, keys) = (dir.join("a/export"), dir.join("keys"));
+    for made in [&export, &keys] {
+        create_dir_all(made).expect("it can be made");
+    }
+    // Also for nobody, who they come from.
+    let all = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(&export, all).expect("it is ours");
+    crate::nfs::any_call(bytes, &export, &keys);
+    let names = |path: &Path| read_dir(path).expect("it is there").count();
+    assert_eq!((names(dir), names(&dir.join("a"))), (2, 1));
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -88,6 +102,26 @@ mod tests {
         })
     }
 
+    /// A procedure, and numbers and names after its handle.
+    fn nfs_call() -> impl Strategy<Value = Vec<u8>> {
+        let number = prop_oneof![0..4_u32, any::<u32>()];
+        let number = number.prop_map(|n| n.to_be_bytes().to_vec());
+        let name = prop::sample::select(vec!["a", "b", "..", ".", "a/b", "../keys/key", ""]);
+        let name = name.prop_map(|name| {
+            let mut bytes = (name.len() as u32).to_be_bytes().to_vec();
+            bytes.extend(name.bytes());
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+            bytes
+        });
+        let argument = prop_oneof![2 => number, 1 => name];
+        let arguments = prop::collection::vec(argument, 0..10);
+        (any::<u8>(), arguments).prop_map(|(procedure, arguments)| {
+            let mut bytes = vec![procedure];
+            bytes.extend(arguments.concat());
+            bytes
+        })
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
@@ -96,6 +130,18 @@ mod tests {
             shim_files(&bytes);
             if let Ok(assignment) = Assignment::decode(&bytes[..]) {
                 assignments(&assignment);
+            }
+        }
+
+        #[test]
+        fn no_call_reaches_out_of_an_export(calls in prop::collection::vec(nfs_call(), 1..6)) {
+            if !nix::unistd::geteuid().is_root() {
+                eprintln!("SKIPPED: only root serves files for others");
+                return Ok(());
+            }
+            let dir = tempfile::tempdir().unwrap();
+            for call in calls {
+                nfs_calls(&call, dir.path());
             }
         }
 

@@ -5,6 +5,7 @@
 //! DATA/lock                      one agent per directory
 //! DATA/lease                    since when and until when fenced work runs, in milliseconds of the boot clock; read by shims
 //! DATA/bundles/                  what was fetched of bundles
+//! DATA/images/                   images of containers, unpacked
 //! DATA/mounts/{digest}/           what is mounted for a cluster (see `mounts`)
 //! DATA/attempts/{attempt}/
 //!     origin.json                whose work it is; written by the agent
@@ -14,6 +15,7 @@
 //!     started                    made once, by the shim that began
 //!     status.json                what it does; written by the shim
 //!     setup-failed.json          why directories could not be made; written by a child of the shim
+//!     container.json             how processes come into its container; written by the shim
 //!     logs/                      what its processes print; written by the shim
 //! ```
 //! Files are replaced whole. Nothing here decides anything.
@@ -43,6 +45,8 @@ pub const LEASE: &str = "lease";
 pub const STATUS: &str = "status.json";
 pub const SETUP_FAILED: &str = "setup-failed.json";
 pub const LOGS: &str = "logs";
+/// What is known of its container.
+pub const CONTAINER: &str = "container.json";
 const LOCK: &str = "lock";
 const CLUSTER_MOUNTS: &str = "mounts";
 const FILE_SERVERS: &str = "file-servers";
@@ -179,6 +183,11 @@ impl Journal {
     /// Where the bundles of this node's work are kept.
     pub fn bundles(&self) -> PathBuf {
         self.root.join("bundles")
+    }
+
+    /// Where unpacked images are kept.
+    pub fn images(&self) -> PathBuf {
+        self.root.join("images")
     }
 
     /// Remembers who this node is.

@@ -5,11 +5,11 @@ use clap::Parser;
 /// The batchai node agent.
 #[derive(Parser)]
 #[command(name = "batchai-node-agent", version)]
-struct Cli {
+struct Program {
     #[command(flatten)]
     agent: batchai_node_agent::Cli,
 }
 
 fn main() -> std::process::ExitCode {
-    batchai_node_agent::main(Cli::parse().agent, &[])
+    batchai_node_agent::main(Program::parse().agent, &[])
 }

@@ -263,6 +263,7 @@ pub fn failure(record: FailureRecord) -> Failure {
         exit_code: record.exit_code,
         infrastructure: record.infrastructure,
         ends_job: record.ends_job,
+        undoes_success: record.undoes_success,
     }
 }
 

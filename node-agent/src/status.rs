@@ -39,6 +39,8 @@ pub struct FailureRecord {
     pub infrastructure: bool,
     /// It is no failed run, which might be tried again.
     pub ends_job: bool,
+    /// What it did is not there, however well it ended.
+    pub undoes_success: bool,
 }
 
 /// All of it.

@@ -4,7 +4,7 @@
 
 mod volumes;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -28,12 +28,13 @@ use crate::journal::{
 };
 use crate::launch::{HostFacts, plan};
 use crate::logs::Shipped;
-use crate::mounts;
+use crate::memory;
 use crate::peers::{Key, TOKEN};
 use crate::reconcile::{Action, Local, actions, observations, strays};
 use crate::shim;
 use crate::status::{FailureRecord, Phase, Status};
 use crate::watch::Watch;
+use volumes::Mounted;
 pub use volumes::{TAG as MOUNTS_TAG, Volumes};
 
 /// Everything is looked at this often, whatever wakes or does not wake the loop.
@@ -297,9 +298,9 @@ impl Supervisor {
         }
         let mounted = match assignment.set_up {
             true => self.volumes.look_for(&dir.id())?,
-            false => Have::Yes,
+            false => Mounted::Yes,
         };
-        if mounted == Have::NotYet {
+        if mounted == Mounted::NotYet {
             return Ok(());
         }
         dir.create()?;
@@ -314,8 +315,8 @@ impl Supervisor {
             let message = format!("the job's bundle cannot be had: {why}");
             return refuse(dir, "JobBundleFailed", message);
         }
-        if let Have::Never(why) = mounted {
-            return refuse(dir, mounts::FAILED, why);
+        if let Mounted::Never(failure) = mounted {
+            return refuse(dir, &failure.code, failure.message);
         }
         let starts = self.starts.entry(dir.id()).or_default();
         *starts += 1;
@@ -333,7 +334,8 @@ impl Supervisor {
         dir.write(PREPARE, &plan.preparation, true)?;
         crash_point!("agent_wrote_a_plan");
         let mut secrets = shim::secrets_of(assignment);
-        secrets.insert(TOKEN.to_owned(), self.key.token(&dir.id()));
+        let token = self.key.token(&dir.id());
+        secrets.variables.insert(TOKEN.to_owned(), token);
         match self.spawn(dir, &secrets) {
             Ok(child) => {
                 crash_point!("agent_started_a_shim");
@@ -347,7 +349,7 @@ impl Supervisor {
     fn spawn(
         &self,
         dir: &AttemptDir,
-        secrets: &BTreeMap<String, String>,
+        secrets: &shim::Handed,
     ) -> std::io::Result<std::process::Child> {
         let log = std::fs::File::create(dir.path.join("shim.log"))?;
         // The very file that this agent runs, even if it was replaced meanwhile.
@@ -358,7 +360,7 @@ impl Supervisor {
             .arg(&dir.path)
             // It lives longer than the token needs to be known.
             .env_remove("BATCHAI_JOIN_TOKEN")
-            .stdin(shim::hand_over(secrets)?)
+            .stdin(memory::hand_over(secrets)?)
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()

@@ -63,7 +63,8 @@ fn of_variables<'a>(
     variables.iter_mut().enumerate().map(place).collect()
 }
 
-fn of_mounts<'a>(at: &str, mounts: Option<&'a mut MountVolumes>) -> Vec<Place<'a>> {
+/// The secrets of what is mounted. `at`: the path that leads to it.
+pub fn of_mounts<'a>(at: &str, mounts: Option<&'a mut MountVolumes>) -> Vec<Place<'a>> {
     let Some(mounts) = mounts else {
         return Vec::new();
     };

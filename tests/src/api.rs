@@ -15,6 +15,7 @@ use batchai_proto::v1::information_service_client::InformationServiceClient;
 use batchai_proto::v1::job_service_client::JobServiceClient;
 use batchai_proto::v1::node_service_client::NodeServiceClient;
 use batchai_proto::v1::resource_group_service_client::ResourceGroupServiceClient;
+use batchai_proto::v1::storage_alias_service_client::StorageAliasServiceClient;
 use batchai_proto::v1::vm_size_service_client::VmSizeServiceClient;
 use batchai_proto::v1::workspace_service_client::WorkspaceServiceClient;
 use tonic::{Code, Response, Status};
@@ -101,6 +102,10 @@ impl Api {
 
     pub fn nodes(&self) -> NodeServiceClient<Route> {
         NodeServiceClient::new(self.channel.clone())
+    }
+
+    pub fn storage_aliases(&self) -> StorageAliasServiceClient<Route> {
+        StorageAliasServiceClient::new(self.channel.clone())
     }
 
     pub fn vm_sizes(&self) -> VmSizeServiceClient<Route> {

@@ -203,7 +203,7 @@ fn may(role: Role, permission: &str) -> bool {
         "roleBindings" => role >= Role::Owner,
         "resourceGroups" => reads || role >= Role::Owner,
         "workspaces" | "bundles" => reads || role >= Role::Contributor,
-        "nodes" | "vmSizes" => reads || role == Role::Admin,
+        "nodes" | "vmSizes" | "storageAliases" => reads || role == Role::Admin,
         "operations" | "usages" => reads,
         other => panic!("{other}: who may do that?"),
     }

@@ -104,18 +104,25 @@ fn bad_jobs_are_refused_with_every_fault_and_nothing_is_stored() {
         container_settings: Some(v1::ContainerSettings {
             image_source_registry: Some(v1::ImageSourceRegistry {
                 image: "ubuntu".into(),
+                credentials: Some(v1::PrivateRegistryCredentials {
+                    username: "reader".into(),
+                    password_secret_reference: Some(v1::KeyVaultSecretReference {
+                        source_vault: "v".into(),
+                        secret_url: "https://v/s".into(),
+                    }),
+                    ..Default::default()
+                }),
                 ..Default::default()
             }),
             ..Default::default()
         }),
         ..job()
     };
+    let field =
+        "job.container_settings.image_source_registry.credentials.password_secret_reference";
     assert_eq!(
         api.refused(not_served),
-        (
-            Code::Unimplemented,
-            vec!["job.container_settings".to_owned()]
-        )
+        (Code::Unimplemented, vec![field.to_owned()])
     );
 
     for (id, code) in [

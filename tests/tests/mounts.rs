@@ -395,26 +395,21 @@ fn volumes_have_places_of_their_own_and_commands_are_administrators() {
     let many: Vec<_> = many.iter().map(String::as_str).collect();
     let status = api.create_job("x", given(&many)).unwrap_err();
     assert_eq!(refusal(&status).1, ["job.mount_volumes"]);
-    // What is not served is named beside what is.
-    let share = v1::Job {
+    // A file server that is not there is named.
+    let server = v1::Job {
         mount_volumes: Some(v1::MountVolumes {
-            azure_file_shares: vec![v1::AzureFileShare {
-                account_name: "a".into(),
-                azure_file_url: "https://a.invalid/s".into(),
-                relative_mount_path: "afs".into(),
-                credentials: Some(v1::StorageCredentials {
-                    account_key: "k".into(),
-                    ..Default::default()
-                }),
+            file_servers: vec![v1::FileServerMount {
+                file_server: format!("{WORKSPACE}/fileServers/f"),
+                relative_mount_path: "nfs".into(),
                 ..Default::default()
             }],
             ..volumes(&["a"])
         }),
         ..job()
     };
-    let status = api.create_job("x", share).unwrap_err();
-    let refused = vec!["job.mount_volumes.azure_file_shares".to_owned()];
-    assert_eq!(refusal(&status), (Code::Unimplemented, refused));
+    let status = api.create_job("x", server).unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+    assert!(status.message().contains("fileServers/f"), "{status}");
 
     // They are run as root: who owns a workspace may not say what.
     let bind = v1::CreateRoleBindingRequest {

@@ -516,6 +516,34 @@ fn ranks_on_another_node_run_as_the_users_of_jobs_and_as_nobody_else() {
 }
 
 #[test]
+fn ranks_are_in_containers_on_both_machines() {
+    let Some(pair) = Pair::new_as("boxed", "per-workspace:70000") else {
+        return;
+    };
+    // Of the root that this machine has itself, which is not written to.
+    let kept = format!("/tmp/batchai-boxed-{}", std::process::id());
+    let command = format!(
+        "touch {kept}; [ -e {kept} ] && echo \"rank $RANK on $(hostname) as $(id -u) in $(stat -f -c %T /), $SECRET\""
+    );
+    let properties = json!({
+        "nodeCount": 2,
+        "containerSettings": { "imageSourceRegistry": { "image": "rootfs:/" } },
+        "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/logs",
+        "customMpiSettings": { "commandLine": command, "processCount": 2 },
+        "environmentVariables": [{ "name": "PATH", "value": PATH }],
+        "secrets": [{ "name": "SECRET", "value": "known" }],
+    });
+    pair.e.submit_with("boxed", properties);
+    let (job, log, errors) = pair.end("boxed");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    for (rank, node) in [(0, "n2"), (1, "n3")] {
+        let line = format!("rank {rank} on {node} as 70001 in overlayfs, known\n");
+        assert!(log.contains(&line), "{log} {errors}");
+    }
+    assert!(!Path::new(&kept).exists());
+}
+
+#[test]
 fn whatever_of_an_mpi_job_is_killed_it_ends_and_nothing_is_left() {
     let Some(mut pair) = Pair::new("kill") else {
         return;

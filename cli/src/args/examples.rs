@@ -174,6 +174,19 @@ const EXAMPLES: &[(&str, &str)] = &[
         "node confirm-lost",
         "batchai node confirm-lost -n node-1 -y",
     ),
+    (
+        "storage-alias create",
+        "batchai storage-alias create -n datasets -a mystorage --share datasets --path /lab/datasets",
+    ),
+    ("storage-alias list", "batchai storage-alias list -o table"),
+    (
+        "storage-alias show",
+        "batchai storage-alias show -n datasets",
+    ),
+    (
+        "storage-alias delete",
+        "batchai storage-alias delete -n datasets -y",
+    ),
     ("vm-size list", "batchai vm-size list -o table"),
     (
         "vm-size alias create",

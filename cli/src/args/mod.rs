@@ -7,6 +7,7 @@ mod exec;
 mod jobs;
 mod resources;
 mod settings;
+mod storage;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -22,6 +23,7 @@ pub use resources::{
     Group, LogKeeping, Node, OfServer, ServerFile, VmSize, VmSizeAlias, Workspace,
 };
 pub use settings::{Account, Mounts};
+pub use storage::{StorageAlias, StorageAliasCreate};
 
 /// Batch training jobs on your own machines.
 #[derive(Debug, Parser)]
@@ -140,6 +142,9 @@ pub enum Command {
     /// VM sizes: what kinds of machines there are, and other names for them.
     #[command(subcommand)]
     VmSize(VmSize),
+    /// What lies behind shares and containers of storage accounts.
+    #[command(subcommand)]
+    StorageAlias(StorageAlias),
     /// List how much is used of what is bounded.
     ListUsages {
         /// Count only what lies in workspaces of this location.

@@ -7,8 +7,8 @@ use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::HEARTBEAT_INTERVAL;
 use batchai_common::time::boot_millis;
 use batchai_proto::agent::v1::{
-    Assignment, FileServerReport, Hello, LeaseGrant, Report, SessionRequest, SessionResponse,
-    Welcome, session_request, session_response,
+    Assignment, ClusterMounts, FileServerReport, Hello, LeaseGrant, Report, SessionRequest,
+    SessionResponse, Welcome, session_request, session_response,
 };
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
@@ -37,6 +37,8 @@ pub const OUTBOX_MAX: usize = 16;
 const REPORTS_MAX: usize = 8;
 /// Certificates are looked at this often while a session lasts.
 const EXPIRY_LOOK_INTERVAL: Duration = Duration::from_secs(60);
+/// Where what a cluster mounts stands in it.
+const MOUNTS: &str = "node_setup.mount_volumes";
 /// Where the secrets of a set-up task stand.
 const SETUP_TASK: &str = "node_setup.setup_task.";
 
@@ -240,6 +242,18 @@ impl Session {
         }
     }
 
+    /// So it does those of what its cluster mounts.
+    fn unseal_mounts(&self, state: &State, mounts: &mut ClusterMounts) {
+        let workspace = workspace_of(&mounts.cluster).to_owned();
+        let places = secrets::of_mounts(MOUNTS, mounts.volumes.as_mut());
+        let opened = self.vault.unseal(state, &workspace, &mounts.uid, places);
+        if let Err(error) = opened {
+            tracing::error!(%error, cluster = mounts.cluster, "its secrets cannot be opened");
+            mounts.fault = format!("the cluster's secrets cannot be opened: {error}");
+            secrets::blank(secrets::of_mounts(MOUNTS, mounts.volumes.as_mut()));
+        }
+    }
+
     async fn send_out(
         &self,
         outbox: &mpsc::Sender<Result<SessionResponse, Status>>,
@@ -272,6 +286,9 @@ impl Session {
                 sent = list.revision;
                 for assignment in &mut list.assignments {
                     self.unseal(&state, assignment);
+                }
+                if let Some(mounts) = &mut list.mounts {
+                    self.unseal_mounts(&state, mounts);
                 }
                 crash_point!(
                     "coordinator_is_to_send_assignments",

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use batchai_proto::v1::job::{OnNodeLoss, SchedulingPriority};
-use batchai_proto::v1::{ContainerSettings, Job, JobConstraints, NameValuePair, ResourceLimits};
+use batchai_proto::v1::{Job, JobConstraints, NameValuePair, ResourceLimits};
 
 use super::faults::Faults;
-use super::{fields, toolkits, volumes};
+use super::{containers, fields, toolkits, volumes};
 use batchai_common::names::Kind as Noun;
 
 const NODES_MAX: i32 = 10_000;
@@ -239,25 +239,7 @@ fn check_not_served(faults: &mut Faults, given: &Job) {
         volumes::check_mounts(faults, "job.mount_volumes", mounts);
     }
     if let Some(container) = &given.container_settings {
-        check_container(faults, "job.container_settings", container);
-        faults.not_served("job.container_settings", true);
-    }
-}
-
-fn check_container(faults: &mut Faults, field: &str, given: &ContainerSettings) {
-    faults.text(&format!("{field}.shm_size"), &given.shm_size, false);
-    let field = format!("{field}.image_source_registry");
-    let Some(registry) = &given.image_source_registry else {
-        return faults.invalid(field, "must be given");
-    };
-    faults.text(&format!("{field}.image"), &registry.image, true);
-    faults.text(&format!("{field}.server_url"), &registry.server_url, false);
-    if let Some(credentials) = &registry.credentials {
-        let field = format!("{field}.credentials");
-        faults.text(&format!("{field}.username"), &credentials.username, true);
-        let reference = credentials.password_secret_reference.as_ref();
-        let password = ("password", credentials.password.as_str());
-        volumes::one_of(faults, &field, password, reference);
+        containers::check(faults, "job.container_settings", container);
     }
 }
 

@@ -230,26 +230,100 @@ fn every_fault_is_named() {
     }
 }
 
+fn in_a_container(change: impl FnOnce(&mut v1::ContainerSettings)) -> Job {
+    let mut container = v1::ContainerSettings {
+        image_source_registry: Some(v1::ImageSourceRegistry {
+            image: "team.example.org/vision/train:1".into(),
+            server_url: "https://team.example.org".into(),
+            credentials: Some(v1::PrivateRegistryCredentials {
+                username: "reader".into(),
+                password: "hunter2".into(),
+                ..Default::default()
+            }),
+        }),
+        shm_size: "1g".into(),
+    };
+    change(&mut container);
+    Job {
+        container_settings: Some(container),
+        ..valid()
+    }
+}
+
 #[test]
 fn several_faults_are_named_at_once_and_what_is_not_served_is_told_apart() {
-    let mut job = valid();
-    job.container_settings = Some(v1::ContainerSettings {
-        image_source_registry: Some(v1::ImageSourceRegistry {
-            image: "tensorflow/tensorflow:1.8.0-gpu".into(),
-            ..Default::default()
-        }),
-        ..Default::default()
+    let reference = || v1::KeyVaultSecretReference {
+        source_vault: "vault".into(),
+        secret_url: "https://vault/secret".into(),
+    };
+    let mut job = in_a_container(|container| {
+        let registry = container.image_source_registry.as_mut().unwrap();
+        let credentials = registry.credentials.as_mut().unwrap();
+        credentials.password.clear();
+        credentials.password_secret_reference = Some(reference());
     });
     let Err(ApiError::NotServed(faults)) = faults_of(job.clone()) else {
         panic!()
     };
-    assert_eq!(faults[0].field, "job.container_settings");
+    let field =
+        "job.container_settings.image_source_registry.credentials.password_secret_reference";
+    assert_eq!(faults[0].field, field);
     job.node_count = 0;
     job.cluster = String::new();
     let Err(ApiError::Invalid(faults)) = faults_of(job) else {
         panic!()
     };
     assert_eq!(faults.len(), 3);
+}
+
+#[test]
+fn an_image_is_well_named_and_credentials_are_for_its_registry_only() {
+    type Change = fn(&mut v1::ImageSourceRegistry);
+    let of = |change: Change| {
+        in_a_container(|container| change(container.image_source_registry.as_mut().unwrap()))
+    };
+    assert!(faults_of(of(|_| {})).is_ok());
+    for image in [
+        "ubuntu:22.04",
+        "localhost/mine",
+        "rootfs:$AZ_BATCHAI_MOUNT_ROOT/images/a",
+        "docker-archive:/a.tar",
+    ] {
+        let plain = in_a_container(|container| {
+            container.image_source_registry = Some(v1::ImageSourceRegistry {
+                image: image.into(),
+                ..Default::default()
+            });
+        });
+        assert!(faults_of(plain).is_ok(), "{image}");
+    }
+    let refused = |job: Job| {
+        let Err(ApiError::Invalid(faults)) = faults_of(job) else {
+            panic!("it passed")
+        };
+        let name = |field: &str| field.rsplit('.').next().unwrap().to_owned();
+        let fields: Vec<_> = faults.iter().map(|fault| name(&fault.field)).collect();
+        fields.join(" ")
+    };
+    assert_eq!(refused(of(|r| r.image = "--privileged".into())), "image");
+    assert_eq!(refused(of(|r| r.image = "rootfs:/a".into())), "image");
+    assert_eq!(refused(of(|r| r.image = "ubuntu".into())), "server_url");
+    assert_eq!(refused(of(|r| r.server_url = "-x".into())), "server_url");
+    let name = |r: &mut v1::ImageSourceRegistry, name: &str| {
+        r.credentials.as_mut().unwrap().username = name.into();
+    };
+    assert_eq!(
+        refused(of(|r| r.credentials = Some(Default::default()))),
+        "username password"
+    );
+    let colon = in_a_container(|c| name(c.image_source_registry.as_mut().unwrap(), "a:b"));
+    assert_eq!(refused(colon), "username");
+    assert_eq!(
+        refused(in_a_container(|c| c.shm_size = "much".into())),
+        "shm_size"
+    );
+    let nothing = in_a_container(|c| c.image_source_registry = None);
+    assert_eq!(refused(nothing), "image_source_registry");
 }
 
 #[test]

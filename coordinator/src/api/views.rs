@@ -58,6 +58,10 @@ resource!(Experiment, |state, _heard, name| state
     .experiments
     .get(name)
     .map(|experiment| Self::clone(experiment)));
+resource!(StorageAlias, |state, _heard, name| state
+    .storage_aliases
+    .get(name)
+    .map(|alias| Self::clone(alias)));
 resource!(VmSizeAlias, |state, _heard, name| state
     .vm_size_aliases
     .get(name)

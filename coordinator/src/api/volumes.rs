@@ -1,11 +1,11 @@
-//! PURE. Checks volumes and secrets, wherever they stand. Azure's storage and references to a key vault are not served
-//! yet; what is wrong with them is said all the same.
+//! PURE. Checks volumes and secrets, wherever they stand. References to a key vault are not served yet; what is wrong with them is said all
+//! the same.
 
 use batchai_common::names::Kind as Noun;
-use batchai_common::{mount_options, paths};
+use batchai_common::{mount_options, paths, storage};
 use batchai_proto::v1::{
-    EnvironmentVariableWithSecretValue, KeyVaultSecretReference, MountVolumes, NameValuePair,
-    StorageCredentials,
+    AzureBlobFileSystem, AzureFileShare, EnvironmentVariableWithSecretValue,
+    KeyVaultSecretReference, MountVolumes, NameValuePair, StorageCredentials,
 };
 
 use super::faults::Faults;
@@ -18,37 +18,8 @@ const SECRET_BYTES_MAX: usize = 32 << 10;
 /// Checks what to mount.
 pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
     let mut places = Vec::new();
-    for (i, share) in given
-        .azure_file_shares
-        .iter()
-        .enumerate()
-        .take(LIST_MAX + 1)
-    {
-        let at = format!("{field}.azure_file_shares[{i}]");
-        faults.text(&format!("{at}.account_name"), &share.account_name, true);
-        faults.text(&format!("{at}.azure_file_url"), &share.azure_file_url, true);
-        credentials(faults, &at, share.credentials.as_ref());
-        mode(faults, &format!("{at}.file_mode"), &share.file_mode);
-        mode(
-            faults,
-            &format!("{at}.directory_mode"),
-            &share.directory_mode,
-        );
-        places.push((at, share.relative_mount_path.as_str()));
-    }
-    for (i, blob) in given
-        .azure_blob_file_systems
-        .iter()
-        .enumerate()
-        .take(LIST_MAX + 1)
-    {
-        let at = format!("{field}.azure_blob_file_systems[{i}]");
-        faults.text(&format!("{at}.account_name"), &blob.account_name, true);
-        faults.text(&format!("{at}.container_name"), &blob.container_name, true);
-        faults.text(&format!("{at}.mount_options"), &blob.mount_options, false);
-        credentials(faults, &at, blob.credentials.as_ref());
-        places.push((at, blob.relative_mount_path.as_str()));
-    }
+    check_shares(faults, field, &given.azure_file_shares, &mut places);
+    check_containers(faults, field, &given.azure_blob_file_systems, &mut places);
     for (i, server) in given.file_servers.iter().enumerate().take(LIST_MAX + 1) {
         let at = format!("{field}.file_servers[{i}]");
         faults.name(
@@ -64,8 +35,8 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
         if let Err(why) = mount_options::parse(&server.mount_options) {
             faults.invalid(format!("{at}.mount_options"), why);
         }
-        let below = &server.source_directory;
-        if !below.is_empty() && paths::below(below).is_none() && below.trim_matches('/') != "" {
+        let below = server.source_directory.trim_matches('/');
+        if !below.is_empty() && paths::below(below).is_none() {
             let why = "must be a path below the server's directory, without `..`";
             faults.invalid(format!("{at}.source_directory"), why);
         }
@@ -85,19 +56,62 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
         faults.invalid(field, format!("has more than {LIST_MAX} volumes"));
     }
     check_places(faults, &places);
-    refuse_others(faults, field, given);
 }
 
-/// What nodes cannot mount yet.
-fn refuse_others(faults: &mut Faults, field: &str, given: &MountVolumes) {
-    for (list, set) in [
-        ("azure_file_shares", !given.azure_file_shares.is_empty()),
-        (
-            "azure_blob_file_systems",
-            !given.azure_blob_file_systems.is_empty(),
-        ),
-    ] {
-        faults.not_served(&format!("{field}.{list}"), set);
+/// Where volumes are to be mounted, with the paths of what says so.
+type Places<'a> = Vec<(String, &'a str)>;
+
+fn check_shares<'a>(
+    faults: &mut Faults,
+    field: &str,
+    given: &'a [AzureFileShare],
+    places: &mut Places<'a>,
+) {
+    for (i, share) in given.iter().enumerate().take(LIST_MAX + 1) {
+        let at = format!("{field}.azure_file_shares[{i}]");
+        let account = storage::check_account(&share.account_name);
+        must(faults, format!("{at}.account_name"), account);
+        let url = storage::share(&share.azure_file_url).map(drop);
+        must(faults, format!("{at}.azure_file_url"), url);
+        credentials(faults, &at, share.credentials.as_ref());
+        for (name, text) in [
+            ("file_mode", &share.file_mode),
+            ("directory_mode", &share.directory_mode),
+        ] {
+            if storage::mode(text).is_none() {
+                let why = "must be an octal mode of at most 0777";
+                faults.invalid(format!("{at}.{name}"), why);
+            }
+        }
+        places.push((at, share.relative_mount_path.as_str()));
+    }
+}
+
+fn check_containers<'a>(
+    faults: &mut Faults,
+    field: &str,
+    given: &'a [AzureBlobFileSystem],
+    places: &mut Places<'a>,
+) {
+    for (i, blob) in given.iter().enumerate().take(LIST_MAX + 1) {
+        let at = format!("{field}.azure_blob_file_systems[{i}]");
+        let account = storage::check_account(&blob.account_name);
+        must(faults, format!("{at}.account_name"), account);
+        let container = storage::check_container(&blob.container_name);
+        must(faults, format!("{at}.container_name"), container);
+        if let Err(unknown) = storage::blob_options(&blob.mount_options) {
+            let (unknown, known) = (unknown.join(" "), storage::BLOB_OPTIONS);
+            let why = format!("has what is not known: {unknown}; known are: {known}");
+            faults.invalid(format!("{at}.mount_options"), why);
+        }
+        credentials(faults, &at, blob.credentials.as_ref());
+        places.push((at, blob.relative_mount_path.as_str()));
+    }
+}
+
+fn must(faults: &mut Faults, at: String, checked: Result<(), String>) {
+    if let Err(why) = checked {
+        faults.invalid(at, why);
     }
 }
 
@@ -138,6 +152,8 @@ fn credentials(faults: &mut Faults, at: &str, given: Option<&StorageCredentials>
         return faults.invalid(at, "must be given");
     };
     let reference = given.account_key_secret_reference.as_ref();
+    let key = storage::check_key(&given.account_key);
+    must(faults, format!("{at}.account_key"), key);
     one_of(faults, &at, ("account_key", &given.account_key), reference);
 }
 
@@ -161,12 +177,6 @@ pub fn one_of(
         faults.text(&format!("{at}.source_vault"), &reference.source_vault, true);
         faults.text(&format!("{at}.secret_url"), &reference.secret_url, true);
         faults.not_served(&at, true);
-    }
-}
-
-fn mode(faults: &mut Faults, at: &str, text: &str) {
-    if !text.is_empty() && (text.len() > 4 || u32::from_str_radix(text, 8).is_err()) {
-        faults.invalid(at, "must be an octal mode such as 0777");
     }
 }
 

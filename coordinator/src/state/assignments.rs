@@ -10,7 +10,7 @@ use batchai_proto::{secrets, v1};
 
 use super::attempts::{Attempt, Phase, Work};
 use super::keys::workspace_of;
-use super::{Node, State, file_servers, loss, restore, setup};
+use super::{Node, State, file_servers, loss, restore, setup, storage_aliases};
 
 /// The whole list of a node's assignments. A node that does not exist has none. Secrets are as they lie in the State: sealed.
 pub fn assignments(state: &State, name: &str) -> AssignmentList {
@@ -40,6 +40,8 @@ fn cluster_mounts(state: &State, node: &Node) -> Option<ClusterMounts> {
         uid: cluster.spec.uid.clone(),
         volumes: Some(setup::mounts(cluster)?.clone()),
         file_servers: sources(state, node, setup::mounts(cluster)),
+        storage: storage_aliases::resolve(state, setup::mounts(cluster)),
+        fault: String::new(),
     })
 }
 
@@ -109,6 +111,7 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
     if desired != Desired::Prepare {
         secrets::blank(secrets::of_job(&mut job));
     }
+    let storage = storage_aliases::resolve(state, job.mount_volumes.as_ref());
     Some(Assignment {
         attempt: attempt.id.clone(),
         desired: desired as i32,
@@ -121,6 +124,7 @@ fn part_of(state: &State, attempt: &Attempt, name: &str, desired: Desired) -> Op
         fenced: loss::is_fenced(attempt),
         number: attempt.number,
         file_servers: file_servers.unwrap_or_default(),
+        storage,
     })
 }
 

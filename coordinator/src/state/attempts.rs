@@ -340,7 +340,9 @@ pub(super) fn observe(step: &mut Step<'_>, name: &str, seen: &AttemptObservation
         node.stuck = stuck.to_vec();
         nodes::change(step, name, |_| {});
     }
-    if changed.outcome.is_none() {
+    let undone = seen.failure.as_ref().is_some_and(|it| it.undoes_success);
+    let decided = changed.outcome.as_ref().map(|outcome| outcome.verdict);
+    if decided.is_none() || (undone && decided == Some(Verdict::Succeeded)) {
         // What went wrong behind the first process that failed is not why.
         let failure = seen.failure.as_ref();
         let failure = failure.filter(|_| changed.nodes[index].first_failed.is_none());

@@ -174,6 +174,8 @@ impl Sum {
         self.table(a, b, |_, s| Record::FileServer(stored::file_server(s)));
         let (a, b) = (&before.vm_size_aliases, &after.vm_size_aliases);
         self.table(a, b, |_, a| Record::VmSizeAlias((**a).clone()));
+        let (a, b) = (&before.storage_aliases, &after.storage_aliases);
+        self.table(a, b, |_, a| Record::StorageAlias((**a).clone()));
     }
 
     fn work(&mut self, before: &State, after: &State) {

@@ -24,6 +24,7 @@ pub mod requests;
 pub mod restore;
 pub mod setup;
 pub mod snapshot;
+pub mod storage_aliases;
 mod stored;
 mod tables;
 mod verdict;
@@ -87,6 +88,7 @@ pub struct State {
     pub attempts: OrdMap<String, Arc<Attempt>>,
     pub file_servers: OrdMap<String, Arc<FileServer>>,
     pub vm_size_aliases: OrdMap<String, Arc<v1::VmSizeAlias>>,
+    pub storage_aliases: OrdMap<String, Arc<v1::StorageAlias>>,
     pub role_bindings: OrdMap<String, Arc<v1::RoleBinding>>,
     /// Who is bound, and by which of them.
     pub grants: OrdSet<(String, String)>,
@@ -110,7 +112,11 @@ pub struct State {
 /// How many resources of a kind there may be. All of them are in memory and in every copy of the log.
 pub fn limit(kind: Kind) -> usize {
     match kind {
-        Kind::ResourceGroup | Kind::Cluster | Kind::FileServer | Kind::VmSizeAlias => 1_000,
+        Kind::ResourceGroup
+        | Kind::Cluster
+        | Kind::FileServer
+        | Kind::VmSizeAlias
+        | Kind::StorageAlias => 1_000,
         Kind::Workspace | Kind::Node | Kind::RoleBinding | Kind::Token => 10_000,
         Kind::Experiment => 100_000,
         Kind::Job => 1_000_000,
@@ -285,6 +291,7 @@ fn dispatch(step: &mut Step<'_>, command: &Command) -> Result<(), Rejection> {
         CommandKind::CreateJob(c) => jobs::create(step, c),
         CommandKind::CreateJobs(c) => c.jobs.iter().try_for_each(|job| jobs::create(step, job)),
         CommandKind::CreateVmSizeAlias(c) => vm_size_aliases::create(step, c),
+        CommandKind::CreateStorageAlias(c) => storage_aliases::create(step, c),
         CommandKind::CreateRoleBinding(c) => access::create_role_binding(step, c),
         CommandKind::CreateToken(c) => access::create_token(step, c),
         CommandKind::UseToken(c) => access::use_token(step, c),
@@ -319,6 +326,7 @@ fn update(step: &mut Step<'_>, command: &Update) -> Result<(), Rejection> {
         Kind::FileServer
         | Kind::Node
         | Kind::VmSizeAlias
+        | Kind::StorageAlias
         | Kind::RoleBinding
         | Kind::Token
         | Kind::Bundle => Err(not_for(&command.name)),
@@ -333,6 +341,7 @@ fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
         Kind::Cluster => clusters::delete(step, command),
         Kind::Job => jobs::delete(step, command),
         Kind::VmSizeAlias => vm_size_aliases::delete(step, command),
+        Kind::StorageAlias => storage_aliases::delete(step, command),
         Kind::RoleBinding => access::delete_role_binding(step, command),
         Kind::Token => access::delete_token(step, command),
         Kind::FileServer => file_servers::delete(step, command, false),

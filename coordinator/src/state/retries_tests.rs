@@ -362,3 +362,34 @@ fn of_one_node_the_process_that_failed_first_is_why_whatever_came_behind_it() {
         }
     }
 }
+
+#[test]
+fn a_job_whose_work_is_lost_has_not_succeeded_though_all_of_it_ended_well() {
+    for undoes_success in [false, true] {
+        let mut e = Ensemble::with_nodes(2, 2);
+        let job = e.submit("j", 2, pytorch);
+        let attempt = e.attempt(&job);
+        for i in 0..2 {
+            e.see(&job, i, P::Ready, &[]);
+        }
+        e.see(&job, 0, P::Ended, &[(0, Some(0))]);
+        e.see(&job, 1, P::Running, &[(1, Some(0))]);
+        assert_eq!(e.state_of(&job), JobState::Running);
+        let lost = AttemptObservation {
+            phase: P::Ended as i32,
+            failure: Some(Failure {
+                error: Some(attempts::error("MountUnavailable", "lost in part", &[])),
+                undoes_success,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        e.report(&attempt, 1, lost);
+        // What a node met with when it had been decided is not why otherwise.
+        let (state, expected) = match undoes_success {
+            true => (JobState::Failed, vec!["MountUnavailable".to_owned()]),
+            false => (JobState::Succeeded, vec![]),
+        };
+        assert_eq!((e.state_of(&job), codes(&e, &job)), (state, expected));
+    }
+}

@@ -70,6 +70,8 @@ fn resources(state: &State) -> impl Iterator<Item = Record> + '_ {
     let servers = servers.map(|s| Record::FileServer(stored::file_server(s)));
     let aliases = state.vm_size_aliases.values();
     let aliases = aliases.map(|a| Record::VmSizeAlias((**a).clone()));
+    let storage = state.storage_aliases.values();
+    let aliases = aliases.chain(storage.map(|a| Record::StorageAlias((**a).clone())));
     groups
         .chain(workspaces)
         .chain(clusters)
@@ -180,6 +182,10 @@ impl Builder {
                 let name = experiment.name.clone();
                 state.experiments.insert(name, Arc::new(experiment));
             }
+            Record::StorageAlias(alias) => {
+                let name = alias.name.clone();
+                state.storage_aliases.insert(name, Arc::new(alias));
+            }
             Record::VmSizeAlias(alias) => {
                 state
                     .vm_size_aliases
@@ -194,13 +200,11 @@ impl Builder {
             Record::Request(stored) => state
                 .requests
                 .restore(&required(stored.key, "request")?, stored.time),
-            Record::Replica(replica) => {
-                state.replicas.insert(replica.id, Arc::new(replica));
-            }
+            Record::Replica(replica) => drop(state.replicas.insert(replica.id, Arc::new(replica))),
             Record::Stray(stored) => {
                 let seen = stored.stray.as_ref().and_then(|stray| stray.seen.as_ref());
-                let attempt = required(seen, "what was seen of a stray")?.attempt.clone();
-                let key = (stored.node.clone(), attempt);
+                let seen = required(seen, "what was seen of a stray")?;
+                let key = (stored.node.clone(), seen.attempt.clone());
                 state.strays.insert(key, Arc::new(stored));
             }
             other => add_access(state, other),

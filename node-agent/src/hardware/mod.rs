@@ -14,7 +14,7 @@ use batchai_proto::v1::NodeFacts;
 
 use crate::cgroups::{Isolation, PROCESS_TREE};
 use crate::config::Config;
-use crate::launch::{HostFacts, JobLimit, JobUsers, LogLimit};
+use crate::launch::{Ability, HostFacts, JobLimit, JobUsers, LogLimit};
 
 use sysfs::Sysfs;
 
@@ -44,7 +44,11 @@ pub enum HardwareError {
 const INHERITED: [&str; 7] = ["PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ"];
 
 /// Describes the machine for its registration.
-pub fn facts(config: &Config, isolation: &Isolation) -> Result<NodeFacts, HardwareError> {
+pub fn facts(
+    config: &Config,
+    isolation: &Isolation,
+    containers: &Ability,
+) -> Result<NodeFacts, HardwareError> {
     let sysfs = Sysfs::of_this_machine();
     let mut gpus = gpu::gpus();
     gpus.extend(sysfs.amd_gpus());
@@ -89,6 +93,7 @@ pub fn facts(config: &Config, isolation: &Isolation) -> Result<NodeFacts, Hardwa
             .iter()
             .map(|seat| seat.controller.name().to_owned())
             .collect(),
+        image_sources: containers.image_sources(),
     })
 }
 
@@ -98,7 +103,7 @@ fn free_bytes(storage: &Path) -> Result<i64, HardwareError> {
         path: storage.to_owned(),
         error: error.into(),
     })?;
-    let bytes = u64::from(room.blocks_available()).saturating_mul(room.fragment_size());
+    let bytes = room.blocks_available().saturating_mul(room.fragment_size());
     Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
 }
 
@@ -144,6 +149,7 @@ pub fn host_facts(
         limits,
         log_limit: LogLimit::default(),
         isolation,
+        containers: Ability::default(),
         base_env: base.collect::<BTreeMap<_, _>>(),
         remote_shell: Vec::new(),
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use batchai_proto::agent::v1::Assignment;
 use batchai_proto::v1::{Job, NameValuePair};
 
+use super::container;
 use super::expand::expand;
 use super::paths::Paths;
 use super::{Context, HostFacts, JobUser, LaunchError};
@@ -39,13 +40,19 @@ pub fn common(
         .iter()
         .map(|host| host.address.as_str())
         .collect();
-    let mut env = facts.base_env.clone();
+    let contained = job.container_settings.is_some() && !assignment.set_up;
+    let mut env = match contained {
+        true => container::base(&facts.base_env, &paths.job_temp),
+        false => facts.base_env.clone(),
+    };
     if let Some(user) = user {
-        let home = match user.home.as_str() {
-            "" => &paths.job_temp,
-            _ => &user.home,
-        };
-        env.insert("HOME".into(), home.clone());
+        if !contained {
+            let home = match user.home.as_str() {
+                "" => &paths.job_temp,
+                _ => &user.home,
+            };
+            env.insert("HOME".into(), home.clone());
+        }
         env.insert("USER".into(), user.name.clone());
         env.insert("LOGNAME".into(), user.name.clone());
     }

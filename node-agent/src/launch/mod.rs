@@ -7,6 +7,7 @@ mod caffe;
 mod caffe2;
 mod chainer;
 mod cntk;
+mod container;
 mod custom;
 mod custom_mpi;
 mod environment;
@@ -17,6 +18,7 @@ mod paths;
 mod preparation;
 mod pytorch;
 mod script;
+mod storage;
 mod tensorflow;
 mod users;
 mod volumes;
@@ -30,8 +32,13 @@ use batchai_proto::v1::Job;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroups::{Bound, Group, Isolation};
+pub use container::{
+    Ability, Container, Engine, Reference, SHELLS, Source, gpu_line, inside, login_names,
+    with_shell,
+};
 pub use environment::ATTEMPT_TAG;
 use paths::Paths;
+pub use storage::{Keys, Place, Remote, keys};
 pub use users::{JobLimit, JobUser, JobUsers, Limited};
 pub use volumes::{How, Mount, of as mounts};
 
@@ -99,6 +106,9 @@ pub struct Preparation {
     /// Its processes may start what has more rights than they.
     #[serde(default)]
     pub may_gain: bool,
+    /// What all of its processes are in, where that is a container.
+    #[serde(default)]
+    pub container: Option<Container>,
     /// The preparation command.
     pub command: Option<ProcessPlan>,
     /// How much of each log file is kept.
@@ -142,6 +152,8 @@ pub struct HostFacts {
     pub log_limit: LogLimit,
     /// Where their groups of processes are, and what can be limited for those.
     pub isolation: Isolation,
+    /// What can be done for containers here.
+    pub containers: Ability,
     /// What every process inherits: PATH, HOME and the like.
     pub base_env: BTreeMap<String, String>,
     /// The program, with its first arguments, by which processes of a job start others on its other nodes; none where they cannot.
@@ -178,6 +190,16 @@ pub enum LaunchError {
          there (facts.enforcedLimits of the node says what it can); leave the limit out, or run the agent as root on a host that has them"
     )]
     NotLimited { node: String, what: &'static str },
+    #[error(
+        "{node} has no containers, which take an agent that is root and may mount (facts.image_sources of the node says what it has): \
+         leave containerSettings out, or run the agent as root"
+    )]
+    NoContainers { node: String },
+    #[error(
+        "{node} has neither docker nor podman to come to the image {image}: install one of them and restart the agent, or give the image \
+         as docker-archive:/PATH or rootfs:/PATH"
+    )]
+    NoEngine { node: String, image: String },
     #[error("this agent cannot mount {what}; upgrade the agent")]
     UnknownVolume { what: &'static str },
     #[error("file server {name} cannot be mounted: it is not known where it is served")]
@@ -186,6 +208,8 @@ pub enum LaunchError {
         "{path} is no place for a volume: it leads out of the mount root, or is that of another"
     )]
     BadPlace { path: String },
+    #[error("what is to be mounted at {path} cannot be: {why}")]
+    BadVolume { path: String, why: String },
     #[error("this agent cannot launch the job's toolkit; upgrade the agent")]
     UnknownToolkit,
 }
@@ -237,7 +261,12 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
     check_addresses(assignment)?;
     let volumes = context.job.mount_volumes.as_ref();
     let sources = &assignment.file_servers;
-    let mounts = mounts(volumes, sources, &context.paths.job_mount_root)?;
+    let owner = context
+        .user
+        .as_ref()
+        .map_or((0, 0), |user| (user.uid, user.gid));
+    let root = &context.paths.job_mount_root;
+    let mounts = mounts(volumes, &assignment.storage, sources, root, owner)?;
     Ok(Plan {
         preparation: Preparation {
             mount_points: mounts.iter().map(|mount| mount.path.clone()).collect(),

@@ -6,8 +6,8 @@ use batchai_common::limits::TERMINATION_GRACE;
 use batchai_proto::agent::v1::Assignment;
 
 use super::{
-    Context, LaunchError, Paths, Preparation, ProcessPlan, bash, environment, expand, host_number,
-    layout, mpi, own_host, rank_count, ranks,
+    Context, LaunchError, Paths, Preparation, ProcessPlan, bash, container, environment, expand,
+    host_number, layout, mpi, own_host, rank_count, ranks,
 };
 use crate::cgroups::{Bound, asked};
 
@@ -37,6 +37,7 @@ pub(super) fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchEr
         }),
         None => None,
     };
+    let container = container::of(context, &suffix)?;
     let groups = &context.facts.isolation.groups;
     let limit = job
         .constraints
@@ -57,6 +58,7 @@ pub(super) fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchEr
             .map(|groups| groups.below(&assignment.attempt)),
         bounds: bounds(context)?,
         may_gain: assignment.set_up,
+        container,
         command,
         log_limit: context.facts.log_limit,
         copy_to: paths.stdouterr.clone(),

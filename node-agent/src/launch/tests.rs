@@ -46,6 +46,11 @@ pub fn facts() -> HostFacts {
         lease: "/data/lease".into(),
         gpu_count: 4,
         interface: Some("eth0".into()),
+        containers: Ability {
+            able: true,
+            engine: Some(Engine::Podman),
+            images: "/data/images".into(),
+        },
         base_env: BTreeMap::from([("PATH".into(), "/bin".into())]),
         remote_shell: vec!["/it's/batchai".into(), "remote-shell".into()],
     }

@@ -6,6 +6,7 @@ use batchai_proto::v1::{FileServerMount, MountVolumes};
 use serde::{Deserialize, Serialize};
 
 use super::LaunchError;
+use super::storage::{self, Remote, Stead};
 
 /// Something that is mounted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,6 +14,9 @@ pub struct Mount {
     /// Where: a directory of its own below the root of mounts. None lies in another.
     pub path: String,
     pub how: How,
+    /// What the error is called where it cannot be mounted; empty for what others are called.
+    #[serde(default)]
+    pub code: String,
 }
 
 /// How it is mounted.
@@ -37,37 +41,42 @@ pub enum How {
         directory: String,
         options: String,
     },
+    /// A directory of this host, which is there at this path as well.
+    Bind { source: String, read_only: bool },
+    /// By its key, from another machine.
+    Remote(Box<Remote>),
 }
 
-/// What to mount below a root.
+/// What to mount below a root. `stead`: what is mounted in the stead of volumes; `sources`: where file servers are served; `owner`: whom the files of what knows no users belong to.
 pub fn of(
     volumes: Option<&MountVolumes>,
+    stead: &Stead,
     sources: &[FileServerSource],
     root: &str,
+    owner: (u32, u32),
 ) -> Result<Vec<Mount>, LaunchError> {
     let Some(volumes) = volumes else {
         return Ok(Vec::new());
     };
-    let unknown = [
-        ("azureFileShares", volumes.azure_file_shares.is_empty()),
-        (
-            "azureBlobFileSystems",
-            volumes.azure_blob_file_systems.is_empty(),
-        ),
-    ];
-    if let Some((what, _)) = unknown.into_iter().find(|(_, none)| !none) {
-        return Err(LaunchError::UnknownVolume { what });
+    let mut all = Vec::new();
+    for share in &volumes.azure_file_shares {
+        let how = storage::of_share(share, stead, owner)?;
+        all.push((&share.relative_mount_path, how, storage::SHARE_FAILED));
     }
-    let mut wanted = Vec::new();
+    for blob in &volumes.azure_blob_file_systems {
+        let how = storage::of_container(blob, stead, owner)?;
+        all.push((&blob.relative_mount_path, how, storage::CONTAINER_FAILED));
+    }
     for server in &volumes.file_servers {
-        wanted.push((&server.relative_mount_path, file_server(server, sources)?));
+        let how = file_server(server, sources)?;
+        all.push((&server.relative_mount_path, how, ""));
     }
     for system in &volumes.unmanaged_file_systems {
         let how = How::Command(system.mount_command.clone());
-        wanted.push((&system.relative_mount_path, how));
+        all.push((&system.relative_mount_path, how, ""));
     }
     let mut mounts: Vec<Mount> = Vec::new();
-    for (path, how) in wanted {
+    for (path, how, code) in all {
         // The coordinator has checked it; what is mounted as root is checked where it is done.
         let plain =
             paths::below(path).ok_or_else(|| LaunchError::BadPlace { path: path.clone() })?;
@@ -78,7 +87,8 @@ pub fn of(
         if mounts.iter().any(clash) {
             return Err(LaunchError::BadPlace { path });
         }
-        mounts.push(Mount { path, how });
+        let code = code.to_owned();
+        mounts.push(Mount { path, how, code });
     }
     Ok(mounts)
 }
@@ -117,7 +127,7 @@ fn file_server(mount: &FileServerMount, sources: &[FileServerSource]) -> Result<
 #[cfg(test)]
 mod tests {
     use batchai_proto::agent::v1::FileServerPlace;
-    use batchai_proto::v1::{AzureFileShare, UnmanagedFileSystem};
+    use batchai_proto::v1::UnmanagedFileSystem;
 
     use super::*;
 
@@ -132,9 +142,13 @@ mod tests {
         }
     }
 
+    fn all(volumes: &MountVolumes, root: &str) -> Result<Vec<Mount>, LaunchError> {
+        of(Some(volumes), &Stead::new(), &[], root, (0, 0))
+    }
+
     #[test]
     fn everything_has_a_place_of_its_own_below_the_root() {
-        let mounts = of(Some(&volumes(&["a//b/.", "c"])), &[], "/r/mounts").unwrap();
+        let mounts = all(&volumes(&["a//b/.", "c"]), "/r/mounts").unwrap();
         let places: Vec<_> = mounts.iter().map(|mount| mount.path.as_str()).collect();
         assert_eq!(places, ["/r/mounts/a/b", "/r/mounts/c"]);
         assert_eq!(mounts[0].how, How::Command("mount -t x y".into()));
@@ -146,13 +160,13 @@ mod tests {
             &["a", "a/b"],
             &["a/b", "a"],
         ] {
-            let refused = of(Some(&volumes(bad)), &[], "/r");
+            let refused = all(&volumes(bad), "/r");
             assert!(
                 matches!(refused, Err(LaunchError::BadPlace { .. })),
                 "{bad:?}"
             );
         }
-        assert_eq!(of(None, &[], "/r"), Ok(Vec::new()));
+        assert_eq!(of(None, &Stead::new(), &[], "/r", (0, 0)), Ok(Vec::new()));
     }
 
     #[test]
@@ -177,10 +191,13 @@ mod tests {
             ..Default::default()
         };
         let how = |directory: &str, source: &FileServerSource| {
+            let sources = std::slice::from_ref(source);
             let mounts = of(
                 Some(&volumes(directory)),
-                std::slice::from_ref(source),
+                &Stead::new(),
+                sources,
                 "/r",
+                (0, 0),
             );
             mounts.map(|mounts| mounts[0].how.clone())
         };
@@ -210,15 +227,5 @@ mod tests {
         };
         let refused = how("", &absent).unwrap_err().to_string();
         assert!(refused.contains("f cannot be mounted"), "{refused}");
-    }
-
-    #[test]
-    fn what_this_agent_does_not_know_is_refused() {
-        let volumes = MountVolumes {
-            azure_file_shares: vec![AzureFileShare::default()],
-            ..Default::default()
-        };
-        let refused = of(Some(&volumes), &[], "/r").unwrap_err().to_string();
-        assert!(refused.contains("azureFileShares"), "{refused}");
     }
 }

@@ -6,24 +6,27 @@
 //! ```
 //! Each mount has a thread that waits for its steps, so that none waits for another.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use batchai_common::shutdown;
 use batchai_common::time::boot_millis;
 use nix::sys::prctl;
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, geteuid, getppid, setsid};
+use nix::sys::signal::Signal;
+use nix::unistd::{geteuid, getppid, setsid};
 
 use super::kernel::{self, Mark};
+use super::rclone;
+use super::servers;
 use super::step::{Step, StepError, within};
-use super::{FAILED, MARKS, PLAN, Phase, Plan, STATUS, Status, UNAVAILABLE, UNMOUNT, left};
+use super::{CACHE, FAILED, MARKS, PLAN, Phase, Plan, STATUS, Status, UNAVAILABLE, UNMOUNT, left};
 use crate::journal::{AttemptDir, JournalError};
-use crate::launch::{How, Mount};
+use crate::launch::{How, Keys, Mount};
+use crate::memory;
 use crate::status::FailureRecord;
 
 /// How soon it is seen that it is told to unmount.
@@ -35,8 +38,6 @@ const DETACH_MAX: Duration = Duration::from_secs(10);
 /// Between two looks at whether a mount answers.
 const LOOK_MAX: Duration = Duration::from_secs(5);
 const LOOK_MIN: Duration = Duration::from_millis(200);
-/// What served mounts from this host ends by itself when they are gone.
-const SERVERS_MAX: Duration = Duration::from_secs(3);
 
 /// Why a holder cannot do its work.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +48,8 @@ enum HolderError {
     NoPlan,
     #[error("{0}")]
     System(#[from] nix::Error),
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
     #[error("the kernel does not say what is mounted")]
     Unknown,
     #[error("still mounted: {0:?}")]
@@ -109,12 +112,15 @@ fn begin(dir: &AttemptDir, held: Option<i32>, own: &[&str]) -> Result<(), Holder
             lock => lock,
         },
     };
+    shutdown::keep_memory_private();
+    let keys = memory::take()?;
     setsid()?;
     // What serves a mount from this host stays where it can be found.
     prctl::set_child_subreaper(true)?;
     let holder = Holder {
         dir,
         own,
+        keys,
         stop: AtomicBool::new(false),
         states: Mutex::new(vec![State::Coming; plan.mounts.len()]),
         marks: Mutex::new(vec![Vec::new(); plan.mounts.len()]),
@@ -130,6 +136,8 @@ enum State {
     Up,
     /// It was up.
     Down(String),
+    /// It is to go, and not all that was written is written back.
+    Unwritten(String),
     Failed(String),
 }
 
@@ -137,6 +145,8 @@ struct Holder<'a> {
     dir: &'a AttemptDir,
     own: &'a [&'a str],
     plan: Plan,
+    /// They are nowhere but here.
+    keys: Keys,
     stop: AtomicBool,
     states: Mutex<Vec<State>>,
     /// How the kernel knows what was mounted for each of them.
@@ -164,13 +174,18 @@ impl Holder<'_> {
                 std::thread::sleep(PAUSE);
             }
         });
+        if said.phase != Phase::Failed {
+            said = self.status(said.phase);
+        }
         let gone = detach_all(self.dir, &self.plan, self.own);
         if gone.is_ok() {
             // Their numbers may be given to others now.
             let none: Vec<Vec<Mark>> = Vec::new();
             self.dir.write(MARKS, &none, true)?;
         }
-        end_servers();
+        servers::end();
+        // Nobody reads or writes it any more, and it may be large. It need not be there.
+        let _ = std::fs::remove_dir_all(self.dir.path.join(CACHE));
         // After the last of it is gone: who reads it may do what must not find it.
         self.dir.write(STATUS, &said, false)?;
         gone
@@ -197,14 +212,18 @@ impl Holder<'_> {
                 State::Coming => up = false,
                 State::Up => {}
                 State::Failed(why) => {
-                    let message = format!("{path} cannot be mounted by {}: {why}", named(mount));
+                    let message = format!("{path} cannot be mounted: {}: {why}", named(mount));
                     return Status {
                         phase: Phase::Failed,
-                        failure: Some(record(FAILED, mount, why, message)),
+                        failure: Some(record(failed_code(mount), mount, why, message)),
                     };
                 }
                 State::Down(why) => {
                     let message = format!("what is mounted at {path} does not answer: {why}");
+                    failure.get_or_insert(record(UNAVAILABLE, mount, why, message));
+                }
+                State::Unwritten(why) => {
+                    let message = format!("what was written to {path} is lost in part: {why}");
                     failure.get_or_insert(record(UNAVAILABLE, mount, why, message));
                 }
             }
@@ -252,6 +271,9 @@ impl Holder<'_> {
             }
             self.set(at, State::Up);
         }
+        if let Err(why) = self.write_back(at, mount) {
+            self.set(at, State::Unwritten(why));
+        }
         // In order, so that what was written arrives; by force, where that does not do.
         for mark in self.marks_of(at).iter().rev() {
             let known = kernel::mounted().unwrap_or_default();
@@ -265,6 +287,32 @@ impl Holder<'_> {
             };
             let _ = within(self.own, &unmount, UNMOUNT_MAX, &|| false);
         }
+    }
+
+    /// Where a program serves a mount what is written waits on this host for a while. Waits for that to be written back.
+    fn write_back(&self, at: usize, mount: &Mount) -> Result<(), String> {
+        if !matches!(&mount.how, How::Remote(_)) {
+            return Ok(());
+        }
+        let end = Instant::now() + self.plan.write_back_max();
+        loop {
+            let begun = Instant::now();
+            let left = rclone::unwritten(&self.cache(at)).map_err(|error| error.to_string())?;
+            if left == 0 {
+                return Ok(());
+            }
+            let wanted = self.dir.read::<bool>(UNMOUNT).ok().flatten();
+            if Instant::now() >= end || wanted == Some(false) {
+                let to = named(mount);
+                return Err(format!("{left} files were not written back to {to}"));
+            }
+            // There may be many files to look at.
+            std::thread::sleep(PAUSE.max(begun.elapsed() * 4));
+        }
+    }
+
+    fn cache(&self, at: usize) -> PathBuf {
+        self.dir.path.join(CACHE).join(at.to_string())
     }
 
     fn marks_of(&self, at: usize) -> Vec<Mark> {
@@ -308,27 +356,32 @@ impl Holder<'_> {
             };
             self.within(&make, left()).map_err(words)?;
         }
+        let key = match &mount.how {
+            How::Remote(remote) => self.keys.get(&remote.key).cloned().unwrap_or_default(),
+            How::Command(_) | How::Bind { .. } | How::Nfs { .. } | How::Local { .. } => {
+                String::new()
+            }
+        };
         let step = Step::Mount {
             mount: mount.clone(),
             env: self.plan.env.clone(),
             until: boot_millis() + left().as_millis() as i64,
+            key,
+            place: kernel::real(&self.plan.root, &mount.path),
+            cache: self.cache(at),
         };
         let mounted = self.within(&step, left()).map_err(words);
         let noted = self.note(at, mount);
         mounted?;
         noted?;
-        let look = Step::Look {
-            path: mount.path.clone(),
-        };
+        let look = look(mount);
         self.within(&look, left())
             .map_err(|error| format!("it is mounted, and does not answer: {error}"))
     }
 
     /// Looks after a mount until it is to go, or does not answer for too long: then why.
     fn watch(&self, mount: &Mount) -> Option<String> {
-        let look = Step::Look {
-            path: mount.path.clone(),
-        };
+        let look = look(mount);
         let mut answered = Instant::now();
         loop {
             self.pause(self.look_every());
@@ -380,6 +433,24 @@ fn named(mount: &Mount) -> String {
         How::Local {
             shared, directory, ..
         } => format!("the directory {directory:?} of {shared}"),
+        How::Bind { source, .. } => source.clone(),
+        How::Remote(remote) => remote.named(),
+    }
+}
+
+fn look(mount: &Mount) -> Step {
+    let server = match &mount.how {
+        How::Remote(remote) => remote.server(),
+        How::Command(_) | How::Bind { .. } | How::Nfs { .. } | How::Local { .. } => None,
+    };
+    let path = mount.path.clone();
+    Step::Look { path, server }
+}
+
+fn failed_code(mount: &Mount) -> &str {
+    match mount.code.as_str() {
+        "" => FAILED,
+        code => code,
     }
 }
 
@@ -399,40 +470,4 @@ fn detach(own: &[&str], mark: &Mark) {
     if let Err(error) = within(own, &step, DETACH_MAX, &|| false) {
         eprintln!("mounts: {} cannot be unmounted: {error}", place.display());
     }
-}
-
-/// What served the mounts has nothing to serve any more.
-fn end_servers() {
-    let begun = Instant::now();
-    loop {
-        loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) => break,
-                Ok(_) => {}
-                Err(_) => return,
-            }
-        }
-        let signal = match begun.elapsed() {
-            elapsed if elapsed < SERVERS_MAX / 3 => None,
-            elapsed if elapsed < SERVERS_MAX * 2 / 3 => Some(Signal::SIGTERM),
-            elapsed if elapsed < SERVERS_MAX => Some(Signal::SIGKILL),
-            _ => return,
-        };
-        if let Some(signal) = signal {
-            for pid in children() {
-                let _ = kill(Pid::from_raw(pid), signal);
-            }
-        }
-        std::thread::sleep(PAUSE);
-    }
-}
-
-/// Orphans are children of the first thread; this is the only one left.
-fn children() -> Vec<i32> {
-    let pid = std::process::id();
-    let text = std::fs::read_to_string(format!("/proc/self/task/{pid}/children"));
-    let text = text.unwrap_or_default();
-    text.split_whitespace()
-        .filter_map(|pid| pid.parse().ok())
-        .collect()
 }

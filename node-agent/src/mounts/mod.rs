@@ -10,13 +10,18 @@
 //! DIR/mounts.json       what to mount; written by the agent, before anything is mounted
 //! DIR/mounted.json      how that stands; written by the holder
 //! DIR/marks.json        how the kernel knows what was mounted; written by the holder
-//! DIR/unmount           it shall be unmounted; written by the shim or the agent
+//! DIR/unmount           it shall be unmounted; written by the shim or the agent; `false` where nothing is written back any more
+//! DIR/cache/             what programs that serve mounts keep of files
 //! ```
+//! Keys are in none of them: a holder gets them from who starts it, and hands each to the one process that needs it.
+//!
 //! For a job DIR is the directory of its attempt, for a cluster one of its own (see `journal`).
 
 mod file_server;
 mod holder;
 mod kernel;
+mod rclone;
+mod servers;
 mod step;
 
 use std::collections::BTreeMap;
@@ -24,11 +29,13 @@ use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::journal::{AttemptDir, JournalError};
-use crate::launch::Mount;
+use crate::launch::{How, Keys, Mount};
+use crate::memory;
 use crate::status::FailureRecord;
 
 pub use holder::main;
@@ -47,6 +54,12 @@ pub const FAILED: &str = "MountFailed";
 /// It does not answer any more.
 pub const UNAVAILABLE: &str = "MountUnavailable";
 
+/// Unmounting in order, by force, and ending what served the mounts take less, all together.
+const UNMOUNT_ALL_MAX: Duration = Duration::from_secs(60);
+/// Writing back takes time, and is worth more of it than mounting: so many times as much.
+const WRITE_BACK_PATIENCE: u32 = 10;
+const CACHE: &str = "cache";
+
 /// What a holder holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
@@ -59,6 +72,17 @@ pub struct Plan {
     pub again: bool,
     /// The environment of what mounts, and so of what serves a mount from this host.
     pub env: BTreeMap<String, String>,
+}
+
+impl Plan {
+    /// How long what was written may take to be written back.
+    fn write_back_max(&self) -> Duration {
+        let remote = |mount: &Mount| matches!(mount.how, How::Remote(_));
+        match self.mounts.iter().any(remote) {
+            true => Duration::from_secs(self.patience_s.max(1)) * WRITE_BACK_PATIENCE,
+            false => Duration::ZERO,
+        }
+    }
 }
 
 /// How far a holder is.
@@ -93,6 +117,12 @@ pub fn status(dir: &AttemptDir) -> Result<Status, JournalError> {
     }
 }
 
+/// How long what a directory names may take to be unmounted: in order, by force, with all that serves it.
+pub fn end_max(dir: &AttemptDir) -> Duration {
+    let plan = dir.read::<Plan>(PLAN).ok().flatten();
+    UNMOUNT_ALL_MAX + plan.map_or(Duration::ZERO, |plan| plan.write_back_max())
+}
+
 /// Forgets how an earlier holder of what a directory names ended.
 pub fn forget(dir: &AttemptDir) {
     for file in [STATUS, UNMOUNT, MARKS] {
@@ -102,7 +132,7 @@ pub fn forget(dir: &AttemptDir) {
 }
 
 /// Starts a holder. `own` are the arguments that lead to this program's own subcommands. One that is `held` goes with this process.
-pub fn hold(own: &[&str], dir: &AttemptDir, held: bool) -> io::Result<Child> {
+pub fn hold(own: &[&str], dir: &AttemptDir, held: bool, keys: &Keys) -> io::Result<Child> {
     let mut command = program(own, "mounts");
     command.arg(&dir.path);
     if held {
@@ -110,7 +140,7 @@ pub fn hold(own: &[&str], dir: &AttemptDir, held: bool) -> io::Result<Child> {
     }
     command
         .env_clear()
-        .stdin(Stdio::null())
+        .stdin(memory::hand_over(keys)?)
         .stdout(Stdio::null())
         .stderr(log(&dir.path)?)
         .spawn()

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{OFlag, open};
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
@@ -19,7 +19,7 @@ use nix::sys::statfs::statfs;
 use nix::unistd::{Pid, fchdir, getppid, setsid};
 use serde::{Deserialize, Serialize};
 
-use super::file_server;
+use super::{file_server, rclone};
 use crate::launch::{How, Mount};
 use crate::share;
 
@@ -33,7 +33,7 @@ const PAUSE_MAX: Duration = Duration::from_millis(20);
 const DEATH_MAX: Duration = Duration::from_secs(1);
 
 /// What to do.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub enum Step {
     /// Make the directory that something is mounted on, root's, below one that is root's.
     Make { root: String, path: String },
@@ -42,6 +42,12 @@ pub enum Step {
         env: BTreeMap<String, String>,
         /// Until when it may take, in milliseconds of the boot clock.
         until: i64,
+        /// What opens it, where it needs that.
+        key: String,
+        /// Where the kernel says that it is mounted.
+        place: PathBuf,
+        /// Where who serves it keeps what was read and written.
+        cache: PathBuf,
     },
     /// `force`: whoever waits for it gets an error. `lazy`: it is out of the way at once, whoever uses it.
     Unmount {
@@ -49,8 +55,11 @@ pub enum Step {
         force: bool,
         lazy: bool,
     },
-    /// See whether it answers.
-    Look { path: String },
+    /// See whether it answers, and whether the server does that it comes from: who serves it here answers without that.
+    Look {
+        path: String,
+        server: Option<(String, u16)>,
+    },
 }
 
 /// Why it was not done.
@@ -172,9 +181,48 @@ fn begin() -> io::Result<()> {
     }
     match step {
         Step::Make { root, path } => share::make_own(Path::new(&root), Path::new(&path), None),
-        Step::Mount { mount, env, until } => mount_it(&mount, &env, until),
+        Step::Mount {
+            mount,
+            env,
+            key,
+            place,
+            cache,
+            until,
+        } => match &mount.how {
+            How::Command(line) => Err(run(line, &mount.path, &env)),
+            How::Bind { source, read_only } => bind(source, &mount.path, *read_only),
+            How::Nfs {
+                address,
+                port,
+                directory,
+                options,
+            } => {
+                let place = Path::new(&mount.path);
+                file_server::nfs((address, *port), directory, options, place, until)
+            }
+            How::Local {
+                shared,
+                directory,
+                options,
+            } => {
+                let place = Path::new(&mount.path);
+                file_server::local(Path::new(shared), directory, options, place)
+            }
+            How::Remote(remote) => {
+                let point = rclone::Point {
+                    path: Path::new(&mount.path),
+                    place: &place,
+                    cache: &cache,
+                    env: &env,
+                };
+                rclone::mount(remote, &key, &point)
+            }
+        },
         Step::Unmount { place, force, lazy } => unmount(&place, force, lazy),
-        Step::Look { path } => statfs(path.as_str()).map(drop).map_err(io::Error::from),
+        Step::Look { path, server } => {
+            statfs(path.as_str())?;
+            server.map_or(Ok(()), |(host, port)| rclone::reach(&host, port).map(drop))
+        }
     }
 }
 
@@ -201,30 +249,30 @@ fn unmount(place: &Path, force: bool, lazy: bool) -> io::Result<()> {
     Ok(umount2(name, flags)?)
 }
 
-fn mount_it(mount: &Mount, env: &BTreeMap<String, String>, until: i64) -> io::Result<()> {
-    let place = Path::new(&mount.path);
-    match &mount.how {
-        How::Nfs {
-            address,
-            port,
-            directory,
-            options,
-        } => file_server::nfs((address, *port), directory, options, place, until),
-        How::Local {
-            shared,
-            directory,
-            options,
-        } => file_server::local(Path::new(shared), directory, options, place),
-        How::Command(line) => {
-            let path = mount.path.replace('\'', r"'\''");
-            Err(Command::new("/bin/bash")
-                .arg("-c")
-                .arg(format!("{line} '{path}'"))
-                .env_clear()
-                .envs(env)
-                .current_dir("/")
-                .stdin(Stdio::null())
-                .exec())
-        }
+/// Becomes the command.
+fn run(line: &str, path: &str, env: &BTreeMap<String, String>) -> io::Error {
+    let path = path.replace('\'', r"'\''");
+    Command::new("/bin/bash")
+        .arg("-c")
+        .arg(format!("{line} '{path}'"))
+        .env_clear()
+        .envs(env)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .exec()
+}
+
+/// No device and no program that changes its user comes in with it.
+fn bind(source: &str, path: &str, read_only: bool) -> io::Result<()> {
+    let failed = |error: nix::Error| io::Error::other(format!("{source}: {error}"));
+    if !Path::new(source).is_dir() {
+        return Err(io::Error::other(format!(
+            "{source} is no directory of this node"
+        )));
     }
+    let none = None::<&str>;
+    mount(Some(source), path, none, MsFlags::MS_BIND, none).map_err(failed)?;
+    let mut flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    flags.set(MsFlags::MS_RDONLY, read_only);
+    mount(none, path, none, flags, none).map_err(failed)
 }

@@ -124,3 +124,35 @@ fn unknown(procedure: Procedure) -> usize {
         Rename => 4,
     }
 }
+
+/// For fuzzers and tests: an export with a key in another directory, and a call, once as it came and once with the export's handle before the
+/// rest of it, of a procedure that its first byte chooses.
+#[cfg(any(test, fuzzing))]
+pub fn any(bytes: &[u8], root: &std::path::Path, keys: &std::path::Path) {
+    let export = Export::open(root, keys, 1).expect("it can be exported");
+    let squash = Squash {
+        uid: 65534,
+        gid: 65534,
+    };
+    let mut arguments = Reader(bytes);
+    if let Ok(head) = rpc::head(&mut arguments) {
+        answer(&export, &head, squash, arguments);
+    }
+    let Some((procedure, rest)) = bytes.split_first() else {
+        return;
+    };
+    let head = Head {
+        xid: 1,
+        program: rpc::NFS,
+        version: rpc::VERSION,
+        procedure: u32::from(*procedure % 24),
+        caller: None,
+    };
+    let own = export.root.try_clone().expect("there are descriptors");
+    let mut arguments = Writer::default();
+    let handle = export.handle(&own.into());
+    arguments.bytes(&handle.expect("it has one"));
+    arguments.0.extend(rest);
+    let answered = answer(&export, &head, squash, Reader(&arguments.0));
+    assert!(answered.len() >= 28 && answered.len().is_multiple_of(4));
+}

@@ -45,6 +45,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::journal::{AttemptDir, JournalError};
 
+#[cfg(any(test, fuzzing))]
+pub use calls::any as any_call;
+
 /// What the server is told.
 pub const CONFIG: &str = "config.json";
 /// What it says of itself.

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::logs::last_words;
-use super::run::{Ending, PREPARATION, Running, SETUP, Shim};
+use super::run::{CONTAINER, Ending, PREPARATION, Running, SETUP, Shim};
 use super::volumes::Volumes;
 use super::{ShimError, system};
 use crate::cgroups::Bound;
@@ -77,6 +77,7 @@ impl Shim {
             self.drain(buffer, |_| true);
             match rank {
                 SETUP => self.set_up(exit)?,
+                CONTAINER => self.furnished(exit, &stderr),
                 PREPARATION => self.prepared(exit, &stderr),
                 rank => self.rank_ended(rank, exit, &stderr),
             }
@@ -105,6 +106,25 @@ impl Shim {
             return Ok(());
         }
         self.start_copier();
+        match self.plan.container.clone() {
+            Some(container) => self.furnish(&container),
+            None => self.begin_preparation(),
+        }
+        Ok(())
+    }
+
+    /// The container is there, or could not be made.
+    fn furnished(&mut self, exit: Exit, stderr: &str) {
+        if !matches!(self.ending, Ending::No) {
+            return;
+        }
+        match self.take_room(&exit.to_string(), stderr) {
+            Ok(()) => self.begin_preparation(),
+            Err(failure) => self.fail(failure),
+        }
+    }
+
+    fn begin_preparation(&mut self) {
         match self.plan.command.clone() {
             Some(command) => {
                 self.log.say(&format!(
@@ -118,7 +138,6 @@ impl Shim {
             }
             None => self.ready(),
         }
-        Ok(())
     }
 
     fn prepared(&mut self, exit: Exit, stderr: &str) {
@@ -211,7 +230,7 @@ impl Shim {
         })
     }
 
-    fn last_words(&self, file: &str) -> String {
+    pub(super) fn last_words(&self, file: &str) -> String {
         last_words(&self.dir.path.join(LOGS).join(file))
     }
 }

@@ -40,19 +40,7 @@ impl Shim {
     /// Where the node's lease is over, the work may begin elsewhere: nothing of it is left here by then, whether the agent lives, is stopped
     /// or gone. A lease that cannot be read is over.
     pub(super) fn watch_the_fence(&mut self) {
-        let Some(path) = &self.plan.fence else {
-            return;
-        };
-        let (now, now_ms) = (boot_time(), boot_millis());
-        if self.fence.left(now_ms) > 0 || self.is_killed() {
-            return;
-        }
-        let written = read_lease(Path::new(path));
-        if let Err(error) = &written {
-            let text = format!("the node's lease cannot be read: {error}");
-            self.log.say(&text);
-        }
-        if self.fence.look(now_ms, written.ok()) {
+        if self.is_killed() || !self.is_fenced_off() {
             return;
         }
         self.fail(FailureRecord {
@@ -63,8 +51,25 @@ impl Shim {
         });
         self.log.say("killing what is left at once");
         self.ending = Ending::Killed {
-            until: now + KILL_MAX,
+            until: boot_time() + KILL_MAX,
         };
+    }
+
+    /// Whether it is bound to the node's lease, and that is over.
+    pub(super) fn is_fenced_off(&mut self) -> bool {
+        let now = boot_millis();
+        let Some(path) = &self.plan.fence else {
+            return false;
+        };
+        if self.fence.left(now) > 0 {
+            return false;
+        }
+        let written = read_lease(Path::new(path));
+        if let Err(error) = &written {
+            let text = format!("the node's lease cannot be read: {error}");
+            self.log.say(&text);
+        }
+        !self.fence.look(now, written.ok())
     }
 
     pub(super) fn drive_ending(&mut self) {
@@ -132,6 +137,8 @@ impl Shim {
         self.streams.clear();
         self.log.say("ended");
         self.leave_group();
+        // What is mounted in it is not held by it any more.
+        self.room = None;
         self.finish_copy();
         self.unmount();
         self.status.phase = Phase::Ended;

@@ -23,6 +23,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getppid, setsid};
 use serde::{Deserialize, Serialize};
 
+use super::container::Room;
 use super::process::{Rights, start_beside};
 use super::{ShimError, group, system, tell, tree};
 use crate::cgroups::{Bound, Group};
@@ -150,7 +151,12 @@ fn begin(dir: &Path) -> Result<i32, ShimError> {
     if let Some(group) = &plan.group {
         group.create().map_err(system("make the group"))?;
     }
-    let child = match start(&plan, stdin) {
+    let attempt = plan.of_attempt.then(|| AttemptDir {
+        path: PathBuf::from(dir),
+    });
+    let room = attempt.as_ref().map(Room::of).transpose();
+    let room = room.map_err(system("enter the container"))?.flatten();
+    let child = match start(&plan, room.as_ref(), stdin) {
         Ok(child) => child,
         Err(error) => {
             leave(plan.group.as_ref(), plan.of_attempt);
@@ -169,9 +175,6 @@ fn begin(dir: &Path) -> Result<i32, ShimError> {
     dup2_stdin(&nothing).map_err(system("dup2"))?;
     dup2_stdout(&nothing).map_err(system("dup2"))?;
     dup2_stderr(&nothing).map_err(system("dup2"))?;
-    let attempt = plan.of_attempt.then(|| AttemptDir {
-        path: PathBuf::from(dir),
-    });
     let holder = Holder {
         agent: Pid::from_raw(plan.agent),
         child,
@@ -183,7 +186,10 @@ fn begin(dir: &Path) -> Result<i32, ShimError> {
     holder.run()
 }
 
-fn start(plan: &ExecPlan, stdin: File) -> io::Result<i32> {
+fn start(plan: &ExecPlan, room: Option<&Room>, stdin: File) -> io::Result<i32> {
+    let mut env = plan.env.clone();
+    // As the agent has it for the host.
+    env.extend(room.map(|room| ("SHELL".to_owned(), room.shell().to_owned())));
     let output = io::stdout().as_fd().try_clone_to_owned()?;
     let error = io::stderr().as_fd().try_clone_to_owned()?;
     let input = match (plan.terminal, plan.input) {
@@ -198,10 +204,11 @@ fn start(plan: &ExecPlan, stdin: File) -> io::Result<i32> {
         limits: &plan.limits,
         user: plan.user.as_ref(),
         may_gain: false,
+        room,
     };
     let streams = [input, Stdio::from(output), Stdio::from(error)];
     let what = (&plan.argv[..], plan.cwd.as_str());
-    start_beside(what, &plan.env, streams, plan.terminal, rights)
+    start_beside(what, &env, streams, plan.terminal, rights)
 }
 
 /// The group is empty, or holds what does not die: then the agent ends it when it starts.

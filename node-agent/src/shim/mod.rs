@@ -6,6 +6,7 @@
 //! to fork.
 
 mod children;
+mod container;
 mod copier;
 mod ending;
 mod exec;
@@ -34,12 +35,14 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::setsid;
 
 use crate::journal::{AttemptDir, JournalError};
+use crate::memory;
 
+pub use container::able as can_contain;
 pub use exec::{Beside, ExecPlan, Words, main as exec};
 pub use group::{detect, homes};
 pub use process::resize as resize_terminal;
 pub use root::{Root, RootError};
-pub use secrets::{hand_over, of as secrets_of};
+pub use secrets::{Handed, of as secrets_of};
 pub use tree::{SweepError, sweep};
 #[cfg(any(test, fuzzing))]
 pub use unpack::unpack as unpack_bundle;
@@ -51,8 +54,6 @@ enum ShimError {
     Journal(#[from] JournalError),
     #[error("there is no plan")]
     NoPlan,
-    #[error("what the agent handed over is unreadable")]
-    Secrets,
     #[error("{what}: {source}")]
     System {
         what: &'static str,
@@ -105,7 +106,7 @@ fn tell(text: &str) {
 
 fn begin(dir: &AttemptDir, own: &[&str]) -> Result<(), ShimError> {
     shutdown::keep_memory_private();
-    let secrets = secrets::take()?;
+    let handed = memory::take().map_err(system("read what the agent hands over"))?;
     // Whoever comes second, at any time, does nothing.
     let Some(_lock) = dir.take_lock()? else {
         return Ok(());
@@ -116,7 +117,7 @@ fn begin(dir: &AttemptDir, own: &[&str]) -> Result<(), ShimError> {
     // Orphans of the job become its children, so that none can leave its tree.
     prctl::set_child_subreaper(true).map_err(system("subreaper"))?;
     let own = own.iter().map(|argument| (*argument).to_owned());
-    let shim = run::Shim::new(dir.clone(), secrets, own.collect())?;
+    let shim = run::Shim::new(dir.clone(), handed, own.collect())?;
     if let Some(group) = &shim.plan.group {
         group.create().map_err(system("make the group"))?;
     }

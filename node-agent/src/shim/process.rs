@@ -1,18 +1,21 @@
 //! Starts the processes of an attempt, the shim's own helpers, and commands beside them.
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
-use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, setsid};
+use nix::unistd::{ForkResult, Pid, chdir, fork, getpid, getppid, setsid};
 
+use super::container::Room;
 use super::secrets::Secrets;
 use crate::cgroups::{Bound, Group};
 use crate::launch::{JobLimit, JobUser, ProcessPlan};
@@ -40,24 +43,19 @@ pub struct Rights<'a> {
     pub user: Option<&'a JobUser>,
     /// It may start what has more rights than it.
     pub may_gain: bool,
+    /// What it is in; the host itself where it is none.
+    pub room: Option<&'a Room>,
 }
 
 /// Starts a process in a session of its own, with nothing of the shim's but its pipes. It dies when the shim does.
 pub fn start(plan: &ProcessPlan, secrets: &Secrets, rights: Rights<'_>) -> io::Result<Started> {
-    let (program, arguments) = plan.argv.split_first().ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidInput, "there is no program to start")
-    })?;
-    let mut command = Command::new(program);
+    let mut command = command(&plan.argv, &plan.env, &plan.cwd, rights)?;
     command
-        .args(arguments)
-        .env_clear()
-        .envs(&plan.env)
         .envs(secrets)
-        .current_dir(&plan.cwd)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    in_its_own_session(&mut command, rights, false)?;
+    in_its_own_session(&mut command, &plan.cwd, rights, false)?;
     let mut child = command.spawn()?;
     let missing = || io::Error::other("a pipe is missing");
     let stdout = OwnedFd::from(child.stdout.take().ok_or_else(missing)?);
@@ -82,19 +80,43 @@ pub fn start_beside(
     terminal: bool,
     rights: Rights<'_>,
 ) -> io::Result<i32> {
+    let mut command = command(argv, env, cwd, rights)?;
+    command.stdin(input).stdout(output).stderr(error);
+    in_its_own_session(&mut command, cwd, rights, terminal)?;
+    Ok(command.spawn()?.id() as i32)
+}
+
+/// A program with its variables and its directory, as they are where it runs.
+fn command(argv: &[String], env: &Secrets, cwd: &str, rights: Rights<'_>) -> io::Result<Command> {
+    let fitting = rights.room.map(|room| room.fit(argv, env));
+    let (argv, env) = match &fitting {
+        Some((argv, env)) => (&argv[..], env),
+        None => (argv, env),
+    };
     let missing = || io::Error::new(io::ErrorKind::InvalidInput, "there is no program to start");
     let (program, arguments) = argv.split_first().ok_or_else(missing)?;
     let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env_clear()
-        .envs(env)
-        .current_dir(cwd)
-        .stdin(input)
-        .stdout(output)
-        .stderr(error);
-    in_its_own_session(&mut command, rights, terminal)?;
-    Ok(command.spawn()?.id() as i32)
+    command.args(arguments).env_clear().envs(env);
+    if rights.room.is_none() {
+        command.current_dir(cwd);
+    }
+    Ok(command)
+}
+
+/// Has a command see mounts of its own.
+#[allow(unsafe_code)]
+pub fn in_its_own_namespace(command: &mut Command) {
+    // SAFETY: the closure makes one system call.
+    unsafe {
+        command.pre_exec(|| Ok(unshare(CloneFlags::CLONE_NEWNS)?));
+    }
+}
+
+/// A descriptor that the kernel has just passed to this process.
+#[allow(unsafe_code)]
+pub fn received(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel made it for who received the message, and nobody else has its number.
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 /// Gives a terminal another size: who runs in it is told by the kernel.
@@ -115,7 +137,12 @@ pub fn resize(terminal: impl AsFd, rows: u16, columns: u16) -> io::Result<()> {
 
 /// What has to happen between fork and exec.
 #[allow(unsafe_code)]
-fn in_its_own_session(command: &mut Command, rights: Rights<'_>, terminal: bool) -> io::Result<()> {
+fn in_its_own_session(
+    command: &mut Command,
+    cwd: &str,
+    rights: Rights<'_>,
+    terminal: bool,
+) -> io::Result<()> {
     let shim = getpid();
     let entrances = entrances(rights.group, rights.bounds)?;
     let Rights {
@@ -125,6 +152,11 @@ fn in_its_own_session(command: &mut Command, rights: Rights<'_>, terminal: bool)
     } = rights;
     let user = rights.user.map(Identity::from);
     let limits = rights.limits.to_vec();
+    let room = rights
+        .room
+        .map(|room| room.namespace().try_clone_to_owned());
+    let room = room.transpose()?;
+    let cwd = CString::new(cwd)?;
     // SAFETY: the shim has one thread, and the closure makes system calls only: it allocates nothing unless it fails.
     unsafe {
         command.pre_exec(move || {
@@ -138,8 +170,15 @@ fn in_its_own_session(command: &mut Command, rights: Rights<'_>, terminal: bool)
             for limit in &limits {
                 take_limit(limit)?;
             }
+            if let Some(room) = &room {
+                setns(room, CloneFlags::CLONE_NEWNS)?;
+            }
             if let Some(user) = &user {
                 become_user(user)?;
+            }
+            if room.is_some() {
+                // As whom it is then; elsewhere it is there already.
+                chdir(cwd.as_c_str())?;
             }
             give_up_privileges(may_gain)?;
             // Last: who becomes somebody else forgets with whom it dies.

@@ -20,14 +20,15 @@ use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 
 use super::children::{StartError, start_failure};
+use super::container::{Coming, Room};
 use super::copier::{self, Copier};
 use super::logs::{Drained, ExecutionLog, Stream};
 use super::process::Rights;
-use super::secrets::Secrets;
+use super::secrets::{Handed, Secrets};
 use super::volumes::Volumes;
 use super::{ShimError, ports, prepare, process, system};
 use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, STATUS, STOP};
-use crate::launch::{Preparation, ProcessPlan};
+use crate::launch::{Keys, Preparation, ProcessPlan};
 use crate::lease::Fence;
 use crate::status::{FailureRecord, Phase, RankStatus, Status};
 
@@ -36,6 +37,8 @@ const ENDING_STEP: Duration = Duration::from_millis(20);
 /// The rank numbers of the process that makes directories, and of the preparation command.
 pub(super) const SETUP: i32 = -2;
 pub(super) const PREPARATION: i32 = -1;
+/// That of the process that makes the container.
+pub(super) const CONTAINER: i32 = -3;
 /// Kept free for the records of the attempt, should its logs fill the disk.
 pub(super) const RESERVE: &str = "reserve";
 const RESERVE_BYTES: usize = 64 << 10;
@@ -75,6 +78,8 @@ pub struct Shim {
     pub(super) plan: Preparation,
     /// They are nowhere but here, and in the environment of the job's processes.
     secrets: Secrets,
+    /// They are handed on to what mounts its volumes.
+    pub(super) keys: Keys,
     pub(super) status: Status,
     pub(super) log: ExecutionLog,
     pub(super) running: Vec<Running>,
@@ -89,6 +94,11 @@ pub struct Shim {
     pub(super) unsaid: bool,
     pub(super) copier: Option<Copier>,
     pub(super) volumes: Volumes,
+    /// By it the job's image is pulled.
+    pub(super) password: Option<String>,
+    pub(super) coming: Option<Coming>,
+    /// What all processes of the job are in, where that is a container.
+    pub(super) room: Option<Room>,
     /// The arguments that lead to this program's own subcommands.
     pub(super) own: Vec<String>,
     /// What its processes may have open, as it was before the shim took more for itself.
@@ -98,7 +108,7 @@ pub struct Shim {
 }
 
 impl Shim {
-    pub fn new(dir: AttemptDir, secrets: Secrets, own: Vec<String>) -> Result<Shim, ShimError> {
+    pub fn new(dir: AttemptDir, handed: Handed, own: Vec<String>) -> Result<Shim, ShimError> {
         let plan: Preparation = dir.read(PREPARE)?.ok_or(ShimError::NoPlan)?;
         let signals = super::take_signals()?;
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC);
@@ -114,7 +124,11 @@ impl Shim {
         Ok(Shim {
             dir,
             plan,
-            secrets,
+            secrets: handed.variables,
+            keys: handed.keys,
+            password: handed.password,
+            coming: None,
+            room: None,
             status: Status::default(),
             log,
             running: Vec::new(),
@@ -372,6 +386,7 @@ impl Shim {
             limits: &self.plan.limits,
             user: self.plan.user.as_ref(),
             may_gain: self.plan.may_gain,
+            room: self.room.as_ref(),
         };
         let started = process::start(plan, &self.secrets, rights).map_err(StartError::Program)?;
         crash_point!("shim_forked_a_rank", plan.rank >= 0);

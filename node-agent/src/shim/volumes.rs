@@ -11,9 +11,6 @@ use crate::journal::JournalError;
 use crate::mounts::{self, Phase};
 use crate::status::FailureRecord;
 
-/// Unmounting in order, by force, and ending what served the mounts take less, all together.
-const UNMOUNT_MAX: Duration = Duration::from_secs(60);
-
 /// How far the mounts of a job are.
 #[derive(Debug, Default)]
 pub(super) enum Volumes {
@@ -43,7 +40,7 @@ impl Shim {
         self.log
             .say(&format!("mounting: {:?}", self.plan.mount_points));
         let own: Vec<_> = self.own.iter().map(String::as_str).collect();
-        match mounts::hold(&own, &self.dir, true) {
+        match mounts::hold(&own, &self.dir, true, &self.keys) {
             Ok(child) => self.volumes = Volumes::Mounting(child),
             Err(error) => {
                 self.volumes = Volumes::None;
@@ -87,6 +84,18 @@ impl Shim {
         Ok(())
     }
 
+    /// What the job wrote and what could not be written back is lost: it has not done what it was to do.
+    fn look_at_the_end(&mut self) {
+        let failure = mounts::status(&self.dir).ok().and_then(|it| it.failure);
+        if let Some(failure) = failure.filter(|_| self.status.failure.is_none()) {
+            self.log.say(&failure.message);
+            self.status.failure = Some(FailureRecord {
+                undoes_success: true,
+                ..failure
+            });
+        }
+    }
+
     /// Has everything unmounted, and waits for it. What is left by force is not waited for.
     pub(super) fn unmount(&mut self) {
         let (Volumes::Mounting(mut child) | Volumes::Mounted(mut child)) =
@@ -94,20 +103,32 @@ impl Shim {
         else {
             return;
         };
-        let until = boot_time() + UNMOUNT_MAX;
-        let mut told = self.dir.write(mounts::UNMOUNT, &true, false);
+        let until = boot_time() + mounts::end_max(&self.dir);
+        // What may begin elsewhere by now writes nothing any more.
+        let mut write_back = !self.is_fenced_off();
+        let mut told = self.dir.write(mounts::UNMOUNT, &write_back, false);
         if told.is_err() {
             // The disk is full.
             self.give_up_reserve();
-            told = self.dir.write(mounts::UNMOUNT, &true, false);
+            told = self.dir.write(mounts::UNMOUNT, &write_back, false);
         }
         if let Err(error) = told {
             self.log
                 .say(&format!("cannot say that it is time to unmount: {error}"));
         }
         loop {
+            if write_back && self.is_fenced_off() {
+                write_back = false;
+                // Where that cannot be said it is killed as if it hung.
+                if self.dir.write(mounts::UNMOUNT, &false, false).is_err() {
+                    let _ = child.kill();
+                }
+            }
             match child.try_wait() {
-                Ok(Some(status)) if status.success() => return self.log.say("all is unmounted"),
+                Ok(Some(status)) if status.success() => {
+                    self.log.say("all is unmounted");
+                    return self.look_at_the_end();
+                }
                 Ok(None) if boot_time() < until => std::thread::sleep(Duration::from_millis(5)),
                 other => {
                     self.log

@@ -10,18 +10,27 @@ use std::sync::Arc;
 
 use batchai_common::names::hex;
 use batchai_proto::agent::v1::{ClusterMounts, MountsReport};
+use batchai_proto::secrets;
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
-use crate::bundles::Have;
 use crate::journal::{AttemptDir, Journal, JournalError};
-use crate::launch::{ATTEMPT_TAG, HostFacts, Mount, mounts as plan};
+use crate::launch::{ATTEMPT_TAG, HostFacts, Keys, LaunchError, Mount, keys, mounts as plan};
 use crate::mounts::{self, Phase};
 use crate::reconcile::failure;
 use crate::shim;
+use crate::status::FailureRecord;
 
 /// What the tags of processes begin with that serve mounts of a cluster.
 pub const TAG: &str = "mounts-";
+
+/// How far the mounts of a cluster are.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Mounted {
+    Yes,
+    NotYet,
+    Never(FailureRecord),
+}
 
 pub struct Volumes {
     pub journal: Arc<Journal>,
@@ -138,14 +147,17 @@ impl Volumes {
     }
 
     /// Whether the mounts of the cluster are there, for a set-up of the node.
-    pub fn look_for(&mut self, attempt: &str) -> Result<Have, JournalError> {
+    pub fn look_for(&mut self, attempt: &str) -> Result<Mounted, JournalError> {
         let Some(wanted) = self.wanted.clone() else {
-            return Ok(Have::Yes);
+            return Ok(Mounted::Yes);
         };
+        if !wanted.fault.is_empty() {
+            return Ok(never(wanted.fault));
+        }
         let dir = self.journal.cluster_mount(&key(&wanted));
         let others = self.journal.cluster_mounts()?;
         if others.iter().any(|other| *other != dir) {
-            return Ok(Have::NotYet);
+            return Ok(Mounted::NotYet);
         }
         let status = mounts::status(&dir)?;
         let tried = self
@@ -153,24 +165,20 @@ impl Volumes {
             .get(&dir.id())
             .is_some_and(|id| id == attempt);
         match (status.phase, self.is_held(&dir)?) {
-            (Phase::Ready, true) if !dir.has(mounts::UNMOUNT) => Ok(Have::Yes),
-            (_, true) => Ok(Have::NotYet),
+            (Phase::Ready, true) if !dir.has(mounts::UNMOUNT) => Ok(Mounted::Yes),
+            (_, true) => Ok(Mounted::NotYet),
             (Phase::Failed, false) if tried => {
-                let unsaid = || "they cannot be mounted".to_owned();
-                Ok(Have::Never(
-                    status
-                        .failure
-                        .map_or_else(unsaid, |failure| failure.message),
-                ))
+                let unsaid = || never("they cannot be mounted".to_owned());
+                Ok(status.failure.map_or_else(unsaid, Mounted::Never))
             }
-            (_, false) if dir.path.exists() && !self.is_gone(&dir) => Ok(Have::NotYet),
-            (_, false) => match plan(wanted.volumes.as_ref(), &wanted.file_servers, &self.root()) {
-                Err(error) => Ok(Have::Never(error.to_string())),
+            (_, false) if dir.path.exists() && !self.is_gone(&dir) => Ok(Mounted::NotYet),
+            (_, false) => match self.plan(&wanted) {
+                Err(error) => Ok(never(error.to_string())),
                 Ok(mounts) => {
                     self.prepare(&dir, mounts)?;
                     self.begun_for.insert(dir.id(), attempt.to_owned());
                     self.begin(&dir)?;
-                    Ok(Have::NotYet)
+                    Ok(Mounted::NotYet)
                 }
             },
         }
@@ -187,8 +195,17 @@ impl Volumes {
         })
     }
 
-    fn root(&self) -> String {
-        format!("{}/mounts", self.facts.root)
+    /// Whatever knows no users belongs to root: the jobs of a cluster may run as several.
+    fn plan(&self, wanted: &ClusterMounts) -> Result<Vec<Mount>, LaunchError> {
+        let root = format!("{}/mounts", self.facts.root);
+        let (volumes, sources) = (wanted.volumes.as_ref(), &wanted.file_servers);
+        plan(volumes, &wanted.storage, sources, &root, (0, 0))
+    }
+
+    /// What opens what the cluster wants.
+    fn keys(&self) -> Keys {
+        let wanted = self.wanted.as_ref();
+        keys(wanted.and_then(|wanted| wanted.volumes.as_ref()))
     }
 
     fn prepare(&self, dir: &AttemptDir, mounts: Vec<Mount>) -> Result<(), JournalError> {
@@ -205,7 +222,7 @@ impl Volumes {
 
     fn begin(&mut self, dir: &AttemptDir) -> Result<(), JournalError> {
         mounts::forget(dir);
-        match mounts::hold(self.own, dir, false) {
+        match mounts::hold(self.own, dir, false, &self.keys()) {
             Ok(holder) => drop(self.holders.insert(dir.id(), holder)),
             Err(error) => tracing::error!(%error, "nothing can be mounted; it is tried again"),
         }
@@ -240,7 +257,23 @@ impl Volumes {
     }
 }
 
-/// Whose they are and what they are: others have another one.
+fn never(message: String) -> Mounted {
+    Mounted::Never(FailureRecord {
+        code: mounts::FAILED.to_owned(),
+        message,
+        ..FailureRecord::default()
+    })
+}
+
+/// Whose they are and what they are: others have another one. What opens them says nothing of that, and is not to be guessed by it; what
+/// is mounted stays when another storage alias is made.
 fn key(wanted: &ClusterMounts) -> String {
-    hex(&Sha256::digest(wanted.encode_to_vec()))[..32].to_owned()
+    let mut what = ClusterMounts {
+        cluster: wanted.cluster.clone(),
+        uid: wanted.uid.clone(),
+        volumes: wanted.volumes.clone(),
+        ..ClusterMounts::default()
+    };
+    secrets::blank(secrets::of_mounts("", what.volumes.as_mut()));
+    hex(&Sha256::digest(what.encode_to_vec()))[..32].to_owned()
 }

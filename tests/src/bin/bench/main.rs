@@ -1,10 +1,11 @@
 //! Benchmarks: `cargo run --release -p batchai-tests --bin bench -- smoke`, or `tls`, `failover --kills N`, `writes`,
-//! `logs [--ranks N] [--lines N]`, `spawn`.
+//! `logs [--ranks N] [--lines N]`, `spawn`, `files`.
 //!
 //! Each measure is a JSON line on standard output; what is for people goes to standard error. This program is the
 //! `batchai` command too, for every other first argument: what is measured is what was built.
 
 mod failover;
+mod files;
 mod logs;
 mod measure;
 mod smoke;
@@ -24,6 +25,9 @@ fn main() -> ExitCode {
         Some("writes") => writes::run(),
         Some("logs") => logs::run(number("--ranks", 100), number("--lines", 100)),
         Some("spawn") => spawn::run(),
+        Some("files") => files::run(),
+        // The same in namespaces of its own.
+        Some("files-within") => files::within(),
         // A rank of `logs`.
         Some("stamps") => {
             let numbers = std::env::args()
@@ -33,7 +37,7 @@ fn main() -> ExitCode {
         }
         None => {
             eprintln!(
-                "usage: bench smoke|tls|failover [--kills N]|writes|logs [--ranks N] [--lines N]|spawn"
+                "usage: bench smoke|tls|failover [--kills N]|writes|logs [--ranks N] [--lines N]|spawn|files"
             );
             return ExitCode::from(2);
         }

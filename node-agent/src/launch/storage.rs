@@ -1,0 +1,430 @@
+//! PURE. Shares and containers of storage accounts, and what an administrator has put in their stead: from what a job or a cluster asks
+//! for to how it is mounted. Keys are not part of that: a plan lies on a disk, and they do not.
+
+use std::collections::BTreeMap;
+
+use batchai_common::storage::{self, BlobOptions};
+use batchai_proto::v1::storage_alias::Target;
+use batchai_proto::v1::{
+    AzureBlobFileSystem, AzureFileShare, MountVolumes, StorageAlias, StorageCredentials,
+};
+use serde::{Deserialize, Serialize};
+
+use super::LaunchError;
+use super::volumes::How;
+
+/// What a job or a node has as error where a share cannot be mounted, and where a container cannot.
+pub const SHARE_FAILED: &str = "AZFMountError";
+pub const CONTAINER_FAILED: &str = "BFSMountError";
+
+const AZURE_BLOBS: &str = "blob.core.windows.net";
+/// What was read of containers, on the node's disk, where nothing else is asked for.
+const CACHE_MIB: u64 = 10 << 10;
+/// How long the list of a directory is taken for true: others write there as well.
+const LIST_S: u64 = 10;
+const SHARE_LIST_S: u64 = 1;
+
+/// Something that lies on another machine, and is opened with a key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remote {
+    pub place: Place,
+    /// The account, the user or the id of the access key.
+    pub account: String,
+    /// Which of the keys opens it.
+    pub key: String,
+    /// Whom what lies there belongs to, for this host.
+    pub uid: u32,
+    pub gid: u32,
+    pub file_mode: u32,
+    pub directory_mode: u32,
+    pub read_only: bool,
+    /// Seconds.
+    pub list_s: u64,
+    pub attr_s: Option<u64>,
+    pub cache_age_s: Option<u64>,
+    pub cache_mib: u64,
+}
+
+/// Where it lies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    Share {
+        host: String,
+        port: u16,
+        share: String,
+        /// In it; empty for all of it.
+        directory: String,
+    },
+    /// `service` is the URL of the account's blobs.
+    Container {
+        service: String,
+        container: String,
+    },
+    Bucket {
+        endpoint: String,
+        bucket: String,
+    },
+}
+
+impl Remote {
+    /// What people call it.
+    pub fn named(&self) -> String {
+        let account = &self.account;
+        match &self.place {
+            Place::Share {
+                host,
+                port,
+                share,
+                directory,
+            } => {
+                let port = match *port {
+                    storage::SMB_PORT => String::new(),
+                    port => format!(":{port}"),
+                };
+                let directory = match directory.as_str() {
+                    "" => String::new(),
+                    directory => format!("/{directory}"),
+                };
+                format!("the share //{host}{port}/{share}{directory} of {account}")
+            }
+            Place::Container { service, container } => {
+                format!("the container {container} at {service} of {account}")
+            }
+            Place::Bucket { endpoint, bucket } => {
+                format!("the bucket {bucket} at {endpoint} of {account}")
+            }
+        }
+    }
+
+    /// The server: host and port.
+    pub fn server(&self) -> Option<(String, u16)> {
+        let of_url = |url: &str| {
+            let endpoint = storage::endpoint(url).ok()?;
+            Some((endpoint.host, endpoint.port))
+        };
+        match &self.place {
+            Place::Share { host, port, .. } => Some((host.clone(), *port)),
+            Place::Container { service, .. } => of_url(service),
+            Place::Bucket { endpoint, .. } => of_url(endpoint),
+        }
+    }
+}
+
+/// What is put in the stead of volumes, by their relative mount paths.
+pub type Stead = BTreeMap<String, StorageAlias>;
+
+/// What opens volumes, by their relative mount paths.
+pub type Keys = BTreeMap<String, String>;
+
+/// How a share is mounted. `owner`: whom its files belong to.
+pub fn of_share(
+    share: &AzureFileShare,
+    stead: &Stead,
+    owner: (u32, u32),
+) -> Result<How, LaunchError> {
+    let alias = stead.get(&share.relative_mount_path);
+    let url = match alias.and_then(|alias| alias.target.as_ref()) {
+        None => &share.azure_file_url,
+        Some(Target::Url(url)) => url,
+        Some(other) => {
+            let volume = (
+                share.account_name.as_str(),
+                share.relative_mount_path.as_str(),
+            );
+            return elsewhere(other, volume, &BlobOptions::default(), owner);
+        }
+    };
+    let bad = |why| LaunchError::BadVolume {
+        path: share.relative_mount_path.clone(),
+        why,
+    };
+    storage::check_account(&share.account_name).map_err(bad)?;
+    let found = storage::share(url).map_err(bad)?;
+    let mode = |text: &str| {
+        storage::mode(text).ok_or_else(|| bad(format!("{text:?} is no mode of files")))
+    };
+    Ok(How::Remote(Box::new(Remote {
+        place: Place::Share {
+            host: found.host,
+            port: found.port,
+            share: found.share,
+            directory: found.directory,
+        },
+        account: share.account_name.clone(),
+        key: share.relative_mount_path.clone(),
+        uid: owner.0,
+        gid: owner.1,
+        file_mode: mode(&share.file_mode)?,
+        directory_mode: mode(&share.directory_mode)?,
+        read_only: false,
+        list_s: SHARE_LIST_S,
+        attr_s: None,
+        cache_age_s: None,
+        cache_mib: CACHE_MIB,
+    })))
+}
+
+/// How a container is mounted.
+pub fn of_container(
+    blob: &AzureBlobFileSystem,
+    stead: &Stead,
+    owner: (u32, u32),
+) -> Result<How, LaunchError> {
+    let bad = |why| LaunchError::BadVolume {
+        path: blob.relative_mount_path.clone(),
+        why,
+    };
+    let options = storage::blob_options(&blob.mount_options);
+    let options = options.map_err(|all| bad(format!("unknown options: {}", all.join(" "))))?;
+    storage::check_container(&blob.container_name).map_err(bad)?;
+    let account = &blob.account_name;
+    let volume = (account.as_str(), blob.relative_mount_path.as_str());
+    storage::check_account(account).map_err(bad)?;
+    let alias = stead.get(&blob.relative_mount_path);
+    let service = match alias.and_then(|alias| alias.target.as_ref()) {
+        Some(Target::Url(url)) => storage::blob_endpoint(url).map_err(bad)?.url,
+        Some(other) => return elsewhere(other, volume, &options, owner),
+        None => {
+            let scheme = if options.https { "https" } else { "http" };
+            // What is no name of a host cannot be an account of Azure.
+            let url = format!("{scheme}://{account}.{AZURE_BLOBS}");
+            storage::endpoint(&url).map_err(bad)?.url
+        }
+    };
+    let place = Place::Container {
+        service,
+        container: blob.container_name.clone(),
+    };
+    Ok(remote(place, volume, &options, owner))
+}
+
+/// What is no share and no container at all. `volume`: the account and the relative mount path.
+fn elsewhere(
+    target: &Target,
+    volume: (&str, &str),
+    options: &BlobOptions,
+    owner: (u32, u32),
+) -> Result<How, LaunchError> {
+    match target {
+        Target::Path(path) => Ok(How::Bind {
+            source: path.clone(),
+            read_only: options.read_only,
+        }),
+        Target::S3Bucket(bucket) => {
+            let bad = |why| LaunchError::BadVolume {
+                path: bucket.bucket.clone(),
+                why,
+            };
+            storage::check_container(&bucket.bucket).map_err(bad)?;
+            let endpoint = storage::endpoint(&bucket.endpoint).map_err(bad)?.url;
+            let bucket = bucket.bucket.clone();
+            let place = Place::Bucket { endpoint, bucket };
+            Ok(remote(place, volume, options, owner))
+        }
+        Target::Url(_) => Err(LaunchError::UnknownVolume {
+            what: "such a storage alias",
+        }),
+    }
+}
+
+fn remote(
+    place: Place,
+    (account, path): (&str, &str),
+    options: &BlobOptions,
+    (uid, gid): (u32, u32),
+) -> How {
+    How::Remote(Box::new(Remote {
+        place,
+        account: account.to_owned(),
+        key: path.to_owned(),
+        uid,
+        gid,
+        file_mode: 0o777,
+        directory_mode: 0o777,
+        read_only: options.read_only,
+        list_s: options.entry_timeout_s.unwrap_or(LIST_S),
+        attr_s: options.attr_timeout_s,
+        cache_age_s: options.cache_age_s,
+        cache_mib: options.cache_mib.unwrap_or(CACHE_MIB),
+    }))
+}
+
+/// The keys of volumes, by their relative mount paths. They are kept in memory only.
+pub fn keys(volumes: Option<&MountVolumes>) -> Keys {
+    let Some(volumes) = volumes else {
+        return Keys::new();
+    };
+    let shares = volumes.azure_file_shares.iter();
+    let shares = shares.map(|share| (&share.relative_mount_path, &share.credentials));
+    let blobs = volumes.azure_blob_file_systems.iter();
+    let blobs = blobs.map(|blob| (&blob.relative_mount_path, &blob.credentials));
+    let key = |(path, credentials): (&String, &Option<StorageCredentials>)| {
+        Some((path.clone(), credentials.as_ref()?.account_key.clone()))
+    };
+    shares.chain(blobs).filter_map(key).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use batchai_proto::v1::S3Bucket;
+
+    use super::*;
+
+    fn share() -> AzureFileShare {
+        AzureFileShare {
+            account_name: "acc".into(),
+            azure_file_url: "https://acc.file.core.windows.net/data".into(),
+            relative_mount_path: "afs".into(),
+            file_mode: "0640".into(),
+            ..Default::default()
+        }
+    }
+
+    fn blob() -> AzureBlobFileSystem {
+        AzureBlobFileSystem {
+            account_name: "acc".into(),
+            container_name: "data".into(),
+            relative_mount_path: "bfs".into(),
+            ..Default::default()
+        }
+    }
+
+    fn stead(path: &str, target: Target) -> Stead {
+        let alias = StorageAlias {
+            target: Some(target),
+            ..Default::default()
+        };
+        [(path.to_owned(), alias)].into()
+    }
+
+    fn place(how: How) -> Place {
+        match how {
+            How::Remote(remote) => remote.place,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_share_and_a_container_are_where_azure_has_them() {
+        let How::Remote(remote) = of_share(&share(), &Stead::new(), (7, 8)).unwrap() else {
+            panic!();
+        };
+        assert_eq!(
+            remote.named(),
+            "the share //acc.file.core.windows.net/data of acc"
+        );
+        assert_eq!((remote.uid, remote.gid), (7, 8));
+        assert_eq!((remote.file_mode, remote.directory_mode), (0o640, 0o777));
+        let How::Remote(remote) = of_container(&blob(), &Stead::new(), (0, 0)).unwrap() else {
+            panic!();
+        };
+        assert_eq!(
+            remote.named(),
+            "the container data at https://acc.blob.core.windows.net of acc"
+        );
+        let server = ("acc.blob.core.windows.net".to_owned(), 443);
+        assert_eq!(remote.server(), Some(server));
+        let plain = AzureBlobFileSystem {
+            mount_options: "--use-https=false -o ro".into(),
+            ..blob()
+        };
+        let How::Remote(remote) = of_container(&plain, &Stead::new(), (0, 0)).unwrap() else {
+            panic!();
+        };
+        assert!(remote.read_only);
+        assert_eq!(remote.server().unwrap().1, 80);
+    }
+
+    #[test]
+    fn what_stands_in_their_stead_is_mounted() {
+        let bind = How::Bind {
+            source: "/lab/data".into(),
+            read_only: false,
+        };
+        let path = Target::Path("/lab/data".into());
+        assert_eq!(
+            of_share(&share(), &stead("afs", path.clone()), (0, 0)),
+            Ok(bind.clone())
+        );
+        assert_eq!(
+            of_container(&blob(), &stead("bfs", path.clone()), (0, 0)),
+            Ok(bind)
+        );
+        // Only of the volume that it stands for.
+        let other = of_container(&blob(), &stead("afs", path), (0, 0)).unwrap();
+        assert!(matches!(place(other), Place::Container { .. }));
+        let url = Target::Url("smb://nas.lab:1445/x/y".into());
+        let nas = of_share(&share(), &stead("afs", url), (0, 0)).unwrap();
+        let expected = Place::Share {
+            host: "nas.lab".into(),
+            port: 1445,
+            share: "x".into(),
+            directory: "y".into(),
+        };
+        assert_eq!(place(nas), expected);
+        let bucket = Target::S3Bucket(S3Bucket {
+            endpoint: "https://minio.lab:9000/".into(),
+            bucket: "train".into(),
+        });
+        let expected = Place::Bucket {
+            endpoint: "https://minio.lab:9000".into(),
+            bucket: "train".into(),
+        };
+        for how in [
+            of_share(&share(), &stead("afs", bucket.clone()), (0, 0)),
+            of_container(&blob(), &stead("bfs", bucket.clone()), (0, 0)),
+        ] {
+            assert_eq!(place(how.unwrap()), expected);
+        }
+    }
+
+    #[test]
+    fn what_would_be_read_as_something_else_is_refused_here_too() {
+        for bad in [
+            AzureFileShare {
+                account_name: "a\nhost = evil".into(),
+                ..share()
+            },
+            AzureFileShare {
+                azure_file_url: "https://h/s/../../x".into(),
+                ..share()
+            },
+            AzureFileShare {
+                file_mode: "rwx".into(),
+                ..share()
+            },
+        ] {
+            let refused = of_share(&bad, &Stead::new(), (0, 0));
+            assert!(
+                matches!(refused, Err(LaunchError::BadVolume { .. })),
+                "{bad:?}"
+            );
+        }
+        for bad in [
+            AzureBlobFileSystem {
+                account_name: "a/b".into(),
+                ..blob()
+            },
+            // No account of Azure; elsewhere it may be one.
+            AzureBlobFileSystem {
+                account_name: "a@b".into(),
+                ..blob()
+            },
+            AzureBlobFileSystem {
+                container_name: "a/../b".into(),
+                ..blob()
+            },
+            AzureBlobFileSystem {
+                mount_options: "--tmp-path=/etc".into(),
+                ..blob()
+            },
+        ] {
+            let refused = of_container(&bad, &Stead::new(), (0, 0));
+            assert!(
+                matches!(refused, Err(LaunchError::BadVolume { .. })),
+                "{bad:?}"
+            );
+        }
+    }
+}

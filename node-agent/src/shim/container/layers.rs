@@ -1,0 +1,375 @@
+//! What `docker save` writes, read and unpacked: layers of files over each other, checked against the digests that the image names.
+//!
+//! It unpacks below `/`: whose root that is, who calls it has seen to. Devices and pipes are left out: a container has the host's.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Component, Path, PathBuf};
+
+use flate2::read::GzDecoder;
+use nix::sys::statvfs::statvfs;
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
+use tar::{Archive, Entry, EntryType};
+
+/// The largest text in an archive that says what is in it.
+const TEXT_BYTES_MAX: u64 = 4 << 20;
+const LAYERS_MAX: usize = 512;
+const FILES_MAX: usize = 10_000;
+const ENTRIES_MAX: usize = 10_000_000;
+/// Left free on the disk, for all else that is there.
+const SPARE_BYTES: u64 = 256 << 20;
+const HIDES: &str = ".wh.";
+const HIDES_ALL: &str = ".wh..wh..opq";
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+
+/// What an archive says of its image.
+#[derive(Debug)]
+pub struct Image {
+    /// The SHA-256 of its configuration, which names those of its layers.
+    pub digest: String,
+    pub env: BTreeMap<String, String>,
+    /// Where each layer lies in the archive, and the SHA-256 of what it is.
+    layers: Vec<(Section, String)>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Manifest {
+    config: String,
+    layers: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Configuration {
+    #[serde(default)]
+    config: Option<Settings>,
+    rootfs: Rootfs,
+}
+
+#[derive(Default, Deserialize)]
+struct Settings {
+    #[serde(rename = "Env", default)]
+    env: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+struct Rootfs {
+    diff_ids: Vec<String>,
+}
+
+/// A part of a file.
+#[derive(Clone, Copy, Debug)]
+struct Section {
+    at: u64,
+    size: u64,
+}
+
+/// What is in an archive under a name.
+enum Held {
+    Here(Section),
+    /// The same as another.
+    As(PathBuf),
+}
+
+fn bad(why: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why.into())
+}
+
+impl Section {
+    fn of(self, file: &File) -> Reading<'_> {
+        Reading {
+            file,
+            at: self.at,
+            end: self.at + self.size,
+        }
+    }
+}
+
+/// A part of a file that is being read, wherever others read the same.
+struct Reading<'a> {
+    file: &'a File,
+    at: u64,
+    end: u64,
+}
+
+impl Read for Reading<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.end - self.at).unwrap_or(usize::MAX);
+        let most = left.min(buffer.len());
+        let read = self.file.read_at(&mut buffer[..most], self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+/// Reads what an archive says of its image.
+pub fn read(file: &File) -> io::Result<Image> {
+    let held = contents(file)?;
+    let text = |name: &str| -> io::Result<Vec<u8>> {
+        let section = find(&held, name)?;
+        if section.size > TEXT_BYTES_MAX {
+            return Err(bad(format!("{name} in it is too large")));
+        }
+        let mut text = Vec::new();
+        section.of(file).read_to_end(&mut text)?;
+        Ok(text)
+    };
+    let manifests: Vec<Manifest> = serde_json::from_slice(&text("manifest.json")?)
+        .map_err(|error| bad(format!("manifest.json in it is not understood: {error}")))?;
+    let [manifest] = &manifests[..] else {
+        let count = manifests.len();
+        return Err(bad(format!("it holds {count} images: save one alone")));
+    };
+    let configuration = text(&manifest.config)?;
+    let digest = hex(&Sha256::digest(&configuration));
+    let configuration: Configuration = serde_json::from_slice(&configuration)
+        .map_err(|error| bad(format!("its configuration is not understood: {error}")))?;
+    let ids = configuration.rootfs.diff_ids;
+    if ids.len() != manifest.layers.len() || ids.len() > LAYERS_MAX {
+        return Err(bad(
+            "its configuration names other layers than it has, or too many",
+        ));
+    }
+    let sections = manifest.layers.iter().map(|name| find(&held, name));
+    let sections = sections.collect::<io::Result<Vec<_>>>()?;
+    let ids = ids
+        .iter()
+        .map(|id| id.trim_start_matches("sha256:").to_owned());
+    let env = configuration.config.unwrap_or_default().env;
+    let env = env.unwrap_or_default();
+    let pairs = env.iter().filter_map(|variable| variable.split_once('='));
+    // A process could not be started with the others.
+    let pairs = pairs
+        .filter(|(name, value)| !name.is_empty() && !name.contains('\0') && !value.contains('\0'));
+    Ok(Image {
+        digest,
+        env: pairs
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect(),
+        layers: sections.into_iter().zip(ids).collect(),
+    })
+}
+
+fn contents(mut file: &File) -> io::Result<BTreeMap<PathBuf, Held>> {
+    let mut magic = [0; 2];
+    file.read_exact_at(&mut magic, 0)
+        .map_err(|_| bad("it is no archive"))?;
+    if magic == GZIP {
+        return Err(bad("it is compressed: gunzip it"));
+    }
+    file.seek(SeekFrom::Start(0))?;
+    let mut held = BTreeMap::new();
+    let mut archive = Archive::new(file);
+    for entry in archive.entries_with_seek()? {
+        let entry = entry.map_err(|error| bad(format!("it is no archive: {error}")))?;
+        let path = plain(&entry.path()?).ok_or_else(|| bad("a name in it leads out of it"))?;
+        let section = Section {
+            at: entry.raw_file_position(),
+            size: entry.size(),
+        };
+        let held_here = match entry.header().entry_type() {
+            EntryType::Symlink | EntryType::Link => {
+                let target = entry.link_name()?.unwrap_or_default().into_owned();
+                let beside = path.parent().unwrap_or(Path::new(""));
+                let whole = match entry.header().entry_type() {
+                    EntryType::Symlink => beside.join(target),
+                    _ => target,
+                };
+                Held::As(resolved(&whole))
+            }
+            _ => Held::Here(section),
+        };
+        held.insert(path, held_here);
+        if held.len() > FILES_MAX {
+            return Err(bad("it holds too many files"));
+        }
+    }
+    Ok(held)
+}
+
+fn find(held: &BTreeMap<PathBuf, Held>, name: &str) -> io::Result<Section> {
+    let missing = || bad(format!("it is no image: {name} is not in it"));
+    let first = held.get(&resolved(Path::new(name))).ok_or_else(missing)?;
+    match first {
+        Held::Here(section) => Ok(*section),
+        Held::As(other) => match held.get(other) {
+            Some(Held::Here(section)) => Ok(*section),
+            _ => Err(missing()),
+        },
+    }
+}
+
+/// A path without detours, as far as it goes down.
+fn resolved(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => plain.push(name),
+            Component::ParentDir => {
+                plain.pop();
+            }
+            _ => {}
+        }
+    }
+    plain
+}
+
+/// A path that goes down only.
+fn plain(path: &Path) -> Option<PathBuf> {
+    let climbs = path.components().any(|part| part == Component::ParentDir);
+    (!climbs).then(|| resolved(path))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Reads, and knows the digest of what was read.
+struct Counted<R> {
+    inner: R,
+    digest: Sha256,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.digest.update(&buffer[..read]);
+        Ok(read)
+    }
+}
+
+/// Unpacks all layers below `/`.
+pub fn unpack(file: &File, image: &Image) -> io::Result<()> {
+    for (at, (section, id)) in image.layers.iter().enumerate() {
+        let failed = |error: io::Error| {
+            let number = at + 1;
+            io::Error::new(error.kind(), format!("layer {number}: {error}"))
+        };
+        // What it hides is of those below it: first.
+        hide(uncompressed(file, *section).map_err(failed)?).map_err(failed)?;
+        let digest = add(uncompressed(file, *section).map_err(failed)?).map_err(failed)?;
+        if digest != *id {
+            return Err(failed(bad(format!(
+                "it is not what the image names: its SHA-256 is {digest}, not {id}"
+            ))));
+        }
+    }
+    Ok(())
+}
+
+fn uncompressed(file: &File, section: Section) -> io::Result<Box<dyn Read + '_>> {
+    let mut magic = [0; 4];
+    // An empty layer is shorter than that: then it is no archive either, which is said when it is read.
+    let _ = section.of(file).read_exact(&mut magic);
+    if magic == ZSTD {
+        return Err(bad(
+            "it is compressed with zstd, which is not read: save the image with gzip or none",
+        ));
+    }
+    Ok(match magic[..2] == GZIP {
+        true => Box::new(GzDecoder::new(section.of(file))),
+        false => Box::new(section.of(file)),
+    })
+}
+
+/// The place of an entry below `/`.
+fn place<R: Read>(entry: &Entry<'_, R>) -> io::Result<PathBuf> {
+    let path = entry.path()?;
+    let plain = plain(&path).ok_or_else(|| bad(format!("{}: leads out of it", path.display())))?;
+    Ok(Path::new("/").join(plain))
+}
+
+fn hide(layer: impl Read) -> io::Result<()> {
+    for entry in Archive::new(layer).entries()? {
+        let path = place(&entry?)?;
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+            continue;
+        };
+        let parent = path.parent().unwrap_or(Path::new("/"));
+        if name == HIDES_ALL {
+            for below in fs::read_dir(parent).into_iter().flatten() {
+                remove(&below?.path())?;
+            }
+        } else if let Some(hidden) = name.strip_prefix(HIDES)
+            && !matches!(hidden, "" | "." | "..")
+        {
+            remove(&parent.join(hidden))?;
+        }
+    }
+    Ok(())
+}
+
+fn add(layer: impl Read) -> io::Result<String> {
+    let counted = Counted {
+        inner: layer,
+        digest: Sha256::new(),
+    };
+    let mut archive = Archive::new(counted);
+    archive.set_preserve_permissions(true);
+    archive.set_preserve_ownerships(true);
+    archive.set_unpack_xattrs(false);
+    for (count, entry) in archive.entries()?.enumerate() {
+        let mut entry = entry?;
+        if count > ENTRIES_MAX {
+            return Err(bad("it holds too many files"));
+        }
+        let path = place(&entry)?;
+        let name = path.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| name.starts_with(HIDES)) || path == Path::new("/") {
+            continue;
+        }
+        let kind = entry.header().entry_type();
+        if matches!(kind, EntryType::Char | EntryType::Block | EntryType::Fifo) {
+            continue;
+        }
+        leave_room_for(&entry)?;
+        make_way(&path, kind == EntryType::Directory)?;
+        let unpacked = entry.unpack_in("/");
+        let unpacked =
+            unpacked.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+        if !unpacked {
+            return Err(bad(format!("{}: leads out of it", path.display())));
+        }
+    }
+    let mut counted = archive.into_inner();
+    // The digest is of all of it, padding included.
+    io::copy(&mut counted, &mut io::sink())?;
+    Ok(hex(&counted.digest.finalize()))
+}
+
+fn leave_room_for<R: Read>(entry: &Entry<'_, R>) -> io::Result<()> {
+    let disk = statvfs("/")?;
+    let free = (disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64);
+    match free > entry.size().saturating_add(SPARE_BYTES) {
+        true => Ok(()),
+        false => Err(io::Error::new(
+            io::ErrorKind::StorageFull,
+            "the disk of the agent's --data is full",
+        )),
+    }
+}
+
+/// A directory of one layer stays where another has it as well; all else goes.
+fn make_way(path: &Path, directory: bool) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() && directory => Ok(()),
+        Ok(_) => remove(path),
+        Err(_) => Ok(()),
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}

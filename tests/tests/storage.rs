@@ -1,0 +1,655 @@
+//! Shares, containers and buckets as volumes of jobs and clusters, and what stands in their stead: with real servers of each kind, which
+//! clients that are not ours look at from the other side.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use batchai_tests::ensemble::{Ensemble, SIZE, mounts_below};
+use batchai_tests::process::{processes_of, until};
+use batchai_tests::requirement;
+use batchai_tests::storage::{
+    BLOB_ACCOUNT, BLOB_KEY, BUCKET_KEY_ID, BUCKET_SECRET, Blobs, Buckets, SHARE_KEY, SHARE_USER,
+    Shares, files_below,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+/// Nobody's: numbers that no account has.
+const USER: &str = "54321:54322";
+/// Generous: programs are started for every mount, on a machine that may be busy.
+const PATIENCE_S: u64 = 10;
+/// Key and signature of a kind that opens nothing.
+const WRONG_KEY: &str = "d3JvbmdrZXltYXJrMTIzNDU2Nzg5MA==";
+
+/// What these tests need beyond the servers.
+fn able() -> bool {
+    if !nix::unistd::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
+        requirement::skip("only root mounts anything, and where the kernel has FUSE");
+        return false;
+    }
+    let rclone = requirement::program("rclone", "apt-get install rclone");
+    let fuse = requirement::program("fusermount", "apt-get install fuse3");
+    rclone.is_some() && fuse.is_some()
+}
+
+/// One agent, a cluster with it where that is wanted, and a directory that everybody may write to.
+fn ensemble(patience_s: u64, cluster: bool) -> Ensemble {
+    let mut e = Ensemble::start(0);
+    fs::set_permissions(e.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let out = e.path().join("out");
+    fs::create_dir(&out).unwrap();
+    fs::set_permissions(&out, fs::Permissions::from_mode(0o777)).unwrap();
+    e.agent_args = vec!["--mount-patience".into(), patience_s.to_string()];
+    e.start_agent_as("a1", USER);
+    e.until_alive(1);
+    if cluster {
+        e.create_cluster(1);
+    }
+    e
+}
+
+fn alias(e: &Ensemble, name: &str, account: &str, of: &[&str], to: &[&str]) {
+    let mut args = vec!["storage-alias", "create", "-n", name, "-a", account];
+    args.extend(of);
+    args.extend(to);
+    e.ok(&args);
+}
+
+fn blob(container: &str, key: &str, path: &str) -> Value {
+    json!({
+        "accountName": BLOB_ACCOUNT,
+        "containerName": container,
+        "credentials": { "accountKey": key },
+        "relativeMountPath": path,
+    })
+}
+
+fn share(url: &str, key: &str, path: &str) -> Value {
+    json!({
+        "accountName": SHARE_USER,
+        "azureFileUrl": url,
+        "credentials": { "accountKey": key },
+        "relativeMountPath": path,
+    })
+}
+
+fn job(shares: &[Value], blobs: &[Value], command: &str) -> Value {
+    json!({
+        "nodeCount": 1,
+        "mountVolumes": { "azureFileShares": shares, "azureBlobFileSystems": blobs },
+        "customToolkitSettings": { "commandLine": command },
+    })
+}
+
+/// A command that goes on when the test says so.
+fn pausing(e: &Ensemble, command: &str) -> (String, PathBuf, PathBuf) {
+    let (begun, go) = (e.path().join("out/begun"), e.path().join("out/go"));
+    let wait = format!(
+        "{command}; touch {}; while [ ! -e {} ]; do sleep 0.02; done",
+        begun.display(),
+        go.display()
+    );
+    (wait, begun, go)
+}
+
+fn nothing_is_mounted(e: &Ensemble) {
+    let left = mounts_below(&e.path().join("nodes"));
+    assert!(left.is_empty(), "{left:?}");
+    let left = processes_of(&e.path().join("nodes"));
+    let served: Vec<_> = left
+        .iter()
+        .filter(|(_, line)| line.contains("rclone"))
+        .collect();
+    assert!(served.is_empty(), "{served:?}");
+}
+
+/// Asserts that a key is in no command line and no environment of any process, and in no file below a directory.
+fn assert_hidden(key: &str, dir: &Path) {
+    let shows = |bytes: &[u8]| bytes.windows(key.len()).any(|part| part == key.as_bytes());
+    let own = std::process::id().to_string();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // What asks the servers is given the key by this test.
+        if name == own || !name.bytes().all(|b| b.is_ascii_digit()) {
+            continue;
+        }
+        for file in ["cmdline", "environ"] {
+            let bytes = fs::read(entry.path().join(file)).unwrap_or_default();
+            assert!(!shows(&bytes), "{name}: {file}");
+        }
+    }
+    let mounted = mounts_below(dir);
+    let mut dirs = vec![dir.to_owned()];
+    let mut read = 0;
+    while let Some(next) = dirs.pop() {
+        let Ok(entries) = fs::read_dir(next) else {
+            continue;
+        };
+        for path in entries.flatten().map(|entry| entry.path()) {
+            if path.is_symlink() || mounted.contains(&path) {
+                continue;
+            }
+            if path.is_dir() {
+                dirs.push(path);
+            } else if let Ok(bytes) = fs::read(&path) {
+                read += 1;
+                assert!(!shows(&bytes), "{}", path.display());
+            }
+        }
+    }
+    assert!(read > 10, "{read} files are not all of them");
+}
+
+/// Submits a job, of whose file nothing is left.
+fn submit(e: &Ensemble, name: &str, properties: Value) {
+    e.submit(name, properties);
+    fs::remove_file(e.path().join(format!("{name}.json"))).unwrap();
+}
+
+fn error(job: &Value) -> (String, String) {
+    let error = &job["errors"][0];
+    let text = |name: &str| error[name].as_str().unwrap_or_default().to_owned();
+    (text("code"), text("message"))
+}
+
+#[test]
+fn a_container_is_there_for_the_job_and_what_it_writes_is_in_it() {
+    let Some(blobs) = Blobs::start().filter(|_| able()) else {
+        return;
+    };
+    blobs.create_container("data");
+    blobs.put("data/in/a.txt", "given\n");
+    let mut e = ensemble(PATIENCE_S, true);
+    let of = ["--container", "data"];
+    alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    // Also by another name first, as checkpoints are, in a directory of its own, and much at the last moment.
+    let (command, begun, go) = pausing(
+        &e,
+        "set -e; cd $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs; mountpoint -q .; cat in/a.txt; id -u; mkdir -p out/deep; echo one > out/deep/one; \
+         for i in 1 2 3 4 5; do echo $i > tmp; mv tmp model; done; echo first > log; echo second >> log",
+    );
+    let command =
+        format!("{command}; head -c 30000000 /dev/zero > out/large; echo last > out/last");
+    let mut whole = job(&[], &[blob("data", BLOB_KEY, "bfs")], &command);
+    whole["stdOutErrPathPrefix"] = json!("$AZ_BATCHAI_JOB_MOUNT_ROOT/bfs/logs");
+    submit(&e, "j", whole);
+    until("the job to begin", || begun.exists().then_some(()));
+    assert_hidden(BLOB_KEY, e.path());
+    // Nor is it told to anybody.
+    let shown = e.job("j");
+    assert!(!shown.to_string().contains(BLOB_KEY), "{shown}");
+    assert_eq!(
+        shown["mountVolumes"]["azureBlobFileSystems"][0]["containerName"],
+        "data"
+    );
+    fs::write(&go, "").unwrap();
+    assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
+    assert_eq!(e.log("j", "stdout.txt"), "given\n54321\n");
+    nothing_is_mounted(&e);
+    let get = |path: &str| blobs.get(&format!("data/{path}"));
+    assert_eq!(get("out/deep/one").as_deref(), Some("one\n"));
+    assert_eq!(get("model").as_deref(), Some("5\n"));
+    assert_eq!(get("tmp"), None);
+    assert_eq!(get("log").as_deref(), Some("first\nsecond\n"));
+    assert_eq!(get("out/last").as_deref(), Some("last\n"));
+    assert_eq!(get("out/large").map(|text| text.len()), Some(30_000_000));
+    let segment = e.job("j")["jobOutputDirectoryPathSegment"].clone();
+    let copy = format!("logs/{}/stdouterr/stdout.txt", segment.as_str().unwrap());
+    assert_eq!(get(&copy).as_deref(), Some("given\n54321\n"));
+    assert_hidden(BLOB_KEY, e.path());
+    e.assert_nothing_left();
+}
+
+#[test]
+fn a_share_is_there_for_the_job_with_its_modes_and_what_it_writes_is_in_it() {
+    let Some(shares) = Shares::start().filter(|_| able()) else {
+        return;
+    };
+    shares.put("a.txt", "given\n");
+    let mut e = ensemble(PATIENCE_S, true);
+    let mut volume = share(&shares.url(), SHARE_KEY, "deep/afs");
+    volume["fileMode"] = json!("0640");
+    volume["directoryMode"] = json!("0750");
+    let (command, begun, go) = pausing(
+        &e,
+        "set -e; cd $AZ_BATCHAI_JOB_MOUNT_ROOT/deep/afs; cat a.txt; stat -c '%a %u %g' . a.txt; mkdir -p out; echo one > out/one; \
+         for i in 1 2 3 4 5; do echo $i > tmp; mv tmp model; done; echo first > log; echo second >> log; rm a.txt",
+    );
+    submit(
+        &e,
+        "j",
+        job(&[volume], &[], &format!("{command}; echo last > out/last")),
+    );
+    until("the job to begin", || begun.exists().then_some(()));
+    assert_hidden(SHARE_KEY, e.path());
+    let shown = e.job("j");
+    assert!(!shown.to_string().contains(SHARE_KEY), "{shown}");
+    fs::write(&go, "").unwrap();
+    assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
+    assert_eq!(
+        e.log("j", "stdout.txt"),
+        "given\n750 54321 54322\n640 54321 54322\n"
+    );
+    nothing_is_mounted(&e);
+    let all = ["log", "model", "out/last", "out/one"];
+    assert_eq!(files_below(&shares.dir()), all);
+    assert_eq!(shares.get("model"), "5\n");
+    assert_eq!(shares.get("log"), "first\nsecond\n");
+    assert_eq!(shares.get("out/last"), "last\n");
+    assert_hidden(SHARE_KEY, e.path());
+
+    // Of a directory of it only that is there.
+    let inner = share(&format!("{}/out", shares.url()), SHARE_KEY, "inner");
+    submit(
+        &e,
+        "inner",
+        job(&[inner], &[], "ls $AZ_BATCHAI_JOB_MOUNT_ROOT/inner"),
+    );
+    assert_eq!(e.wait("inner"), 0, "{}", e.job("inner"));
+    assert_eq!(e.log("inner", "stdout.txt"), "last\none\n");
+    e.assert_nothing_left();
+}
+
+#[test]
+fn what_cannot_be_opened_is_said_as_the_original_did() {
+    let (Some(blobs), Some(shares)) = (Blobs::start(), Shares::start().filter(|_| able())) else {
+        return;
+    };
+    blobs.create_container("data");
+    let mut e = ensemble(PATIENCE_S, true);
+    for name in ["data", "missing"] {
+        let of = ["--container", name];
+        alias(&e, name, BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    }
+    let of = ["--container", "nowhere"];
+    alias(
+        &e,
+        "nowhere",
+        BLOB_ACCOUNT,
+        &of,
+        &["--url", "http://127.0.0.1:1/x"],
+    );
+    let (url, missing) = (shares.url(), shares.url().replace("/data", "/missing"));
+    let unmounted = |name: &str, volumes: Value, code: &str, said: &[&str]| {
+        submit(&e, name, volumes);
+        let job = e.until_job(name, "FAILED");
+        let (known, message) = error(&job);
+        assert_eq!(known, code, "{job}");
+        for part in said {
+            assert!(message.contains(part), "{name}: {message}");
+        }
+        assert!(
+            !message.contains(WRONG_KEY) && !message.contains("sig="),
+            "{message}"
+        );
+        nothing_is_mounted(&e);
+    };
+    let of_blob = |container: &str, key: &str| job(&[], &[blob(container, key, "m")], "true");
+    let of_share = |url: &str, key: &str| job(&[share(url, key, "m")], &[], "true");
+    let (afs, bfs) = ("AZFMountError", "BFSMountError");
+    unmounted(
+        "b1",
+        of_blob("data", WRONG_KEY),
+        bfs,
+        &["/mounts/m", "the container data", "Authorization"],
+    );
+    unmounted(
+        "b2",
+        of_blob("missing", BLOB_KEY),
+        bfs,
+        &["the container missing", "nothing of that name"],
+    );
+    unmounted(
+        "b3",
+        of_blob("nowhere", BLOB_KEY),
+        bfs,
+        &["127.0.0.1:1", "refused"],
+    );
+    unmounted("b4", of_blob("data", "not base64"), bfs, &["base64"]);
+    unmounted(
+        "s1",
+        of_share(&url, WRONG_KEY),
+        afs,
+        &["/mounts/m", "the share //127.0.0.1", "logon is invalid"],
+    );
+    unmounted(
+        "s2",
+        of_share(&missing, SHARE_KEY),
+        afs,
+        &["share name cannot be found"],
+    );
+    unmounted(
+        "s3",
+        of_share("https://127.0.0.1:1/data", SHARE_KEY),
+        afs,
+        &["127.0.0.1:1", "refused"],
+    );
+    // A program that is missing is named with the package that has it.
+    let only = e.path().join("bin");
+    fs::create_dir(&only).unwrap();
+    for agent in e.agents.values_mut() {
+        agent.kill();
+    }
+    e.variables = vec![("PATH".into(), only.display().to_string())];
+    e.start_agent_as("a1", USER);
+    e.until_alive(1);
+    submit(&e, "none", of_share(&url, SHARE_KEY));
+    let job = e.until_job("none", "FAILED");
+    let (code, message) = error(&job);
+    assert_eq!(code, afs, "{job}");
+    assert!(
+        message.contains("rclone is not installed: apt-get install rclone"),
+        "{message}"
+    );
+    e.assert_nothing_left();
+}
+
+#[test]
+fn what_stands_in_their_stead_is_mounted_and_the_files_of_the_original_run_as_they_are() {
+    let (Some(buckets), Some(shares)) =
+        (Buckets::start("train"), Shares::start().filter(|_| able()))
+    else {
+        return;
+    };
+    let mut e = ensemble(PATIENCE_S, true);
+    let lab = e.path().join("lab");
+    for dir in [lab.clone(), lab.join("logs")] {
+        fs::create_dir(&dir).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    fs::write(lab.join("given"), "by path\n").unwrap();
+    let (account, path) = ("mystorage", lab.display().to_string());
+    let url = format!("smb://127.0.0.1:{}/data/inner", shares.0.port);
+    fs::create_dir(shares.dir().join("inner")).unwrap();
+    fs::write(shares.dir().join("inner/given"), "by share\n").unwrap();
+    alias(
+        &e,
+        "path",
+        account,
+        &["--share", "logs"],
+        &["--path", &path],
+    );
+    alias(
+        &e,
+        "share",
+        SHARE_USER,
+        &["--share", "nas"],
+        &["--url", &url],
+    );
+    let bucket = ["--s3-bucket", "train", "--s3-endpoint", &buckets.url()];
+    alias(
+        &e,
+        "bucket",
+        BUCKET_KEY_ID,
+        &["--container", "datasets"],
+        &bucket,
+    );
+    let table = e.ok(&["storage-alias", "list", "-o", "table"]);
+    assert!(
+        table.contains("mystorage") && table.contains("train at http://"),
+        "{table}"
+    );
+    fs::write(e.path().join("given"), "by bucket\n").unwrap();
+    buckets.client(&[
+        "copy",
+        &e.path().join("given").display().to_string(),
+        "r:train/in",
+    ]);
+
+    // As it was written for Azure.
+    let azure = |account: &str, share: &str, path: &str, key: &str| {
+        json!({
+            "accountName": account,
+            "azureFileUrl": format!("https://{account}.file.core.windows.net/{share}"),
+            "credentials": { "accountKey": key },
+            "relativeMountPath": path,
+        })
+    };
+    let volumes = [
+        azure(account, "logs", "afs", WRONG_KEY),
+        azure(SHARE_USER, "nas", "nas", SHARE_KEY),
+    ];
+    let mut data = blob("datasets", BUCKET_SECRET, "bfs");
+    data["accountName"] = json!(BUCKET_KEY_ID);
+    let mut whole = job(
+        &volumes,
+        std::slice::from_ref(&data),
+        "set -e; cd $AZ_BATCHAI_JOB_MOUNT_ROOT; cat afs/given nas/given bfs/in/given; echo out > bfs/out; echo out > nas/out; \
+         findmnt -n -o OPTIONS afs | grep -q nosuid; grep -c afs /proc/self/mountinfo",
+    );
+    whole["stdOutErrPathPrefix"] = json!("$AZ_BATCHAI_JOB_MOUNT_ROOT/afs/logs");
+    submit(&e, "j", whole);
+    assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
+    assert_eq!(
+        e.log("j", "stdout.txt"),
+        "by path\nby share\nby bucket\n1\n"
+    );
+    nothing_is_mounted(&e);
+    assert_eq!(buckets.client(&["cat", "r:train/out"]), "out\n");
+    assert_eq!(shares.get("inner/out"), "out\n");
+    let shown = e.job("j");
+    let segment = shown["jobOutputDirectoryPathSegment"].as_str().unwrap();
+    let copy = lab.join("logs").join(segment).join("stdouterr/stdout.txt");
+    assert_eq!(fs::read_to_string(copy).unwrap(), e.log("j", "stdout.txt"));
+    assert_hidden(SHARE_KEY, e.path());
+
+    // Read only where the container is to be.
+    let of = ["--container", "frozen"];
+    alias(&e, "frozen", account, &of, &["--path", &path]);
+    let mut frozen = blob("frozen", WRONG_KEY, "m");
+    frozen["accountName"] = json!(account);
+    frozen["mountOptions"] = json!("-o ro");
+    submit(
+        &e,
+        "frozen",
+        job(&[], &[frozen], "! touch $AZ_BATCHAI_JOB_MOUNT_ROOT/m/x"),
+    );
+    assert_eq!(e.wait("frozen"), 0, "{}", e.job("frozen"));
+
+    // What is wrong with one is said, by the error of what was asked for.
+    let mut wrong = data.clone();
+    wrong["accountName"] = json!("NOBODY");
+    for (name, of, to, volume) in [
+        (
+            "key",
+            ["--container", "datasets"],
+            bucket.to_vec(),
+            wrong.clone(),
+        ),
+        (
+            "dir",
+            ["--container", "other"],
+            vec!["--path", "/no/such/dir"],
+            {
+                let mut other = wrong;
+                other["containerName"] = json!("other");
+                other
+            },
+        ),
+    ] {
+        alias(&e, name, "NOBODY", &of, &to);
+        submit(&e, name, job(&[], &[volume], "true"));
+        let failed = e.until_job(name, "FAILED");
+        let (code, message) = error(&failed);
+        assert_eq!(code, "BFSMountError", "{failed}");
+        let said = ["InvalidAccessKeyId", "/no/such/dir is no directory"];
+        assert!(said.iter().any(|part| message.contains(part)), "{message}");
+    }
+    // Deleted, it stands for nothing any more.
+    e.ok(&["storage-alias", "delete", "-n", "dir", "-y"]);
+    e.fails(&["storage-alias", "show", "-n", "dir"]);
+    e.assert_nothing_left();
+}
+
+/// Waits for the one node to be in a state.
+fn until_node(e: &Ensemble, state: &str) -> Value {
+    until(&format!("the node to be {state}"), || {
+        let nodes = e.json(&["node", "list"]);
+        let node = nodes.as_array()?.first()?.clone();
+        (node["state"] == state).then_some(node)
+    })
+}
+
+fn create_cluster(e: &Ensemble, name: &str, volumes: &Value) {
+    let path = e.path().join(format!("{name}.json"));
+    let properties = json!({
+        "vmSize": SIZE,
+        "scaleSettings": { "manual": { "targetNodeCount": 1 } },
+        "nodeSetup": { "mountVolumes": volumes },
+    });
+    fs::write(&path, json!({ "properties": properties }).to_string()).unwrap();
+    let file = path.to_string_lossy();
+    let create = [
+        "cluster", "create", "-g", "g", "-w", "w", "-n", name, "-f", &file,
+    ];
+    e.ok(&create);
+    fs::remove_file(&path).unwrap();
+}
+
+#[test]
+fn a_cluster_has_them_for_as_long_as_it_has_the_node_whoever_dies() {
+    let (Some(blobs), Some(shares)) = (Blobs::start(), Shares::start().filter(|_| able())) else {
+        return;
+    };
+    blobs.create_container("data");
+    let mut e = ensemble(PATIENCE_S, false);
+    e.ok(&["group", "create", "-n", "g"]);
+    e.ok(&["workspace", "create", "-g", "g", "-n", "w"]);
+    e.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "e"]);
+    let of = ["--container", "data"];
+    alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    let volumes = |key: &str| {
+        json!({
+            "azureFileShares": [share(&shares.url(), key, "afs")],
+            "azureBlobFileSystems": [blob("data", BLOB_KEY, "bfs")],
+        })
+    };
+    // One that cannot be opened makes the node unusable, and says why.
+    create_cluster(&e, "bad", &volumes(WRONG_KEY));
+    let node = until_node(&e, "UNUSABLE");
+    assert_eq!(node["errors"][0]["code"], "AZFMountError", "{node}");
+    let message = node["errors"][0]["message"].as_str().unwrap();
+    assert!(message.contains("logon is invalid"), "{message}");
+    e.ok(&["cluster", "delete", "-g", "g", "-w", "w", "-n", "bad", "-y"]);
+    until("the mounts of the other to go", || {
+        mounts_below(&e.path().join("nodes"))
+            .is_empty()
+            .then_some(())
+    });
+
+    create_cluster(&e, "c", &volumes(SHARE_KEY));
+    until_node(&e, "IDLE");
+    assert_eq!(mounts_below(&e.path().join("nodes")).len(), 2);
+    assert_hidden(SHARE_KEY, e.path());
+    assert_hidden(BLOB_KEY, e.path());
+    let shown = e
+        .json(&["cluster", "show", "-g", "g", "-w", "w", "-n", "c"])
+        .to_string();
+    assert!(
+        !shown.contains(SHARE_KEY) && !shown.contains(BLOB_KEY),
+        "{shown}"
+    );
+    let runs = |e: &Ensemble, name: &str| {
+        let command = format!(
+            "set -e; cd $AZ_BATCHAI_MOUNT_ROOT; echo {name} > afs/{name}; echo {name} > bfs/{name}; cat afs/{name} bfs/{name}"
+        );
+        let whole = json!({
+            "nodeCount": 1,
+            "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/afs/logs",
+            "customToolkitSettings": { "commandLine": command },
+        });
+        submit(e, name, whole);
+        assert_eq!(e.wait(name), 0, "{}", e.job(name));
+        let blob = format!("data/{name}");
+        until("it to be written back", || blobs.get(&blob));
+        until("it to be written back", || {
+            shares.dir().join(name).exists().then_some(())
+        });
+    };
+    runs(&e, "first");
+    // Agents come and go.
+    e.agents.get_mut("a1").unwrap().kill();
+    e.start_agent_as("a1", USER);
+    e.until_alive(1);
+    runs(&e, "second");
+    // Who holds them is cut down: whoever does next has the keys again.
+    let holders = || {
+        let all = processes_of(&e.path().join("agents")).into_iter();
+        all.filter(|(_, line)| line.contains(" mounts ") && !line.contains("--clean"))
+            .collect::<Vec<_>>()
+    };
+    let cut = holders()[0].0;
+    kill(Pid::from_raw(cut), Signal::SIGKILL).unwrap();
+    until("they to be held again", || {
+        let now = holders();
+        (now.len() == 1 && now[0].0 != cut).then_some(())
+    });
+    until("they to be mounted again", || {
+        (mounts_below(&e.path().join("nodes")).len() == 2).then_some(())
+    });
+    until_node(&e, "IDLE");
+    runs(&e, "third");
+    e.ok(&["cluster", "delete", "-g", "g", "-w", "w", "-n", "c", "-y"]);
+    until("the last mounts to go", || {
+        mounts_below(&e.path().join("nodes"))
+            .is_empty()
+            .then_some(())
+    });
+    until("the last holder to end", || {
+        holders().is_empty().then_some(())
+    });
+    nothing_is_mounted(&e);
+    assert_hidden(SHARE_KEY, e.path());
+    assert_hidden(BLOB_KEY, e.path());
+    e.assert_nothing_left();
+}
+
+#[test]
+fn what_cannot_be_written_back_is_said_and_is_no_success() {
+    let Some(blobs) = Blobs::start().filter(|_| able()) else {
+        return;
+    };
+    blobs.create_container("data");
+    // Ten times as much is what writing back may take.
+    let mut e = ensemble(3, true);
+    let of = ["--container", "data"];
+    alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    let submit_one = |name: &str, command: &str| {
+        let command = format!("cd $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs; {command}");
+        submit(
+            &e,
+            name,
+            job(&[], &[blob("data", BLOB_KEY, "bfs")], &command),
+        );
+    };
+    let server = Pid::from_raw(blobs.0.pid());
+    let (command, begun, go) = pausing(&e, "exec 3> model");
+    submit_one("j", &format!("{command}; echo model >&3"));
+    until("the job to begin", || begun.exists().then_some(()));
+    // Its service is there, and answers no more.
+    kill(server, Signal::SIGSTOP).unwrap();
+    fs::write(&go, "").unwrap();
+    let job = e.until_job("j", "FAILED");
+    let (code, message) = error(&job);
+    assert_eq!(code, "MountUnavailable", "{job}");
+    assert!(
+        message.contains("1 files were not written back"),
+        "{message}"
+    );
+    nothing_is_mounted(&e);
+    kill(server, Signal::SIGCONT).unwrap();
+
+    // One that is gone while a job runs ends it.
+    fs::remove_file(&begun).unwrap();
+    submit_one("gone", &format!("touch {}; sleep 1000", begun.display()));
+    until("the job to begin", || begun.exists().then_some(()));
+    kill(server, Signal::SIGKILL).unwrap();
+    let job = e.until_job("gone", "FAILED");
+    let (code, message) = error(&job);
+    assert_eq!(code, "MountUnavailable", "{job}");
+    assert!(message.contains("refused"), "{message}");
+    nothing_is_mounted(&e);
+    e.assert_nothing_left();
+}
