@@ -21,7 +21,7 @@ use std::sync::Arc;
 use crate::scheduler;
 pub use crate::scheduler::heard::Heard;
 use crate::state::attempts::{self, Attempt, Phase};
-use crate::state::file_servers::{self, FileServer, OF_NODE_MAX};
+use crate::state::file_servers::{FileServer, Load};
 use crate::state::{
     Cluster, Node, State, agreement, children, keys, loss, restore, setup, vm_size_aliases,
 };
@@ -295,18 +295,19 @@ fn place_file_servers(state: &State, heard: &Heard) -> Vec<Kind> {
         .iter()
         .filter(|(name, node)| !node.facts.storage_root.is_empty() && heard.is_alive(name));
     let mut storage: Vec<_> = storage
-        .map(|(name, node)| (file_servers::of_node(state, name).count(), name, node))
+        .map(|(name, node)| (Load::of(state, name), name, node))
         .collect();
     let mut plan = Vec::new();
     for server in servers.take(COMMANDS_MAX) {
         let alias = vm_size_aliases::resolve(state, &server.spec.vm_size);
-        let fitting = storage.iter_mut().filter(|(count, name, node)| {
-            *count < OF_NODE_MAX && server.matches(alias, name, node)
+        let fitting = storage.iter_mut().filter(|(load, name, node)| {
+            load.with(server).fits(node) && server.matches(alias, name, node)
         });
-        let Some((count, node, _)) = fitting.min_by_key(|(count, name, _)| (*count, *name)) else {
+        let fewest = fitting.min_by_key(|(load, name, _)| (load.count, *name));
+        let Some((load, node, _)) = fewest else {
             continue;
         };
-        *count += 1;
+        *load = load.with(server);
         plan.push(Kind::PlaceFileServer(PlaceFileServer {
             name: server.spec.name.clone(),
             node: (*node).clone(),

@@ -9,6 +9,7 @@ mod look;
 mod process;
 mod put;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
@@ -28,8 +29,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
-use crate::file_servers::data_name;
-use crate::launch::{HostFacts, JobUser, output_directory};
+use crate::file_servers::shares;
+use crate::launch::{HostFacts, JobUser, data_name, output_directory};
 use process::Starter;
 
 pub use look::main as look;
@@ -249,10 +250,11 @@ fn tell(
     };
     let absent = || fault("this node offers no storage: its agent was given no --storage-root");
     wanted.base = data_name(&server.name, &server.uid).ok_or_else(absent)?;
-    wanted.prefix.clone_from(&parts.storage);
-    if wanted.prefix.is_empty() {
+    if parts.storage.is_empty() {
         return Err(absent());
     }
+    let shares = shares(Path::new(&parts.storage));
+    wanted.prefix = shares.to_string_lossy().into_owned();
     wanted.user = user_of(Some(&of(server)), &parts.facts)?;
     wanted.served = true;
     of_server(question, wanted, parts, data, send)

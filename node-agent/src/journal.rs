@@ -166,10 +166,8 @@ impl Journal {
 
     /// Removes what an agent that was cut down left half removed.
     fn remove_the_gone(&self) {
-        let Ok(entries) = fs::read_dir(self.root.join("attempts")) else {
-            return;
-        };
-        for entry in entries.flatten() {
+        let all = ["attempts", CLUSTER_MOUNTS, FILE_SERVERS].map(|dir| self.root.join(dir));
+        for entry in all.iter().flat_map(fs::read_dir).flatten().flatten() {
             let gone = entry
                 .file_name()
                 .as_encoded_bytes()

@@ -106,7 +106,7 @@ impl Supervisor {
                 // Jobs go on, and begin, without it.
                 tracing::error!(%error, "mounts of clusters are not looked after");
             }
-            if let Err(error) = self.file_servers.look(&list.file_servers) {
+            if let Err(error) = self.file_servers.look(&list) {
                 tracing::error!(%error, "file servers are not looked after");
             }
             // About what cannot be looked at nothing is done and nothing is said: it may well run.

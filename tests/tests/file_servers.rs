@@ -252,7 +252,9 @@ fn a_file_server_is_made_mounted_by_jobs_and_gone() {
     delete(&e, "data", &["--purge"]);
     until_gone(&e, "data");
     assert!(!data.exists());
-    let left = fs::read_dir(e.path().join("storage")).unwrap().count();
+    let left = fs::read_dir(e.path().join("storage/file-servers"))
+        .unwrap()
+        .count();
     assert_eq!(left, 1, "the one that was not purged");
     e.assert_nothing_left();
 }
@@ -370,9 +372,46 @@ fn whatever_dies_it_is_served_again_at_the_same_place() {
     until("it to be served again", || {
         (show(&e, "data")["provisioningState"] == "SUCCEEDED").then_some(())
     });
-    delete(&e, "data", &["--purge"]);
+    // What was shared once and is not there is not made anew, and is not taken for purged.
+    let data = data_of(&show(&e, "data"));
+    let is_root_only = |path: &Path| fs::metadata(path).unwrap().mode() & 0o077 == 0;
+    assert!(is_root_only(data.parent().unwrap()));
+    fs::rename(&data, &aside).unwrap();
+    kill(Pid::from_raw(serving(&e)[0]), Signal::SIGKILL).unwrap();
+    let missing = |word: &str| {
+        let failed = until("it to be missed", || {
+            let shown = show(&e, "data");
+            let why = shown["errors"][0]["message"].as_str()?.contains(word);
+            why.then_some(shown)
+        });
+        assert!(!data.exists(), "{failed}");
+    };
+    missing("No such file");
+    delete(&e, "data", &["--purge", "--no-wait"]);
+    missing("is its disk mounted?");
+    fs::rename(&aside, &data).unwrap();
     until_gone(&e, "data");
+    assert!(!data.exists());
+    let left = fs::read_dir(data.parent().unwrap()).unwrap().count();
+    assert_eq!(left, 0);
     e.assert_nothing_left();
+}
+
+#[test]
+fn where_others_may_write_no_file_servers_lie() {
+    let Some(mut e) = ensemble(&[]) else {
+        return;
+    };
+    let storage = e.path().join("open");
+    fs::create_dir(&storage).unwrap();
+    fs::set_permissions(&storage, fs::Permissions::from_mode(0o777)).unwrap();
+    let args = ["--storage-root", &storage.to_string_lossy()].map(str::to_owned);
+    e.agent_args = args.to_vec();
+    e.start_agent_as("open", USER);
+    let ended = e.agents.remove("open").unwrap().wait();
+    assert!(!ended.success(), "{ended}");
+    let said = fs::read_to_string(e.path().join("open.log")).unwrap();
+    assert!(said.contains("nobody else may write"), "{said}");
 }
 
 #[test]
@@ -397,7 +436,7 @@ fn a_file_server_without_a_node_says_what_it_waits_for() {
         let own = ["-n", name, "-s", size, "--disk-size", gb];
         e.run(&[&base[..], &own, &rest, more].concat())
     };
-    for (name, size, gb) in [("size", SIZE, "1"), ("room", STORE_SIZE, "2000000000")] {
+    for (name, size, gb) in [("size", SIZE, "1"), ("room", STORE_SIZE, "1000000")] {
         assert!(create(name, size, gb, &[]).status.success());
         let shown = show(&e, name);
         assert_eq!(shown["provisioningState"], "CREATING", "{shown}");

@@ -281,8 +281,10 @@ impl Session {
             if let Some(refusal) = self.caller.refusal(&state) {
                 return Err(refusal.into());
             }
-            let mut list = assignments(&state, &self.name);
-            if list.revision > sent {
+            // The list is made where it is new: this is passed at each heartbeat.
+            let news = state.nodes.get(&self.name).map(|node| node.assigned);
+            if news.is_some_and(|assigned| assigned > sent) {
+                let mut list = assignments(&state, &self.name);
                 sent = list.revision;
                 for assignment in &mut list.assignments {
                     self.unseal(&state, assignment);

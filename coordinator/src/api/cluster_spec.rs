@@ -243,10 +243,5 @@ pub fn warnings(cluster: &Cluster) -> Vec<Warning> {
             "there is no Application Insights here; its keys are not kept",
         ),
     ];
-    let kept = kept.into_iter().filter(|(_, set, _)| *set);
-    kept.map(|(field, _, message)| Warning {
-        field: field.to_owned(),
-        message: message.to_owned(),
-    })
-    .collect()
+    fields::warnings(&kept)
 }

@@ -1,6 +1,7 @@
 //! PURE. What is the same for every message: fields that only the service sets, and the masks of updates.
 
 use batchai_proto::reflect::{dynamic, is_output_only};
+use batchai_proto::v1::Warning;
 use prost::Message;
 use prost_reflect::{DynamicMessage, MessageDescriptor, ReflectMessage as _, Value};
 use prost_types::FieldMask;
@@ -125,6 +126,16 @@ fn exists(message: &MessageDescriptor, path: &str) -> bool {
         (Some(inner), Some(rest)) => exists(inner, rest),
         (None, Some(_)) => false,
     }
+}
+
+/// The settings that are kept and have no effect here, of some: each with whether it is set, and why.
+pub fn warnings(settings: &[(&str, bool, &str)]) -> Vec<Warning> {
+    let set = settings.iter().filter(|(_, set, _)| *set);
+    let warnings = set.map(|(field, _, message)| Warning {
+        field: (*field).to_owned(),
+        message: (*message).to_owned(),
+    });
+    warnings.collect()
 }
 
 #[cfg(test)]

@@ -15,11 +15,13 @@ use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
 use super::faults::Faults;
-use super::{Api, Replies, cluster_spec, fields, parse};
+use super::{Api, Replies, cluster_spec, fields, parse, seal};
 
 /// As many ranges as the original took.
 const RANGES_MAX: usize = 400;
 const DISKS_MAX: i32 = 64;
+/// A petabyte each.
+const DISK_GB_MAX: i32 = 1_000_000;
 
 #[tonic::async_trait]
 impl FileServerService for Api {
@@ -29,7 +31,8 @@ impl FileServerService for Api {
     ) -> Result<Response<FileServer>, Status> {
         let request = request.into_inner();
         let mut faults = Faults::default();
-        let once = faults.once(&request.request_id, request.validate_only, &request);
+        let shown = seal::file_server_without_secrets(&request);
+        let once = faults.once(&request.request_id, request.validate_only, &shown);
         let (parent, id) = (&request.parent, &request.file_server_id);
         let name = faults.new_name(Noun::FileServer, parent, "file_server_id", id);
         let server = check(&mut faults, request.file_server.unwrap_or_default());
@@ -170,8 +173,9 @@ fn check_ssh(faults: &mut Faults, given: SshConfiguration) -> SshConfiguration {
 
 fn check_disks(faults: &mut Faults, given: &DataDisks) {
     const AT: &str = "file_server.data_disks";
-    if given.disk_size_in_gb < 1 {
-        faults.invalid(format!("{AT}.disk_size_in_gb"), "must be at least 1");
+    if !(1..=DISK_GB_MAX).contains(&given.disk_size_in_gb) {
+        let why = format!("must be from 1 to {DISK_GB_MAX}");
+        faults.invalid(format!("{AT}.disk_size_in_gb"), why);
     }
     if !(1..=DISKS_MAX).contains(&given.disk_count) {
         faults.invalid(
@@ -222,10 +226,5 @@ pub fn warnings(given: &FileServer) -> Vec<Warning> {
             "the kernel caches what is read there",
         ),
     ];
-    let kept = kept.into_iter().filter(|(_, set, _)| *set);
-    kept.map(|(field, _, message)| Warning {
-        field: field.to_owned(),
-        message: message.to_owned(),
-    })
-    .collect()
+    fields::warnings(&kept)
 }

@@ -5,7 +5,9 @@ use batchai_common::names::Kind as Noun;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{DataKey, PutDataKey};
 use batchai_proto::secrets::{self, Place};
-use batchai_proto::v1::{Cluster, CreateClusterRequest, CreateJobRequest, Job};
+use batchai_proto::v1::{
+    Cluster, CreateClusterRequest, CreateFileServerRequest, CreateJobRequest, Job,
+};
 
 use super::faults::Once;
 use super::{Api, internal};
@@ -106,6 +108,17 @@ pub fn without_secrets(request: &CreateJobRequest) -> CreateJobRequest {
     let mut request = request.clone();
     if let Some(job) = &mut request.job {
         secrets::blank(secrets::of_job(job));
+    }
+    request
+}
+
+/// The same of a file server's, whose password is not even kept.
+pub fn file_server_without_secrets(request: &CreateFileServerRequest) -> CreateFileServerRequest {
+    let mut request = request.clone();
+    let server = request.file_server.as_mut();
+    let ssh = server.and_then(|server| server.ssh_configuration.as_mut());
+    if let Some(account) = ssh.and_then(|ssh| ssh.user_account_settings.as_mut()) {
+        account.admin_user_password.clear();
     }
     request
 }

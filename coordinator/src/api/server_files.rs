@@ -134,11 +134,10 @@ impl Api {
                 () = outbox.closed() => return,
                 () = shutdown.cancelled() => Err(draining()),
             };
-            if let Err(error) = end {
-                // The reader may have gone away in this very moment.
-                let _ = outbox.send(Err(error.into())).await;
-            }
             drop(permit);
+            if let Err(error) = end {
+                say(&outbox, error.into()).await;
+            }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
     }
@@ -174,11 +173,10 @@ impl Api {
                 () = outbox.closed() => return,
                 () = shutdown.cancelled() => Err(draining().into()),
             };
-            if let Err(status) = end {
-                // The sender may be gone; it asks again.
-                let _ = outbox.send(Err(status)).await;
-            }
             drop(permit);
+            if let Err(status) = end {
+                say(&outbox, status).await;
+            }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
     }
@@ -277,15 +275,23 @@ async fn pass_on(mut answer: Answer, place: &Place, outbox: &Readers) -> Result<
                     sha256: done.sha256,
                     ..Default::default()
                 };
-                // A reader that has gone away is noticed by who sends.
-                let _ = outbox.send(Ok(end)).await;
-                return Ok(());
+                return sent(outbox, end).await;
             }
         };
-        let sent = tokio::time::timeout(SLOW_MAX, outbox.send(Ok(reply))).await;
-        sent.map_err(|_| slow("the reader took nothing for too long"))
-            .map(drop)?;
+        sent(outbox, reply).await?;
     }
+}
+
+async fn sent(outbox: &Readers, reply: ReadFileServerFileResponse) -> Result<(), ApiError> {
+    let sent = tokio::time::timeout(SLOW_MAX, outbox.send(Ok(reply))).await;
+    // A reader that has gone away is noticed by who has it sent.
+    sent.map(drop)
+        .map_err(|_| slow("the reader took nothing for too long"))
+}
+
+/// Says why it has ended, to who may have gone away or takes nothing.
+async fn say<T>(outbox: &mpsc::Sender<Result<T, Status>>, status: Status) {
+    let _ = tokio::time::timeout(CALL_TIMEOUT, outbox.send(Err(status))).await;
 }
 
 type Writers = mpsc::Sender<Result<WriteFileServerFileResponse, Status>>;
@@ -342,9 +348,9 @@ async fn feed(
             return Err(invalid("data", "ended before all of the file was there").into());
         };
         let data = match request.message {
-            Some(Message::Data(data)) if data.len() <= FILE_CHUNK_BYTES_MAX => data,
+            Some(Message::Data(data)) if (1..=FILE_CHUNK_BYTES_MAX).contains(&data.len()) => data,
             _ => {
-                let why = format!("must be pieces of at most {FILE_CHUNK_BYTES_MAX} bytes");
+                let why = format!("must be pieces of 1 to {FILE_CHUNK_BYTES_MAX} bytes");
                 return Err(invalid("data", &why).into());
             }
         };

@@ -1,6 +1,7 @@
 //! PURE. What the State holds, as replies show it.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use batchai_common::names::Kind as Noun;
 use batchai_common::time;
@@ -15,6 +16,7 @@ use super::{cluster_spec, file_servers};
 use crate::duties::Heard;
 use crate::scheduler::explain::pending_reason;
 use crate::state::attempts;
+use crate::state::file_servers::Load;
 use crate::state::{Cluster, FileServer, Job, Node, State, etag, setup, vm_size_aliases};
 
 /// Errors of its nodes that a cluster shows.
@@ -172,25 +174,36 @@ fn file_server(state: &State, heard: &Heard, server: &FileServer) -> v1::FileSer
 fn unserved(state: &State, heard: &Heard, server: &FileServer) -> Option<v1::ResourceError> {
     let (size, name) = (&server.spec.vm_size, &server.spec.name);
     let alias = vm_size_aliases::resolve(state, size);
+    let fits = |(id, node): (&String, &Arc<Node>)| {
+        heard.is_alive(id)
+            && server.matches(alias, id, node)
+            && Load::of(state, id).with(server).fits(node)
+    };
     let (code, message) = match &server.node {
-        Some(node) if !heard.is_alive(node) && server.failure.is_none() => (
-            "FileServerNodeSilent",
-            format!("{node}, which serves it, is not heard of"),
-        ),
-        Some(_) => return None,
-        None if state
-            .nodes
-            .iter()
-            .any(|(id, node)| heard.is_alive(id) && server.matches(alias, id, node)) =>
-        {
-            return None;
+        Some(node) if !heard.is_alive(node) && server.failure.is_none() => {
+            let end = match server.deleting {
+                Some(_) => "; it is deleted once the node is back, or expelled",
+                None => "",
+            };
+            let why = format!("{node}, which serves it, is not heard of{end}");
+            ("FileServerNodeSilent", why)
         }
-        None => (
-            "NoStorageNode",
-            format!(
-                "no node that is heard of has VM size {size}, was given a --storage-root and has room there for its disks"
-            ),
+        Some(_) => return None,
+        None if state.restored => (
+            "RestoreNotAccepted",
+            "the ensemble was restored from a backup, and nothing begins before that is accepted: batchai admin snapshot accept".to_owned(),
         ),
+        None if state.nodes.iter().any(fits) => return None,
+        None => {
+            let which = match server.spec.node.as_str() {
+                "" => "no node that is heard of",
+                node => &format!("{node} is not heard of, or not one that"),
+            };
+            let why = format!(
+                "{which} has VM size {size}, was given a --storage-root, and has room there for its disks beside what other file servers were promised"
+            );
+            ("NoStorageNode", why)
+        }
     };
     Some(attempts::error(code, &message, &[("fileServer", name)]))
 }

@@ -42,10 +42,8 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
             "its secrets cannot be opened: the coordinator's keyring lacks the key that wrapped data key {key}"
         );
     }
-    if let Some(server) = file_servers::awaited(state, job.spec.mount_volumes.as_ref()) {
-        return format!(
-            "it waits for {server}, which it mounts: batchai file-server show says why"
-        );
+    if let Some((server, why)) = file_servers::awaited(state, job.spec.mount_volumes.as_ref()) {
+        return format!("it waits for {server}, which it mounts: {why}");
     }
     let first = order::candidates(state, heard, cluster).next();
     if let Some(first) = first.filter(|first| first.spec.name != job.spec.name) {
@@ -88,6 +86,9 @@ fn what_is_missing(state: &State, heard: &Heard, job: &Job, cluster: &Cluster) -
     }
     if unready.len() > failed {
         reason += &format!(", being set up: {}", unready.len() - failed);
+        if let Some((server, why)) = file_servers::awaited(state, setup::mounts(cluster)) {
+            reason += &format!(" (they wait for {server}: {why})");
+        }
     }
     let strays = cluster.members.iter();
     let strays = strays

@@ -29,6 +29,7 @@ pub fn assignments(state: &State, name: &str) -> AssignmentList {
             .collect(),
         mounts: cluster_mounts(state, node),
         file_servers: served(state, name),
+        restored: state.restored,
     }
 }
 
@@ -57,6 +58,7 @@ fn served(state: &State, node: &str) -> Vec<ServedFileServer> {
             clients: clients.into_iter().cloned().collect(),
             ending: server.deleting.is_some(),
             purge: server.purge,
+            existing: server.place.is_some(),
         }
     });
     served.collect()

@@ -16,6 +16,7 @@ use batchai_proto::v1::{self, MountVolumes, ProvisioningState};
 use prost_types::Timestamp;
 
 use super::attempts::error;
+use super::keys::workspace_of;
 use super::{
     Event, Node, Rejection, State, Step, check_etag, check_new, etag, nodes, not_found, setup,
     vm_size_aliases,
@@ -57,14 +58,19 @@ impl FileServer {
         }
     }
 
-    /// Whether a node is such as it asks for. `alias` is what its VM size stands for, where that is an alias.
+    /// The room that it was promised.
+    pub fn bytes(&self) -> i64 {
+        let disks = self.spec.data_disks.unwrap_or_default();
+        let gb = i64::from(disks.disk_count).saturating_mul(i64::from(disks.disk_size_in_gb));
+        gb.saturating_mul(GB)
+    }
+
+    /// Whether a node is such as it asks for, were it the only one there. `alias` is what its VM size stands for, where that is an alias.
     pub fn matches(&self, alias: Option<&str>, name: &str, node: &Node) -> bool {
         let facts = &node.facts;
-        let disks = self.spec.data_disks.unwrap_or_default();
-        let wanted = i64::from(disks.disk_count) * i64::from(disks.disk_size_in_gb) * GB;
         !node.expelled
             && !facts.storage_root.is_empty()
-            && facts.storage_free_bytes >= wanted
+            && facts.storage_free_bytes >= self.bytes()
             && (facts.vm_size == self.spec.vm_size || alias == Some(facts.vm_size.as_str()))
             && (self.spec.node.is_empty() || self.spec.node == name)
     }
@@ -76,12 +82,28 @@ pub fn named(volumes: Option<&MountVolumes>) -> impl Iterator<Item = &str> {
     servers.map(|mount| mount.file_server.as_str())
 }
 
-/// The first of them that cannot be mounted yet.
-pub fn awaited<'a>(state: &State, volumes: Option<&'a MountVolumes>) -> Option<&'a str> {
-    named(volumes).find(|name| {
-        let server = state.file_servers.get(*name);
-        server.is_none_or(|server| server.place.is_none() || server.deleting.is_some())
-    })
+/// The first of them that cannot be mounted now, and why.
+pub fn awaited<'a>(
+    state: &State,
+    volumes: Option<&'a MountVolumes>,
+) -> Option<(&'a str, &'static str)> {
+    named(volumes).find_map(|name| Some((name, why_awaited(state, name)?)))
+}
+
+fn why_awaited(state: &State, name: &str) -> Option<&'static str> {
+    let Some(server) = state.file_servers.get(name) else {
+        return Some("it does not exist any more");
+    };
+    let node = server.node.as_ref().and_then(|id| state.nodes.get(id));
+    if server.deleting.is_some() {
+        Some("it is being deleted")
+    } else if server.node.is_some() && node.is_none_or(|node| node.expelled) {
+        Some("the node that served it was expelled")
+    } else if server.place.is_none() {
+        Some("it is not served yet; batchai file-server show says why")
+    } else {
+        None
+    }
 }
 
 /// All that a node mounts: for its cluster, and for the attempt that it works for.
@@ -97,6 +119,33 @@ pub fn mounted<'a>(state: &'a State, node: &Node) -> BTreeSet<&'a str> {
 pub fn mounting<'a>(state: &'a State, name: &str) -> impl Iterator<Item = (&'a String, &'a Node)> {
     let nodes = state.nodes.iter().map(|(id, node)| (id, &**node));
     nodes.filter(move |(_, node)| mounted(state, node).contains(name))
+}
+
+/// What a node serves: how many, and what they were promised in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    pub count: usize,
+    pub bytes: i64,
+}
+
+impl Load {
+    pub fn of(state: &State, node: &str) -> Load {
+        of_node(state, node).fold(Load::default(), |load, server| load.with(server))
+    }
+
+    /// With one more.
+    #[must_use]
+    pub fn with(self, server: &FileServer) -> Load {
+        Load {
+            count: self.count + 1,
+            bytes: self.bytes.saturating_add(server.bytes()),
+        }
+    }
+
+    /// Whether a node can bear it.
+    pub fn fits(self, node: &Node) -> bool {
+        self.count <= OF_NODE_MAX && self.bytes <= node.facts.storage_bytes
+    }
 }
 
 /// The file servers of a node.
@@ -179,7 +228,7 @@ pub(super) fn place(step: &mut Step<'_>, command: &PlaceFileServer) -> Result<()
     if server.node.is_some()
         || server.deleting.is_some()
         || !server.matches(alias, id, node)
-        || of_node(state, id).count() >= OF_NODE_MAX
+        || !Load::of(state, id).with(server).fits(node)
     {
         let (name, why) = (name.clone(), "it is not to be served there".to_owned());
         return Err(Rejection::Overtaken { name, why });
@@ -194,7 +243,14 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete, purge: bool) -> Resu
     let server = step.state.file_servers.get(name).cloned();
     let server = server.ok_or_else(|| not_found(Kind::FileServer, name))?;
     check_etag(name, &command.etag, &etag(server.revision))?;
-    if let Some(user) = user(step.state, name).filter(|_| !command.force) {
+    if !command.force
+        && let Some(user) = user(step.state, name)
+    {
+        // Who may delete it need not see the workspace of who mounts it.
+        let user = match workspace_of(&user) == workspace_of(name) {
+            true => user,
+            false => "something in another workspace".to_owned(),
+        };
         let why = format!("{user} mounts it; delete that first, or force it");
         return Err(wrong(name, why));
     }
@@ -236,7 +292,7 @@ fn remove(step: &mut Step<'_>, name: &str) {
 pub fn is_news(state: &State, node: &str, said: &FileServerReport) -> bool {
     let server = of_node(state, node).find(|server| server.spec.uid == said.uid);
     server.is_some_and(|server| match said.gone {
-        true => server.deleting.is_some(),
+        true => server.deleting.is_some() && (said.purged || !server.purge),
         false => {
             server.failure != said.failure || (said.place.is_some() && server.place != said.place)
         }

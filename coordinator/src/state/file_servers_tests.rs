@@ -3,7 +3,7 @@
 use batchai_proto::agent::v1::{FileServerPlace, FileServerReport, Report};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
-    Delete, DeleteFileServer, ExpelNode, RecordReport, RegisterNode,
+    Delete, DeleteFileServer, ExpelNode, PlaceFileServer, RecordReport, RegisterNode,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
@@ -24,6 +24,7 @@ fn store(e: &mut Ensemble, name: &str, free_gb: i64) {
         boot_id: format!("boot of {name}"),
         storage_root: "/srv".into(),
         storage_free_bytes: free_gb * 1_000_000_000,
+        storage_bytes: free_gb * 1_000_000_000,
         addresses: vec!["10.0.0.9".into()],
         first_port: 20_000,
         last_port: 20_099,
@@ -259,7 +260,14 @@ fn what_is_deleted_goes_when_its_node_has_said_so_or_was_expelled() {
         gone: true,
         ..FileServerReport::default()
     };
+    // One that is served no more is not purged yet.
     e.ok(report(STORE, gone.clone()));
+    assert!(e.state.file_servers.contains_key(SERVER));
+    let purged = FileServerReport {
+        purged: true,
+        ..gone.clone()
+    };
+    e.ok(report(STORE, purged));
     assert!(!e.state.file_servers.contains_key(SERVER));
     assert!(assignments(&e.state, STORE).file_servers.is_empty());
     // One that is to stay is not gone because its node says so.
@@ -273,6 +281,81 @@ fn what_is_deleted_goes_when_its_node_has_said_so_or_was_expelled() {
     );
     e.ok(delete(false, false));
     assert!(!e.state.file_servers.contains_key(SERVER));
+}
+
+#[test]
+fn room_is_promised_once() {
+    let mut e = Ensemble::with_nodes(0, 0);
+    store(&mut e, STORE, 250);
+    let names = ["a", "b", "c"].map(|id| format!("{WORKSPACE}/fileServers/{id}"));
+    for name in &names {
+        let (name, uid) = (name.clone(), format!("uid of {name}"));
+        e.ok(C::CreateFileServer(v1::FileServer {
+            name,
+            uid,
+            ..spec()
+        }));
+    }
+    e.settle();
+    let nodes = |e: &Ensemble| {
+        names
+            .each_ref()
+            .map(|name| e.state.file_servers[name].node.is_some())
+    };
+    assert_eq!(nodes(&e), [true, true, false]);
+    assert!(e.state.nodes[STORE].facts.storage_bytes < 300_000_000_000);
+    let third = C::PlaceFileServer(PlaceFileServer {
+        name: names[2].clone(),
+        node: STORE.into(),
+    });
+    assert!(e.try_apply(third).is_err(), "the State sees it as well");
+    store(&mut e, "nodes/more", 100);
+    assert_eq!(nodes(&e), [true; 3]);
+}
+
+#[test]
+fn what_was_served_once_is_looked_for_and_never_made_anew() {
+    let mut e = Ensemble::with_nodes(0, 0);
+    store(&mut e, STORE, 200);
+    e.ok(C::CreateFileServer(spec()));
+    e.settle();
+    let existing = |e: &Ensemble| assignments(&e.state, STORE).file_servers[0].existing;
+    assert!(!existing(&e));
+    e.ok(report(STORE, served(2049)));
+    assert!(existing(&e));
+    // Its machine may have been made anew, under the same name.
+    e.ok(C::ExpelNode(ExpelNode { name: STORE.into() }));
+    let facts = e.state.nodes[STORE].facts.clone();
+    e.ok(C::RegisterNode(RegisterNode {
+        name: STORE.into(),
+        uid: "anew".into(),
+        incarnation: "1".into(),
+        facts: Some(v1::NodeFacts::clone(&facts)),
+        empty: true,
+    }));
+    assert!(existing(&e));
+    // Of what a backup does not know nothing is ended.
+    assert!(!assignments(&e.state, STORE).restored);
+    e.state.restored = true;
+    assert!(assignments(&e.state, STORE).restored);
+}
+
+#[test]
+fn a_job_whose_file_server_will_not_come_says_so() {
+    let mut e = begun();
+    e.ok(C::ExpelNode(ExpelNode { name: STORE.into() }));
+    let job = e.submit("j", 1, |job| job.mount_volumes = Some(mounts()));
+    let reason = |e: &Ensemble| pending_reason(&e.state, &e.heard, e.job(&job));
+    assert_eq!(e.state_of(&job), JobState::Queued);
+    assert!(reason(&e).contains("was expelled"), "{}", reason(&e));
+    let refused = e.try_apply(delete(false, false)).unwrap_err().to_string();
+    assert!(refused.contains(&job), "{refused}");
+    e.ok(delete(true, false));
+    assert!(
+        reason(&e).contains("does not exist any more"),
+        "{}",
+        reason(&e)
+    );
 }
 
 #[test]

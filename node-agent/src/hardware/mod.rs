@@ -8,6 +8,7 @@ mod sysfs;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use batchai_proto::v1::NodeFacts;
@@ -60,12 +61,14 @@ pub fn facts(
         &os::size_name(cpu_cores, memory_mib, gpus.len()),
     );
     let storage = config.storage_root.as_deref();
+    let (storage_free_bytes, storage_bytes) = storage.map_or(Ok((0, 0)), room)?;
     Ok(NodeFacts {
         vm_size,
         storage_root: storage
             .map(|path| path.to_string_lossy().into_owned())
             .unwrap_or_default(),
-        storage_free_bytes: storage.map_or(Ok(0), free_bytes)?,
+        storage_free_bytes,
+        storage_bytes,
         image: config.image.clone().map_or_else(os::image, Ok)?,
         cpu_cores,
         memory_mib,
@@ -97,14 +100,23 @@ pub fn facts(
     })
 }
 
-/// How much room there is where file servers may lie.
-fn free_bytes(storage: &Path) -> Result<i64, HardwareError> {
-    let room = nix::sys::statvfs::statvfs(storage).map_err(|error| HardwareError::Storage {
+/// How much room there is where file servers may lie, and how large that is in all. Who may write there could put anything in their stead.
+fn room(storage: &Path) -> Result<(i64, i64), HardwareError> {
+    let bad = |error| HardwareError::Storage {
         path: storage.to_owned(),
-        error: error.into(),
-    })?;
-    let bytes = room.blocks_available().saturating_mul(room.fragment_size());
-    Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
+        error,
+    };
+    let found = storage.metadata().map_err(bad)?;
+    if !found.is_dir() || found.uid() != 0 || found.mode() & 0o022 != 0 {
+        let why = "it must be a directory of root's that nobody else may write to";
+        return Err(bad(io::Error::other(why)));
+    }
+    let room = nix::sys::statvfs::statvfs(storage).map_err(|error| bad(error.into()))?;
+    let bytes = |blocks: u64| {
+        let bytes = blocks.saturating_mul(room.fragment_size());
+        i64::try_from(bytes).unwrap_or(i64::MAX)
+    };
+    Ok((bytes(room.blocks_available()), bytes(room.blocks())))
 }
 
 /// What was typed, what the cloud says, what the maker says, or what the machine has.

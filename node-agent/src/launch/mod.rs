@@ -40,7 +40,7 @@ pub use environment::ATTEMPT_TAG;
 use paths::Paths;
 pub use storage::{Keys, Place, Remote, keys};
 pub use users::{JobLimit, JobUser, JobUsers, Limited};
-pub use volumes::{How, Mount, of as mounts};
+pub use volumes::{How, Mount, data_name, of as mounts};
 
 /// One process on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

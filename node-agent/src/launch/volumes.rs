@@ -1,5 +1,6 @@
 //! PURE. What is mounted, where: from what a job or a cluster asks for to paths on this host and how to come to what lies there.
 
+use batchai_common::names::{Kind, check_id, last_id};
 use batchai_common::paths;
 use batchai_proto::agent::v1::FileServerSource;
 use batchai_proto::v1::{FileServerMount, MountVolumes};
@@ -93,6 +94,15 @@ pub fn of(
     Ok(mounts)
 }
 
+/// What the directory of a file server is called.
+pub fn data_name(name: &str, uid: &str) -> Option<String> {
+    let name = last_id(name);
+    // The coordinator has checked both; here they become a path.
+    check_id(Kind::Node, name).ok()?;
+    check_id(Kind::Node, uid).ok()?;
+    Some(format!("{name}-{uid}"))
+}
+
 fn file_server(mount: &FileServerMount, sources: &[FileServerSource]) -> Result<How, LaunchError> {
     let named = sources
         .iter()
@@ -110,6 +120,12 @@ fn file_server(mount: &FileServerMount, sources: &[FileServerSource]) -> Result<
     };
     let options = mount.mount_options.clone();
     if source.local {
+        // It is another node's word: what is bound is a share of this very one, and nothing else.
+        let share = data_name(&source.name, &source.uid);
+        if !share.is_some_and(|share| place.path.ends_with(&format!("/{share}"))) {
+            let path = place.path.clone();
+            return Err(LaunchError::BadPlace { path });
+        }
         return Ok(How::Local {
             shared: place.path.clone(),
             directory: below,
@@ -182,6 +198,7 @@ mod tests {
         };
         let source = FileServerSource {
             name: "f".into(),
+            uid: "1".into(),
             place: Some(FileServerPlace {
                 address: "10.0.0.2".into(),
                 port: 2049,
@@ -221,6 +238,15 @@ mod tests {
             options: "ro".into(),
         };
         assert_eq!(how("a", &local), Ok(shared));
+        // Whoever serves it cannot have anything else of this machine bound.
+        let other = FileServerSource {
+            uid: "2".into(),
+            ..local
+        };
+        assert!(matches!(
+            how("a", &other),
+            Err(LaunchError::BadPlace { .. })
+        ));
         let absent = FileServerSource {
             place: None,
             ..source

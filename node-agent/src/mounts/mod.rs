@@ -199,3 +199,10 @@ fn program(own: &[&str], part: &str) -> Command {
     command.arg0(format!("batchai-{part}")).args(own).arg(part);
     command
 }
+
+/// Whether something is mounted beneath a directory; `None` where the kernel does not say.
+pub fn is_mounted_below(directory: &Path) -> Option<bool> {
+    let real = directory.canonicalize();
+    let real = real.unwrap_or_else(|_| directory.to_owned());
+    Some(kernel::mounted()?.is_below(&real))
+}
