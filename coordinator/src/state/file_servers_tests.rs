@@ -336,8 +336,9 @@ fn what_was_served_once_is_looked_for_and_never_made_anew() {
     assert!(existing(&e));
     // Of what a backup does not know nothing is ended.
     assert!(!assignments(&e.state, STORE).restored);
-    e.state.restored = true;
-    assert!(assignments(&e.state, STORE).restored);
+    let mut state = e.state.clone();
+    state.restored = true;
+    assert!(assignments(&state, STORE).restored);
 }
 
 #[test]
