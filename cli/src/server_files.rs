@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
-use batchai_common::names::{Kind, hex};
+use batchai_common::names::hex;
 use batchai_proto::v1;
 use batchai_proto::v1::write_file_server_file_request::Message;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -22,7 +22,7 @@ use tonic::Status;
 
 use crate::args;
 use crate::client::{Client, Retry, request};
-use crate::context::{Context, full_name};
+use crate::context::Context;
 use crate::error::CliError;
 use crate::job_files::{at, join, safe};
 use crate::output::View;
@@ -52,13 +52,7 @@ const FILE: View<v1::FileServerFile> = View {
 };
 
 pub async fn run(command: args::ServerFile, client: &Client, context: &Context) -> Done {
-    let server = |of: &args::OfServer| match of.name.contains('/') {
-        true => full_name(Kind::FileServer, &of.name),
-        false => {
-            let workspace = context.workspace(&of.parent)?;
-            Ok(format!("{workspace}/fileServers/{}", of.name))
-        }
-    };
+    let server = |of: &args::OfServer| context.file_server(&of.name, &of.parent);
     match command {
         args::ServerFile::List { of, path } => {
             let found = list(client, &server(&of)?, &path).await?;

@@ -43,7 +43,9 @@ impl ClusterService for Api {
             demand(&caller(), SET_UP, name.as_str())?;
         }
         let setup = cluster.node_setup.as_ref();
-        for server in file_servers::named(setup.and_then(|s| s.mount_volumes.as_ref())) {
+        let volumes = setup.and_then(|setup| setup.mount_volumes.as_ref());
+        let state = self.replica.published().borrow().state.clone();
+        for server in file_servers::named(&state, volumes) {
             demand(&caller(), RUN_JOBS, server)?;
         }
         let mut cluster = Cluster {

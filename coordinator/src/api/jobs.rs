@@ -230,13 +230,14 @@ impl Api {
     /// What new jobs name elsewhere must be the caller's to use, and be there.
     async fn use_references(&self, jobs: &[Job]) -> Result<(), ApiError> {
         let caller = caller();
+        let state = self.replica.published().borrow().state.clone();
         for job in jobs {
             demand(&caller, RUN_JOBS, &job.cluster)?;
             // It is run as root, on every node of the job.
             if volumes::have_commands(job.mount_volumes.as_ref()) {
                 demand(&caller, SET_UP, &job.cluster)?;
             }
-            for server in file_servers::named(job.mount_volumes.as_ref()) {
+            for server in file_servers::named(&state, job.mount_volumes.as_ref()) {
                 demand(&caller, RUN_JOBS, server)?;
             }
         }

@@ -27,18 +27,10 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
             Noun::FileServer,
             &server.file_server,
         );
-        faults.text(
-            &format!("{at}.source_directory"),
-            &server.source_directory,
-            false,
-        );
+        let inside = paths::inside(&server.source_directory).map(drop);
+        must(faults, format!("{at}.source_directory"), inside);
         if let Err(why) = mount_options::parse(&server.mount_options) {
             faults.invalid(format!("{at}.mount_options"), why);
-        }
-        let below = server.source_directory.trim_matches('/');
-        if !below.is_empty() && paths::below(below).is_none() {
-            let why = "must be a path below the server's directory, without `..`";
-            faults.invalid(format!("{at}.source_directory"), why);
         }
         places.push((at, server.relative_mount_path.as_str()));
     }
