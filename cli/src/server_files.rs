@@ -95,6 +95,35 @@ async fn list(
     Ok(all_pages!(servers.list_file_server_files, list, files))
 }
 
+/// Makes a directory of a file server, where it is absent, with what leads there.
+pub async fn make_directory(client: &Client, name: &str, path: &str) -> Result<(), CliError> {
+    let start = v1::WriteFileServerFileStart {
+        name: name.to_owned(),
+        path: format!("{path}/"),
+        size_bytes: 0,
+        sha256: hex(&Sha256::digest(b"")),
+    };
+    let make = async || {
+        let start = v1::WriteFileServerFileRequest {
+            message: Some(Message::Start(start.clone())),
+        };
+        let mut servers = client.file_servers();
+        let replies = servers.write_file_server_file(tokio_stream::once(start));
+        let mut replies = replies.await?.into_inner();
+        while let Some(reply) = replies.message().await? {
+            if reply.complete {
+                return Ok(());
+            }
+        }
+        Err(Status::cancelled("the answer was broken off"))
+    };
+    let mut retry = Retry::default();
+    while let Err(status) = make().await {
+        retry.again(status).await?;
+    }
+    Ok(())
+}
+
 /// A file to copy.
 struct Copied {
     local: PathBuf,
