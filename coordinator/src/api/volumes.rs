@@ -11,7 +11,8 @@ use batchai_proto::v1::{
 use super::faults::Faults;
 use super::job_spec;
 
-const LIST_MAX: usize = 100;
+/// As many as there may be in all: the agent looks after each of them.
+pub const LIST_MAX: usize = 100;
 /// Keys, certificates and files of credentials fit; data does not.
 const SECRET_BYTES_MAX: usize = 32 << 10;
 

@@ -123,7 +123,7 @@ pub(super) fn check(state: &State, volumes: Option<&MountVolumes>) -> Result<(),
 }
 
 /// It is there, and stays.
-pub(super) fn check_one(state: &State, name: &str) -> Result<(), Rejection> {
+pub fn check_one(state: &State, name: &str) -> Result<(), Rejection> {
     let server = state.file_servers.get(name);
     let server = server.ok_or_else(|| not_found(Kind::FileServer, name))?;
     match server.deleting {
