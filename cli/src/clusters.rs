@@ -8,6 +8,7 @@ use batchai_proto::v1::ProvisioningState;
 use batchai_proto::v1::cluster::AllocationState;
 
 use crate::args;
+use crate::auto_storage;
 use crate::client::{Client, request, request_id, send_once};
 use crate::context::Context;
 use crate::error::CliError;
@@ -186,7 +187,11 @@ async fn rescale(
 
 async fn create(args: args::ClusterCreate, client: &Client, context: &Context) -> Done {
     let (parent, cluster_id) = (context.workspace(&args.parent)?, args.name.clone());
-    let cluster = cluster_of(args, context)?;
+    let auto_storage = args.use_auto_storage;
+    let mut cluster = cluster_of(args, context)?;
+    if auto_storage {
+        auto_storage::add(client, &parent, &mut cluster).await?;
+    }
     let create = v1::CreateClusterRequest {
         parent,
         cluster_id,
@@ -247,11 +252,6 @@ async fn say_what_there_is(client: &Client, cluster: &v1::Cluster) -> Result<(),
 
 /// The file's settings with the command line's over them.
 fn cluster_of(args: args::ClusterCreate, context: &Context) -> Result<v1::Cluster, CliError> {
-    if args.use_auto_storage {
-        let why = "--use-auto-storage: there is no storage account of the service's own here; keep \
-                   what jobs share on the nodes or on a share of yours";
-        return Err(CliError::Usage(why.to_owned()));
-    }
     let mut cluster: v1::Cluster = match &args.file {
         Some(path) => file::read(path, "Cluster")?,
         None => v1::Cluster::default(),

@@ -112,6 +112,17 @@ impl Context {
         Ok(format!("{}/workspaces/{id}", self.group(&workspace.group)?))
     }
 
+    /// The full name of a file server: one of the same workspace, unless it is a full name already.
+    pub fn file_server(&self, typed: &str, workspace: &InWorkspace) -> Result<String, CliError> {
+        match typed.contains('/') {
+            true => full_name(Kind::FileServer, typed),
+            false => Ok(format!(
+                "{}/fileServers/{typed}",
+                self.workspace(workspace)?
+            )),
+        }
+    }
+
     /// The full name of an experiment.
     pub fn experiment(&self, experiment: &InExperiment) -> Result<String, CliError> {
         let (option, variable) = ("-e/--experiment", "BATCHAI_EXPERIMENT");

@@ -120,7 +120,7 @@ pub async fn file_server(command: args::FileServer, context: &Context) -> Done {
 }
 
 /// Waits until a file server is served, or cannot be; says what it waits for.
-async fn served(
+pub async fn served(
     client: &mut FileServerServiceClient<Secured>,
     mut server: v1::FileServer,
 ) -> Result<v1::FileServer, CliError> {

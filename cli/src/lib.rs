@@ -19,6 +19,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 mod access;
 mod admin;
 mod args;
+mod auto_storage;
 mod backup;
 mod bundle;
 mod client;

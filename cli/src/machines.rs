@@ -36,7 +36,7 @@ const NODE: View<v1::Node> = View {
 
 const VM_SIZE: View<v1::VmSize> = View {
     message: "VmSize",
-    columns: &["VM Size", "Image", "Nodes", "Free", "Aliases"],
+    columns: &["VM Size", "Image", "Nodes", "Free", "Aliases", "Storage"],
     row: |s| {
         vec![
             s.vm_size.clone(),
@@ -44,6 +44,7 @@ const VM_SIZE: View<v1::VmSize> = View {
             s.node_count.to_string(),
             s.free_node_count.to_string(),
             s.aliases.join(", "),
+            s.storage_node_count.to_string(),
         ]
     },
 };

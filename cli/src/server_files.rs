@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
-use batchai_common::names::{Kind, hex};
+use batchai_common::names::hex;
 use batchai_proto::v1;
 use batchai_proto::v1::write_file_server_file_request::Message;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -22,7 +22,7 @@ use tonic::Status;
 
 use crate::args;
 use crate::client::{Client, Retry, request};
-use crate::context::{Context, full_name};
+use crate::context::Context;
 use crate::error::CliError;
 use crate::job_files::{at, join, safe};
 use crate::output::View;
@@ -52,13 +52,7 @@ const FILE: View<v1::FileServerFile> = View {
 };
 
 pub async fn run(command: args::ServerFile, client: &Client, context: &Context) -> Done {
-    let server = |of: &args::OfServer| match of.name.contains('/') {
-        true => full_name(Kind::FileServer, &of.name),
-        false => {
-            let workspace = context.workspace(&of.parent)?;
-            Ok(format!("{workspace}/fileServers/{}", of.name))
-        }
-    };
+    let server = |of: &args::OfServer| context.file_server(&of.name, &of.parent);
     match command {
         args::ServerFile::List { of, path } => {
             let found = list(client, &server(&of)?, &path).await?;
@@ -99,6 +93,35 @@ async fn list(
         ..Default::default()
     };
     Ok(all_pages!(servers.list_file_server_files, list, files))
+}
+
+/// Makes a directory of a file server, where it is absent, with what leads there.
+pub async fn make_directory(client: &Client, name: &str, path: &str) -> Result<(), CliError> {
+    let start = v1::WriteFileServerFileStart {
+        name: name.to_owned(),
+        path: format!("{path}/"),
+        size_bytes: 0,
+        sha256: hex(&Sha256::digest(b"")),
+    };
+    let make = async || {
+        let start = v1::WriteFileServerFileRequest {
+            message: Some(Message::Start(start.clone())),
+        };
+        let mut servers = client.file_servers();
+        let replies = servers.write_file_server_file(tokio_stream::once(start));
+        let mut replies = replies.await?.into_inner();
+        while let Some(reply) = replies.message().await? {
+            if reply.complete {
+                return Ok(());
+            }
+        }
+        Err(Status::cancelled("the answer was broken off"))
+    };
+    let mut retry = Retry::default();
+    while let Err(status) = make().await {
+        retry.again(status).await?;
+    }
+    Ok(())
 }
 
 /// A file to copy.

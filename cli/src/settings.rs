@@ -2,11 +2,10 @@
 
 use std::path::PathBuf;
 
-use batchai_common::names::Kind;
 use batchai_proto::v1;
 
 use crate::args;
-use crate::context::{Context, full_name};
+use crate::context::Context;
 use crate::error::CliError;
 use crate::login;
 
@@ -153,10 +152,7 @@ pub fn add_mounts(
             });
     }
     if let Some(server) = &given.nfs {
-        let file_server = match server.contains('/') {
-            true => full_name(Kind::FileServer, server)?,
-            false => format!("{}/fileServers/{server}", context.workspace(workspace)?),
-        };
+        let file_server = context.file_server(server, workspace)?;
         mounts.file_servers.push(v1::FileServerMount {
             file_server,
             relative_mount_path: given.nfs_mount_path.clone(),

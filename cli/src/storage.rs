@@ -9,6 +9,7 @@ use batchai_proto::v1::storage_alias::Target;
 use crate::args;
 use crate::client::{request, request_id, send_once};
 use crate::context::Context;
+use crate::error::CliError;
 use crate::output::{View, confirm};
 use crate::resources::{Done, all_pages, delete_all, get_all};
 
@@ -22,6 +23,9 @@ const ALIAS: View<v1::StorageAlias> = View {
             Some(Target::Url(url)) => url.clone(),
             Some(Target::S3Bucket(bucket)) => {
                 format!("{} at {}", bucket.bucket, bucket.endpoint)
+            }
+            Some(Target::FileServer(inside)) => {
+                format!("/{} of {}", inside.directory, inside.file_server)
             }
         };
         vec![
@@ -42,7 +46,7 @@ pub async fn alias(command: args::StorageAlias, context: &Context) -> Done {
         args::StorageAlias::Create(given) => {
             let create = v1::CreateStorageAliasRequest {
                 storage_alias_id: given.name.clone(),
-                storage_alias: Some(of(*given)),
+                storage_alias: Some(of(*given, context)?),
                 request_id: request_id(),
                 validate_only: false,
             };
@@ -81,17 +85,26 @@ pub async fn alias(command: args::StorageAlias, context: &Context) -> Done {
 }
 
 /// What was given, of which the command line has seen that it is one thing for one thing.
-fn of(given: args::StorageAliasCreate) -> v1::StorageAlias {
+fn of(given: args::StorageAliasCreate, context: &Context) -> Result<v1::StorageAlias, CliError> {
+    let server = given.file_server.as_ref();
+    let server = server.map(|server| context.file_server(server, &given.parent));
+    let directory = given.directory.unwrap_or_default();
+    let server = server.transpose()?.map(|file_server| {
+        Target::FileServer(v1::FileServerDirectory {
+            file_server,
+            directory,
+        })
+    });
     let bucket = given
         .s3_bucket
         .zip(given.s3_endpoint)
         .map(|(bucket, endpoint)| Target::S3Bucket(v1::S3Bucket { endpoint, bucket }));
-    let target = given.path.map(Target::Path).or(bucket);
-    v1::StorageAlias {
+    let target = given.path.map(Target::Path).or(bucket).or(server);
+    Ok(v1::StorageAlias {
         account_name: given.account,
         share_name: given.share.unwrap_or_default(),
         container_name: given.container.unwrap_or_default(),
         target: target.or(given.url.map(Target::Url)),
         ..Default::default()
-    }
+    })
 }

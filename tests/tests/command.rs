@@ -181,7 +181,7 @@ fn labels_usages_sizes_and_the_state_of_everything_are_shown() {
     );
     let sizes = ok(&e, &["vm-size", "list", "-o", "tsv"]);
     assert!(
-        sizes.starts_with(SIZE) && sizes.ends_with("1\t0\tStandard_NC6\n"),
+        sizes.starts_with(SIZE) && sizes.ends_with("1\t0\tStandard_NC6\t0\n"),
         "{sizes}"
     );
     let tagged = ok(
@@ -263,7 +263,6 @@ fn what_is_not_served_is_refused_by_every_way_to_ask_for_it() {
         "{said}"
     );
     for args in [
-        vec!["--use-auto-storage"],
         vec!["--min", "2", "--max", "1"],
         vec!["--min", "1"],
         vec!["--afs-name", "s"],
@@ -272,6 +271,12 @@ fn what_is_not_served_is_refused_by_every_way_to_ask_for_it() {
     ] {
         assert_eq!(fails(&e, &[&create[..], &args].concat()).0, 2, "{args:?}");
     }
+    // No node offers storage, and nothing is made.
+    let auto = ["-t", "1", "--use-auto-storage"];
+    let (code, said) = fails(&e, &[&create[..], &auto].concat());
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("--storage-root"), "{said}");
+    assert_eq!(ok(&e, &["file-server", "list", "-o", "tsv"]), "");
     let (_, said) = fails(
         &e,
         &[

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
+use batchai_common::tls::Identity;
 use batchai_tests::ensemble::{Ensemble, SIZE, mounts_below};
 use batchai_tests::process::{processes_of, until};
 use batchai_tests::requirement;
@@ -453,4 +454,286 @@ fn a_file_server_without_a_node_says_what_it_waits_for() {
     assert!(reason.contains("fileServers/size"), "{reason}");
     let is_root_only = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o077 == 0;
     assert!(is_root_only(&e.path().join("agents/store")));
+}
+
+/// A share and a container of an account, as files made for Azure have them.
+fn of_account(options: &str) -> Value {
+    let key = json!({ "accountKey": "bm8ga2V5IG9mIGFueWJvZHk=" });
+    json!({
+        "azureFileShares": [{
+            "accountName": "acc",
+            "azureFileUrl": "https://acc.file.core.windows.net/share",
+            "credentials": key,
+            "relativeMountPath": "afs",
+        }],
+        "azureBlobFileSystems": [{
+            "accountName": "acc",
+            "containerName": "container",
+            "credentials": key,
+            "relativeMountPath": "bfs",
+            "mountOptions": options,
+        }],
+    })
+}
+
+#[test]
+fn shares_and_containers_that_lead_to_a_file_server_are_mounted_from_it() {
+    let Some(mut e) = ensemble(&["a1", "a2"]) else {
+        return;
+    };
+    e.create_cluster(1);
+    let data = data_of(&create(&e, "data"));
+    fs::create_dir(data.join("sets")).unwrap();
+    fs::write(data.join("sets/in"), "given\n").unwrap();
+    fs::set_permissions(data.join("sets"), fs::Permissions::from_mode(0o777)).unwrap();
+    let alias = |name: &str, what: [&str; 2], stead: &[&str]| {
+        let create = ["storage-alias", "create", "-n", name, "-a", "acc"];
+        e.json(&[&create[..], &what, &["-g", "g", "-w", "w"], stead].concat())
+    };
+    let share = ["--file-server", "data"];
+    let made = alias("share", ["--share", "share"], &share);
+    assert_eq!(made["fileServer"]["fileServer"], server("data"), "{made}");
+    let container = ["--file-server", &server("data"), "--directory", "sets"];
+    alias("container", ["--container", "container"], &container);
+    let listed = e.ok(&["storage-alias", "list", "-o", "table"]);
+    assert!(
+        listed.contains(&format!("/sets of {}", server("data"))),
+        "{listed}"
+    );
+
+    let with = |volumes: Value, command: &str| {
+        json!({
+            "nodeCount": 1,
+            "mountVolumes": volumes,
+            "customToolkitSettings": { "commandLine": command },
+        })
+    };
+    let command = "set -e; cd $AZ_BATCHAI_JOB_MOUNT_ROOT; mountpoint -q afs; mountpoint -q bfs; cat bfs/in; \
+                   ! touch bfs/x 2>/dev/null; echo out > afs/result";
+    e.submit("job", with(of_account("-o ro"), command));
+    assert_eq!(e.wait("job"), 0, "{}", e.log("job", "stderr.txt"));
+    assert_eq!(e.log("job", "stdout.txt"), "given\n");
+    let result = fs::metadata(data.join("result")).unwrap();
+    assert_eq!((result.uid(), result.gid()), (54_321, 54_322));
+    nothing_is_mounted(&e);
+    // The options that a container asks for are no others'.
+    e.submit(
+        "writes",
+        with(
+            of_account(""),
+            "echo two > $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs/two",
+        ),
+    );
+    assert_eq!(e.wait("writes"), 0, "{}", e.log("writes", "stderr.txt"));
+    assert_eq!(fs::read_to_string(data.join("sets/two")).unwrap(), "two\n");
+
+    // The errors are those of the file server as well.
+    fs::rename(data.join("sets"), data.join("aside")).unwrap();
+    e.submit("absent", with(of_account(""), "true"));
+    let job = e.until_job("absent", "FAILED");
+    let error = &job["errors"][0];
+    assert_eq!(error["code"], "JobMountFailed", "{job}");
+    assert!(
+        error["message"].as_str().unwrap().contains("No such file"),
+        "{job}"
+    );
+    fs::rename(data.join("aside"), data.join("sets")).unwrap();
+
+    // For a cluster too, for as long as it is there; by then neither goes.
+    let file = e.path().join("mounts.json");
+    let properties = json!({ "properties": {
+        "vmSize": SIZE,
+        "scaleSettings": { "manual": { "targetNodeCount": 1 } },
+        "nodeSetup": { "mountVolumes": of_account("-o ro") },
+    } });
+    fs::write(&file, properties.to_string()).unwrap();
+    let file = file.to_string_lossy().into_owned();
+    let cluster = [
+        "cluster", "create", "-g", "g", "-w", "w", "-n", "two", "-f", &file,
+    ];
+    e.ok(&cluster);
+    let job = json!({
+        "nodeCount": 1,
+        "stdOutErrPathPrefix": e.path().join("out").to_string_lossy(),
+        "customToolkitSettings": { "commandLine": "cat $AZ_BATCHAI_MOUNT_ROOT/afs/result $AZ_BATCHAI_MOUNT_ROOT/bfs/in" },
+    });
+    let file = e.job_file("second", job).to_string_lossy().into_owned();
+    let create = [
+        "job", "create", "-g", "g", "-w", "w", "-e", "e", "-c", "two", "-n", "second",
+    ];
+    e.ok(&[&create[..], &["-f", &file]].concat());
+    assert_eq!(e.wait("second"), 0, "{}", e.log("second", "stderr.txt"));
+    assert_eq!(e.log("second", "stdout.txt"), "out\ngiven\n");
+    let drop_alias = |name: &'static str| ["storage-alias", "delete", "-n", name, "-y"];
+    let (_, said) = e.fails(&drop_alias("share"));
+    assert!(
+        said.contains("clusters/two mounts a file server by it"),
+        "{said}"
+    );
+    let refuse = [
+        "file-server",
+        "delete",
+        "-g",
+        "g",
+        "-w",
+        "w",
+        "-n",
+        "data",
+        "-y",
+    ];
+    let (_, said) = e.fails(&refuse);
+    assert!(said.contains("clusters/two mounts it"), "{said}");
+    e.ok(&["cluster", "delete", "-g", "g", "-w", "w", "-n", "two", "-y"]);
+    let (_, said) = e.fails(&refuse);
+    assert!(said.contains("leads to it"), "{said}");
+    for name in ["share", "container"] {
+        e.ok(&drop_alias(name));
+    }
+    delete(&e, "data", &["--purge"]);
+    until_gone(&e, "data");
+    nothing_is_mounted(&e);
+    e.assert_nothing_left();
+}
+
+/// The file servers of the workspace.
+fn servers(e: &Ensemble) -> Vec<String> {
+    let all = e.json(&["file-server", "list", "-g", "g", "-w", "w"]);
+    let names = all.as_array().unwrap().iter();
+    names
+        .map(|server| server["name"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn auto_storage_is_two_directories_of_the_workspaces_own_file_server() {
+    let Some(mut e) = ensemble(&["a1", "a2"]) else {
+        return;
+    };
+    e.create_cluster(0);
+    let sizes = e.json(&["vm-size", "list"]);
+    let storage = |size: &str| {
+        let found = sizes
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|s| s["vmSize"] == size);
+        found.unwrap()["storageNodeCount"]
+            .as_i64()
+            .unwrap_or_default()
+    };
+    assert_eq!((storage(STORE_SIZE), storage(SIZE)), (1, 0), "{sizes}");
+    // Whoever may make clusters may: no administrator is needed.
+    e.ok(&[
+        "role",
+        "create",
+        "-u",
+        "ada",
+        "--role",
+        "contributor",
+        "-g",
+        "g",
+        "-w",
+        "w",
+    ]);
+    let ada = e.credentials_of(&Identity::user("ada").unwrap());
+    let as_ada = |args: &[&str]| {
+        let mut command = e.command(args);
+        let output = command.env("BATCHAI_CREDENTIALS", &ada).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{args:?}: {said}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap_or_default()
+    };
+    let create = |name: &'static str| {
+        let create = ["cluster", "create", "-g", "g", "-w", "w", "-n", name];
+        let create = [&create[..], &["-s", SIZE, "-t", "1", "--use-auto-storage"]].concat();
+        as_ada(&create)
+    };
+    let cluster = create("auto");
+    let mounts = &cluster["nodeSetup"]["mountVolumes"]["fileServers"];
+    let own = server("batchaiautostorage");
+    for (i, directory, path) in [
+        (0, "batchaishare", "autoafs"),
+        (1, "batchaicontainer", "autobfs"),
+    ] {
+        assert_eq!(mounts[i]["fileServer"], own, "{cluster}");
+        assert_eq!(mounts[i]["sourceDirectory"], directory, "{cluster}");
+        assert_eq!(mounts[i]["relativeMountPath"], path, "{cluster}");
+    }
+    assert_eq!(servers(&e), [own.clone()]);
+    let shown = show(&e, "batchaiautostorage");
+    assert_eq!(
+        (&shown["node"], &shown["vmSize"]),
+        (&json!("nodes/store"), &json!(STORE_SIZE))
+    );
+
+    // As the original's quickstart: what is sent there is there, and what a job writes is seen by jobs of another such cluster.
+    let script = e.path().join("script.sh");
+    fs::write(
+        &script,
+        "echo from the script > $AZ_BATCHAI_MOUNT_ROOT/autobfs/model\n",
+    )
+    .unwrap();
+    let upload = [
+        "file-server",
+        "file",
+        "upload",
+        "-g",
+        "g",
+        "-w",
+        "w",
+        "-n",
+        "batchaiautostorage",
+    ];
+    let script = script.to_string_lossy().into_owned();
+    as_ada(&[&upload[..], &[&script, "-p", "batchaishare"]].concat());
+    create("again");
+    assert_eq!(servers(&e), [own]);
+    let run = |cluster: &str, name: &str, command: &str| {
+        let job = json!({
+            "nodeCount": 1,
+            "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/autoafs",
+            "customToolkitSettings": { "commandLine": command },
+        });
+        let file = e.job_file(name, job).to_string_lossy().into_owned();
+        let create = [
+            "job", "create", "-g", "g", "-w", "w", "-e", "e", "-c", cluster, "-n", name,
+        ];
+        as_ada(&[&create[..], &["-f", &file]].concat());
+        assert_eq!(e.wait(name), 0, "{}", e.log(name, "stderr.txt"));
+        e.log(name, "stdout.txt")
+    };
+    run(
+        "auto",
+        "trains",
+        "bash $AZ_BATCHAI_MOUNT_ROOT/autoafs/script.sh",
+    );
+    let said = run("again", "reads", "cat $AZ_BATCHAI_MOUNT_ROOT/autobfs/model");
+    assert_eq!(said, "from the script\n");
+    let data = data_of(&shown);
+    let model = fs::read_to_string(data.join("batchaicontainer/model")).unwrap();
+    assert_eq!(model, "from the script\n");
+    assert!(
+        data.join("batchaishare").read_dir().unwrap().count() > 1,
+        "the logs are on the share"
+    );
+
+    // It stays when its clusters go, and one that goes itself is not used any more.
+    for cluster in ["auto", "again"] {
+        e.ok(&[
+            "cluster", "delete", "-g", "g", "-w", "w", "-n", cluster, "-y",
+        ]);
+    }
+    assert!(data.join("batchaicontainer/model").exists());
+    let mut store = e.agents.remove("store").unwrap();
+    store.signal(Signal::SIGKILL);
+    store.wait();
+    delete(&e, "batchaiautostorage", &["--no-wait"]);
+    let late = [
+        "cluster", "create", "-g", "g", "-w", "w", "-n", "late", "-s", SIZE, "-t", "0",
+    ];
+    let (_, said) = e.fails(&[&late[..], &["--use-auto-storage"]].concat());
+    assert!(said.contains("batchaiautostorage is deleting"), "{said}");
+    start_store(&mut e);
+    until_gone(&e, "batchaiautostorage");
+    nothing_is_mounted(&e);
 }

@@ -3,7 +3,7 @@
 use batchai_common::tls::Identity;
 use batchai_proto::v1;
 use batchai_proto::v1::storage_alias::Target;
-use batchai_tests::api::{Api, CLUSTER, EXPERIMENT, WORKSPACE, connector, job, refusal};
+use batchai_tests::api::{Api, CLUSTER, EXPERIMENT, GROUP, WORKSPACE, connector, job, refusal};
 use batchai_tests::ensemble::{Ensemble, SIZE};
 use tonic::Code;
 
@@ -129,6 +129,13 @@ fn for_share(target: Target) -> v1::StorageAlias {
     }
 }
 
+fn to_server(file_server: &str, directory: &str) -> Target {
+    Target::FileServer(v1::FileServerDirectory {
+        file_server: file_server.into(),
+        directory: directory.into(),
+    })
+}
+
 fn for_container(target: Target) -> v1::StorageAlias {
     v1::StorageAlias {
         share_name: String::new(),
@@ -176,6 +183,10 @@ fn storage_aliases_are_administrators_and_stand_for_one_thing_each() {
                 ..for_share(path.clone())
             },
             vec!["container_name"],
+        ),
+        (
+            for_share(to_server("jobs/f", "../x")),
+            vec!["file_server.directory", "file_server.file_server"],
         ),
     ] {
         let status = create("x", alias.clone()).unwrap_err();
@@ -246,4 +257,182 @@ fn storage_aliases_are_administrators_and_stand_for_one_thing_each() {
     api.call(api.storage_aliases().delete_storage_alias(delete))
         .unwrap();
     create("other", for_share(Target::Url("smb://nas/x".into()))).unwrap();
+}
+
+/// A file server that no node serves.
+fn create_server(api: &Api, id: &str) -> String {
+    let account = v1::UserAccountSettings {
+        admin_user_name: "ada".into(),
+        admin_user_password: "pass".into(),
+        ..Default::default()
+    };
+    let server = v1::FileServer {
+        vm_size: SIZE.into(),
+        ssh_configuration: Some(v1::SshConfiguration {
+            user_account_settings: Some(account),
+            ..Default::default()
+        }),
+        data_disks: Some(v1::DataDisks {
+            disk_size_in_gb: 1,
+            disk_count: 1,
+            storage_account_type: v1::data_disks::StorageAccountType::StandardLrs as i32,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let create = v1::CreateFileServerRequest {
+        parent: WORKSPACE.into(),
+        file_server_id: id.into(),
+        file_server: Some(server),
+        ..Default::default()
+    };
+    let created = api.call(api.file_servers().create_file_server(create));
+    created.unwrap().name
+}
+
+#[test]
+fn a_share_leads_to_a_file_server_for_those_who_may_use_it() {
+    let api = Api::start(Ensemble::with_cluster(1));
+    let create = |id: &str, alias: v1::StorageAlias| {
+        let request = request(id, alias);
+        api.call(api.storage_aliases().create_storage_alias(request))
+    };
+    let absent = format!("{WORKSPACE}/fileServers/f");
+    let target = to_server(&absent, "sets//one/");
+    let status = create("f", for_share(target.clone())).unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+    assert!(status.message().contains(&absent), "{status}");
+    let server = create_server(&api, "f");
+    let made = create("f", for_share(target.clone())).unwrap();
+    assert_eq!(made.target, Some(target));
+    let Some(Target::FileServer(inside)) = made.target else {
+        panic!("another target");
+    };
+    assert_eq!(
+        (inside.file_server, inside.directory),
+        (server.clone(), "sets//one/".into())
+    );
+
+    // A job waits for it, which is what its cluster would do as well.
+    let mounting = v1::Job {
+        mount_volumes: Some(volumes()),
+        ..job()
+    };
+    let waits = api.create_job("waits", mounting.clone()).unwrap();
+    assert!(waits.pending_reason.contains(&server), "{waits:?}");
+    let delete = v1::DeleteFileServerRequest {
+        name: server.clone(),
+        ..Default::default()
+    };
+    let status = api.call(api.file_servers().delete_file_server(delete.clone()));
+    let status = status.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(
+        status.message().contains("jobs/waits mounts it"),
+        "{status}"
+    );
+    let delete_alias = v1::DeleteStorageAliasRequest {
+        name: made.name.clone(),
+        ..Default::default()
+    };
+    let delete_alias = || {
+        api.call(
+            api.storage_aliases()
+                .delete_storage_alias(delete_alias.clone()),
+        )
+    };
+    let status = delete_alias().unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("jobs/waits"), "{status}");
+
+    // The key opens nothing: who may not run jobs in its workspace does not get there by its share.
+    let create = v1::CreateWorkspaceRequest {
+        parent: GROUP.into(),
+        workspace_id: "other".into(),
+        ..Default::default()
+    };
+    let other = api
+        .call(api.workspaces().create_workspace(create))
+        .unwrap()
+        .name;
+    let bind = v1::CreateRoleBindingRequest {
+        role_binding_id: "ada".into(),
+        role_binding: Some(v1::RoleBinding {
+            member: "users/ada".into(),
+            role: v1::role_binding::Role::Contributor as i32,
+            scope: other.clone(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    api.call(api.access().create_role_binding(bind)).unwrap();
+    let credentials = api.e.credentials_of(&Identity::user("ada").unwrap());
+    let connector = connector(&api.e.endpoint, &credentials);
+    let ada = api.runtime.block_on(connector.connect()).unwrap();
+    let mut clusters = v1::cluster_service_client::ClusterServiceClient::new(ada.clone());
+    let request = v1::CreateClusterRequest {
+        parent: other.clone(),
+        ..cluster(volumes())
+    };
+    let status = api
+        .call(clusters.create_cluster(request.clone()))
+        .unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+    assert!(status.message().contains("jobs/write"), "{status}");
+    let mut jobs = v1::job_service_client::JobServiceClient::new(ada.clone());
+    let mut experiments = v1::experiment_service_client::ExperimentServiceClient::new(ada);
+    let create = v1::CreateExperimentRequest {
+        parent: other.clone(),
+        experiment_id: "e".into(),
+        ..Default::default()
+    };
+    let experiment = api
+        .call(experiments.create_experiment(create))
+        .unwrap()
+        .name;
+    let plain = v1::CreateClusterRequest {
+        cluster: Some(v1::Cluster {
+            node_setup: None,
+            ..request.cluster.clone().unwrap()
+        }),
+        ..request.clone()
+    };
+    let own = api.call(clusters.create_cluster(plain)).unwrap().name;
+    let create = |id: &str, mount_volumes| v1::CreateJobRequest {
+        parent: experiment.clone(),
+        job_id: id.into(),
+        job: Some(v1::Job {
+            cluster: own.clone(),
+            mount_volumes,
+            ..job()
+        }),
+        ..Default::default()
+    };
+    api.call(jobs.create_job(create("plain", None))).unwrap();
+    let by_alias = create("by-alias", Some(volumes()));
+    let status = api.call(jobs.create_job(by_alias)).unwrap_err();
+    assert_eq!(status.code(), Code::PermissionDenied);
+
+    // Once nothing mounts it the alias goes, and the file server after it; or both ways by force.
+    let terminate = v1::TerminateJobRequest { name: waits.name };
+    api.call(api.jobs().terminate_job(terminate)).unwrap();
+    let status = api.call(api.file_servers().delete_file_server(delete.clone()));
+    let status = status.unwrap_err();
+    assert!(
+        status.message().contains("storageAliases/f leads to it"),
+        "{status}"
+    );
+    let force = v1::DeleteFileServerRequest {
+        force: true,
+        ..delete
+    };
+    api.call(api.file_servers().delete_file_server(force))
+        .unwrap();
+    let status = api.create_job("late", mounting).unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(
+        status.message().contains("does not exist any more"),
+        "{status}"
+    );
+    delete_alias().unwrap();
 }

@@ -204,7 +204,7 @@ pub struct ClusterCreate {
     /// Directory for its output.
     #[arg(long, value_name = "DIR", requires = "setup_task")]
     pub setup_task_output: Option<String>,
-    /// A storage account of the service's own. There is none here: refused.
+    /// Mount the workspace's file server batchaiautostorage at autoafs and autobfs, made if absent.
     #[arg(long)]
     pub use_auto_storage: bool,
     #[command(flatten)]

@@ -2,7 +2,7 @@
 
 use clap::{ArgGroup, Args, Subcommand};
 
-use super::{Confirm, Which};
+use super::{Confirm, InWorkspace, Which};
 
 #[derive(Debug, Subcommand)]
 pub enum StorageAlias {
@@ -55,4 +55,12 @@ pub struct StorageAliasCreate {
     /// Another share, smb://HOST/SHARE, or another service of blobs, https://HOST.
     #[arg(long, value_name = "URL", group = "stead")]
     pub url: Option<String>,
+    /// A file server of batchai: a name in the workspace, or a full one. Keys are not used then.
+    #[arg(long, value_name = "NAME", group = "stead")]
+    pub file_server: Option<String>,
+    /// The directory of it. The whole of it where it is left out.
+    #[arg(long, value_name = "DIR", requires = "file_server")]
+    pub directory: Option<String>,
+    #[command(flatten)]
+    pub parent: InWorkspace,
 }

@@ -36,14 +36,18 @@ impl ClusterService for Api {
         let (parent, id) = (&request.parent, &request.cluster_id);
         let name = faults.new_name(Noun::Cluster, parent, "cluster_id", id);
         let cluster = cluster_spec::check(&mut faults, request.cluster.unwrap_or_default());
+        let field = "cluster.node_setup.mount_volumes";
+        let volumes = cluster.node_setup.as_ref();
+        let volumes = volumes.and_then(|setup| setup.mount_volumes.as_ref());
+        self.check_servers(&mut faults, field, volumes);
         let name = faults.finish(name)?;
         if cluster.node_setup.as_ref().is_some_and(|setup| {
             setup.setup_task.is_some() || volumes::have_commands(setup.mount_volumes.as_ref())
         }) {
             demand(&caller(), SET_UP, name.as_str())?;
         }
-        let setup = cluster.node_setup.as_ref();
-        for server in file_servers::named(setup.and_then(|s| s.mount_volumes.as_ref())) {
+        let state = self.replica.published().borrow().state.clone();
+        for server in file_servers::named(&state, volumes) {
             demand(&caller(), RUN_JOBS, server)?;
         }
         let mut cluster = Cluster {

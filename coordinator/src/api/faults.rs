@@ -31,6 +31,11 @@ impl Faults {
         self.invalid.push(Fault::new(field, reason));
     }
 
+    /// Whether anything is wrong already.
+    pub fn any(&self) -> bool {
+        !self.invalid.is_empty()
+    }
+
     /// A field that the model has and this version does not serve.
     pub fn not_served(&mut self, field: &str, set: bool) {
         if set {

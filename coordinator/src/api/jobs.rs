@@ -1,7 +1,7 @@
 //! Jobs, their changes and their logs.
 
 use batchai_common::error::ApiError;
-use batchai_common::names::Kind as Noun;
+use batchai_common::names::{Kind as Noun, Name};
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{CreateJobs, Labels, TerminateJob, Update};
 use batchai_proto::v1::job_service_server::JobService;
@@ -9,8 +9,8 @@ use batchai_proto::v1::{
     BatchCreateJobsRequest, BatchCreateJobsResponse, CreateJobRequest, DeleteJobRequest,
     GetJobRequest, Job, ListJobFilesRequest, ListJobFilesResponse,
     ListJobRemoteLoginInformationRequest, ListJobRemoteLoginInformationResponse, ListJobsRequest,
-    ListJobsResponse, StreamJobLogsRequest, StreamJobLogsResponse, TerminateJobRequest,
-    UpdateJobRequest, WatchJobRequest, WatchJobResponse,
+    ListJobsResponse, MountVolumes, StreamJobLogsRequest, StreamJobLogsResponse,
+    TerminateJobRequest, UpdateJobRequest, WatchJobRequest, WatchJobResponse,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -46,6 +46,8 @@ impl JobService for Api {
         let once = faults.once(&request.request_id, request.validate_only, &shown);
         let name = faults.new_name(Noun::Job, &request.parent, "job_id", &request.job_id);
         let job = job_spec::check(&mut faults, request.job.unwrap_or_default());
+        let field = "job.mount_volumes";
+        self.check_servers(&mut faults, field, job.mount_volumes.as_ref());
         let name = faults.finish(name)?;
         let mut job = Job {
             name: name.to_string(),
@@ -85,6 +87,10 @@ impl JobService for Api {
                 })
             })
             .collect();
+        for (i, job) in jobs.iter().enumerate() {
+            let field = format!("requests[{i}].job.mount_volumes");
+            self.check_servers(&mut faults, &field, job.mount_volumes.as_ref());
+        }
         faults.finish(parent)?;
         self.use_references(&jobs).await?;
         self.seal_jobs(&mut jobs, &once).await?;
@@ -227,16 +233,44 @@ impl JobService for Api {
 }
 
 impl Api {
+    /// Beside what is wrong with a request in itself: which of the file servers that it mounts cannot be, to who may know of them. Where
+    /// that is all, the request goes on, and is refused for the first of them when it is applied.
+    pub(super) fn check_servers(
+        &self,
+        faults: &mut Faults,
+        field: &str,
+        volumes: Option<&MountVolumes>,
+    ) {
+        if !faults.any() {
+            return;
+        }
+        let caller = caller();
+        let state = self.replica.published().borrow().state.clone();
+        let servers = volumes.into_iter().flat_map(|v| &v.file_servers);
+        for (i, mount) in servers.enumerate().take(volumes::LIST_MAX) {
+            let name = &mount.file_server;
+            let known = Name::parse(Noun::FileServer, name).is_ok()
+                && demand(&caller, RUN_JOBS, name).is_ok();
+            if let Err(why) = file_servers::check_one(&state, name)
+                && known
+            {
+                let field = format!("{field}.file_servers[{i}].file_server");
+                faults.invalid(field, why.to_string());
+            }
+        }
+    }
+
     /// What new jobs name elsewhere must be the caller's to use, and be there.
     async fn use_references(&self, jobs: &[Job]) -> Result<(), ApiError> {
         let caller = caller();
+        let state = self.replica.published().borrow().state.clone();
         for job in jobs {
             demand(&caller, RUN_JOBS, &job.cluster)?;
             // It is run as root, on every node of the job.
             if volumes::have_commands(job.mount_volumes.as_ref()) {
                 demand(&caller, SET_UP, &job.cluster)?;
             }
-            for server in file_servers::named(job.mount_volumes.as_ref()) {
+            for server in file_servers::named(&state, job.mount_volumes.as_ref()) {
                 demand(&caller, RUN_JOBS, server)?;
             }
         }

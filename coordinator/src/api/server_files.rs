@@ -374,7 +374,12 @@ async fn feed(
 fn check(start: &WriteFileServerFileStart) -> Result<Name, ApiError> {
     let mut faults = Faults::default();
     let name = faults.name("start.name", Noun::FileServer, &start.name);
-    check_file(&mut faults, "start.path", &start.path);
+    let path = match start.size_bytes {
+        // A directory's.
+        0 => start.path.trim_end_matches('/'),
+        _ => &start.path,
+    };
+    check_file(&mut faults, "start.path", path);
     number(&mut faults, "start.size_bytes", start.size_bytes);
     let digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
     if start.sha256.len() != 64 || !start.sha256.bytes().all(digit) {
@@ -416,6 +421,15 @@ mod tests {
             sha256: "0a".repeat(32),
         };
         assert!(check(&good).is_ok());
+        let directory = |path: &str, size_bytes| WriteFileServerFileStart {
+            path: path.to_owned(),
+            size_bytes,
+            ..good.clone()
+        };
+        assert!(check(&directory("sets/one/", 0)).is_ok());
+        for (path, size) in [("sets/one/", 1), ("/", 0), ("sets/./", 0)] {
+            assert!(check(&directory(path, size)).is_err(), "{path}");
+        }
         let bad = WriteFileServerFileStart {
             name: "jobs/f".to_owned(),
             path: "../x".to_owned(),
@@ -435,7 +449,7 @@ mod tests {
                 "start.sha256"
             ]
         );
-        for path in ["", "/a", "a/", "a/.", "a/../b", "a\0"] {
+        for path in ["", "/a", "a/.", "a/../b", "a\0"] {
             let path = path.to_owned();
             let bad = WriteFileServerFileStart {
                 path,

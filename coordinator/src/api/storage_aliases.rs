@@ -1,7 +1,7 @@
 //! What lies behind shares and containers of storage accounts.
 
 use batchai_common::names::Kind as Noun;
-use batchai_common::storage;
+use batchai_common::{paths, storage};
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::v1::storage_alias::Target;
 use batchai_proto::v1::storage_alias_service_server::StorageAliasService;
@@ -87,6 +87,10 @@ impl StorageAliasService for Api {
 }
 
 fn check(faults: &mut Faults, given: &StorageAlias) {
+    if let Some(Target::FileServer(directory)) = &given.target {
+        let field = "storage_alias.file_server.file_server";
+        faults.name(field, Noun::FileServer, &directory.file_server);
+    }
     let mut must = |field: &str, checked: Result<(), String>| {
         if let Err(why) = checked {
             faults.invalid(format!("storage_alias.{field}"), why);
@@ -108,7 +112,10 @@ fn check(faults: &mut Faults, given: &StorageAlias) {
     match &given.target {
         None => must(
             "path",
-            Err("must be given, or an s3_bucket or a url: what lies behind it".into()),
+            Err(
+                "must be given, or an s3_bucket, a url or a file_server: what lies behind it"
+                    .into(),
+            ),
         ),
         Some(Target::Path(path)) => must("path", check_path(path)),
         Some(Target::S3Bucket(bucket)) => {
@@ -120,6 +127,10 @@ fn check(faults: &mut Faults, given: &StorageAlias) {
             must("url", storage::share(url).map(drop))
         }
         Some(Target::Url(url)) => must("url", storage::blob_endpoint(url).map(drop)),
+        Some(Target::FileServer(inside)) => {
+            let directory = &inside.directory;
+            must("file_server.directory", paths::inside(directory).map(drop));
+        }
     }
 }
 

@@ -108,6 +108,8 @@ fn vm_sizes(state: &State) -> Vec<VmSize> {
         });
         size.node_count += 1;
         size.free_node_count += i32::from(node.is_free());
+        let storage = !node.expelled && !node.facts.storage_root.is_empty();
+        size.storage_node_count += i32::from(storage);
     }
     for (name, alias) in &state.vm_size_aliases {
         let from = (alias.vm_size.as_str(), "");

@@ -11,7 +11,8 @@ use batchai_proto::v1::{
 use super::faults::Faults;
 use super::job_spec;
 
-const LIST_MAX: usize = 100;
+/// As many as there may be in all: the agent looks after each of them.
+pub const LIST_MAX: usize = 100;
 /// Keys, certificates and files of credentials fit; data does not.
 const SECRET_BYTES_MAX: usize = 32 << 10;
 
@@ -27,18 +28,10 @@ pub fn check_mounts(faults: &mut Faults, field: &str, given: &MountVolumes) {
             Noun::FileServer,
             &server.file_server,
         );
-        faults.text(
-            &format!("{at}.source_directory"),
-            &server.source_directory,
-            false,
-        );
+        let inside = paths::inside(&server.source_directory).map(drop);
+        must(faults, format!("{at}.source_directory"), inside);
         if let Err(why) = mount_options::parse(&server.mount_options) {
             faults.invalid(format!("{at}.mount_options"), why);
-        }
-        let below = server.source_directory.trim_matches('/');
-        if !below.is_empty() && paths::below(below).is_none() {
-            let why = "must be a path below the server's directory, without `..`";
-            faults.invalid(format!("{at}.source_directory"), why);
         }
         places.push((at, server.relative_mount_path.as_str()));
     }

@@ -70,7 +70,7 @@ fn sources(
     node: &Node,
     volumes: Option<&v1::MountVolumes>,
 ) -> Vec<FileServerSource> {
-    let names: BTreeSet<_> = file_servers::named(volumes).collect();
+    let names: BTreeSet<_> = file_servers::named(state, volumes).collect();
     let servers = names.into_iter().filter_map(|n| state.file_servers.get(n));
     let sources = servers.map(|server| {
         let serving = server.node.as_ref().and_then(|id| state.nodes.get(id));

@@ -19,7 +19,7 @@ use super::attempts::error;
 use super::keys::workspace_of;
 use super::{
     Event, Node, Rejection, State, Step, check_etag, check_new, etag, nodes, not_found, setup,
-    vm_size_aliases,
+    storage_aliases, vm_size_aliases,
 };
 
 /// File servers that one node serves, at most: each is a process there.
@@ -76,18 +76,23 @@ impl FileServer {
     }
 }
 
-/// The file servers that some volumes name.
-pub fn named(volumes: Option<&MountVolumes>) -> impl Iterator<Item = &str> {
+/// The file servers that some volumes lead to: those that they name, and those that storage aliases say in the stead of others.
+pub fn named<'a>(
+    state: &'a State,
+    volumes: Option<&'a MountVolumes>,
+) -> impl Iterator<Item = &'a str> {
     let servers = volumes.into_iter().flat_map(|v| &v.file_servers);
-    servers.map(|mount| mount.file_server.as_str())
+    let own = servers.map(|mount| mount.file_server.as_str());
+    let aliased = storage_aliases::file_servers(state, volumes);
+    own.chain(aliased.map(|(_, server)| server))
 }
 
 /// The first of them that cannot be mounted now, and why.
 pub fn awaited<'a>(
-    state: &State,
+    state: &'a State,
     volumes: Option<&'a MountVolumes>,
 ) -> Option<(&'a str, &'static str)> {
-    named(volumes).find_map(|name| Some((name, why_awaited(state, name)?)))
+    named(state, volumes).find_map(|name| Some((name, why_awaited(state, name)?)))
 }
 
 fn why_awaited(state: &State, name: &str) -> Option<&'static str> {
@@ -112,7 +117,8 @@ pub fn mounted<'a>(state: &'a State, node: &Node) -> BTreeSet<&'a str> {
     let attempt = node.attempt.as_ref().and_then(|a| state.attempts.get(a));
     let of_cluster = cluster.and_then(|cluster| setup::mounts(cluster));
     let of_job = attempt.and_then(|attempt| attempt.spec.mount_volumes.as_ref());
-    named(of_cluster).chain(named(of_job)).collect()
+    let of_cluster = named(state, of_cluster);
+    of_cluster.chain(named(state, of_job)).collect()
 }
 
 /// The nodes that mount one.
@@ -154,16 +160,25 @@ pub fn of_node<'a>(state: &'a State, node: &str) -> impl Iterator<Item = &'a Arc
     all.filter(move |server| server.node.as_deref() == Some(node))
 }
 
-/// What names file servers names such as stay.
+/// What leads to file servers leads to such as stay.
 pub(super) fn check(state: &State, volumes: Option<&MountVolumes>) -> Result<(), Rejection> {
-    for name in named(volumes) {
-        let server = state.file_servers.get(name);
-        let server = server.ok_or_else(|| not_found(Kind::FileServer, name))?;
-        if server.deleting.is_some() {
-            return Err(wrong(name, "it is being deleted".to_owned()));
+    for (alias, name) in storage_aliases::file_servers(state, volumes) {
+        if !state.file_servers.contains_key(name) {
+            let why = format!("it leads to {name}, which does not exist any more");
+            return Err(wrong(&alias.name, why));
         }
     }
-    Ok(())
+    named(state, volumes).try_for_each(|name| check_one(state, name))
+}
+
+/// It is there, and stays.
+pub fn check_one(state: &State, name: &str) -> Result<(), Rejection> {
+    let server = state.file_servers.get(name);
+    let server = server.ok_or_else(|| not_found(Kind::FileServer, name))?;
+    match server.deleting {
+        Some(_) => Err(wrong(name, "it is being deleted".to_owned())),
+        None => Ok(()),
+    }
 }
 
 fn wrong(name: &str, why: String) -> Rejection {
@@ -243,8 +258,9 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete, purge: bool) -> Resu
     let server = step.state.file_servers.get(name).cloned();
     let server = server.ok_or_else(|| not_found(Kind::FileServer, name))?;
     check_etag(name, &command.etag, &etag(server.revision))?;
+    let mounts = |volumes| named(step.state, volumes).any(|other| other == name);
     if !command.force
-        && let Some(user) = user(step.state, name)
+        && let Some(user) = user(step.state, mounts)
     {
         // Who may delete it need not see the workspace of who mounts it.
         let user = match workspace_of(&user) == workspace_of(name) {
@@ -252,6 +268,10 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete, purge: bool) -> Resu
             false => "something in another workspace".to_owned(),
         };
         let why = format!("{user} mounts it; delete that first, or force it");
+        return Err(wrong(name, why));
+    }
+    if let Some(alias) = storage_aliases::leading_to(step.state, name).filter(|_| !command.force) {
+        let why = format!("{alias} leads to it; delete that first, or force it");
         return Err(wrong(name, why));
     }
     let node = server.node.as_ref();
@@ -269,15 +289,17 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete, purge: bool) -> Resu
     Ok(())
 }
 
-/// Something that mounts it: a cluster, or a job that has not ended.
-fn user(state: &State, name: &str) -> Option<String> {
-    let names = |volumes| named(volumes).any(|other| other == name);
+/// Something with volumes such as these: a cluster, or a job that has not ended.
+pub(super) fn user<'a>(
+    state: &'a State,
+    such: impl Fn(Option<&'a MountVolumes>) -> bool,
+) -> Option<String> {
     state.clusters.iter().find_map(|(cluster, held)| {
-        if names(setup::mounts(held)) {
+        if such(setup::mounts(held)) {
             return Some(cluster.clone());
         }
         let mut jobs = held.jobs().filter_map(|job| state.jobs.get(job));
-        let job = jobs.find(|job| names(job.spec.mount_volumes.as_ref()))?;
+        let job = jobs.find(|job| such(job.spec.mount_volumes.as_ref()))?;
         Some(job.spec.name.clone())
     })
 }
@@ -334,7 +356,10 @@ pub(super) fn take_in(step: &mut Step<'_>, node: &str, said: &FileServerReport) 
                 .cluster
                 .as_ref()
                 .and_then(|c| step.state.clusters.get(c));
-            cluster.is_some_and(|c| named(setup::mounts(c)).any(|other| other == name))
+            let mut named = cluster
+                .into_iter()
+                .flat_map(|c| named(step.state, setup::mounts(c)));
+            named.any(|other| other == name)
         });
         if of_cluster {
             setup::renew(step, &id);

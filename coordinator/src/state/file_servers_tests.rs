@@ -382,3 +382,122 @@ fn a_workspace_goes_with_its_file_servers() {
     e.settle();
     assert!(!e.state.workspaces.contains_key(WORKSPACE));
 }
+
+const ALIAS: &str = "storageAliases/data";
+
+/// Volumes that a storage alias is for.
+fn share() -> v1::MountVolumes {
+    v1::MountVolumes {
+        azure_file_shares: vec![v1::AzureFileShare {
+            account_name: "acc".into(),
+            azure_file_url: "https://acc.file.core.windows.net/data/below".into(),
+            relative_mount_path: "afs".into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    }
+}
+
+fn alias() -> C {
+    let inside = v1::FileServerDirectory {
+        file_server: SERVER.into(),
+        directory: "sets".into(),
+    };
+    C::CreateStorageAlias(v1::StorageAlias {
+        name: ALIAS.into(),
+        account_name: "acc".into(),
+        share_name: "data".into(),
+        target: Some(v1::storage_alias::Target::FileServer(inside)),
+        ..Default::default()
+    })
+}
+
+fn delete_alias() -> C {
+    C::Delete(Delete {
+        name: ALIAS.into(),
+        ..Default::default()
+    })
+}
+
+#[test]
+fn what_a_storage_alias_leads_to_is_mounted_as_if_it_were_named() {
+    let mut e = Ensemble::with_nodes(2, 2);
+    let refused = e.try_apply(alias()).unwrap_err().to_string();
+    assert!(refused.contains(SERVER), "{refused}");
+    e.ok(C::CreateFileServer(spec()));
+    e.ok(alias());
+    let job = e.submit("j", 1, |job| job.mount_volumes = Some(share()));
+    assert_eq!(e.state_of(&job), JobState::Queued);
+    let reason = pending_reason(&e.state, &e.heard, e.job(&job));
+    assert!(reason.contains(SERVER), "{reason}");
+    // Neither goes while it waits, nor while it runs.
+    let stay = |e: &mut Ensemble| {
+        for gone in [delete(false, false), delete_alias()] {
+            let refused = e.try_apply(gone).unwrap_err().to_string();
+            assert!(refused.contains("jobs/j mounts"), "{refused}");
+        }
+    };
+    stay(&mut e);
+    store(&mut e, STORE, 200);
+    e.ok(report(STORE, served(2049)));
+    e.settle();
+    assert_eq!(e.state_of(&job), JobState::Running);
+    let node = e.attempt(&job).nodes[0].node.clone();
+    let assigned = assignments(&e.state, &node).assignments.remove(0);
+    assert_eq!(assigned.file_servers[0].place.as_ref().unwrap().port, 2049);
+    assert_eq!(assigned.storage["afs"].name, ALIAS);
+    assert_eq!(clients(&e), ["10.0.0.1"]);
+    stay(&mut e);
+    e.see(&job, 0, P::Ready, &[]);
+    e.see(&job, 0, P::Ended, &[(0, Some(0))]);
+    assert!(clients(&e).is_empty());
+    let refused = e.try_apply(delete(false, false)).unwrap_err().to_string();
+    assert!(
+        refused.contains("storageAliases/data leads to it"),
+        "{refused}"
+    );
+    assert_eq!(through_a_snapshot(&e.state), e.state);
+    e.ok(delete_alias());
+    e.ok(delete(false, false));
+}
+
+#[test]
+fn an_alias_that_leads_to_nothing_any_more_is_named() {
+    let mut e = begun();
+    e.ok(alias());
+    e.ok(delete(true, false));
+    let job = v1::Job {
+        name: format!("{WORKSPACE}/experiments/e/jobs/late"),
+        cluster: format!("{WORKSPACE}/clusters/c"),
+        mount_volumes: Some(share()),
+        ..Default::default()
+    };
+    let create = || C::CreateJob(job.clone());
+    let refused = e.try_apply(create()).unwrap_err().to_string();
+    assert!(refused.contains("is being deleted"), "{refused}");
+    let gone = FileServerReport {
+        uid: "uid-f".into(),
+        gone: true,
+        ..FileServerReport::default()
+    };
+    e.ok(report(STORE, gone));
+    let refused = e.try_apply(create()).unwrap_err().to_string();
+    for part in [ALIAS, SERVER, "does not exist any more"] {
+        assert!(refused.contains(part), "{refused}");
+    }
+    e.ok(delete_alias());
+    e.ok(create());
+}
+
+#[test]
+fn who_may_mount_follows_an_alias_that_is_made_later() {
+    let mut e = begun();
+    let job = e.submit("j", 1, |job| job.mount_volumes = Some(share()));
+    assert_eq!(e.state_of(&job), JobState::Running);
+    assert!(clients(&e).is_empty());
+    let revision = e.state.nodes[STORE].assigned;
+    e.ok(alias());
+    // It may be told to mount it after all: its list is not sent again for that.
+    assert!(e.state.nodes[STORE].assigned > revision);
+    assert_eq!(clients(&e), ["10.0.0.1"]);
+}

@@ -1,4 +1,4 @@
-//! The process that writes a file of a file server, as jobs of its workspace would: whole or not at all.
+//! The process that writes a file of a file server, or makes a directory, as jobs of its workspace would: whole or not at all.
 //!
 //! ```text
 //! DIR/.NAME.part-KEY         what came so far of an upload of one content, which KEY stands for; renamed to NAME when all of it is there
@@ -42,7 +42,7 @@ pub struct Wanted {
     pub prefix: String,
     /// Below it, the directory that is not left.
     pub base: String,
-    /// The file's path in it.
+    /// The file's path in it; that of a directory ends with a slash.
     pub path: String,
     pub size: u64,
     /// The digest of all of it.
@@ -92,6 +92,10 @@ fn put(
     input: &mut impl Read,
     out: &mut impl Write,
 ) -> io::Result<()> {
+    if let Some(path) = wanted.path.strip_suffix('/') {
+        made(base, path)?;
+        return say(out, &Progress::From(wanted.size));
+    }
     let (above, name) = wanted.path.rsplit_once('/').unwrap_or(("", &wanted.path));
     let dir = made(base, above)?;
     if is_there(&dir, name, wanted, out)? {
@@ -298,6 +302,26 @@ mod tests {
             .collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn a_directory_is_made_where_it_is_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base");
+        fs::create_dir(&base).unwrap();
+        for _ in 0..2 {
+            let (done, said) = run(&wanted(&base, "sets/one/", b""), b"");
+            done.unwrap();
+            assert_eq!(said, [Progress::From(0)]);
+            assert!(base.join("sets/one").is_dir() && names(&base) == ["sets"]);
+        }
+        fs::write(base.join("file"), b"x").unwrap();
+        symlink("/etc", base.join("link")).unwrap();
+        for path in ["file/", "link/", "link/x/"] {
+            let (done, said) = run(&wanted(&base, path, b""), b"");
+            assert!(done.is_err() && said.is_empty(), "{path}");
+        }
+        assert!(!Path::new("/etc/x").exists());
     }
 
     #[test]

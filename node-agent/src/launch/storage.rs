@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use batchai_common::storage::{self, BlobOptions};
 use batchai_proto::v1::storage_alias::Target;
 use batchai_proto::v1::{
-    AzureBlobFileSystem, AzureFileShare, MountVolumes, StorageAlias, StorageCredentials,
+    AzureBlobFileSystem, AzureFileShare, FileServerMount, MountVolumes, StorageAlias,
+    StorageCredentials,
 };
 use serde::{Deserialize, Serialize};
 
@@ -117,6 +118,32 @@ pub type Stead = BTreeMap<String, StorageAlias>;
 /// What opens volumes, by their relative mount paths.
 pub type Keys = BTreeMap<String, String>;
 
+/// The directory of a file server that is mounted in the stead of a volume, as if it were named. Of what the volume asks for, `-o ro` counts.
+pub fn of_server(
+    path: &str,
+    options: &str,
+    stead: &Stead,
+) -> Result<Option<FileServerMount>, LaunchError> {
+    let target = stead.get(path).and_then(|alias| alias.target.as_ref());
+    let Some(Target::FileServer(inside)) = target else {
+        return Ok(None);
+    };
+    let options = container_options(path, options)?;
+    Ok(Some(FileServerMount {
+        file_server: inside.file_server.clone(),
+        source_directory: inside.directory.clone(),
+        relative_mount_path: path.to_owned(),
+        mount_options: if options.read_only { "ro" } else { "" }.to_owned(),
+    }))
+}
+
+fn container_options(path: &str, options: &str) -> Result<BlobOptions, LaunchError> {
+    storage::blob_options(options).map_err(|all| LaunchError::BadVolume {
+        path: path.to_owned(),
+        why: format!("unknown options: {}", all.join(" ")),
+    })
+}
+
 /// How a share is mounted. `owner`: whom its files belong to.
 pub fn of_share(
     share: &AzureFileShare,
@@ -175,8 +202,7 @@ pub fn of_container(
         path: blob.relative_mount_path.clone(),
         why,
     };
-    let options = storage::blob_options(&blob.mount_options);
-    let options = options.map_err(|all| bad(format!("unknown options: {}", all.join(" "))))?;
+    let options = container_options(&blob.relative_mount_path, &blob.mount_options)?;
     storage::check_container(&blob.container_name).map_err(bad)?;
     let account = &blob.account_name;
     let volume = (account.as_str(), blob.relative_mount_path.as_str());
@@ -222,7 +248,7 @@ fn elsewhere(
             let place = Place::Bucket { endpoint, bucket };
             Ok(remote(place, volume, options, owner))
         }
-        Target::Url(_) => Err(LaunchError::UnknownVolume {
+        Target::Url(_) | Target::FileServer(_) => Err(LaunchError::UnknownVolume {
             what: "such a storage alias",
         }),
     }

@@ -61,12 +61,26 @@ pub fn of(
     };
     let mut all = Vec::new();
     for share in &volumes.azure_file_shares {
-        let how = storage::of_share(share, stead, owner)?;
-        all.push((&share.relative_mount_path, how, storage::SHARE_FAILED));
+        let path = &share.relative_mount_path;
+        all.push(match storage::of_server(path, "", stead)? {
+            Some(server) => (path, file_server(&server, sources)?, ""),
+            None => {
+                let how = storage::of_share(share, stead, owner)?;
+                (path, how, storage::SHARE_FAILED)
+            }
+        });
     }
     for blob in &volumes.azure_blob_file_systems {
-        let how = storage::of_container(blob, stead, owner)?;
-        all.push((&blob.relative_mount_path, how, storage::CONTAINER_FAILED));
+        let path = &blob.relative_mount_path;
+        all.push(
+            match storage::of_server(path, &blob.mount_options, stead)? {
+                Some(server) => (path, file_server(&server, sources)?, ""),
+                None => {
+                    let how = storage::of_container(blob, stead, owner)?;
+                    (path, how, storage::CONTAINER_FAILED)
+                }
+            },
+        );
     }
     for server in &volumes.file_servers {
         let how = file_server(server, sources)?;
@@ -112,12 +126,9 @@ fn file_server(mount: &FileServerMount, sources: &[FileServerSource]) -> Result<
         let name = mount.file_server.clone();
         return Err(LaunchError::NotServed { name });
     };
-    let below = match mount.source_directory.trim_matches('/') {
-        "" => String::new(),
-        below => paths::below(below).ok_or_else(|| LaunchError::BadPlace {
-            path: mount.source_directory.clone(),
-        })?,
-    };
+    let below = paths::inside(&mount.source_directory).map_err(|_| LaunchError::BadPlace {
+        path: mount.source_directory.clone(),
+    })?;
     let options = mount.mount_options.clone();
     if source.local {
         // It is another node's word: what is bound is a share of this very one, and nothing else.
@@ -143,7 +154,10 @@ fn file_server(mount: &FileServerMount, sources: &[FileServerSource]) -> Result<
 #[cfg(test)]
 mod tests {
     use batchai_proto::agent::v1::FileServerPlace;
-    use batchai_proto::v1::UnmanagedFileSystem;
+    use batchai_proto::v1::storage_alias::Target;
+    use batchai_proto::v1::{
+        AzureBlobFileSystem, AzureFileShare, FileServerDirectory, StorageAlias, UnmanagedFileSystem,
+    };
 
     use super::*;
 
@@ -253,5 +267,79 @@ mod tests {
         };
         let refused = how("", &absent).unwrap_err().to_string();
         assert!(refused.contains("f cannot be mounted"), "{refused}");
+    }
+
+    #[test]
+    fn a_share_or_a_container_that_leads_to_a_file_server_is_mounted_as_if_that_were_named() {
+        let named = |path: &str, options: &str| FileServerMount {
+            file_server: "f".into(),
+            source_directory: "/sets//one/".into(),
+            relative_mount_path: path.into(),
+            mount_options: options.into(),
+        };
+        let blob = |path: &str, options: &str| AzureBlobFileSystem {
+            relative_mount_path: path.into(),
+            mount_options: options.into(),
+            ..Default::default()
+        };
+        let aliased = MountVolumes {
+            azure_file_shares: vec![AzureFileShare {
+                relative_mount_path: "afs".into(),
+                ..Default::default()
+            }],
+            azure_blob_file_systems: vec![
+                blob("bfs", "-o ro --cache-size-mb=1"),
+                blob("writes", "-o ro,rw"),
+            ],
+            ..Default::default()
+        };
+        let as_named = MountVolumes {
+            file_servers: vec![named("afs", ""), named("bfs", "ro"), named("writes", "")],
+            ..Default::default()
+        };
+        let alias = StorageAlias {
+            target: Some(Target::FileServer(FileServerDirectory {
+                file_server: "f".into(),
+                directory: "/sets//one/".into(),
+            })),
+            ..Default::default()
+        };
+        let paths = ["afs", "bfs", "writes"];
+        let stead: Stead = paths.map(|path| (path.to_owned(), alias.clone())).into();
+        let mut source = FileServerSource {
+            name: "f".into(),
+            place: Some(FileServerPlace {
+                address: "10.0.0.2".into(),
+                port: 2049,
+                path: "/srv/f-1".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        for local in [false, true] {
+            source.local = local;
+            let plan = |volumes: &MountVolumes, stead: &Stead| {
+                let sources = std::slice::from_ref(&source);
+                of(Some(volumes), stead, sources, "/r", (7, 8)).unwrap()
+            };
+            let mounts = plan(&aliased, &stead);
+            assert_eq!(mounts, plan(&as_named, &Stead::new()));
+            assert_eq!(mounts.len(), 3);
+        }
+        // One that is not served, and an option that is none.
+        let refused = of(Some(&aliased), &stead, &[], "/r", (7, 8));
+        assert_eq!(
+            refused,
+            of(Some(&as_named), &Stead::new(), &[], "/r", (7, 8))
+        );
+        let bad = MountVolumes {
+            azure_blob_file_systems: vec![blob("bfs", "-o suid")],
+            ..Default::default()
+        };
+        let refused = of(Some(&bad), &stead, &[source], "/r", (7, 8));
+        assert!(
+            matches!(refused, Err(LaunchError::BadVolume { .. })),
+            "{refused:?}"
+        );
     }
 }

@@ -249,12 +249,17 @@ fn unmount(place: &Path, force: bool, lazy: bool) -> io::Result<()> {
     Ok(umount2(name, flags)?)
 }
 
+/// What bash is told: the command of the user's with the path behind it, which is one word whatever is in it.
+fn appended(line: &str, path: &str) -> String {
+    let path = path.replace('\'', r"'\''");
+    format!("{line} '{path}'")
+}
+
 /// Becomes the command.
 fn run(line: &str, path: &str, env: &BTreeMap<String, String>) -> io::Error {
-    let path = path.replace('\'', r"'\''");
     Command::new("/bin/bash")
         .arg("-c")
-        .arg(format!("{line} '{path}'"))
+        .arg(appended(line, path))
         .env_clear()
         .envs(env)
         .current_dir("/")
@@ -275,4 +280,54 @@ fn bind(source: &str, path: &str, read_only: bool) -> io::Result<()> {
     let mut flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     flags.set(MsFlags::MS_RDONLY, read_only);
     mount(none, path, none, flags, none).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use batchai_proto::v1::{MountVolumes, UnmanagedFileSystem};
+
+    use super::*;
+    use crate::launch;
+
+    /// What bash is told for a file system of the user's own.
+    fn told(command: &str, path: &str) -> String {
+        let system = UnmanagedFileSystem {
+            mount_command: command.to_owned(),
+            relative_mount_path: path.to_owned(),
+        };
+        let volumes = MountVolumes {
+            unmanaged_file_systems: vec![system],
+            ..Default::default()
+        };
+        let (stead, root) = (BTreeMap::new(), "/mnt/batchai/mounts");
+        let mounts = launch::mounts(Some(&volumes), &stead, &[], root, (0, 0)).unwrap();
+        match &mounts[0].how {
+            launch::How::Command(line) => appended(line, &mounts[0].path),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Golden: no Lustre was ever mounted by these.
+    #[test]
+    fn lustre_is_mounted_by_the_command_with_the_path_behind_it() {
+        for (command, path, expected) in [
+            (
+                "mount -t lustre 10.0.0.4@tcp0:/lab",
+                "scratch",
+                "mount -t lustre 10.0.0.4@tcp0:/lab '/mnt/batchai/mounts/scratch'",
+            ),
+            (
+                "mount -t lustre -o flock,noatime 10.0.0.4@o2ib:10.0.0.5@o2ib:/lab/sets",
+                "data/./sets/",
+                "mount -t lustre -o flock,noatime 10.0.0.4@o2ib:10.0.0.5@o2ib:/lab/sets '/mnt/batchai/mounts/data/sets'",
+            ),
+            (
+                "modprobe lustre && mount -t lustre mgs@tcp:/lab",
+                "it's",
+                r"modprobe lustre && mount -t lustre mgs@tcp:/lab '/mnt/batchai/mounts/it'\''s'",
+            ),
+        ] {
+            assert_eq!(told(command, path), expected);
+        }
+    }
 }
