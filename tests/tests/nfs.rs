@@ -578,6 +578,64 @@ fn a_full_disk_is_told_and_a_mount_within_is_not_entered() {
 }
 
 #[test]
+fn another_subvolume_is_another_file_system() {
+    let Some(dir) = directory() else { return };
+    let hint = "apt-get install btrfs-progs";
+    let (Some(make), Some(btrfs)) = (
+        requirement::program("mkfs.btrfs", hint),
+        requirement::program("btrfs", hint),
+    ) else {
+        return;
+    };
+    let (image, export) = (dir.path().join("image"), dir.path().join("export"));
+    File::create(&image).unwrap().set_len(128 << 20).unwrap();
+    assert!(
+        Command::new(make)
+            .arg("-q")
+            .arg(&image)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let volume = match Volume::mount(&image, &export) {
+        Ok(volume) => volume,
+        Err(why) => return requirement::skip(&format!("the kernel has no Btrfs: {why}")),
+    };
+    let subvolume = |name: &str| {
+        let path = export.join(name);
+        let mut make = Command::new(&btrfs);
+        let made = make.args(["subvolume", "create"]).arg(&path).output();
+        assert!(made.unwrap().status.success());
+        open_to_all(&path);
+        path
+    };
+    let root = subvolume("root");
+    fs::create_dir(root.join("plain")).unwrap();
+    open_to_all(&root.join("plain"));
+    let within = subvolume("root/within");
+    fs::write(within.join("other"), "x").unwrap();
+    let server = Server::start(&dir.path().join("server"), &root);
+    let mut client = server.client(ANN, ANN);
+    let top = client.root.clone();
+    let plain = client.lookup(&top, b"plain").unwrap();
+    let file = client.create(&plain, b"file", 0o644).unwrap();
+    client.write(&file, 0, b"content", UNSTABLE).unwrap();
+    client.commit(&file).unwrap();
+    assert_eq!(client.read(&file, 0, 9).unwrap().0, b"content");
+    // There numbers begin anew: two files would have the same.
+    let numbers = |path: &Path| fs::metadata(path).unwrap().ino();
+    assert_eq!(numbers(&within.join("other")), numbers(&root.join("plain")));
+    assert_eq!(
+        refused(client.lookup(&top, b"within")),
+        Status::NFS3ERR_ACCES
+    );
+    assert!(client.names(&top).unwrap().contains(&b"within".to_vec()));
+    let mounted = Client::connect(server.config.listen, LOOPBACK, "/within", (ANN, ANN, &[]));
+    assert!(mounted.is_err());
+    drop((server, volume));
+}
+
+#[test]
 fn only_clients_come_and_only_their_root() {
     let Some(mut w) = World::start() else { return };
     let listen = w.server.config.listen;
@@ -815,11 +873,15 @@ fn call(xid: u32, procedure: u32, arguments: &impl Pack) -> Vec<u8> {
 
 /// A connection of one's own.
 fn raw(listen: SocketAddr) -> TcpStream {
+    raw_from(listen, LOOPBACK)
+}
+
+fn raw_from(listen: SocketAddr, from: IpAddr) -> TcpStream {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
-    let stream = runtime.block_on(connect(listen, LOOPBACK)).unwrap();
+    let stream = runtime.block_on(connect(listen, from)).unwrap();
     let stream = stream.into_std().unwrap();
     stream.set_nonblocking(false).unwrap();
     let patience = Some(Duration::from_secs(30));
@@ -913,6 +975,211 @@ fn what_is_no_call_does_no_harm() {
         });
         assert_eq!(served, CONNECTIONS_OF_ONE);
     }
+}
+
+#[test]
+fn a_client_cannot_fill_the_log() {
+    let Some(w) = World::start() else { return };
+    for _ in 0..50 {
+        let mut stream = raw(w.server.config.listen);
+        // Longer than any call.
+        stream.write_all(&[0x10, 0, 0, 0]).unwrap();
+        assert_eq!(answer(&mut stream), None);
+    }
+    let log = w.server.process.log_text();
+    assert_eq!(log.matches("too long").count(), 1, "{log}");
+}
+
+#[test]
+fn a_connection_is_asked_whether_its_client_is_there() {
+    let Some(w) = World::start() else { return };
+    let mut client = w.server.client(ANN, ANN);
+    // It is taken when it is answered.
+    client.space().unwrap();
+    let own = format!(":{:04X}", w.server.config.listen.port());
+    let sockets = fs::read_to_string("/proc/net/tcp").unwrap();
+    let mut served = 0;
+    for socket in sockets.lines().skip(1) {
+        let fields: Vec<_> = socket.split_whitespace().collect();
+        // Of those that are connected, the ends that the server has.
+        if fields[1].ends_with(&own) && fields[3] == "01" {
+            served += 1;
+            let [timer, when] = fields[5].split(':').collect::<Vec<_>>()[..] else {
+                panic!("{socket}")
+            };
+            let when = u64::from_str_radix(when, 16).unwrap() / 100;
+            assert_eq!(timer, "02", "no timer of keepalive: {socket}");
+            assert!(when <= 60, "it is asked after {when} s");
+        }
+    }
+    assert!(served > 0);
+}
+
+/// A file system to which nothing is written until this is dropped.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn new(at: &Path) -> Frozen {
+        let frozen = Frozen(at.to_owned());
+        frozen.tell("--freeze");
+        frozen
+    }
+
+    fn tell(&self, what: &str) {
+        let told = Command::new("fsfreeze").arg(what).arg(&self.0).status();
+        assert!(told.unwrap().success(), "fsfreeze {what}");
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.tell("--unfreeze");
+    }
+}
+
+/// A number that the kernel tells of a process.
+fn told(pid: i32, name: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    let number = line.unwrap().trim_start_matches(':').split_whitespace();
+    number.take(1).collect::<String>().parse().unwrap()
+}
+
+fn write_args<'a>(file: &Handle, data: &'a [u8]) -> WRITE3args<'a> {
+    WRITE3args {
+        file: file.clone(),
+        offset: 0,
+        count: data.len() as u32,
+        stable: UNSTABLE,
+        data: Opaque::borrowed(data),
+    }
+}
+
+#[test]
+fn a_client_whose_calls_stand_still_stops_nobody_else() {
+    const CALLS: u32 = 64;
+    let Some(dir) = directory() else { return };
+    let export = dir.path().join("export");
+    let Some(volume) = Volume::make(&dir.path().join("image"), &export, 16) else {
+        return;
+    };
+    open_to_all(volume.path());
+    let mut server = Server::start(&dir.path().join("server"), &export);
+    server.tell(|config| config.clients.push(OTHER));
+    let listen = server.config.listen;
+    let mut other = until("the other one to be a client", || {
+        Client::connect(listen, OTHER, "/", (BOB, BOB, &[])).ok()
+    });
+    let mut client = server.client(ANN, ANN);
+    let root = client.root.clone();
+    let file = client.create(&root, b"file", 0o644).unwrap();
+    let frozen = Frozen::new(volume.path());
+    let mut stream = raw(listen);
+    for xid in 0..CALLS {
+        let bytes = call(xid, 7, &write_args(&file, b"x"));
+        stream.write_all(&bytes).unwrap();
+    }
+    until("its calls to be under way", || {
+        (told(server.process.pid(), "Threads") > 16).then_some(())
+    });
+    // All that come at once are under way then.
+    std::thread::sleep(Duration::from_millis(500));
+    let answered = other.attributes(&root);
+    drop(frozen);
+    answered.expect("it has nothing to do with what stands still");
+    for _ in 0..CALLS {
+        answer(&mut stream).expect("also these are done");
+    }
+}
+
+/// Waits until something has not changed for a while.
+fn settled(mut probe: impl FnMut() -> u64) -> u64 {
+    let (mut last, mut since) = (probe(), std::time::Instant::now());
+    until("it to stand still", || {
+        let now = probe();
+        if now != last {
+            (last, since) = (now, std::time::Instant::now());
+        }
+        (since.elapsed() > Duration::from_secs(1)).then_some(last)
+    })
+}
+
+#[test]
+fn what_clients_send_slowly_or_do_not_take_has_a_bound_in_memory() {
+    const CLIENTS: u8 = 40;
+    const CALLS: u32 = 16;
+    const CONNECTIONS: usize = 8;
+    const MOST_KIB: u64 = 400 << 10;
+    let Some(mut w) = World::start() else { return };
+    let large: Vec<u8> = (0..16).flat_map(block).collect();
+    fs::write(w.path("large"), &large).unwrap();
+    let addresses: Vec<IpAddr> = (1..=CLIENTS).map(|n| [127, 0, 1, n].into()).collect();
+    w.server.tell(|config| config.clients.extend(&addresses));
+    let listen = w.server.config.listen;
+    let last = *addresses.last().unwrap();
+    until("all to be clients", || {
+        Client::connect(listen, last, "/", (ANN, ANN, &[])).ok()
+    });
+    let mut client = w.server.client(ANN, ANN);
+    let root = client.root.clone();
+    let found = client.lookup(&root, b"large").unwrap();
+    let pid = w.server.process.pid();
+    // 640 MiB are asked for, and nothing is taken.
+    let mut streams = Vec::new();
+    for address in &addresses {
+        let mut stream = raw_from(listen, *address);
+        for xid in 0..CALLS {
+            let args = READ3args {
+                file: found.clone(),
+                offset: 0,
+                count: large.len() as u32,
+            };
+            stream.write_all(&call(xid, 6, &args)).unwrap();
+        }
+        streams.push(stream);
+    }
+    settled(|| told(pid, "VmRSS"));
+    let most = told(pid, "VmHWM");
+    assert!(most < MOST_KIB, "{most} KiB for answers");
+    std::thread::scope(|threads| {
+        for mut stream in streams {
+            let large = &large;
+            threads.spawn(move || {
+                for _ in 0..CALLS {
+                    let answer = answer(&mut stream).expect("all are answered");
+                    assert!(answer.ends_with(large), "the data");
+                }
+            });
+        }
+    });
+    // 320 MiB are sent but for the last byte of each call.
+    let file = client.create(&root, b"file", 0o644).unwrap();
+    let (sent, ends) = (AtomicU64::new(0), std::sync::atomic::AtomicBool::new(false));
+    std::thread::scope(|threads| {
+        for address in addresses.iter().flat_map(|a| [*a; CONNECTIONS]) {
+            let (sent, ends, bytes) = (&sent, &ends, call(1, 7, &write_args(&file, &large)));
+            threads.spawn(move || {
+                let mut stream = raw_from(listen, address);
+                let (first, last) = bytes.split_at(bytes.len() - 1);
+                for piece in first.chunks(BLOCK) {
+                    stream.write_all(piece).unwrap();
+                    sent.fetch_add(1, Ordering::SeqCst);
+                }
+                while !ends.load(Ordering::SeqCst) {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                stream.write_all(last).unwrap();
+                let answer = answer(&mut stream).expect("all are done");
+                assert_eq!(answer[20..28], [0; 8], "well done");
+            });
+        }
+        settled(|| sent.load(Ordering::SeqCst));
+        ends.store(true, Ordering::SeqCst);
+    });
+    let most = told(pid, "VmHWM");
+    println!("{} MiB at most", most >> 10);
+    assert!(most < MOST_KIB, "{most} KiB for calls");
+    assert_eq!(fs::read(w.path("file")).unwrap(), large);
 }
 
 #[test]

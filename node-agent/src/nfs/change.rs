@@ -140,7 +140,7 @@ impl Call<'_> {
                 Ok(fd) => {
                     // Whose it is the kernel has decided, and its mode is as asked.
                     (settings.mode, settings.uid, settings.gid) = (None, None, None);
-                    let object = Object::new(fd)?;
+                    let object = self.export.own(fd)?;
                     self.set(&object, &settings)?;
                     return Ok(object);
                 }
@@ -190,7 +190,8 @@ impl Call<'_> {
             let mode = Mode::from_bits_truncate(settings.mode.unwrap_or(0o755) & 0o7777);
             self.who.act(|| mkdirat(&directory.fd, name, mode))??;
             let flags = OFlag::O_PATH | OFlag::O_DIRECTORY;
-            Object::new(directory.child(name, flags, Mode::empty())?)
+            self.export
+                .own(directory.child(name, flags, Mode::empty())?)
         })?;
         made.sync(self.export)?;
         self.tell(&made, &change, out)

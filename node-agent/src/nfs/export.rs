@@ -1,7 +1,7 @@
 //! What is exported: objects by their handles, never beyond the root.
 //!
 //! Clients name objects by sealed handles, and names are looked up one at a time beneath an open directory: no path of a client is ever
-//! walked, no symbolic link followed, no other mount entered. A directory that was moved out of the export is stale. A file that was is
+//! walked, no symbolic link followed, no other mount entered and no other file system, as subvolumes of Btrfs are. A directory that was moved out of the export is stale. A file that was is
 //! reached on as long as clients have its handle, as a process would that has it open.
 
 use std::fs::File;
@@ -18,8 +18,8 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use super::handle::Sealer;
 use super::identity::Identity;
 use super::protocol::{Attributes, NAME_MAX, Status, Time};
-use super::sys;
 use super::unstable::Unstable;
+use super::{said, sys};
 
 const LOCKS: usize = 64;
 /// Of what `st_blocks` counts.
@@ -44,6 +44,8 @@ pub struct Export {
     pub path: PathBuf,
     pub root: File,
     mount: i32,
+    /// The file system: numbers of objects are those of one.
+    system: libc::dev_t,
     generation: u64,
     sealer: Sealer,
     /// So that an answer tells what its own change made of an object, and not another's.
@@ -71,12 +73,14 @@ impl Export {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let fd = nix::fcntl::open(path, flags, Mode::empty()).map_err(|e| root(e.into()))?;
         let (handle, mount) = sys::handle_of(&fd).map_err(no_handles)?;
+        let system = fstat(&fd).map_err(|e| root(e.into()))?.st_dev;
         let directory = File::from(fd);
         sys::open_handle(&directory, &handle, libc::O_PATH).map_err(no_handles)?;
         Ok(Export {
             path: path.to_owned(),
             root: directory,
             mount,
+            system,
             generation,
             sealer: Sealer::open(keys, generation).map_err(ExportError::Key)?,
             locks: std::array::from_fn(|_| Mutex::new(())),
@@ -88,11 +92,20 @@ impl Export {
     pub fn object(&self, handle: &[u8]) -> Result<Object, Status> {
         let handle = self.sealer.read(handle)?;
         let fd = sys::open_handle(&self.root, &handle, libc::O_PATH)?;
-        let object = Object::new(fd)?;
+        let object = self.own(fd)?;
         if object.kind() == SFlag::S_IFDIR && !self.beneath(&object.fd)? {
             return Err(Status::Stale);
         }
         Ok(object)
+    }
+
+    /// An object that was opened: one of this file system, as all are that are exported.
+    pub fn own(&self, fd: OwnedFd) -> Result<Object, Status> {
+        let stat = fstat(&fd)?;
+        match stat.st_dev == self.system {
+            true => Ok(Object { fd, stat }),
+            false => Err(Status::Acces),
+        }
     }
 
     /// The directory that a client names.
@@ -196,11 +209,6 @@ fn by_number(fd: i32) -> PathBuf {
 }
 
 impl Object {
-    pub fn new(fd: OwnedFd) -> Result<Object, Status> {
-        let stat = fstat(&fd)?;
-        Ok(Object { fd, stat })
-    }
-
     pub fn kind(&self) -> SFlag {
         kind(&self.stat)
     }
@@ -323,7 +331,9 @@ impl From<Errno> for Status {
             Errno::EAGAIN | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE => Status::Jukebox,
             Errno::EIO => Status::Io,
             error => {
-                tracing::warn!(%error, "a file system failed in a way that the protocol has no word for");
+                if said::may_say(error.desc(), None) {
+                    tracing::warn!(%error, "a file system failed in a way that the protocol has no word for");
+                }
                 Status::Io
             }
         }
@@ -335,7 +345,9 @@ impl From<io::Error> for Status {
         match error.raw_os_error() {
             Some(number) => Errno::from_raw(number).into(),
             None => {
-                tracing::error!(%error, "a call failed here and not in the file system");
+                if said::may_say("failed here", None) {
+                    tracing::error!(%error, "a call failed here and not in the file system");
+                }
                 Status::ServerFault
             }
         }

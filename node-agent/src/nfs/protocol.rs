@@ -248,6 +248,22 @@ pub fn settings(reader: &mut Reader) -> Result<Settings, Garbage> {
     })
 }
 
+/// The arguments of READ.
+#[derive(Clone, Copy, Debug)]
+pub struct Read<'a> {
+    pub file: &'a [u8],
+    pub offset: u64,
+    pub count: u32,
+}
+
+pub fn read<'a>(reader: &mut Reader<'a>) -> Result<Read<'a>, Garbage> {
+    Ok(Read {
+        file: reader.bytes(HANDLE_MAX)?,
+        offset: reader.u64()?,
+        count: reader.u32()?,
+    })
+}
+
 /// A directory and a name in it.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'a> {
