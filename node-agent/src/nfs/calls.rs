@@ -113,8 +113,7 @@ impl Call<'_> {
             Procedure::Create => self.create(args, out),
             Procedure::Mkdir => self.mkdir(args, out),
             Procedure::Symlink => self.symlink(args, out),
-            // Devices would be as good on the host as on the client.
-            Procedure::Mknod => Err(Status::NotSupp.into()),
+            Procedure::Mknod => self.mknod(args, out),
             Procedure::Remove => self.remove(args, out, false),
             Procedure::Rmdir => self.remove(args, out, true),
             Procedure::Rename => self.rename(args, out),

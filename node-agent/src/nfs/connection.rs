@@ -89,6 +89,8 @@ pub async fn serve(server: &Arc<Server>, stream: TcpStream, seat: &Seat, stop: &
         let (own, send, address) = (Arc::clone(server), send.clone(), seat.address);
         // It is done to its end, also where the connection ends before.
         server.tracker.spawn_blocking(move || {
+            // All of it: with its room, which the bytes alone would leave behind.
+            let record = record;
             if let Some(answer) = own.answer(address, &record.bytes) {
                 // There is room for as many as there are permits; a client that is gone wants none.
                 let _ = send.try_send((rpc::whole(answer), held));

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -35,6 +36,10 @@ pub enum ExportError {
         path.display()
     )]
     NoHandles { path: PathBuf, error: io::Error },
+    #[error(
+        "the agent lacks CAP_DAC_READ_SEARCH on this host: it has it in a user namespace only, where files cannot be served; run it outside of one"
+    )]
+    Namespace,
     #[error("the key of the handles: {0}")]
     Key(io::Error),
 }
@@ -51,6 +56,7 @@ pub struct Export {
     /// So that an answer tells what its own change made of an object, and not another's.
     locks: [Mutex<()>; LOCKS],
     pub unstable: Unstable,
+    whole: Whole,
 }
 
 /// An object of the export. Opened as a place only: nothing of it is read or changed by that, also where it is a device.
@@ -75,7 +81,13 @@ impl Export {
         let (handle, mount) = sys::handle_of(&fd).map_err(no_handles)?;
         let system = fstat(&fd).map_err(|e| root(e.into()))?.st_dev;
         let directory = File::from(fd);
-        sys::open_handle(&directory, &handle, libc::O_PATH).map_err(no_handles)?;
+        match sys::open_handle(&directory, &handle, libc::O_PATH) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                return Err(ExportError::Namespace);
+            }
+            Err(error) => return Err(no_handles(error)),
+        }
         Ok(Export {
             path: path.to_owned(),
             root: directory,
@@ -85,6 +97,7 @@ impl Export {
             sealer: Sealer::open(keys, generation).map_err(ExportError::Key)?,
             locks: std::array::from_fn(|_| Mutex::new(())),
             unstable: Unstable::new(),
+            whole: Whole::default(),
         })
     }
 
@@ -286,8 +299,39 @@ impl Object {
                 Ok(nix::unistd::fsync(fd)?)
             }
             // Others cannot be opened.
-            _ => Ok(nix::unistd::syncfs(&export.root)?),
+            _ => {
+                let changed = export.whole.begun();
+                let sync = || nix::unistd::syncfs(&export.root);
+                Ok(export.whole.sync(changed, sync)?)
+            }
         }
+    }
+}
+
+/// Syncs of the whole file system: one is for all that was changed before it began.
+#[derive(Default)]
+struct Whole {
+    begun: AtomicU64,
+    /// The latest that went well. Held while one is under way.
+    done: Mutex<u64>,
+}
+
+impl Whole {
+    /// How many have begun. It is asked after a change.
+    fn begun(&self) -> u64 {
+        self.begun.load(Ordering::SeqCst)
+    }
+
+    /// Makes last what was changed when so many had begun.
+    fn sync<E>(&self, changed: u64, sync: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        if *done > changed {
+            return Ok(());
+        }
+        let own = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        sync()?;
+        *done = own;
+        Ok(())
     }
 }
 
@@ -351,5 +395,42 @@ impl From<io::Error> for Status {
                 Status::ServerFault
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_sync_is_for_all_that_was_changed_before_it() {
+        let (whole, made) = (Whole::default(), AtomicU64::new(0));
+        let sync = |changed, result: Result<(), ()>| {
+            let sync = || {
+                made.fetch_add(1, Ordering::SeqCst);
+                result
+            };
+            whole.sync(changed, sync)
+        };
+        let changes: Vec<_> = (0..8).map(|_| whole.begun()).collect();
+        for changed in changes {
+            sync(changed, Ok(())).unwrap();
+        }
+        assert_eq!(made.load(Ordering::SeqCst), 1);
+        let later = whole.begun();
+        assert_eq!(sync(later, Err(())), Err(()));
+        // One that failed is for nobody.
+        sync(later, Ok(())).unwrap();
+        sync(later, Ok(())).unwrap();
+        assert_eq!(made.load(Ordering::SeqCst), 3);
+        // What is changed while one is under way is not in it.
+        let mut amid = 0;
+        let under_way = whole.sync(whole.begun(), || {
+            amid = whole.begun();
+            Ok::<_, ()>(())
+        });
+        under_way.unwrap();
+        sync(amid, Ok(())).unwrap();
+        assert_eq!(made.load(Ordering::SeqCst), 4);
     }
 }

@@ -15,7 +15,7 @@
 //!   not told to be, a client writes again after the server, or its host, was cut down.
 //! - `replay` answers a call that comes twice as it did the first time.
 //!
-//! Root of a client is nobody here, devices are not made, and it runs as root.
+//! Root of a client is nobody here, devices are not made (pipes and sockets are), and it runs as root.
 
 mod calls;
 mod change;
@@ -104,6 +104,15 @@ pub enum ServerError {
     Config { path: PathBuf, why: String },
     #[error("only root can serve files for others: run the agent as root")]
     NotRoot,
+    #[error(
+        "the agent lacks {}: without it no files can be served as those whose they are; let its unit or container have it",
+        .0.join(" and ")
+    )]
+    Rights(Vec<&'static str>),
+    #[error(
+        "the agent may not set its groups ({0}), as in a user namespace that denies it: run it outside of one"
+    )]
+    Groups(io::Error),
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(transparent)]
@@ -192,8 +201,12 @@ fn serve(dir: &Path) -> Result<(), ServerError> {
     may_be_killed(Path::new("/proc/self/oom_score_adj"))?;
     // Modes are as callers ask; and threads that are started from here have the rights that are left.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    let missing = sys::missing_rights()?;
+    if !missing.is_empty() {
+        return Err(ServerError::Rights(missing));
+    }
     sys::give_up_rights()?;
-    sys::set_thread_groups(&[])?;
+    sys::set_thread_groups(&[]).map_err(ServerError::Groups)?;
     let export = export::Export::open(&config.root, dir, config.generation)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -90,7 +90,7 @@ impl Procedure {
         use Procedure::*;
         matches!(
             self,
-            Setattr | Create | Mkdir | Symlink | Remove | Rmdir | Rename | Link
+            Setattr | Create | Mkdir | Symlink | Mknod | Remove | Rmdir | Rename | Link
         )
     }
 }
@@ -124,6 +124,7 @@ pub enum Status {
     NotSupp = 10004,
     TooSmall = 10005,
     ServerFault = 10006,
+    BadType = 10007,
     Jukebox = 10008,
 }
 
