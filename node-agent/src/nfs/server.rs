@@ -132,10 +132,10 @@ async fn settle(server: &Arc<Server>) {
         tokio::time::sleep(SETTLE).await;
         let server = Arc::clone(server);
         let settled = tokio::task::spawn_blocking(move || server.export.unstable.settle(false));
-        if let Err(error) = settled.await {
-            if said::may_say("not settled", None) {
-                tracing::error!(%error, "files that were left alone are not synced");
-            }
+        if let Err(error) = settled.await
+            && said::may_say("not settled", None)
+        {
+            tracing::error!(%error, "files that were left alone are not synced");
         }
     }
 }

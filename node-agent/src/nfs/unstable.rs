@@ -121,10 +121,10 @@ impl Unstable {
         let numbers: Vec<u64> = numbers.map(|(number, _)| *number).collect();
         drop(files);
         for number in numbers {
-            if let Err(error) = self.commit(number) {
-                if said::may_say("lost data", None) {
-                    tracing::error!(%error, file = number, "written data may be lost: clients are asked to write it again");
-                }
+            if let Err(error) = self.commit(number)
+                && said::may_say("lost data", None)
+            {
+                tracing::error!(%error, file = number, "written data may be lost: clients are asked to write it again");
             }
         }
     }
