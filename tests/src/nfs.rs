@@ -86,8 +86,15 @@ impl Server {
 }
 
 pub fn run(dir: &Path) -> Process {
+    run_by(&[], dir)
+}
+
+/// Starts one by another program, which becomes it.
+pub fn run_by(prefix: &[&str], dir: &Path) -> Process {
+    let prefix: Vec<_> = prefix.iter().map(|part| (*part).to_owned()).collect();
     let args = ["node-agent", "nfs-server", "--dir"].map(PathBuf::from);
-    Process::start(args.iter().chain([&dir.to_owned()]), &dir.join("log"))
+    let args = args.into_iter().chain([dir.to_owned()]);
+    Process::start_by(&prefix, args, &[], &dir.join("log"))
 }
 
 pub fn write_config(dir: &Path, config: &Config) {
@@ -299,19 +306,38 @@ impl Client {
     }
 
     pub fn mkdir(&mut self, dir: &Handle, name: &[u8], mode: u32) -> Result<Handle, Failure> {
+        self.mkdir_with(dir, name, settings(Some(mode), None))
+    }
+
+    pub fn mkdir_with(
+        &mut self,
+        dir: &Handle,
+        name: &[u8],
+        attributes: sattr3,
+    ) -> Result<Handle, Failure> {
         let args = MKDIR3args {
             where_: place(dir, name),
-            attributes: settings(Some(mode), None),
+            attributes,
         };
         let answer = self.runtime.block_on(self.nfs.mkdir(&args))?;
         Ok(result(answer)?.obj.unwrap())
     }
 
     pub fn symlink(&mut self, dir: &Handle, name: &[u8], to: &[u8]) -> Result<Handle, Failure> {
+        self.symlink_with(dir, name, to, sattr3::default())
+    }
+
+    pub fn symlink_with(
+        &mut self,
+        dir: &Handle,
+        name: &[u8],
+        to: &[u8],
+        symlink_attributes: sattr3,
+    ) -> Result<Handle, Failure> {
         let args = SYMLINK3args {
             where_: place(dir, name),
             symlink: symlinkdata3 {
-                symlink_attributes: sattr3::default(),
+                symlink_attributes,
                 symlink_data: nfspath3(Opaque::borrowed(to)),
             },
         };
@@ -439,13 +465,19 @@ impl Client {
         result(self.runtime.block_on(self.nfs.fsstat(&args))?)
     }
 
-    pub fn pipe(&mut self, dir: &Handle, name: &[u8]) -> Result<(), Failure> {
+    /// Makes what is no file, directory or link.
+    pub fn special(
+        &mut self,
+        dir: &Handle,
+        name: &[u8],
+        what: mknoddata3,
+    ) -> Result<Handle, Failure> {
         let args = MKNOD3args {
             where_: place(dir, name),
-            what: mknoddata3::NF3FIFO(settings(Some(0o600), None)),
+            what,
         };
-        result(self.runtime.block_on(self.nfs.mknod(&args))?)?;
-        Ok(())
+        let answer = self.runtime.block_on(self.nfs.mknod(&args))?;
+        Ok(result(answer)?.obj.unwrap())
     }
 
     /// A page of a directory, with attributes or without.

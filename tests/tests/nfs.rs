@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use batchai_tests::guest::{Guest, image};
 use batchai_tests::nfs::{
-    Client, Failure, Handle, LOOPBACK, NOBODY, Server, User, connect, credentials, run, settings,
-    status, write_config,
+    Client, Failure, Handle, LOOPBACK, NOBODY, Server, User, connect, credentials, run, run_by,
+    settings, status, write_config,
 };
 use batchai_tests::process::{free_port, until};
 use batchai_tests::requirement;
@@ -258,10 +258,6 @@ fn names_are_renamed_linked_and_refused_as_the_protocol_says() {
             Status::NFS3ERR_INVAL,
         ),
         (
-            refused(client.pipe(&root, b"pipe")),
-            Status::NFS3ERR_NOTSUPP,
-        ),
-        (
             refused(client.create(&a, &[b'n'; 256], 0o644)),
             Status::NFS3ERR_NAMETOOLONG,
         ),
@@ -356,6 +352,101 @@ fn sizes_times_and_modes_are_set() {
 }
 
 #[test]
+fn what_is_made_has_the_owner_and_the_times_that_are_asked_for() {
+    let Some(w) = World::start() else { return };
+    let listen = w.server.config.listen;
+    let connect = |user: User| Client::connect(listen, LOOPBACK, "/", user).unwrap();
+    let mut client = connect((ANN, ANN, &[4242]));
+    let root = client.root.clone();
+    let time = nfstime3 {
+        seconds: 1_000_000_000,
+        nseconds: 123_456_789,
+    };
+    let asked = sattr3 {
+        gid: Nfs3Option::Some(4242),
+        mtime: set_mtime::SET_TO_CLIENT_TIME(time),
+        ..settings(Some(0o751), None)
+    };
+    let made = [
+        client.mkdir_with(&root, b"dir", asked.clone()),
+        client.symlink_with(&root, b"link", b"dir", asked.clone()),
+        client.create_how(&root, b"file", createhow3::GUARDED(asked.clone())),
+        client.special(&root, b"pipe", mknoddata3::NF3FIFO(asked.clone())),
+        client.special(&root, b"socket", mknoddata3::NF3SOCK(asked.clone())),
+    ];
+    for made in made {
+        let made = client.attributes(&made.unwrap()).unwrap();
+        assert_eq!((made.uid, made.gid, made.mtime), (ANN, 4242, time));
+        let link = made.type_ == ftype3::NF3LNK;
+        assert_eq!(made.mode, if link { 0o777 } else { 0o751 });
+    }
+    use std::os::unix::fs::FileTypeExt as _;
+    let kind = |name: &str| fs::symlink_metadata(w.path(name)).unwrap().file_type();
+    assert!(kind("pipe").is_fifo() && kind("socket").is_socket());
+    // Some clients say whose all is that they make.
+    let own = |id| sattr3 {
+        uid: Nfs3Option::Some(id),
+        gid: Nfs3Option::Some(id),
+        ..settings(Some(0o755), None)
+    };
+    client.mkdir_with(&root, b"own", own(ANN)).unwrap();
+    let theirs = client.mkdir_with(&root, b"theirs", own(BOB));
+    assert_eq!(refused(theirs), Status::NFS3ERR_PERM);
+    let mut squashed = connect((0, 0, &[]));
+    let made = squashed.mkdir_with(&root, b"roots", own(0)).unwrap();
+    assert_eq!(squashed.attributes(&made).unwrap().uid, NOBODY);
+    // Only files have a size.
+    let size = settings(None, Some(1));
+    let refusals = [
+        refused(client.mkdir_with(&root, b"x", size.clone())),
+        refused(client.symlink_with(&root, b"x", b"y", size.clone())),
+        refused(client.special(&root, b"x", mknoddata3::NF3FIFO(size))),
+        refused(client.lookup(&root, b"x")),
+    ];
+    let inval = Status::NFS3ERR_INVAL;
+    assert_eq!(refusals, [inval, inval, inval, Status::NFS3ERR_NOENT]);
+    // Devices are not made, and what is no kind of them is none.
+    let device = || devicedata3 {
+        dev_attributes: settings(Some(0o666), None),
+        spec: specdata3 {
+            specdata1: 1,
+            specdata2: 3,
+        },
+    };
+    let refusals = [
+        refused(client.special(&root, b"null", mknoddata3::NF3CHR(device()))),
+        refused(client.special(&root, b"null", mknoddata3::NF3BLK(device()))),
+        refused(client.special(&root, b"pipe", mknoddata3::NF3FIFO(settings(None, None)))),
+    ];
+    let none = Status::NFS3ERR_NOTSUPP;
+    assert_eq!(refusals, [none, none, Status::NFS3ERR_EXIST]);
+    assert!(!w.path("null").exists());
+    let mut bytes = call(
+        7,
+        11,
+        &MKNOD3args {
+            where_: diropargs3 {
+                dir: root,
+                name: b"x"[..].into(),
+            },
+            what: mknoddata3::NF3FIFO(settings(None, None)),
+        },
+    );
+    // Of no kind that is made so: nothing comes behind it.
+    let mut nothing = Vec::new();
+    settings(None, None).pack(&mut nothing).unwrap();
+    bytes.truncate(bytes.len() - nothing.len());
+    let at = bytes.len() - 4;
+    bytes[at..].copy_from_slice(&1_u32.to_be_bytes());
+    let mark = (bytes.len() as u32 - 4) | 1 << 31;
+    bytes[..4].copy_from_slice(&mark.to_be_bytes());
+    let mut stream = raw(listen);
+    stream.write_all(&bytes).unwrap();
+    let status = answer(&mut stream).unwrap()[24..28].to_vec();
+    assert_eq!(status, 10007_u32.to_be_bytes());
+}
+
+#[test]
 fn two_clients_write_to_different_parts_of_a_file() {
     const BLOCKS: u64 = 128;
     let Some(w) = World::start() else { return };
@@ -431,6 +522,10 @@ fn the_kernel_decides_who_may_do_what() {
         Status::NFS3ERR_ACCES
     );
     assert_eq!(refused(bob.remove(&dir, b"inside")), Status::NFS3ERR_ACCES);
+    // Who may read a directory and not pass it is told the names.
+    fs::set_permissions(w.path("own"), fs::Permissions::from_mode(0o704)).unwrap();
+    assert_eq!(bob.names(&dir).unwrap(), [b"inside".to_vec()]);
+    assert_eq!(refused(bob.lookup(&dir, b"inside")), Status::NFS3ERR_ACCES);
     // Further groups count, but root's.
     fs::write(w.path("group"), "of some").unwrap();
     fs::set_permissions(w.path("group"), fs::Permissions::from_mode(0o040)).unwrap();
@@ -575,6 +670,64 @@ fn a_full_disk_is_told_and_a_mount_within_is_not_entered() {
     fs::remove_file(filler).unwrap();
     client.write(&file, at, &block(0), FILE_SYNC).unwrap();
     drop(server);
+}
+
+#[test]
+fn another_subvolume_is_another_file_system() {
+    let Some(dir) = directory() else { return };
+    let hint = "apt-get install btrfs-progs";
+    let (Some(make), Some(btrfs)) = (
+        requirement::program("mkfs.btrfs", hint),
+        requirement::program("btrfs", hint),
+    ) else {
+        return;
+    };
+    let (image, export) = (dir.path().join("image"), dir.path().join("export"));
+    File::create(&image).unwrap().set_len(128 << 20).unwrap();
+    assert!(
+        Command::new(make)
+            .arg("-q")
+            .arg(&image)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let volume = match Volume::mount(&image, &export) {
+        Ok(volume) => volume,
+        Err(why) => return requirement::skip(&format!("the kernel has no Btrfs: {why}")),
+    };
+    let subvolume = |name: &str| {
+        let path = export.join(name);
+        let mut make = Command::new(&btrfs);
+        let made = make.args(["subvolume", "create"]).arg(&path).output();
+        assert!(made.unwrap().status.success());
+        open_to_all(&path);
+        path
+    };
+    let root = subvolume("root");
+    fs::create_dir(root.join("plain")).unwrap();
+    open_to_all(&root.join("plain"));
+    let within = subvolume("root/within");
+    fs::write(within.join("other"), "x").unwrap();
+    let server = Server::start(&dir.path().join("server"), &root);
+    let mut client = server.client(ANN, ANN);
+    let top = client.root.clone();
+    let plain = client.lookup(&top, b"plain").unwrap();
+    let file = client.create(&plain, b"file", 0o644).unwrap();
+    client.write(&file, 0, b"content", UNSTABLE).unwrap();
+    client.commit(&file).unwrap();
+    assert_eq!(client.read(&file, 0, 9).unwrap().0, b"content");
+    // There numbers begin anew: two files would have the same.
+    let numbers = |path: &Path| fs::metadata(path).unwrap().ino();
+    assert_eq!(numbers(&within.join("other")), numbers(&root.join("plain")));
+    assert_eq!(
+        refused(client.lookup(&top, b"within")),
+        Status::NFS3ERR_ACCES
+    );
+    assert!(client.names(&top).unwrap().contains(&b"within".to_vec()));
+    let mounted = Client::connect(server.config.listen, LOOPBACK, "/within", (ANN, ANN, &[]));
+    assert!(mounted.is_err());
+    drop((server, volume));
 }
 
 #[test]
@@ -780,6 +933,23 @@ fn what_was_acknowledged_outlives_a_power_cut() {
     disk.then("LINK", |at| fs::read(at.join("to/linked")).is_ok());
     client.symlink(&to, b"link", b"renamed").unwrap();
     disk.then("SYMLINK", |at| fs::read_link(at.join("to/link")).is_ok());
+    let pipe = mknoddata3::NF3FIFO(settings(Some(0o600), None));
+    client.special(&to, b"pipe", pipe).unwrap();
+    disk.then("MKNOD", |at| at.join("to/pipe").exists());
+    let link = client.lookup(&to, b"link").unwrap();
+    let time = nfstime3 {
+        seconds: 1_000_000_000,
+        nseconds: 0,
+    };
+    let old = sattr3 {
+        mtime: set_mtime::SET_TO_CLIENT_TIME(time),
+        ..sattr3::default()
+    };
+    client.set(&link, old, None).unwrap();
+    disk.then("a time of a link", |at| {
+        let link = fs::symlink_metadata(at.join("to/link"));
+        link.is_ok_and(|link| link.mtime() == i64::from(time.seconds))
+    });
     client
         .set(&synced, settings(Some(0o604), None), None)
         .unwrap();
@@ -790,6 +960,38 @@ fn what_was_acknowledged_outlives_a_power_cut() {
         fs::read(at.join("committed")).unwrap() == block(0)
     });
     drop(server);
+}
+
+#[test]
+fn a_refused_change_syncs_nothing() {
+    let Some(dir) = directory() else { return };
+    let (image, export) = (dir.path().join("image"), dir.path().join("export"));
+    let Some(volume) = Volume::make(&image, &export, 16) else {
+        return;
+    };
+    open_to_all(volume.path());
+    let server = Server::start(&dir.path().join("server"), &export);
+    let mut client = server.client(ANN, ANN);
+    let root = client.root.clone();
+    let link = client.symlink(&root, b"link", b"nowhere").unwrap();
+    // The kernel may write what others have written at any time: not five times amid this.
+    let synced = |number: u64| {
+        let data = block(number);
+        fs::write(export.join("others"), &data).unwrap();
+        let given = sattr3 {
+            uid: Nfs3Option::Some(BOB),
+            ..sattr3::default()
+        };
+        assert_eq!(
+            refused(client.set(&link, given, None)),
+            Status::NFS3ERR_PERM
+        );
+        client.set(&link, sattr3::default(), None).unwrap();
+        let disk = fs::read(&image).unwrap();
+        disk.chunks(4096).any(|chunk| chunk == &data[..4096])
+    };
+    assert!(!(0..5).all(synced), "all that others wrote is synced");
+    drop((server, volume));
 }
 
 /// A call as bytes.
@@ -815,11 +1017,15 @@ fn call(xid: u32, procedure: u32, arguments: &impl Pack) -> Vec<u8> {
 
 /// A connection of one's own.
 fn raw(listen: SocketAddr) -> TcpStream {
+    raw_from(listen, LOOPBACK)
+}
+
+fn raw_from(listen: SocketAddr, from: IpAddr) -> TcpStream {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
-    let stream = runtime.block_on(connect(listen, LOOPBACK)).unwrap();
+    let stream = runtime.block_on(connect(listen, from)).unwrap();
     let stream = stream.into_std().unwrap();
     stream.set_nonblocking(false).unwrap();
     let patience = Some(Duration::from_secs(30));
@@ -913,6 +1119,212 @@ fn what_is_no_call_does_no_harm() {
         });
         assert_eq!(served, CONNECTIONS_OF_ONE);
     }
+}
+
+#[test]
+fn a_client_cannot_fill_the_log() {
+    let Some(w) = World::start() else { return };
+    for _ in 0..50 {
+        let mut stream = raw(w.server.config.listen);
+        // Longer than any call.
+        stream.write_all(&[0x10, 0, 0, 0]).unwrap();
+        assert_eq!(answer(&mut stream), None);
+    }
+    let log = w.server.process.log_text();
+    assert_eq!(log.matches("too long").count(), 1, "{log}");
+}
+
+#[test]
+fn a_connection_is_asked_whether_its_client_is_there() {
+    let Some(w) = World::start() else { return };
+    let mut client = w.server.client(ANN, ANN);
+    // It is taken when it is answered.
+    client.space().unwrap();
+    let own = format!(":{:04X}", w.server.config.listen.port());
+    let sockets = fs::read_to_string("/proc/net/tcp").unwrap();
+    let mut served = 0;
+    for socket in sockets.lines().skip(1) {
+        let fields: Vec<_> = socket.split_whitespace().collect();
+        // Of those that are connected, the ends that the server has.
+        if fields[1].ends_with(&own) && fields[3] == "01" {
+            served += 1;
+            let [timer, when] = fields[5].split(':').collect::<Vec<_>>()[..] else {
+                panic!("{socket}")
+            };
+            let when = u64::from_str_radix(when, 16).unwrap() / 100;
+            assert_eq!(timer, "02", "no timer of keepalive: {socket}");
+            assert!(when <= 60, "it is asked after {when} s");
+        }
+    }
+    assert!(served > 0);
+}
+
+/// A file system to which nothing is written until this is dropped.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn new(at: &Path) -> Frozen {
+        let frozen = Frozen(at.to_owned());
+        frozen.tell("--freeze");
+        frozen
+    }
+
+    fn tell(&self, what: &str) {
+        let told = Command::new("fsfreeze").arg(what).arg(&self.0).status();
+        assert!(told.unwrap().success(), "fsfreeze {what}");
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.tell("--unfreeze");
+    }
+}
+
+/// A number that the kernel tells of a process.
+fn told(pid: i32, name: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    let number = line.unwrap().trim_start_matches(':').split_whitespace();
+    number.take(1).collect::<String>().parse().unwrap()
+}
+
+fn write_args<'a>(file: &Handle, data: &'a [u8]) -> WRITE3args<'a> {
+    WRITE3args {
+        file: file.clone(),
+        offset: 0,
+        count: data.len() as u32,
+        stable: UNSTABLE,
+        data: Opaque::borrowed(data),
+    }
+}
+
+#[test]
+fn a_client_whose_calls_stand_still_stops_nobody_else() {
+    const CALLS: u32 = 64;
+    let Some(dir) = directory() else { return };
+    let export = dir.path().join("export");
+    let Some(volume) = Volume::make(&dir.path().join("image"), &export, 16) else {
+        return;
+    };
+    open_to_all(volume.path());
+    let mut server = Server::start(&dir.path().join("server"), &export);
+    server.tell(|config| config.clients.push(OTHER));
+    let listen = server.config.listen;
+    let mut other = until("the other one to be a client", || {
+        Client::connect(listen, OTHER, "/", (BOB, BOB, &[])).ok()
+    });
+    let mut client = server.client(ANN, ANN);
+    let root = client.root.clone();
+    let file = client.create(&root, b"file", 0o644).unwrap();
+    let frozen = Frozen::new(volume.path());
+    let mut stream = raw(listen);
+    for xid in 0..CALLS {
+        let bytes = call(xid, 7, &write_args(&file, b"x"));
+        stream.write_all(&bytes).unwrap();
+    }
+    until("its calls to be under way", || {
+        (told(server.process.pid(), "Threads") > 16).then_some(())
+    });
+    // All that come at once are under way then.
+    std::thread::sleep(Duration::from_millis(500));
+    let answered = other.attributes(&root);
+    drop(frozen);
+    answered.expect("it has nothing to do with what stands still");
+    for _ in 0..CALLS {
+        answer(&mut stream).expect("also these are done");
+    }
+}
+
+/// Waits until something has not changed for a while.
+fn settled(mut probe: impl FnMut() -> u64) -> u64 {
+    let (mut last, mut since) = (probe(), std::time::Instant::now());
+    until("it to stand still", || {
+        let now = probe();
+        if now != last {
+            (last, since) = (now, std::time::Instant::now());
+        }
+        (since.elapsed() > Duration::from_secs(1)).then_some(last)
+    })
+}
+
+#[test]
+fn what_clients_send_and_do_not_take_has_a_bound_in_memory() {
+    const CLIENTS: u8 = 40;
+    const CALLS: u32 = 16;
+    const MOST_KIB: u64 = 400 << 10;
+    let Some(dir) = directory() else { return };
+    let export = dir.path().join("export");
+    let Some(volume) = Volume::make(&dir.path().join("image"), &export, 16) else {
+        return;
+    };
+    open_to_all(volume.path());
+    let large: Vec<u8> = (0..16).flat_map(block).collect();
+    fs::write(export.join("large"), &large).unwrap();
+    let mut server = Server::start(&dir.path().join("server"), &export);
+    let addresses: Vec<IpAddr> = (1..=CLIENTS).map(|n| [127, 0, 1, n].into()).collect();
+    server.tell(|config| config.clients.extend(&addresses));
+    let (listen, pid) = (server.config.listen, server.process.pid());
+    let last = *addresses.last().unwrap();
+    until("all to be clients", || {
+        Client::connect(listen, last, "/", (ANN, ANN, &[])).ok()
+    });
+    let mut client = server.client(ANN, ANN);
+    let root = client.root.clone();
+    let found = client.lookup(&root, b"large").unwrap();
+    let file = client.create(&root, b"file", 0o644).unwrap();
+    // 640 MiB are asked for, and nothing is taken.
+    let mut streams = Vec::new();
+    for address in &addresses {
+        let mut stream = raw_from(listen, *address);
+        for xid in 0..CALLS {
+            let args = READ3args {
+                file: found.clone(),
+                offset: 0,
+                count: large.len() as u32,
+            };
+            stream.write_all(&call(xid, 6, &args)).unwrap();
+        }
+        streams.push(stream);
+    }
+    settled(|| told(pid, "VmRSS"));
+    let most = told(pid, "VmHWM");
+    assert!(most < MOST_KIB, "{most} KiB for answers");
+    std::thread::scope(|threads| {
+        for mut stream in streams {
+            let large = &large;
+            threads.spawn(move || {
+                for _ in 0..CALLS {
+                    let answer = answer(&mut stream).expect("all are answered");
+                    assert!(answer.ends_with(large), "the data");
+                }
+            });
+        }
+    });
+    // 640 MiB are sent, and nothing is written.
+    let frozen = Frozen::new(volume.path());
+    let sent = AtomicU64::new(0);
+    std::thread::scope(|threads| {
+        for address in addresses.iter().flat_map(|a| [*a; CALLS as usize]) {
+            let (sent, bytes) = (&sent, call(1, 7, &write_args(&file, &large)));
+            threads.spawn(move || {
+                let mut stream = raw_from(listen, address);
+                for piece in bytes.chunks(BLOCK) {
+                    stream.write_all(piece).unwrap();
+                    sent.fetch_add(1, Ordering::SeqCst);
+                }
+                let answer = answer(&mut stream).expect("all are done");
+                assert_eq!(answer[20..28], [0; 8], "well done");
+            });
+        }
+        settled(|| sent.load(Ordering::SeqCst));
+        drop(frozen);
+    });
+    let most = told(pid, "VmHWM");
+    println!("{} MiB at most", most >> 10);
+    assert!(most < MOST_KIB, "{most} KiB for calls");
+    assert_eq!(fs::read(export.join("file")).unwrap(), large);
+    drop((server, volume));
 }
 
 #[test]
@@ -1015,4 +1427,67 @@ fn a_server_says_why_it_does_not_serve() {
     assert_eq!(key.mode() & 0o777, 0o600);
     w.server.process.signal(Signal::SIGTERM);
     assert!(w.server.process.wait().success());
+}
+
+/// A user namespace that has all users. Dropping it ends it.
+struct Namespace(std::process::Child);
+
+impl Namespace {
+    fn new() -> Namespace {
+        let holder = Command::new("unshare")
+            .args(["--user", "sleep", "600"])
+            .spawn();
+        let namespace = Namespace(holder.unwrap());
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+        let pid = namespace.pid();
+        until("the namespace to be there", || {
+            (of(&pid) != of("self")).then_some(())
+        });
+        for map in ["uid_map", "gid_map"] {
+            fs::write(format!("/proc/{pid}/{map}"), "0 0 65536").unwrap();
+        }
+        namespace
+    }
+
+    fn pid(&self) -> String {
+        self.0.id().to_string()
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_server_says_which_right_it_lacks() {
+    let Some(dir) = directory() else { return };
+    let own = dir.path().join("server");
+    fs::create_dir(&own).unwrap();
+    let config = batchai_node_agent::nfs::Config {
+        root: dir.path().join("export"),
+        listen: SocketAddr::new(LOOPBACK, free_port()),
+        generation: 7,
+        clients: vec![LOOPBACK],
+        squash_uid: NOBODY,
+        squash_gid: NOBODY,
+        any_port: false,
+    };
+    write_config(&own, &config);
+    let fails = |prefix: &[&str]| {
+        assert!(!run_by(prefix, &own).wait().success(), "{prefix:?}");
+        status(&own).unwrap().error.unwrap()
+    };
+    let said = fails(&["setpriv", "--bounding-set=-dac_read_search"]);
+    assert!(said.contains("lacks CAP_DAC_READ_SEARCH:"), "{said}");
+    let said = fails(&["setpriv", "--bounding-set=-setuid,-setgid"]);
+    assert!(said.contains("lacks CAP_SETGID and CAP_SETUID:"), "{said}");
+    let said = fails(&["unshare", "--user", "--map-root-user"]);
+    assert!(said.contains("may not set its groups"), "{said}");
+    let namespace = Namespace::new();
+    let pid = namespace.pid();
+    let said = fails(&["nsenter", "--user", "--target", &pid, "-S", "0", "-G", "0"]);
+    assert!(said.contains("in a user namespace only"), "{said}");
 }

@@ -5,7 +5,7 @@
 
 use super::export::Export;
 use super::identity::{Identity, Squash};
-use super::protocol::{Procedure, Status};
+use super::protocol::{self, IO_MAX, LIST_MAX, Procedure, Status};
 use super::rpc::{self, Head, Refused};
 use super::xdr::{Garbage, Reader, Writer};
 
@@ -45,6 +45,22 @@ impl<'a> Reader<'a> {
         let arguments = read(self)?;
         self.end()?;
         Ok(arguments)
+    }
+}
+
+/// How many bytes the answer to a call may have beside a few that all answers have.
+pub fn most(record: &[u8]) -> usize {
+    let mut arguments = Reader(record);
+    let Ok(head) = rpc::head(&mut arguments) else {
+        return 0;
+    };
+    match (head.program, Procedure::of(head.procedure)) {
+        (rpc::NFS, Some(Procedure::Read)) => {
+            let count = arguments.all(protocol::read).map_or(0, |read| read.count);
+            count.min(IO_MAX) as usize
+        }
+        (rpc::NFS, Some(Procedure::Readdir | Procedure::Readdirplus)) => LIST_MAX as usize,
+        _ => 0,
     }
 }
 
@@ -97,8 +113,7 @@ impl Call<'_> {
             Procedure::Create => self.create(args, out),
             Procedure::Mkdir => self.mkdir(args, out),
             Procedure::Symlink => self.symlink(args, out),
-            // Devices would be as good on the host as on the client.
-            Procedure::Mknod => Err(Status::NotSupp.into()),
+            Procedure::Mknod => self.mknod(args, out),
             Procedure::Remove => self.remove(args, out, false),
             Procedure::Rmdir => self.remove(args, out, true),
             Procedure::Rename => self.rename(args, out),

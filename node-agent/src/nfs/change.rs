@@ -6,13 +6,15 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::libc;
-use nix::sys::stat::{FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, mkdirat, utimensat};
+use nix::sys::stat::{
+    FchmodatFlags, Mode, SFlag, UtimensatFlags, fchmodat, mkdirat, mknodat, utimensat,
+};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags};
 
 use super::calls::{Call, Done, Fault};
 use super::export::{self, Object};
-use super::protocol::{self, Change, HANDLE_MAX, PATH_MAX, SetTime, Settings, Status, Time};
+use super::protocol::{self, Change, HANDLE_MAX, PATH_MAX, Place, SetTime, Settings, Status, Time};
 use super::xdr::{Reader, Writer};
 
 /// How often a name may come and go while it is opened or made.
@@ -44,18 +46,21 @@ impl Call<'_> {
         if guard.is_some_and(differs) {
             return Err(Status::NotSync.into());
         }
-        let set = self.set(&object, &settings);
+        let mut changed = false;
+        let set = self.set(&object, &settings, &mut changed);
         let after = self.export.now(&object);
         drop(held);
         // Also what was done before something failed.
-        object.sync(self.export)?;
+        if changed {
+            object.sync(self.export)?;
+        }
         set?;
         Change { before, after }.write(out);
         Ok(())
     }
 
-    /// Sets attributes with the caller's rights.
-    fn set(&self, object: &Object, settings: &Settings) -> Result<(), Status> {
+    /// Sets attributes with the caller's rights, one after the other; says whether one was, also where the next one is refused.
+    fn set(&self, object: &Object, settings: &Settings, changed: &mut bool) -> Result<(), Status> {
         if *settings == Settings::default() {
             return Ok(());
         }
@@ -63,6 +68,7 @@ impl Call<'_> {
             let size = i64::try_from(size).map_err(|_| Status::Fbig)?;
             let file = object.data(self.who, true)?;
             self.who.act(|| nix::unistd::ftruncate(&file, size))??;
+            *changed = true;
         }
         self.who.act(|| {
             if settings.uid.is_some() || settings.gid.is_some() {
@@ -71,20 +77,37 @@ impl Call<'_> {
                     settings.gid.map(Gid::from_raw),
                 );
                 nix::unistd::fchownat(&object.fd, c"", uid, gid, AtFlags::AT_EMPTY_PATH)?;
+                *changed = true;
             }
             if let Some(mode) = settings.mode {
                 let mode = Mode::from_bits_truncate(mode & 0o7777);
                 fchmodat(AT_FDCWD, &object.path(), mode, FchmodatFlags::FollowSymlink)?;
+                *changed = true;
             }
             let leave = SetTime::Leave;
             if (settings.accessed, settings.modified) != (leave, leave) {
                 let (accessed, modified) = (spec(settings.accessed), spec(settings.modified));
                 let follow = UtimensatFlags::FollowSymlink;
                 utimensat(AT_FDCWD, &object.path(), &accessed, &modified, follow)?;
+                *changed = true;
             }
             Ok::<_, Errno>(())
         })??;
         Ok(())
+    }
+
+    /// Gives an object that was just made what it was not made with. Its mode is as asked; whose it is the kernel has decided, where it
+    /// is to be the caller's. Returns whether something was changed.
+    fn finish(&self, object: &Object, settings: &Settings) -> Result<bool, Status> {
+        let rest = Settings {
+            mode: None,
+            uid: settings.uid.filter(|uid| !self.who.is_user(*uid)),
+            gid: settings.gid.filter(|gid| !self.who.is_group(*gid)),
+            ..*settings
+        };
+        let mut changed = false;
+        self.set(object, &rest, &mut changed)?;
+        Ok(changed)
     }
 
     /// Changes a directory, tells what became of it, and has it last.
@@ -128,7 +151,7 @@ impl Call<'_> {
     }
 
     fn made(&self, directory: &Object, name: &[u8], how: &How) -> Result<Object, Status> {
-        let mut settings = match how {
+        let settings = match how {
             How::Unchecked(settings) | How::Guarded(settings) => *settings,
             How::Exclusive(numbers) => marked(numbers),
         };
@@ -138,10 +161,8 @@ impl Call<'_> {
             let made = self.who.act(|| directory.child(name, flags, mode))?;
             match made {
                 Ok(fd) => {
-                    // Whose it is the kernel has decided, and its mode is as asked.
-                    (settings.mode, settings.uid, settings.gid) = (None, None, None);
-                    let object = Object::new(fd)?;
-                    self.set(&object, &settings)?;
+                    let object = self.export.own(fd)?;
+                    self.finish(&object, &settings)?;
                     return Ok(object);
                 }
                 Err(Errno::EEXIST) => {}
@@ -165,7 +186,7 @@ impl Call<'_> {
                     size: settings.size,
                     ..Settings::default()
                 };
-                self.set(&object, &size)?;
+                self.set(&object, &size, &mut false)?;
                 Ok(object)
             }
             How::Exclusive(numbers) if file => {
@@ -186,31 +207,83 @@ impl Call<'_> {
             args.all(|args| Ok((protocol::place(args)?, protocol::settings(args)?)))?;
         let directory = self.export.directory(place.directory)?;
         let name = export::name(place.name)?;
+        without_size(&settings)?;
         let (made, change) = self.within(&directory, || {
             let mode = Mode::from_bits_truncate(settings.mode.unwrap_or(0o755) & 0o7777);
             self.who.act(|| mkdirat(&directory.fd, name, mode))??;
             let flags = OFlag::O_PATH | OFlag::O_DIRECTORY;
-            Object::new(directory.child(name, flags, Mode::empty())?)
+            let made = self
+                .export
+                .own(directory.child(name, flags, Mode::empty())?)?;
+            self.finish(&made, &settings)?;
+            Ok(made)
         })?;
         made.sync(self.export)?;
         self.tell(&made, &change, out)
     }
 
     pub fn symlink(&self, args: &mut Reader, out: &mut Writer) -> Done {
-        let (place, target) = args.all(|args| {
-            let place = protocol::place(args)?;
-            // Nobody asks for the mode of a link, and its times are when it is made.
-            protocol::settings(args)?;
-            Ok((place, args.bytes(PATH_MAX)?))
+        let (place, settings, target) = args.all(|args| {
+            let (place, settings) = (protocol::place(args)?, protocol::settings(args)?);
+            Ok((place, settings, args.bytes(PATH_MAX)?))
         })?;
+        // Links have no mode: what some clients ask for is what all links are said to have.
+        let make = |directory: &Object, name: &[u8]| {
+            nix::unistd::symlinkat(target, directory.fd.as_fd(), name)
+        };
+        let (made, change) = self.special(place, &settings, make)?;
+        self.tell(&made, &change, out)
+    }
+
+    /// Pipes and sockets. Devices would be as good on the host as on the client.
+    pub fn mknod(&self, args: &mut Reader, out: &mut Writer) -> Done {
+        let (place, kind, settings) = args.all(|args| {
+            let (place, kind) = (protocol::place(args)?, args.u32()?);
+            let settings = match kind {
+                3 | 4 => {
+                    let settings = protocol::settings(args)?;
+                    // The numbers of the device.
+                    args.u64()?;
+                    settings
+                }
+                6 | 7 => protocol::settings(args)?,
+                _ => Settings::default(),
+            };
+            Ok((place, kind, settings))
+        })?;
+        let kind = match kind {
+            3 | 4 => return Err(Status::NotSupp.into()),
+            6 => SFlag::S_IFSOCK,
+            7 => SFlag::S_IFIFO,
+            _ => return Err(Status::BadType.into()),
+        };
+        let mode = Mode::from_bits_truncate(settings.mode.unwrap_or(0o600) & 0o7777);
+        let make = |directory: &Object, name: &[u8]| mknodat(&directory.fd, name, kind, mode, 0);
+        let (made, change) = self.special(place, &settings, make)?;
+        self.tell(&made, &change, out)
+    }
+
+    /// Makes something that is no file and no directory.
+    fn special(
+        &self,
+        place: Place,
+        settings: &Settings,
+        make: impl FnOnce(&Object, &[u8]) -> Result<(), Errno>,
+    ) -> Result<(Object, Change), Fault> {
         let directory = self.export.directory(place.directory)?;
         let name = export::name(place.name)?;
-        let (made, change) = self.within(&directory, || {
-            let make = || nix::unistd::symlinkat(target, &directory.fd, name);
-            self.who.act(make)??;
-            self.found(&directory, name)
+        without_size(settings)?;
+        let ((made, changed), change) = self.within(&directory, || {
+            self.who.act(|| make(&directory, name))??;
+            let made = self.found(&directory, name)?;
+            let changed = self.finish(&made, settings)?;
+            Ok((made, changed))
         })?;
-        self.tell(&made, &change, out)
+        // That it is there, its directory has made last.
+        if changed {
+            made.sync(self.export)?;
+        }
+        Ok((made, change))
     }
 
     pub fn remove(&self, args: &mut Reader, out: &mut Writer, whole: bool) -> Done {
@@ -242,7 +315,9 @@ impl Call<'_> {
         let after = (self.export.now(&one), self.export.now(&other));
         drop(held);
         other.sync(self.export)?;
-        one.sync(self.export)?;
+        if one.stat.st_ino != other.stat.st_ino {
+            one.sync(self.export)?;
+        }
         let change = |before, after| Change { before, after };
         change(before.0, after.0).write(out);
         change(before.1, after.1).write(out);
@@ -267,6 +342,14 @@ impl Call<'_> {
         protocol::maybe(out, self.export.now(&object).as_ref());
         change.write(out);
         Ok(())
+    }
+}
+
+/// That no size is asked for where there is none.
+fn without_size(settings: &Settings) -> Result<(), Status> {
+    match settings.size {
+        None => Ok(()),
+        Some(_) => Err(Status::Inval),
     }
 }
 

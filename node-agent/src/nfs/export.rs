@@ -1,13 +1,14 @@
 //! What is exported: objects by their handles, never beyond the root.
 //!
 //! Clients name objects by sealed handles, and names are looked up one at a time beneath an open directory: no path of a client is ever
-//! walked, no symbolic link followed, no other mount entered. A directory that was moved out of the export is stale. A file that was is
+//! walked, no symbolic link followed, no other mount entered and no other file system, as subvolumes of Btrfs are. A directory that was moved out of the export is stale. A file that was is
 //! reached on as long as clients have its handle, as a process would that has it open.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -18,8 +19,8 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use super::handle::Sealer;
 use super::identity::Identity;
 use super::protocol::{Attributes, NAME_MAX, Status, Time};
-use super::sys;
 use super::unstable::Unstable;
+use super::{said, sys};
 
 const LOCKS: usize = 64;
 /// Of what `st_blocks` counts.
@@ -35,6 +36,10 @@ pub enum ExportError {
         path.display()
     )]
     NoHandles { path: PathBuf, error: io::Error },
+    #[error(
+        "the agent lacks CAP_DAC_READ_SEARCH on this host: it has it in a user namespace only, where files cannot be served; run it outside of one"
+    )]
+    Namespace,
     #[error("the key of the handles: {0}")]
     Key(io::Error),
 }
@@ -44,11 +49,14 @@ pub struct Export {
     pub path: PathBuf,
     pub root: File,
     mount: i32,
+    /// The file system: numbers of objects are those of one.
+    system: libc::dev_t,
     generation: u64,
     sealer: Sealer,
     /// So that an answer tells what its own change made of an object, and not another's.
     locks: [Mutex<()>; LOCKS],
     pub unstable: Unstable,
+    whole: Whole,
 }
 
 /// An object of the export. Opened as a place only: nothing of it is read or changed by that, also where it is a device.
@@ -71,16 +79,25 @@ impl Export {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let fd = nix::fcntl::open(path, flags, Mode::empty()).map_err(|e| root(e.into()))?;
         let (handle, mount) = sys::handle_of(&fd).map_err(no_handles)?;
+        let system = fstat(&fd).map_err(|e| root(e.into()))?.st_dev;
         let directory = File::from(fd);
-        sys::open_handle(&directory, &handle, libc::O_PATH).map_err(no_handles)?;
+        match sys::open_handle(&directory, &handle, libc::O_PATH) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                return Err(ExportError::Namespace);
+            }
+            Err(error) => return Err(no_handles(error)),
+        }
         Ok(Export {
             path: path.to_owned(),
             root: directory,
             mount,
+            system,
             generation,
             sealer: Sealer::open(keys, generation).map_err(ExportError::Key)?,
             locks: std::array::from_fn(|_| Mutex::new(())),
             unstable: Unstable::new(),
+            whole: Whole::default(),
         })
     }
 
@@ -88,11 +105,20 @@ impl Export {
     pub fn object(&self, handle: &[u8]) -> Result<Object, Status> {
         let handle = self.sealer.read(handle)?;
         let fd = sys::open_handle(&self.root, &handle, libc::O_PATH)?;
-        let object = Object::new(fd)?;
+        let object = self.own(fd)?;
         if object.kind() == SFlag::S_IFDIR && !self.beneath(&object.fd)? {
             return Err(Status::Stale);
         }
         Ok(object)
+    }
+
+    /// An object that was opened: one of this file system, as all are that are exported.
+    pub fn own(&self, fd: OwnedFd) -> Result<Object, Status> {
+        let stat = fstat(&fd)?;
+        match stat.st_dev == self.system {
+            true => Ok(Object { fd, stat }),
+            false => Err(Status::Acces),
+        }
     }
 
     /// The directory that a client names.
@@ -196,11 +222,6 @@ fn by_number(fd: i32) -> PathBuf {
 }
 
 impl Object {
-    pub fn new(fd: OwnedFd) -> Result<Object, Status> {
-        let stat = fstat(&fd)?;
-        Ok(Object { fd, stat })
-    }
-
     pub fn kind(&self) -> SFlag {
         kind(&self.stat)
     }
@@ -278,8 +299,39 @@ impl Object {
                 Ok(nix::unistd::fsync(fd)?)
             }
             // Others cannot be opened.
-            _ => Ok(nix::unistd::syncfs(&export.root)?),
+            _ => {
+                let changed = export.whole.begun();
+                let sync = || nix::unistd::syncfs(&export.root);
+                Ok(export.whole.sync(changed, sync)?)
+            }
         }
+    }
+}
+
+/// Syncs of the whole file system: one is for all that was changed before it began.
+#[derive(Default)]
+struct Whole {
+    begun: AtomicU64,
+    /// The latest that went well. Held while one is under way.
+    done: Mutex<u64>,
+}
+
+impl Whole {
+    /// How many have begun. It is asked after a change.
+    fn begun(&self) -> u64 {
+        self.begun.load(Ordering::SeqCst)
+    }
+
+    /// Makes last what was changed when so many had begun.
+    fn sync<E>(&self, changed: u64, sync: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        if *done > changed {
+            return Ok(());
+        }
+        let own = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        sync()?;
+        *done = own;
+        Ok(())
     }
 }
 
@@ -323,7 +375,9 @@ impl From<Errno> for Status {
             Errno::EAGAIN | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE => Status::Jukebox,
             Errno::EIO => Status::Io,
             error => {
-                tracing::warn!(%error, "a file system failed in a way that the protocol has no word for");
+                if said::may_say(error.desc(), None) {
+                    tracing::warn!(%error, "a file system failed in a way that the protocol has no word for");
+                }
                 Status::Io
             }
         }
@@ -335,9 +389,48 @@ impl From<io::Error> for Status {
         match error.raw_os_error() {
             Some(number) => Errno::from_raw(number).into(),
             None => {
-                tracing::error!(%error, "a call failed here and not in the file system");
+                if said::may_say("failed here", None) {
+                    tracing::error!(%error, "a call failed here and not in the file system");
+                }
                 Status::ServerFault
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_sync_is_for_all_that_was_changed_before_it() {
+        let (whole, made) = (Whole::default(), AtomicU64::new(0));
+        let sync = |changed, result: Result<(), ()>| {
+            let sync = || {
+                made.fetch_add(1, Ordering::SeqCst);
+                result
+            };
+            whole.sync(changed, sync)
+        };
+        let changes: Vec<_> = (0..8).map(|_| whole.begun()).collect();
+        for changed in changes {
+            sync(changed, Ok(())).unwrap();
+        }
+        assert_eq!(made.load(Ordering::SeqCst), 1);
+        let later = whole.begun();
+        assert_eq!(sync(later, Err(())), Err(()));
+        // One that failed is for nobody.
+        sync(later, Ok(())).unwrap();
+        sync(later, Ok(())).unwrap();
+        assert_eq!(made.load(Ordering::SeqCst), 3);
+        // What is changed while one is under way is not in it.
+        let mut amid = 0;
+        let under_way = whole.sync(whole.begun(), || {
+            amid = whole.begun();
+            Ok::<_, ()>(())
+        });
+        under_way.unwrap();
+        sync(amid, Ok(())).unwrap();
+        assert_eq!(made.load(Ordering::SeqCst), 4);
     }
 }

@@ -24,6 +24,8 @@ pub struct Identity {
     pub uid: u32,
     gid: u32,
     groups: Vec<u32>,
+    /// What the client calls user and group.
+    called: (u32, u32),
 }
 
 impl Identity {
@@ -34,6 +36,7 @@ impl Identity {
                 uid: squash.uid,
                 gid: squash.gid,
                 groups: Vec::new(),
+                called: (squash.uid, squash.gid),
             };
         };
         let or = |id: u32, other: u32| if id == 0 { other } else { id };
@@ -43,7 +46,18 @@ impl Identity {
             uid: or(caller.uid, squash.uid),
             gid: or(caller.gid, squash.gid),
             groups,
+            called: (caller.uid, caller.gid),
         }
+    }
+
+    /// Whether a user is the caller, as it is called here or by the client.
+    pub fn is_user(&self, uid: u32) -> bool {
+        uid == self.uid || uid == self.called.0
+    }
+
+    /// Whether a group is the caller's own.
+    pub fn is_group(&self, gid: u32) -> bool {
+        gid == self.gid || gid == self.called.1
     }
 
     /// Does something with the caller's rights, on this thread.
@@ -105,6 +119,8 @@ mod tests {
         assert_eq!(root.groups, [5]);
         assert_eq!(Identity::of(None, SQUASH).uid, 65534);
         assert_eq!(caller(7, 0, &[]).gid, 65533);
+        assert!(root.is_user(0) && root.is_user(65534) && root.is_group(0));
+        assert!(!caller(7, 8, &[]).is_user(0) && !caller(7, 8, &[9]).is_group(9));
     }
 
     #[test]

@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
-use std::os::fd::AsFd as _;
 
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
@@ -77,7 +76,7 @@ impl Call<'_> {
                 b".." => None,
                 name => directory.child(name, OFlag::O_PATH, Mode::empty()).ok(),
             };
-            let object = object.and_then(|fd| Object::new(fd).ok());
+            let object = object.and_then(|fd| self.export.own(fd).ok());
             let handle = object.as_ref().and_then(|o| self.export.handle(&o.fd).ok());
             let attributes = object.map(|object| self.export.attributes(&object.stat));
             // Neither is told of what may not be looked up, or is there no more.
@@ -105,7 +104,8 @@ impl Call<'_> {
         out.u64(0);
         let listed = self.who.act(|| {
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-            let fd = nix::fcntl::openat(directory.fd.as_fd(), c".", flags, Mode::empty())?;
+            // By what is open here: to open `.` takes the right to pass the directory as well.
+            let fd = nix::fcntl::open(&directory.path(), flags, Mode::empty())?;
             let mut file = File::from(fd);
             // What the file system does not take as a position.
             let sought = file.seek(SeekFrom::Start(position));

@@ -60,7 +60,7 @@ impl Call<'_> {
             .who
             .act(|| directory.child(name, OFlag::O_PATH, Mode::empty()))?;
         match found {
-            Ok(fd) => Object::new(fd),
+            Ok(fd) => self.export.own(fd),
             // Another file system: what is mounted there is not exported.
             Err(nix::errno::Errno::EXDEV) => Err(Status::Acces),
             Err(error) => Err(error.into()),
@@ -114,9 +114,12 @@ impl Call<'_> {
     }
 
     pub fn read(&self, args: &mut Reader, out: &mut Writer) -> Done {
-        let (handle, offset, count) =
-            args.all(|args| Ok((args.bytes(HANDLE_MAX)?, args.u64()?, args.u32()?)))?;
-        let object = self.export.object(handle)?;
+        let protocol::Read {
+            file,
+            offset,
+            count,
+        } = args.all(protocol::read)?;
+        let object = self.export.object(file)?;
         let file = object.data(self.who, false)?;
         let count = count.min(IO_MAX) as usize;
         read_ahead(&file, offset, count);
@@ -140,7 +143,7 @@ impl Call<'_> {
                 Err(error) => return Err(error.into()),
             }
         }
-        let object = Object::new(object.fd)?;
+        let object = self.export.own(object.fd)?;
         let end = offset.saturating_add(filled as u64) >= object.stat.st_size as u64;
         let mut before = Writer::default();
         self.attributes(&object, &mut before);
@@ -245,7 +248,7 @@ impl Call<'_> {
         let below = path.strip_prefix(root);
         let below = below.filter(|rest| rest.is_empty() || rest[0] == b'/');
         let names = below.unwrap_or(path).split(|byte| *byte == b'/');
-        let mut at = Object::new(self.export.root.try_clone()?.into())?;
+        let mut at = self.export.own(self.export.root.try_clone()?.into())?;
         for part in names.filter(|name| !name.is_empty()) {
             at = self.found(&at, export::name(part)?)?;
         }

@@ -6,8 +6,8 @@
 //!
 //! It serves NFS version 3 and its MOUNT protocol on one TCP port, without a portmapper and without locks (`nolock`):
 //!
-//! - `server` takes connections, in bounds, from the clients alone, and calls from them. `rpc` and `xdr` read these, `calls` sends them to
-//!   `look`, `listing`, `change` and `write`.
+//! - `server` takes connections from the clients alone, as many as `clients` says, and `connection` calls from them, in bounds. `rpc` and
+//!   `xdr` read these, `calls` sends them to `look`, `listing`, `change` and `write`. `said` keeps the log short.
 //! - `identity` has each call run with its caller's rights, so that the kernel decides. Clients are believed who their users are, so only
 //!   their root may call: from a port below 1024, unless `any_port` is set.
 //! - `handle` and `export` keep clients in the export. Handles are the kernel's own, with a seal: they last over renames and restarts.
@@ -15,10 +15,12 @@
 //!   not told to be, a client writes again after the server, or its host, was cut down.
 //! - `replay` answers a call that comes twice as it did the first time.
 //!
-//! Root of a client is nobody here, devices are not made, and it runs as root.
+//! Root of a client is nobody here, devices are not made (pipes and sockets are), and it runs as root.
 
 mod calls;
 mod change;
+mod clients;
+mod connection;
 mod export;
 mod handle;
 mod identity;
@@ -27,6 +29,7 @@ mod look;
 mod protocol;
 mod replay;
 mod rpc;
+mod said;
 mod server;
 mod sys;
 mod unstable;
@@ -40,7 +43,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use batchai_common::{shutdown, telemetry};
+use batchai_common::{limits, shutdown, telemetry};
 use serde::{Deserialize, Serialize};
 
 use crate::journal::{AttemptDir, JournalError};
@@ -54,8 +57,8 @@ pub const CONFIG: &str = "config.json";
 pub const STATUS: &str = "status.json";
 /// How many clients an export may have.
 pub const CLIENTS_MAX: usize = 4096;
-/// How many calls are done at once.
-const CALLS_AT_ONCE: usize = 32;
+/// How many calls are done at once: of one client no more than `clients::CALLS_OF_ONE`.
+const CALLS_AT_ONCE: usize = 128;
 /// For those that are being done when it is to end.
 const LAST_CALLS: Duration = Duration::from_secs(5);
 
@@ -101,6 +104,15 @@ pub enum ServerError {
     Config { path: PathBuf, why: String },
     #[error("only root can serve files for others: run the agent as root")]
     NotRoot,
+    #[error(
+        "the agent lacks {}: without it no files can be served as those whose they are; let its unit or container have it",
+        .0.join(" and ")
+    )]
+    Rights(Vec<&'static str>),
+    #[error(
+        "the agent may not set its groups ({0}), as in a user namespace that denies it: run it outside of one"
+    )]
+    Groups(io::Error),
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(transparent)]
@@ -185,10 +197,16 @@ fn serve(dir: &Path) -> Result<(), ServerError> {
     if !nix::unistd::geteuid().is_root() {
         return Err(ServerError::NotRoot);
     }
+    limits::raise_open_files().map_err(io::Error::from)?;
+    may_be_killed(Path::new("/proc/self/oom_score_adj"))?;
     // Modes are as callers ask; and threads that are started from here have the rights that are left.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    let missing = sys::missing_rights()?;
+    if !missing.is_empty() {
+        return Err(ServerError::Rights(missing));
+    }
     sys::give_up_rights()?;
-    sys::set_thread_groups(&[])?;
+    sys::set_thread_groups(&[]).map_err(ServerError::Groups)?;
     let export = export::Export::open(&config.root, dir, config.generation)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -201,6 +219,19 @@ fn serve(dir: &Path) -> Result<(), ServerError> {
     });
     runtime.shutdown_timeout(LAST_CALLS);
     ended
+}
+
+/// What spares the agent where memory is short is not for its servers: a client that has one take memory must not have jobs die for it.
+fn may_be_killed(score: &Path) -> Result<(), ServerError> {
+    let file = |error| ServerError::File {
+        path: score.to_owned(),
+        error,
+    };
+    let spared = fs::read_to_string(score).map_err(file)?;
+    match spared.trim_end().starts_with('-') {
+        true => fs::write(score, "0").map_err(file),
+        false => Ok(()),
+    }
 }
 
 /// Has one server at a time use a directory. Who started it sees by the lock that it runs.
@@ -227,6 +258,16 @@ fn tell(dir: &Path, status: &Status) -> Result<(), ServerError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn it_is_not_spared_where_memory_is_short() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (inherited, left) in [("-900\n", "0"), ("0\n", "0\n"), ("300\n", "300\n")] {
+            fs::write(file.path(), inherited).unwrap();
+            may_be_killed(file.path()).unwrap();
+            assert_eq!(fs::read_to_string(file.path()).unwrap(), left);
+        }
+    }
 
     #[test]
     fn what_it_is_told_is_read_whole_or_refused() {

@@ -90,7 +90,7 @@ impl Procedure {
         use Procedure::*;
         matches!(
             self,
-            Setattr | Create | Mkdir | Symlink | Remove | Rmdir | Rename | Link
+            Setattr | Create | Mkdir | Symlink | Mknod | Remove | Rmdir | Rename | Link
         )
     }
 }
@@ -124,6 +124,7 @@ pub enum Status {
     NotSupp = 10004,
     TooSmall = 10005,
     ServerFault = 10006,
+    BadType = 10007,
     Jukebox = 10008,
 }
 
@@ -245,6 +246,22 @@ pub fn settings(reader: &mut Reader) -> Result<Settings, Garbage> {
         size: reader.option(Reader::u64)?,
         accessed: set_time(reader)?,
         modified: set_time(reader)?,
+    })
+}
+
+/// The arguments of READ.
+#[derive(Clone, Copy, Debug)]
+pub struct Read<'a> {
+    pub file: &'a [u8],
+    pub offset: u64,
+    pub count: u32,
+}
+
+pub fn read<'a>(reader: &mut Reader<'a>) -> Result<Read<'a>, Garbage> {
+    Ok(Read {
+        file: reader.bytes(HANDLE_MAX)?,
+        offset: reader.u64()?,
+        count: reader.u32()?,
     })
 }
 

@@ -1,66 +1,44 @@
-//! Connections: who may have one, and in what bounds calls come and answers go.
+//! Serves: takes connections of clients until it is told to stop, reads again what it is told, and syncs what clients leave alone.
 //!
-//! A client has a number of calls that are being done or whose answers it has not taken; then no more are read from it. So nobody keeps
-//! others from being served, and memory has a bound: connections times the largest record, and clients times their calls.
+//! `clients` says who may have a connection, `connection` what is done with one.
 
-use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::HashSet;
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::calls;
+use super::clients::{Clients, listed};
+use super::connection::{self, Memory};
 use super::export::Export;
 use super::identity::Squash;
-use super::protocol::{IO_MAX, Procedure};
+use super::protocol::Procedure;
 use super::replay::Replay;
 use super::rpc;
 use super::xdr::Reader;
-use super::{Config, LAST_CALLS, ServerError, Status, tell};
+use super::{Config, LAST_CALLS, ServerError, Status, said, tell};
 
-const CONNECTIONS_MAX: usize = 256;
-/// Of one client: more than Linux's `nconnect` allows.
-const CONNECTIONS_OF_ONE: usize = 32;
-const CALLS_OF_ONE: usize = 32;
-/// What a call has beside the data that it writes is less.
-const RECORD_MAX: usize = IO_MAX as usize + (8 << 10);
-/// After this a client connects anew when it has something to say.
-const IDLE: Duration = Duration::from_secs(15 * 60);
-/// For what is under way in either direction.
-const PATIENCE: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(200);
 const SETTLE: Duration = Duration::from_secs(1);
 /// After a connection that could not be taken.
 const RECOVER: Duration = Duration::from_millis(100);
-/// Below it only root binds.
-const PORTS_OF_ROOT: u16 = 1024;
-/// Of how many strangers a line is logged.
-const STRANGERS_MAX: usize = 64;
 
-/// What a client has left.
-#[derive(Clone)]
-struct Client {
-    connections: Arc<Semaphore>,
-    calls: Arc<Semaphore>,
-}
-
-struct Server {
+/// What all connections have in common.
+pub struct Server {
     export: Export,
     replay: Replay,
     config: watch::Receiver<Arc<Config>>,
-    clients: Mutex<HashMap<IpAddr, Client>>,
-    strangers: Mutex<HashSet<IpAddr>>,
-    connections: Arc<Semaphore>,
+    clients: Clients,
+    pub memory: Memory,
     /// Connections and calls.
-    tracker: TaskTracker,
+    pub tracker: TaskTracker,
 }
 
 /// Serves until it is told to stop.
@@ -83,15 +61,14 @@ pub async fn run(
         export,
         replay: Replay::default(),
         config: told,
-        clients: Mutex::default(),
-        strangers: Mutex::default(),
-        connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+        clients: Clients::new()?,
+        memory: Memory::new(),
         tracker: TaskTracker::new(),
     });
     tell(dir, &status)?;
     tracing::info!(address = ?status.address, root = %server.export.path.display(), "files are served");
     let ended = tokio::select! {
-        ended = follow(dir, &tell_config) => ended,
+        ended = follow(dir, &server, &tell_config) => ended,
         () = settle(&server) => Ok(()),
         () = accept(&server, listener, &stop) => Ok(()),
         () = stop.cancelled() => Ok(()),
@@ -113,7 +90,11 @@ pub async fn run(
 }
 
 /// Reads what the server is told when it changes.
-async fn follow(dir: &Path, tell: &watch::Sender<Arc<Config>>) -> Result<(), ServerError> {
+async fn follow(
+    dir: &Path,
+    server: &Server,
+    tell: &watch::Sender<Arc<Config>>,
+) -> Result<(), ServerError> {
     let path: PathBuf = dir.join("config.json");
     let mark = || {
         let found = std::fs::metadata(&path).ok()?;
@@ -132,7 +113,11 @@ async fn follow(dir: &Path, tell: &watch::Sender<Arc<Config>>) -> Result<(), Ser
                     if fixed(&old) != fixed(&config) {
                         return Err(ServerError::Changed);
                     }
+                    let clients = config.clients.iter().map(IpAddr::to_canonical);
+                    let clients: HashSet<_> = clients.collect();
                     tell.send_replace(Arc::new(config));
+                    server.clients.keep(|address| clients.contains(&address));
+                    server.replay.keep(|address| clients.contains(&address));
                 }
                 Err(error) => tracing::error!(%error, "what was told before still holds"),
             }
@@ -147,7 +132,9 @@ async fn settle(server: &Arc<Server>) {
         tokio::time::sleep(SETTLE).await;
         let server = Arc::clone(server);
         let settled = tokio::task::spawn_blocking(move || server.export.unstable.settle(false));
-        if let Err(error) = settled.await {
+        if let Err(error) = settled.await
+            && said::may_say("not settled", None)
+        {
             tracing::error!(%error, "files that were left alone are not synced");
         }
     }
@@ -158,12 +145,15 @@ async fn accept(server: &Arc<Server>, listener: TcpListener, stop: &Cancellation
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!(%error, "a connection could not be taken");
+                if said::may_say("not accepted", None) {
+                    tracing::warn!(%error, "a connection could not be taken");
+                }
                 tokio::time::sleep(RECOVER).await;
                 continue;
             }
         };
-        let Some(seat) = server.seat(peer) else {
+        let config = Arc::clone(&server.config.borrow());
+        let Some(seat) = server.clients.seat(&config, peer) else {
             continue;
         };
         let (tracker, stop) = (&server.tracker, stop.child_token());
@@ -172,8 +162,12 @@ async fn accept(server: &Arc<Server>, listener: TcpListener, stop: &Cancellation
             let address = seat.address;
             let gone = server.gone(address);
             tokio::select! {
-                () = connection(&server, stream, &seat, &stop) => {}
-                () = gone => tracing::info!(client = %address, "is no client any more"),
+                () = connection::serve(&server, stream, &seat, &stop) => {}
+                () = gone => {
+                    if said::may_say("no client", Some(address)) {
+                        tracing::info!(client = %address, "is no client any more");
+                    }
+                }
                 () = stop.cancelled() => {}
             }
             // Ends the tasks of the connection.
@@ -182,56 +176,7 @@ async fn accept(server: &Arc<Server>, listener: TcpListener, stop: &Cancellation
     }
 }
 
-/// A place for a connection. Dropping it frees it.
-struct Seat {
-    address: IpAddr,
-    client: Client,
-    _held: [OwnedSemaphorePermit; 2],
-}
-
 impl Server {
-    /// Whether somebody may come, and has not come too often.
-    fn seat(&self, peer: SocketAddr) -> Option<Seat> {
-        let address = peer.ip().to_canonical();
-        let config = Arc::clone(&self.config.borrow());
-        if !listed(&config, address) {
-            self.refuse(address, "it is not among the clients");
-            return None;
-        }
-        if !config.any_port && peer.port() >= PORTS_OF_ROOT {
-            self.refuse(address, "it comes from a port that not only root may use");
-            return None;
-        }
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        clients.retain(|address, _| listed(&config, *address));
-        let client = clients.entry(address).or_insert_with(|| Client {
-            connections: Arc::new(Semaphore::new(CONNECTIONS_OF_ONE)),
-            calls: Arc::new(Semaphore::new(CALLS_OF_ONE)),
-        });
-        let own = Arc::clone(&client.connections).try_acquire_owned().ok();
-        let all = Arc::clone(&self.connections).try_acquire_owned().ok();
-        let (Some(own), Some(all)) = (own, all) else {
-            tracing::warn!(client = %address, "a connection too many");
-            return None;
-        };
-        Some(Seat {
-            address,
-            client: client.clone(),
-            _held: [own, all],
-        })
-    }
-
-    /// Says once of somebody that it may not come.
-    fn refuse(&self, address: IpAddr, why: &str) {
-        let mut known = self
-            .strangers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if known.len() < STRANGERS_MAX && known.insert(address) {
-            tracing::warn!(client = %address, "refused: {why}");
-        }
-    }
-
     /// Waits until somebody is no client any more.
     async fn gone(&self, address: IpAddr) {
         let mut config = self.config.clone();
@@ -240,7 +185,7 @@ impl Server {
     }
 
     /// Answers one call. None: nobody is to be answered.
-    fn answer(&self, client: IpAddr, record: &[u8]) -> Option<Vec<u8>> {
+    pub fn answer(&self, client: IpAddr, record: &[u8]) -> Option<Vec<u8>> {
         let mut arguments = Reader(record);
         let head = match rpc::head(&mut arguments) {
             Ok(head) => head,
@@ -260,90 +205,4 @@ impl Server {
             Some(answer())
         }
     }
-}
-
-fn listed(config: &Config, address: IpAddr) -> bool {
-    config
-        .clients
-        .iter()
-        .any(|client| client.to_canonical() == address)
-}
-
-/// Reads calls until the client goes, or does what it may not.
-async fn connection(
-    server: &Arc<Server>,
-    stream: TcpStream,
-    seat: &Seat,
-    stop: &CancellationToken,
-) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::warn!(%error, "answers are slow");
-    }
-    let (mut read, write) = stream.into_split();
-    let (send, answers) = mpsc::channel(CALLS_OF_ONE);
-    let writing = stop.clone();
-    tokio::spawn(async move {
-        tokio::select! {
-            () = write_answers(write, answers) => writing.cancel(),
-            () = writing.cancelled() => {}
-        }
-    });
-    while let Some(record) = next_record(&mut read, seat.address).await {
-        let Ok(permit) = Arc::clone(&seat.client.calls).acquire_owned().await else {
-            return;
-        };
-        let (own, send, address) = (Arc::clone(server), send.clone(), seat.address);
-        // It is done to its end, also where the connection ends before.
-        server.tracker.spawn_blocking(move || {
-            if let Some(answer) = own.answer(address, &record) {
-                // There is room for as many as there are permits; a client that is gone wants none.
-                let _ = send.try_send((rpc::whole(answer), permit));
-            }
-        });
-    }
-}
-
-type Answer = (Vec<u8>, OwnedSemaphorePermit);
-
-/// Ends when the client does not take its answers.
-async fn write_answers(mut write: OwnedWriteHalf, mut answers: mpsc::Receiver<Answer>) {
-    while let Some((answer, permit)) = answers.recv().await {
-        let written = tokio::time::timeout(PATIENCE, write.write_all(&answer)).await;
-        if !matches!(written, Ok(Ok(()))) {
-            return;
-        }
-        drop(permit);
-    }
-}
-
-/// The next call. None where there is none, or it is too long or too slow.
-async fn next_record(read: &mut OwnedReadHalf, client: IpAddr) -> Option<Vec<u8>> {
-    let mut mark = [0; 4];
-    tokio::time::timeout(IDLE, read.read_exact(&mut mark))
-        .await
-        .ok()?
-        .ok()?;
-    let rest = async {
-        let mut record = Vec::new();
-        loop {
-            let (length, last) = rpc::piece(mark);
-            if record.len() + length > RECORD_MAX || (length == 0 && !last) {
-                tracing::warn!(%client, "a call that is too long");
-                return None;
-            }
-            record.reserve_exact(length);
-            let end = record.len() + length;
-            let mut piece = (&mut *read).take(length as u64);
-            while record.len() < end {
-                if piece.read_buf(&mut record).await.ok()? == 0 {
-                    return None;
-                }
-            }
-            if last {
-                return Some(record);
-            }
-            read.read_exact(&mut mark).await.ok()?;
-        }
-    };
-    tokio::time::timeout(PATIENCE, rest).await.ok()?
 }

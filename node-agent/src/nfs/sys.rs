@@ -110,17 +110,38 @@ pub fn set_thread_groups(groups: &[u32]) -> io::Result<()> {
     }
 }
 
-/// The rights that the server needs: to open by handle, to do what owners may, and to take the place of callers. Above all it may not
-/// have the right to go beyond quotas and into what is kept for root, which callers would have with it.
-pub const RIGHTS: u32 = (1 << 1) | (1 << 2) | (1 << 6) | (1 << 7);
+/// The rights that the server needs, by their numbers: to open by handle, to do what owners may, and to take the place of callers. Above
+/// all it may not have the right to go beyond quotas and into what is kept for root, which callers would have with it.
+const RIGHTS: [(u32, &str); 4] = [
+    (1, "CAP_DAC_OVERRIDE"),
+    (2, "CAP_DAC_READ_SEARCH"),
+    (6, "CAP_SETGID"),
+    (7, "CAP_SETUID"),
+];
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
-/// Gives up all rights of root but `RIGHTS`. Threads that are started later have no more either.
+/// Those of the rights that the server needs that this thread does not have, by their names.
+#[allow(unsafe_code)]
+pub fn missing_rights() -> io::Result<Vec<&'static str>> {
+    let mut header = [CAPABILITY_VERSION_3, 0];
+    let mut sets = [0_u32; 6];
+    // SAFETY: the kernel reads and may write two numbers, and writes, in this version, six.
+    let done = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let permitted = sets[1];
+    let missing = RIGHTS.iter().filter(|(bit, _)| permitted & (1 << bit) == 0);
+    Ok(missing.map(|(_, name)| *name).collect())
+}
+
+/// Gives up all rights of root but those that the server needs. Threads that are started later have no more either.
 #[allow(unsafe_code)]
 pub fn give_up_rights() -> io::Result<()> {
-    const VERSION_3: u32 = 0x2008_0522;
-    let header = [VERSION_3, 0];
+    let header = [CAPABILITY_VERSION_3, 0];
+    let rights = RIGHTS.iter().fold(0, |all, (bit, _)| all | (1 << bit));
     // Effective, permitted and inherited, for the first 32 rights and for the others.
-    let sets = [RIGHTS, RIGHTS, 0, 0, 0, 0];
+    let sets = [rights, rights, 0, 0, 0, 0];
     // SAFETY: the kernel reads two numbers and, in this version, six.
     let done = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
     match done {

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::said;
+
 /// How many files may wait. Writes to others are stable at once.
 const FILES_MAX: usize = 256;
 /// How long a file may be left alone.
@@ -24,7 +26,7 @@ struct Waiting {
     last: Instant,
 }
 
-/// The files, by their numbers: as long as they are open no other file has one of these.
+/// The files, by their numbers: as long as they are open no other file of the export, which is one file system, has one of these.
 pub struct Unstable {
     files: Mutex<HashMap<u64, Waiting>>,
     verifier: AtomicU64,
@@ -81,6 +83,9 @@ impl Unstable {
     }
 
     /// Makes all writes to a file stable. One that does not wait has none that are not.
+    ///
+    /// Where that fails it waits no longer either, but for writes that came meanwhile: what was lost cannot be synced, and who wrote it
+    /// learns of it by the verifier.
     pub fn commit(&self, number: u64) -> io::Result<()> {
         let found = self
             .files()
@@ -100,12 +105,12 @@ impl Unstable {
             // Another one has synced it meanwhile.
             return Ok(());
         }
-        self.sync(&file)?;
+        let synced = self.sync(&file);
         let mut files = self.files();
         if of(&files) == writes {
             files.remove(&number);
         }
-        Ok(())
+        synced
     }
 
     /// Syncs the files that were left alone, or all.
@@ -116,10 +121,10 @@ impl Unstable {
         let numbers: Vec<u64> = numbers.map(|(number, _)| *number).collect();
         drop(files);
         for number in numbers {
-            if let Err(error) = self.commit(number) {
+            if let Err(error) = self.commit(number)
+                && said::may_say("lost data", None)
+            {
                 tracing::error!(%error, file = number, "written data may be lost: clients are asked to write it again");
-                // What was lost cannot be synced, and its writers know.
-                self.files().remove(&number);
             }
         }
     }
@@ -158,8 +163,35 @@ mod tests {
         let before = unstable.verifier();
         assert!(unstable.commit(1).is_err());
         assert_ne!(unstable.verifier(), before);
-        unstable.settle(true);
-        assert!(unstable.files().is_empty());
+        assert!(
+            unstable.files().is_empty(),
+            "what is lost is not waited for"
+        );
+    }
+
+    #[test]
+    fn nobody_is_told_that_lost_data_is_stable() {
+        use std::sync::atomic::AtomicBool;
+        let unstable = Unstable::new();
+        let pipe = Arc::new(File::from(nix::unistd::pipe().unwrap().1));
+        let done = AtomicBool::new(false);
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    unstable.settle(true);
+                }
+            });
+            for round in 0..20_000 {
+                let told = unstable.verifier();
+                assert!(unstable.wrote(1, &pipe));
+                let committed = unstable.commit(1);
+                if committed.is_ok() && unstable.verifier() == told {
+                    done.store(true, Ordering::SeqCst);
+                    panic!("round {round}: what cannot be synced is said to be stable");
+                }
+            }
+            done.store(true, Ordering::SeqCst);
+        });
     }
 
     #[test]
