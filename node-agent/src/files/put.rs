@@ -176,7 +176,11 @@ fn forget_others(dir: &OwnedFd, name: &str, own: &str) -> io::Result<()> {
         if other == own || !parts::is_part_of(name, other) {
             continue;
         }
-        let file = File::from(beneath(base, other, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?);
+        // It may be another user's, or just got its name.
+        let Ok(opened) = beneath(base, other, OFlag::O_RDONLY | OFlag::O_NONBLOCK) else {
+            continue;
+        };
+        let file = File::from(opened);
         let metadata = file.metadata()?;
         // One of the future is as good as new.
         let age = metadata.modified()?.elapsed().unwrap_or_default();
