@@ -32,6 +32,9 @@ use crate::error::CliError;
 /// What broke is tried again for so long before the command gives up; each try waits a little.
 const RETRY_MAX: Duration = Duration::from_secs(30);
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// Who has much to do waits for room so long, and looks for it this often.
+const BUSY_MAX: Duration = Duration::from_secs(600);
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// What goes away in its own time is looked for this often.
 pub const LOOK_PAUSE: Duration = Duration::from_millis(100);
 
@@ -183,30 +186,52 @@ pub fn request<T>(message: T) -> tonic::Request<T> {
 #[derive(Default)]
 pub struct Retry {
     since: Option<Instant>,
+    /// Since when there is no room.
+    full: Option<Instant>,
+    patient: bool,
 }
 
 impl Retry {
+    /// One that waits for room for long: what it is wanted for takes its time as well.
+    pub fn patient() -> Retry {
+        Retry {
+            patient: true,
+            ..Retry::default()
+        }
+    }
+
     /// It worked.
     pub fn reset(&mut self) {
-        self.since = None;
+        (self.since, self.full) = (None, None);
     }
 
     /// Waits a little where trying again makes sense, else gives the error back.
     pub async fn again(&mut self, status: Status) -> Result<(), CliError> {
+        match self.pause(&status) {
+            Some(pause) => tokio::time::sleep(pause).await,
+            None => return Err(status.into()),
+        }
+        Ok(())
+    }
+
+    /// How long to wait before trying again; none where that makes no sense.
+    fn pause(&mut self, status: &Status) -> Option<Duration> {
         // What tonic calls Unknown, Cancelled or Internal here is a connection that broke at some moment or other.
         let broken = matches!(
             status.code(),
             Code::Unavailable | Code::Unknown | Code::Cancelled | Code::OutOfRange
         );
-        let again = status
-            .get_details_error_info()
-            .is_some_and(|info| ["OUTCOME_UNKNOWN", "BUSY"].contains(&info.reason.as_str()));
-        let since = *self.since.get_or_insert_with(Instant::now);
-        if !(broken || again) || since.elapsed() > RETRY_MAX {
-            return Err(status.into());
+        let info = status.get_details_error_info();
+        let reason = info.map(|info| info.reason).unwrap_or_default();
+        if self.patient && reason == "BUSY" {
+            // Who says so is there.
+            self.since = None;
+            let full = *self.full.get_or_insert_with(Instant::now);
+            return (full.elapsed() <= BUSY_MAX).then_some(BUSY_PAUSE);
         }
-        tokio::time::sleep(RETRY_PAUSE).await;
-        Ok(())
+        let again = broken || ["OUTCOME_UNKNOWN", "BUSY"].contains(&reason.as_str());
+        let since = *self.since.get_or_insert_with(Instant::now);
+        (again && since.elapsed() <= RETRY_MAX).then_some(RETRY_PAUSE)
     }
 }
 
@@ -229,5 +254,37 @@ where
             Ok(reply) => return Ok(reply.into_inner()),
             Err(status) => retry.again(status).await?,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use batchai_common::error::ApiError;
+
+    use super::*;
+
+    #[test]
+    fn who_copies_waits_longer_for_room_than_for_an_answer() {
+        let busy = Status::from(ApiError::Busy { what: "room" });
+        let gone = Status::unavailable("gone");
+        let wrong = Status::failed_precondition("wrong");
+        let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds));
+        let mut other = Retry {
+            since: ago(31),
+            ..Retry::default()
+        };
+        assert_eq!(other.pause(&busy), None);
+        let mut retry = Retry {
+            since: ago(31),
+            ..Retry::patient()
+        };
+        assert_eq!(retry.pause(&gone), None);
+        assert_eq!(retry.pause(&busy), Some(BUSY_PAUSE));
+        retry.full = ago(500);
+        assert_eq!(retry.pause(&busy), Some(BUSY_PAUSE));
+        assert_eq!(retry.pause(&gone), Some(RETRY_PAUSE));
+        assert_eq!(retry.pause(&wrong), None);
+        retry.full = ago(601);
+        assert_eq!(retry.pause(&busy), None);
     }
 }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use tonic::{Code, Status};
 
+use crate::output::shown;
+
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
@@ -30,7 +32,7 @@ pub enum CliError {
     Backup(#[from] batchai_coordinator::backup::BackupError),
     #[error("{}", .0.message())]
     Refused(#[from] Box<Status>),
-    #[error("{path}: {source}", path = .path.display())]
+    #[error("{path}: {source}", path = shown(&.path.to_string_lossy()))]
     File { path: PathBuf, source: io::Error },
     #[error("{path}: {faults}", path = .path.display())]
     Content { path: PathBuf, faults: String },

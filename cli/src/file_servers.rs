@@ -8,11 +8,11 @@ use batchai_proto::v1::file_server_service_client::FileServerServiceClient;
 use batchai_proto::v1::{self, ProvisioningState};
 
 use crate::args;
-use crate::client::{Secured, request, request_id, send_once};
+use crate::client::{Retry, Secured, request, request_id, send_once};
 use crate::context::Context;
 use crate::error::CliError;
 use crate::file;
-use crate::output::{View, confirm};
+use crate::output::{View, confirm, shown};
 use crate::resources::{Done, all_pages, delete_all, get_all, part};
 use crate::server_files;
 use crate::settings::{enum_value, set_account};
@@ -124,16 +124,27 @@ pub async fn served(
     client: &mut FileServerServiceClient<Secured>,
     mut server: v1::FileServer,
 ) -> Result<v1::FileServer, CliError> {
-    let mut said = String::new();
+    let (mut said, mut retry) = (Vec::new(), Retry::default());
     while server.provisioning_state() == ProvisioningState::Creating {
-        if let Some(error) = server.errors.first().filter(|error| error.message != said) {
-            said.clone_from(&error.message);
-            eprintln!("batchai: waiting: {said}");
+        let errors: Vec<_> = server
+            .errors
+            .iter()
+            .map(|error| error.message.clone())
+            .collect();
+        for error in errors.iter().filter(|error| !said.contains(*error)) {
+            say!("batchai: waiting: {}", shown(error));
         }
+        said = errors;
         tokio::time::sleep(LOOK_EVERY).await;
         let name = server.name.clone();
         let get = request(v1::GetFileServerRequest { name });
-        server = client.get_file_server(get).await?.into_inner();
+        match client.get_file_server(get).await {
+            Ok(found) => {
+                retry.reset();
+                server = found.into_inner();
+            }
+            Err(status) => retry.again(status).await?,
+        }
     }
     Ok(server)
 }
@@ -142,10 +153,10 @@ pub async fn served(
 fn said_of(server: &v1::FileServer) -> ExitCode {
     for warning in &server.warnings {
         let (field, why) = (&warning.field, &warning.message);
-        eprintln!("batchai: {field} has no effect: {why}");
+        say!("batchai: {field} has no effect: {why}");
     }
     for error in &server.errors {
-        eprintln!("batchai: {}: {}", error.code, error.message);
+        say!("batchai: {}: {}", error.code, shown(&error.message));
     }
     match server.provisioning_state() {
         ProvisioningState::Failed => ExitCode::FAILURE,

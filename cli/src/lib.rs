@@ -78,7 +78,8 @@ pub fn main() -> ExitCode {
                 done
             });
             done.unwrap_or_else(|error| {
-                say!("batchai: {error}");
+                // It may quote what a job called its files.
+                say!("batchai: {}", output::shown_lines(&error.to_string()));
                 ExitCode::from(error.exit_code())
             })
         }

@@ -113,7 +113,7 @@ impl Printer {
 }
 
 /// Text without what moves a terminal's cursor: names of files are whatever a job made of them.
-fn shown(text: &str) -> String {
+pub fn shown(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
         match character {
@@ -123,6 +123,11 @@ fn shown(text: &str) -> String {
         }
     }
     shown
+}
+
+/// The same of several lines.
+pub fn shown_lines(text: &str) -> String {
+    text.lines().map(shown).collect::<Vec<_>>().join("\n")
 }
 
 fn table(columns: &[String], rows: &[Vec<String>]) -> Table {
@@ -232,6 +237,7 @@ mod tests {
     #[test]
     fn nothing_that_is_shown_moves_the_cursor() {
         assert_eq!(shown("a\tb\nc\x1b[2J\u{9b}é"), "a b c\\u{1b}[2J\\u{9b}é");
+        assert_eq!(shown_lines("a\x1b[2J\nb"), "a\\u{1b}[2J\nb");
     }
 
     #[test]

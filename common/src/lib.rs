@@ -12,6 +12,7 @@ pub mod images;
 pub mod limits;
 pub mod mount_options;
 pub mod names;
+pub mod parts;
 pub mod paths;
 pub mod ranks;
 pub mod shutdown;

@@ -38,6 +38,8 @@ pub use put::main as put;
 
 /// Answers at once.
 const ANSWERS_MAX: usize = 8;
+/// Answers that wait for their turn.
+const WAITING_MAX: usize = 64;
 /// Parts of an answer that the coordinator has not taken yet.
 const PARTS_MAX: usize = 4;
 /// Whole files of file servers at once, and pieces to write that wait for their process.
@@ -84,6 +86,7 @@ impl Answerer {
     /// Answers for ever.
     pub async fn run(mut self) {
         let room = Arc::new(Semaphore::new(ANSWERS_MAX));
+        let waiting = Arc::new(Semaphore::new(WAITING_MAX));
         let transfers = Arc::new(Semaphore::new(TRANSFERS_MAX));
         // Made when it is needed, again when it broke, and again now and then: what it shows is good for a time only.
         let mut channel = (self.connector.connect_lazy(), Instant::now());
@@ -111,16 +114,21 @@ impl Answerer {
                 });
                 continue;
             }
-            let Ok(permit) = room.clone().acquire_owned().await else {
-                return;
-            };
             if channel.1.elapsed() > CHANNEL_AGE_MAX {
                 channel = (self.connector.connect_lazy(), Instant::now());
             }
-            let channel = channel.0.clone();
+            let (channel, room) = (channel.0.clone(), room.clone());
+            let place = waiting.clone().try_acquire_owned().ok();
+            parts.full = place.is_none();
             tokio::spawn(async move {
+                // Not in the loop: whoever copies does not wait for those who look.
+                let turn = match place {
+                    Some(_) => room.acquire_owned().await.ok(),
+                    None => None,
+                };
+                drop(place);
                 answer(channel, hello, question, parts).await;
-                drop(permit);
+                drop(turn);
             });
         }
     }
@@ -207,6 +215,15 @@ fn fault(message: impl Into<String>) -> Stop {
     })
 }
 
+/// What may go well when it is asked for again.
+fn passing(message: &str) -> Stop {
+    Stop::Fault(FileFault {
+        message: message.to_owned(),
+        passing: true,
+        ..FileFault::default()
+    })
+}
+
 type Send<'a> = &'a dyn Fn(Part) -> Result<(), Stop>;
 
 fn tell(
@@ -216,8 +233,11 @@ fn tell(
     send: Send<'_>,
 ) -> Result<FileDone, Stop> {
     if parts.full {
+        let message = "it has as many questions about files to answer as it takes";
         return Err(Stop::Fault(FileFault {
-            busy: true,
+            busy: question.file_server.is_some(),
+            passing: question.file_server.is_none(),
+            message: message.to_owned(),
             ..FileFault::default()
         }));
     }
@@ -330,4 +350,42 @@ fn base(
 ) -> Result<(String, String), Stop> {
     let attempt = attempt.ok_or_else(|| fault("the question names no attempt"))?;
     output_directory(attempt, facts, id).map_err(|error| fault(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_copies_does_not_wait_for_those_who_look() {
+        // It takes connections, and never says a word.
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", silent.local_addr().unwrap());
+        let (questions, asked) = mpsc::channel(100);
+        let answerer = Answerer {
+            connector: Connector::new(&url, None).unwrap(),
+            hello: AnswerHello::default(),
+            facts: HostFacts::default(),
+            storage: String::new(),
+            own: &[],
+            questions: asked,
+            stuck: Stuck::default(),
+        };
+        let answers = tokio::spawn(answerer.run());
+        let question = |kind: Kind| FileRequest {
+            kind: kind as i32,
+            file_server: Some(FileServerTarget::default()),
+            ..FileRequest::default()
+        };
+        for _ in 0..=ANSWERS_MAX {
+            questions.send(question(Kind::List)).await.unwrap();
+        }
+        // All of these go over one connection.
+        let first = silent.accept().await.unwrap();
+        questions.send(question(Kind::Read)).await.unwrap();
+        let second = tokio::time::timeout(Duration::from_secs(10), silent.accept()).await;
+        assert!(second.is_ok(), "the copy waits");
+        drop(first);
+        answers.abort();
+    }
 }

@@ -2,22 +2,29 @@
 //! not.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Write as _;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 use std::time::Instant;
 
+use batchai_common::names::hex;
+use batchai_common::parts;
 use batchai_common::tls::Identity;
 use batchai_tests::ensemble::{Ensemble, SIZE};
 use batchai_tests::process::{Background, processes_of, until};
 use batchai_tests::replicas::Replicas;
 use batchai_tests::requirement;
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
 /// Nobody's: numbers that no account has.
 const USER: &str = "54321:54322";
+/// The file server's full name.
+const DATA: &str = "resourceGroups/g/workspaces/w/fileServers/data";
 /// Large enough to be cut off amid it.
 const LARGE: usize = 256 << 20;
 const CREATE: &[&str] = &[
@@ -300,7 +307,8 @@ fn what_broke_off_is_gone_on_with_whoever_was_killed() {
 
     // What lies here of another file is not gone on with.
     fs::remove_file(back.join("large")).unwrap();
-    fs::write(back.join(".large.part"), "something else").unwrap();
+    let part = parts::name("large", &format!("{DATA}/large"));
+    fs::write(back.join(part), "something else").unwrap();
     let printed = good(&e.run(&download));
     assert!(moved(&printed) >= LARGE as u64, "{printed}");
     assert!(fs::read(back.join("large")).unwrap() == fs::read(&large).unwrap());
@@ -449,4 +457,178 @@ fn whichever_replica_is_asked_files_come_from_the_node() {
         let read = fs::read_to_string(back.join("local")).unwrap();
         assert_eq!(read, format!("by {id}"), "leader {leader}");
     }
+}
+
+fn mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+#[test]
+fn what_cannot_be_copied_is_said_by_its_name_and_the_rest_is_copied() {
+    let Some((e, data)) = ensemble() else {
+        return;
+    };
+    let set = data.join("set");
+    fs::create_dir_all(set.join("nothing")).unwrap();
+    let mut expected = BTreeMap::new();
+    let mut good_file = |name: &str, content: &str| {
+        fs::write(set.join(name), content).unwrap();
+        expected.insert(PathBuf::from(name), content.as_bytes().to_vec());
+    };
+    // Names that a download could take for its own.
+    good_file("model", "the model");
+    good_file(".model.part", "another file");
+    good_file(".model.part-x", "one more");
+    good_file(&"l".repeat(255), "a longest name");
+    good_file("\u{1b}[2Jred", "with what moves the cursor");
+    // What came so far of an upload is no file yet.
+    fs::write(set.join(parts::name("model", "x")), "the mo").unwrap();
+    fs::write(set.join(OsStr::from_bytes(b"bad\xff")), "x").unwrap();
+    fs::write(set.join("secret\u{1b}[2J"), "x").unwrap();
+    mode(&set.join("secret\u{1b}[2J"), 0o600);
+    fs::create_dir(set.join("closed")).unwrap();
+    fs::write(set.join("closed/inside"), "x").unwrap();
+    mode(&set.join("closed"), 0o744);
+    fs::create_dir(set.join("shut")).unwrap();
+    mode(&set.join("shut"), 0o700);
+    symlink("model", set.join("link")).unwrap();
+
+    let listed = e.json(&verb("list", &["-p", "set"]));
+    let listed = listed.as_array().unwrap();
+    let of = |name: &str| {
+        let path = format!("set/{name}");
+        let found = listed.iter().find(|file| file["path"] == path.as_str());
+        found.map(|file| file["sizeBytes"].as_str().unwrap_or("0").to_owned())
+    };
+    assert_eq!(of("model").unwrap(), "9");
+    assert_eq!(of("link").unwrap(), "-1");
+    assert_eq!(of("bad\u{fffd}").unwrap(), "-2");
+    assert_eq!(listed.len(), 11);
+    let table = e.ok(&[&verb("list", &["-p", "set"])[..], &["-o", "table"]].concat());
+    assert!(!table.contains('\u{1b}') && table.contains("unreadable") && table.contains("other"));
+
+    let back = e.path().join("back");
+    fs::create_dir_all(back.join("set")).unwrap();
+    fs::write(back.join("set/.link.part"), "the user's own").unwrap();
+    expected.insert(".link.part".into(), b"the user's own".to_vec());
+    let download = verb("download", &["-p", "set", "-d", text(&back)]);
+    let (code, printed) = e.fails(&download);
+    println!("{printed}");
+    assert_eq!(code, 1);
+    assert!(!printed.contains('\u{1b}'), "{printed:?}");
+    for line in [
+        "batchai: set/bad\u{fffd}: it may not be looked at, or its name is not UTF-8",
+        "batchai: set/closed/inside: it may not be looked at, or its name is not UTF-8",
+        "batchai: set/link: not copied: it is a link, or no file",
+        "batchai: 4 of 9 failed",
+    ] {
+        assert!(printed.lines().any(|l| l == line), "{line}: {printed}");
+    }
+    for begin in ["batchai: set/secret\\u{1b}[2J: ", "batchai: set/shut: "] {
+        let line = printed.lines().find(|line| line.starts_with(begin));
+        assert!(
+            line.is_some_and(|l| l.contains("Permission denied")),
+            "{printed}"
+        );
+    }
+    assert!(
+        tree(&back.join("set")) == expected,
+        "{:?}",
+        tree(&back.join("set")).keys()
+    );
+    assert!(back.join("set/nothing").is_dir());
+
+    // Here as well.
+    let local = e.path().join("local");
+    fs::create_dir(&local).unwrap();
+    fs::write(local.join("a"), "a").unwrap();
+    fs::write(local.join(OsStr::from_bytes(b"b\xff")), "b").unwrap();
+    fs::write(local.join(parts::name("c", "x")), "c").unwrap();
+    fs::write(local.join("d"), "d").unwrap();
+    fs::create_dir_all(data.join("local/a")).unwrap();
+    mode(&data.join("local"), 0o777);
+    let (code, printed) = e.fails(&verb("upload", &[text(&local)]));
+    assert_eq!(code, 1, "{printed}");
+    assert!(
+        printed.contains("local/a: a directory lies there"),
+        "{printed}"
+    );
+    assert!(
+        printed.contains("b\u{fffd}: its name is not UTF-8"),
+        "{printed}"
+    );
+    assert!(
+        printed.contains("not sent: it is what came so far"),
+        "{printed}"
+    );
+    assert!(printed.contains("batchai: 2 of 3 failed"), "{printed}");
+    assert_eq!(fs::read(data.join("local/d")).unwrap(), b"d");
+}
+
+#[test]
+fn what_is_there_already_is_not_sent_again_unless_it_is_damaged() {
+    let Some((e, data)) = ensemble() else {
+        return;
+    };
+    let (local, back) = (e.path().join("file"), e.path().join("back"));
+    random(&local, 3_000_000);
+    let content = fs::read(&local).unwrap();
+    // What an earlier upload left there, and the disk damaged since.
+    let key = format!("file/{}/{}", content.len(), hex(&Sha256::digest(&content)));
+    let part = data.join(parts::name("file", &key));
+    let mut damaged = content[..2_000_000].to_vec();
+    damaged[1_000_000] ^= 1;
+    fs::write(&part, damaged).unwrap();
+    chown(&part, Some(54_321), Some(54_322)).unwrap();
+    let printed = good(&e.run(&verb("upload", &[text(&local)])));
+    assert_eq!(moved(&printed), 4_000_000, "{printed}");
+    assert!(fs::read(data.join("file")).unwrap() == content && !part.exists());
+
+    fs::write(data.join("other"), "other").unwrap();
+    let download = verb("download", &["-d", text(&back)]);
+    assert_eq!(
+        good(&e.run(&download)).matches(" of them received").count(),
+        2
+    );
+    let printed = good(&e.run(&download));
+    assert_eq!(printed.matches("all there already").count(), 2, "{printed}");
+    assert!(!printed.contains("received"), "{printed}");
+    // The same size is not the same content.
+    fs::write(data.join("other"), "OTHER").unwrap();
+    let printed = good(&e.run(&download));
+    assert!(
+        printed.contains("file: 3000000 bytes, all there already"),
+        "{printed}"
+    );
+    assert_eq!(moved(&printed), 5, "{printed}");
+    assert_eq!(fs::read(back.join("other")).unwrap(), b"OTHER");
+}
+
+#[test]
+fn a_full_disk_is_said_and_has_its_room_again() {
+    let Some((e, data)) = ensemble() else {
+        return;
+    };
+    let small = data.join("small");
+    fs::create_dir(&small).unwrap();
+    let mut mount = Command::new("mount");
+    mount.args(["-t", "tmpfs", "-o", "size=4m,mode=0777", "tmpfs"]);
+    if !mount.arg(&small).output().is_ok_and(|o| o.status.success()) {
+        return requirement::skip("a small tmpfs cannot be mounted");
+    }
+    let local = e.path().join("local");
+    fs::create_dir(&local).unwrap();
+    random(&local.join("large"), 6_000_000);
+    fs::write(local.join("small"), "small").unwrap();
+    let (code, printed) = e.fails(&verb("upload", &[text(&local), "-p", "small"]));
+    println!("{printed}");
+    assert_eq!(code, 1);
+    assert!(
+        printed.contains("small/local/large: the file server's disk is full"),
+        "{printed}"
+    );
+    assert!(printed.contains("1 of 2 failed"), "{printed}");
+    let left: Vec<_> = tree(&small).into_keys().collect();
+    assert_eq!(left, [PathBuf::from("local/small")]);
+    // What unmounts it is the end of the ensemble.
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use batchai_common::tls::Identity;
 use batchai_tests::ensemble::{Ensemble, SIZE, mounts_below};
-use batchai_tests::process::{processes_of, until};
+use batchai_tests::process::{Background, processes_of, until};
 use batchai_tests::requirement;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -45,8 +45,8 @@ fn start_store(e: &mut Ensemble) {
     e.start_agent_as("store", USER);
 }
 
-fn create(e: &Ensemble, name: &str) -> Value {
-    e.json(&[
+fn creating(name: &str) -> [&str; 19] {
+    [
         "file-server",
         "create",
         "-g",
@@ -65,9 +65,12 @@ fn create(e: &Ensemble, name: &str) -> Value {
         "Standard_LRS",
         "-u",
         "ada",
-        "-p",
-        "pass",
-    ])
+        "-ppass",
+    ]
+}
+
+fn create(e: &Ensemble, name: &str) -> Value {
+    e.json(&creating(name))
 }
 
 fn show(e: &Ensemble, name: &str) -> Value {
@@ -736,4 +739,26 @@ fn auto_storage_is_two_directories_of_the_workspaces_own_file_server() {
     start_store(&mut e);
     until_gone(&e, "batchaiautostorage");
     nothing_is_mounted(&e);
+#[test]
+fn who_waits_for_a_new_file_server_waits_on_while_the_coordinator_is_away() {
+    let Some(mut e) = ensemble(&[]) else {
+        return;
+    };
+    e.create_cluster(0);
+    // It is not served before its node works again.
+    e.agents["store"].signal(Signal::SIGSTOP);
+    let running = Background::start(&mut e.command(&creating("data")));
+    until("the file server to be there", || {
+        (show(&e, "data")["provisioningState"] == "CREATING").then_some(())
+    });
+    e.coordinator.take().unwrap().kill();
+    // For longer than a call by itself looks for who answers it.
+    std::thread::sleep(std::time::Duration::from_secs(12));
+    e.start_coordinator();
+    e.agents["store"].signal(Signal::SIGCONT);
+    let output = running.finish();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let made: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(made["provisioningState"], "SUCCEEDED", "{made}");
 }

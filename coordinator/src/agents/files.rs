@@ -276,6 +276,10 @@ impl Answer {
                 self.done = done;
                 Ok(None)
             }
+            Some(Err(fault)) if fault.passing => Err(ApiError::Unavailable {
+                why: format!("{}: {}", self.node, fault.message),
+                leader: None,
+            }),
             Some(part) => Ok(Some(part)),
             None => Err(unavailable(&self.node, "broke off its answer")),
         }

@@ -2,6 +2,8 @@
 //!
 //! The kernel itself keeps it beneath (`openat2`): no link and no `..` leads out, whatever changes meanwhile.
 
+use std::borrow::Cow;
+use std::collections::BinaryHeap;
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek as _, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,6 +11,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use batchai_common::parts;
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -19,8 +22,8 @@ use crate::user::become_user;
 
 /// Its exit code where nothing of the name is there.
 pub const ABSENT: i32 = 3;
-/// A directory with more is not listed: all its names are held at once.
-const NAMES_MAX: usize = 100_000;
+/// Names of a directory that are held at once, where no more entries are asked for.
+const NAMES_AT_ONCE: usize = 10_000;
 
 /// What is wanted.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -40,15 +43,27 @@ pub struct Wanted {
     pub offset: u64,
     /// As whom; the agent's own user where it is none.
     pub user: Option<JobUser>,
-    /// It is a file server's directory: the way to it is the agent's own, no link is followed, and a file may be listed.
+    /// It is a file server's directory: the way to it is the agent's own, no link is followed, a file may be listed, and what cannot be
+    /// read is listed as well, but not what came so far of files that are not whole yet.
     pub served: bool,
+}
+
+/// What an entry is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum What {
+    File,
+    Directory,
+    /// A link, or what is neither file nor directory.
+    Other,
+    /// It may not be looked at, or its name is not UTF-8 and so not all of its name.
+    Unreadable,
 }
 
 /// An entry of a directory; without a name it is what was to be listed itself, a file.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     pub name: String,
-    pub directory: bool,
+    pub what: What,
     pub length: u64,
     pub modified_ms: i64,
 }
@@ -149,45 +164,105 @@ fn entries(base: Base<'_>, wanted: &Wanted) -> io::Result<Vec<Entry>> {
         }
     }
     let directory = beneath(base, &wanted.path, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-    let mut names = Vec::new();
-    for entry in Dir::from_fd(directory)? {
-        let name = entry?.file_name().to_string_lossy().into_owned();
-        if name != "." && name != ".." && name > wanted.after {
-            names.push(name);
-        }
-        if names.len() > NAMES_MAX {
-            let why = format!("it has more than {NAMES_MAX} entries");
-            return Err(io::Error::other(why));
-        }
-    }
-    names.sort_unstable();
+    let mut directory = Dir::from_fd(directory)?;
     let prefix = match wanted.path.trim_end_matches('/') {
         "" => String::new(),
         path => format!("{path}/"),
     };
-    let shown = names.into_iter().filter_map(|name| {
-        let path = format!("{prefix}{name}");
-        let own = beneath(base, &path, OFlag::O_PATH | OFlag::O_NOFOLLOW).ok()?;
-        let is_link = File::from(own).metadata().ok()?.is_symlink();
-        let opened = beneath(base, &path, OFlag::O_PATH).ok()?;
-        let metadata = File::from(opened).metadata().ok()?;
-        // A link to a directory would be that directory again, and again below itself.
-        if is_link && metadata.is_dir() {
-            return None;
+    let limit = usize::try_from(wanted.limit).unwrap_or(usize::MAX);
+    let (mut shown, mut after) = (Vec::new(), wanted.after.clone());
+    // What is not shown makes room for what lies behind it.
+    while shown.len() < limit {
+        let most = (limit - shown.len()).max(NAMES_AT_ONCE);
+        let names = names(&mut directory, &after, most, wanted.served)?;
+        let all = names.len() < most;
+        for name in names {
+            after.clone_from(&name.shown);
+            if shown.len() < limit
+                && let Some(entry) = entry_of(base, &prefix, name, wanted.served)
+            {
+                shown.push(entry);
+            }
         }
-        // What leads out, dangles or is neither file nor directory is not shown.
-        (metadata.is_file() || metadata.is_dir()).then(|| entry(name, &metadata))
-    });
-    Ok(shown
-        .take(usize::try_from(wanted.limit).unwrap_or(usize::MAX))
-        .collect())
+        if all {
+            break;
+        }
+    }
+    Ok(shown)
+}
+
+/// The name of an entry; it is sorted by what is shown of it.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Name {
+    shown: String,
+    whole: bool,
+}
+
+/// The first names of a directory behind one, so many at most.
+fn names(dir: &mut Dir, after: &str, most: usize, served: bool) -> io::Result<Vec<Name>> {
+    let mut first = BinaryHeap::new();
+    for entry in dir.iter() {
+        let entry = entry?;
+        let shown = entry.file_name().to_string_lossy();
+        let is_hidden = served && parts::is_part(&shown);
+        if is_hidden || *shown == *"." || *shown == *".." || *shown <= *after {
+            continue;
+        }
+        let whole = matches!(shown, Cow::Borrowed(_));
+        let shown = shown.into_owned();
+        first.push(Name { shown, whole });
+        if first.len() > most {
+            first.pop();
+        }
+    }
+    Ok(first.into_sorted_vec())
+}
+
+/// An entry; none where it is not shown: what is gone meanwhile, and, but of a file server, what cannot be read.
+fn entry_of(base: Base<'_>, prefix: &str, name: Name, served: bool) -> Option<Entry> {
+    let path = format!("{prefix}{}", name.shown);
+    let look = |flags| File::from(beneath(base, &path, OFlag::O_PATH | flags)?).metadata();
+    let found = match name.whole {
+        true => look(OFlag::O_NOFOLLOW),
+        false => Err(io::ErrorKind::InvalidInput.into()),
+    };
+    let found = match found {
+        Ok(own) if own.is_symlink() && !served => {
+            let leads = look(OFlag::empty()).ok()?;
+            // A link to a directory would be that directory again, and again below itself.
+            return leads.is_file().then(|| entry(name.shown, &leads));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        found => found,
+    };
+    let entry = match found {
+        Ok(own) => entry(name.shown, &own),
+        Err(_) => Entry {
+            name: name.shown,
+            what: What::Unreadable,
+            length: 0,
+            modified_ms: 0,
+        },
+    };
+    // What leads out, dangles or is neither file nor directory is not shown.
+    let readable = matches!(entry.what, What::File | What::Directory);
+    (readable || served).then_some(entry)
 }
 
 fn entry(name: String, metadata: &Metadata) -> Entry {
+    let what = match metadata {
+        file if file.is_file() => What::File,
+        dir if dir.is_dir() => What::Directory,
+        _ => What::Other,
+    };
     Entry {
         name,
-        directory: metadata.is_dir(),
-        length: if metadata.is_dir() { 0 } else { metadata.len() },
+        what,
+        length: if what == What::File {
+            metadata.len()
+        } else {
+            0
+        },
         modified_ms: metadata.mtime() * 1000 + metadata.mtime_nsec() / 1_000_000,
     }
 }
@@ -211,7 +286,9 @@ fn bytes(base: Base<'_>, wanted: &Wanted, out: &mut impl Write) -> io::Result<()
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
     use std::fs;
+    use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::symlink;
 
     use super::*;
@@ -303,5 +380,64 @@ mod tests {
             names(dir.path(), |w| (w.limit, w.after) = (2, "f1".into())),
             ["f2", "f3"]
         );
+    }
+    fn listed(base: &Path, change: impl FnOnce(&mut Wanted)) -> Vec<(String, What)> {
+        let listed = answer(base, |wanted| {
+            (wanted.list, wanted.limit, wanted.served) = (true, 100, true);
+            change(wanted);
+        });
+        let entries: Vec<Entry> = serde_json::from_str(&listed.unwrap()).unwrap();
+        entries.into_iter().map(|e| (e.name, e.what)).collect()
+    }
+
+    #[test]
+    fn what_cannot_be_read_of_a_file_server_is_listed_as_such() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("served");
+        fs::create_dir_all(base.join("sub")).unwrap();
+        fs::write(base.join("file"), "content").unwrap();
+        fs::write(base.join(parts::name("file", "x")), "cont").unwrap();
+        fs::write(base.join(".file.part"), "anybody's").unwrap();
+        symlink("file", base.join("link")).unwrap();
+        nix::unistd::mkfifo(&base.join("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::write(base.join(OsStr::from_bytes(b"bad\xff")), "x").unwrap();
+        let found = listed(&base, |_| ());
+        let found: Vec<_> = found.iter().map(|(n, w)| (n.as_str(), *w)).collect();
+        let expected = [
+            (".file.part", What::File),
+            ("bad\u{fffd}", What::Unreadable),
+            ("file", What::File),
+            ("link", What::Other),
+            ("pipe", What::Other),
+            ("sub", What::Directory),
+        ];
+        assert_eq!(found, expected);
+        // Of a job's directory what cannot be read is not shown, but links to files are.
+        let of_job = names(&base, |w| w.after = ".file.part-~".into());
+        assert_eq!(of_job, ["file", "link", "sub"]);
+    }
+
+    #[test]
+    fn however_many_there_are_they_are_listed_page_by_page() {
+        let dir = tempfile::tempdir().unwrap();
+        for i in 0..100_010 {
+            File::create(dir.path().join(format!("{i:06}"))).unwrap();
+        }
+        let page = |after: &str| {
+            listed(dir.path(), |w| (w.limit, w.after) = (3, after.to_owned()))
+                .into_iter()
+                .map(|(name, _)| name)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(page(""), ["000000", "000001", "000002"]);
+        assert_eq!(page("100006"), ["100007", "100008", "100009"]);
+        assert!(page("100009").is_empty());
+        // What is not shown takes nobody's place, however much of it there is.
+        let links = tempfile::tempdir().unwrap();
+        for i in 0..NAMES_AT_ONCE + 10 {
+            symlink("none", links.path().join(format!("{i:06}"))).unwrap();
+        }
+        fs::write(links.path().join("last"), "").unwrap();
+        assert_eq!(names(links.path(), |w| w.limit = 2), ["last"]);
     }
 }

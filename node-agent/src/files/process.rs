@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
 use batchai_common::names::hex;
@@ -19,8 +20,9 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
+use super::look::What;
 use super::put::Progress;
-use super::{Send, Stop, Stuck, fault, look, put};
+use super::{Send, Stop, Stuck, fault, look, passing, put};
 
 /// Entries in one message.
 const ENTRIES_MAX: usize = 500;
@@ -28,8 +30,32 @@ const ENTRIES_MAX: usize = 500;
 const SILENCE_MAX_MS: u16 = 20_000;
 /// Processes that are stuck in the kernel: with so many, no other is started.
 const STUCK_MAX: usize = 8;
-/// Whoever waits is told after so many bytes that he does not get.
-pub const ALIVE_EVERY: u64 = 64 << 20;
+/// Whoever waits and gets nothing is told this often that it goes on.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
+
+/// When it was last said that something goes on.
+pub struct Pulse(Instant);
+
+impl Default for Pulse {
+    fn default() -> Pulse {
+        Pulse(Instant::now())
+    }
+}
+
+impl Pulse {
+    /// Whether it is to be said again; it counts as said then.
+    pub fn is_due(&mut self) -> bool {
+        let due = self.0.elapsed() >= ALIVE_EVERY;
+        if due {
+            self.0 = Instant::now();
+        }
+        due
+    }
+}
+
+/// The sizes that say of what is in a file server that it cannot be read.
+const OTHER: i64 = -1;
+const UNREADABLE: i64 = -2;
 
 /// Starts processes that look.
 #[derive(Clone)]
@@ -96,9 +122,14 @@ fn next(pipe: Option<&mut (impl io::Read + AsFd)>, buffer: &mut [u8]) -> Result<
 
 /// Waits until a process takes or says something.
 fn ready(fd: &impl AsFd, what: PollFlags) -> Result<(), Stop> {
+    ready_within(fd, what, SILENCE_MAX_MS)
+}
+
+fn ready_within(fd: &impl AsFd, what: PollFlags, most_ms: u16) -> Result<(), Stop> {
     let mut fds = [PollFd::new(fd.as_fd(), what)];
-    match poll(&mut fds, PollTimeout::from(SILENCE_MAX_MS)) {
-        Ok(0) => Err(fault("the directory does not answer: is its mount dead?")),
+    match poll(&mut fds, PollTimeout::from(most_ms)) {
+        // A slow disk may answer the next one, and so may one that is mounted again.
+        Ok(0) => Err(passing("the directory does not answer: is its mount dead?")),
         Ok(_) => Ok(()),
         Err(error) => Err(fault(error.to_string())),
     }
@@ -129,7 +160,7 @@ impl Looking {
     /// All bytes of a file, of which those from an offset on are passed on.
     pub fn whole(&mut self, from: u64, send: Send<'_>) -> Result<FileDone, Stop> {
         let mut buffer = vec![0; FILE_CHUNK_BYTES_MAX];
-        let (mut hash, mut size, mut silent) = (Sha256::new(), 0_u64, 0);
+        let (mut hash, mut size, mut pulse) = (Sha256::new(), 0_u64, Pulse::default());
         loop {
             let read = self.read(&mut buffer)?;
             if read == 0 {
@@ -142,11 +173,9 @@ impl Looking {
             hash.update(piece);
             let known = from.saturating_sub(size).min(read as u64) as usize;
             size += read as u64;
-            silent += known as u64;
             if known < read {
                 send(Part::Data(Bytes::copy_from_slice(&piece[known..])))?;
-            } else if silent >= ALIVE_EVERY {
-                silent = 0;
+            } else if pulse.is_due() {
                 send(Part::Alive(FileAlive {}))?;
             }
         }
@@ -258,6 +287,7 @@ impl Looking {
             code => Err(Stop::Fault(FileFault {
                 absent: code == Some(look::ABSENT),
                 busy: code == Some(put::BUSY),
+                passing: code == Some(put::DAMAGED),
                 message: String::from_utf8_lossy(&said).trim().to_owned(),
             })),
         }
@@ -281,15 +311,31 @@ impl Drop for Looking {
 }
 
 fn entry(found: &look::Entry) -> JobFile {
-    let file_type = match found.directory {
-        true => FileType::Directory,
-        false => FileType::File,
+    let (file_type, length) = match found.what {
+        What::File => (FileType::File, found.length as i64),
+        What::Directory => (FileType::Directory, 0),
+        What::Other => (FileType::Unspecified, OTHER),
+        What::Unreadable => (FileType::Unspecified, UNREADABLE),
     };
     JobFile {
         name: found.name.clone(),
         file_type: file_type as i32,
-        content_length: found.length as i64,
+        content_length: length,
         last_modified: Some(batchai_common::time::from_millis(found.modified_ms)),
         node: String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_may_be_over_the_next_time() {
+        let (reader, _writer) = io::pipe().unwrap();
+        let Err(Stop::Fault(fault)) = ready_within(&reader, PollFlags::POLLIN, 1) else {
+            panic!("nobody writes");
+        };
+        assert!(fault.passing && fault.message.contains("does not answer"));
     }
 }

@@ -4,9 +4,10 @@
 //! DIR/.NAME.part-KEY         what came so far of an upload of one content, which KEY stands for; renamed to NAME when all of it is there
 //! ```
 //! It is locked while somebody writes it, synced now and then, and stays when an upload breaks off: the next one of the same content goes
-//! on where it ends. Nobody but who uploads that content again, or a job, takes it away.
+//! on where it ends. Lists do not show it. It is taken away when nothing came of it for a week and another content of the same file comes,
+//! when it turns out to be damaged, and when the disk is full; else it stays until that content, or a job, comes.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, BufRead, Read, Seek as _, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
@@ -14,6 +15,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use batchai_common::names::hex;
+use batchai_common::parts;
+use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, openat, renameat};
 use nix::sys::stat::{Mode, fstatat, mkdirat};
@@ -22,18 +25,23 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::look::{ABSENT, Base, beneath, directory};
-use super::process::ALIVE_EVERY;
+use super::process::Pulse;
 use crate::launch::JobUser;
 use crate::user::{become_user, give_up_privileges};
 
 /// Its exit code where another one writes the same.
 pub const BUSY: i32 = 4;
+/// Its exit code where what lay there was damaged: sent again, it begins anew.
+pub const DAMAGED: i32 = 5;
 /// How long another one that is about to end is waited for.
 const LOCK_MAX: Duration = Duration::from_secs(5);
 const LOCK_STEP: Duration = Duration::from_millis(50);
-/// So much of a file's name is part of the name of what is not whole yet.
-const NAME_BYTES_MAX: usize = 180;
 const BUFFER_BYTES: usize = 256 << 10;
+/// Little enough for a slow disk that many write to at once: until it is synced nothing is said.
+const SYNC_EVERY: u64 = 8 << 20;
+/// What came so far of an upload that nobody goes on with is kept for so long, and looked for among so many entries.
+const PART_AGE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+const ENTRIES_MAX: usize = 10_000;
 
 /// What is wanted: one line of JSON on standard input, before the bytes.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -82,6 +90,7 @@ pub fn main() -> ExitCode {
     ExitCode::from(match error.kind() {
         io::ErrorKind::NotFound => ABSENT as u8,
         io::ErrorKind::WouldBlock => BUSY as u8,
+        io::ErrorKind::InvalidData => DAMAGED as u8,
         _ => 1,
     })
 }
@@ -108,22 +117,93 @@ fn put(
     }
     let mut hash = Sha256::new();
     let offset = read_all(&mut file, &mut hash, out)?;
+    if offset == 0 {
+        // They are in nobody's way: what cannot be taken away stays.
+        let _ = forget_others(&dir, name, &part);
+    }
     say(out, &Progress::From(offset))?;
-    let came = copy(input, &mut file, &mut hash, wanted.size - offset)?;
+    let forget = || unlinkat(&dir, part.as_str(), UnlinkatFlags::NoRemoveDir);
+    let came = copy(input, &mut file, &mut hash, wanted.size - offset);
     // Also of what broke off: it is gone on with.
-    file.sync_all()?;
-    if offset + came < wanted.size {
+    let came = came.and_then(|came| file.sync_all().map(|()| came));
+    if came.as_ref().is_err_and(is_full) {
+        forget()?;
+    }
+    if offset + came.map_err(full)? < wanted.size {
         let why = "it broke off; what came of it stays, for when it is sent again";
         return Err(io::Error::other(why));
     }
     if hex(&hash.finalize()) != wanted.sha256 {
-        unlinkat(&dir, part.as_str(), UnlinkatFlags::NoRemoveDir)?;
-        let why = "what came has another SHA-256 than was announced: did it change while it was sent? Send it again";
-        return Err(io::Error::other(why));
+        forget()?;
+        return Err(match offset {
+            0 => io::Error::other(
+                "what came has another SHA-256 than was announced: did it change while it was sent? Send it again",
+            ),
+            _ => io::Error::new(
+                io::ErrorKind::InvalidData,
+                "what lay there of an earlier upload was damaged, or what came: it is taken away, send it again",
+            ),
+        });
     }
     renameat(&dir, part.as_str(), &dir, name)?;
     nix::unistd::fsync(&dir)?;
     Ok(())
+}
+
+fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded)
+}
+
+/// What to do where there is no room.
+fn full(error: io::Error) -> io::Error {
+    match is_full(&error) {
+        true => io::Error::other(format!(
+            "the file server's disk is full: {error}; what came is taken away: make room, then send it again"
+        )),
+        false => error,
+    }
+}
+
+/// Takes away what nobody went on with of earlier uploads of other contents of a file.
+fn forget_others(dir: &OwnedFd, name: &str, own: &str) -> io::Result<()> {
+    let base = Base {
+        fd: dir.as_fd(),
+        links: false,
+    };
+    let listed = beneath(base, "", OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    for entry in Dir::from_fd(listed)?.iter().take(ENTRIES_MAX) {
+        let entry = entry?;
+        let Ok(other) = entry.file_name().to_str() else {
+            continue;
+        };
+        if other == own || !parts::is_part_of(name, other) {
+            continue;
+        }
+        // It may be another user's, or just got its name.
+        let Ok(opened) = beneath(base, other, OFlag::O_RDONLY | OFlag::O_NONBLOCK) else {
+            continue;
+        };
+        let file = File::from(opened);
+        let metadata = file.metadata()?;
+        // One of the future is as good as new.
+        let age = metadata.modified()?.elapsed().unwrap_or_default();
+        if !metadata.is_file() || age < PART_AGE_MAX {
+            continue;
+        }
+        // Nobody writes it, and it is still this one.
+        if let Ok(_locked) = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            && lies_at(dir, other, &metadata)
+        {
+            unlinkat(dir, other, UnlinkatFlags::NoRemoveDir)?;
+        }
+    }
+    Ok(())
+}
+
+fn lies_at(dir: &OwnedFd, name: &str, metadata: &Metadata) -> bool {
+    let now = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+    now.is_ok_and(|now| (now.st_dev, now.st_ino) == (metadata.dev(), metadata.ino()))
 }
 
 fn say(out: &mut impl Write, what: &Progress) -> io::Result<()> {
@@ -187,12 +267,7 @@ fn is_there(dir: &OwnedFd, name: &str, wanted: &Wanted, out: &mut impl Write) ->
 
 /// What is not whole yet is called after its file and its content.
 fn part_name(name: &str, wanted: &Wanted) -> String {
-    let mut short = name.len().min(NAME_BYTES_MAX);
-    while !name.is_char_boundary(short) {
-        short -= 1;
-    }
-    let key = Sha256::digest(format!("{name}/{}/{}", wanted.size, wanted.sha256));
-    format!(".{}.part-{}", &name[..short], &hex(&key)[..32])
+    parts::name(name, &format!("{name}/{}/{}", wanted.size, wanted.sha256))
 }
 
 /// Opens it for nobody else.
@@ -209,12 +284,11 @@ fn open_part(dir: &OwnedFd, part: &str) -> io::Result<Flock<File>> {
                 io::Error::other("something lies there that is no file"),
             ));
         }
-        if let Ok(locked) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            // Whoever had it may have given it its name meanwhile.
-            let now = fstatat(dir, part, AtFlags::AT_SYMLINK_NOFOLLOW);
-            if now.is_ok_and(|now| (now.st_dev, now.st_ino) == (metadata.dev(), metadata.ino())) {
-                return Ok(locked);
-            }
+        // Whoever had it may have given it its name meanwhile.
+        if let Ok(locked) = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+            && lies_at(dir, part, &metadata)
+        {
+            return Ok(locked);
         }
         if begun.elapsed() > LOCK_MAX {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -226,7 +300,11 @@ fn open_part(dir: &OwnedFd, part: &str) -> io::Result<Flock<File>> {
 /// Takes all of a file into a digest; how much that is. It stands at its end then.
 fn read_all(file: &mut File, hash: &mut Sha256, out: &mut impl Write) -> io::Result<u64> {
     file.seek(SeekFrom::Start(0))?;
-    let (mut buffer, mut size, mut silent) = (vec![0; BUFFER_BYTES], 0, 0);
+    read_on(file, hash, out)
+}
+
+fn read_on(file: &mut impl Read, hash: &mut Sha256, out: &mut impl Write) -> io::Result<u64> {
+    let (mut buffer, mut size, mut pulse) = (vec![0; BUFFER_BYTES], 0, Pulse::default());
     loop {
         let read = file.read(&mut buffer)?;
         if read == 0 {
@@ -234,9 +312,7 @@ fn read_all(file: &mut File, hash: &mut Sha256, out: &mut impl Write) -> io::Res
         }
         hash.update(&buffer[..read]);
         size += read as u64;
-        silent += read as u64;
-        if silent >= ALIVE_EVERY {
-            silent = 0;
+        if pulse.is_due() {
             say(out, &Progress::Alive)?;
         }
     }
@@ -255,7 +331,7 @@ fn copy(input: &mut impl Read, file: &mut File, hash: &mut Sha256, most: u64) ->
         hash.update(&buffer[..read]);
         came += read as u64;
         unsynced += read as u64;
-        if unsynced >= ALIVE_EVERY {
+        if unsynced >= SYNC_EVERY {
             unsynced = 0;
             file.sync_data()?;
         }
@@ -351,8 +427,10 @@ mod tests {
         done.unwrap();
         assert_eq!(said, [Progress::From(10)]);
         // What differs from what was announced has no name, and is not gone on with.
-        let (done, _) = run(&other, b"xxxxxxxx");
-        assert!(done.unwrap_err().to_string().contains("SHA-256"));
+        for (sent, why) in [(&b"xxxxxxxx"[..], "taken away"), (b"98xxxxxxxx", "SHA-256")] {
+            let error = run(&other, sent).0.unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
         assert_eq!(names(&parent), ["file"]);
         assert_eq!(fs::read(parent.join("file")).unwrap(), content);
     }
@@ -401,8 +479,72 @@ mod tests {
         );
         drop(held);
         assert!(open_part(&dir, "part").is_ok());
-        let long = "ü".repeat(127);
-        let part = part_name(&long, &Wanted::default());
-        assert!(part.len() < 255 && part.starts_with(".üü"), "{part}");
+    }
+
+    #[test]
+    fn what_was_damaged_meanwhile_is_sent_again_from_its_beginning() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base");
+        fs::create_dir(&base).unwrap();
+        let wanted = wanted(&base, "file", b"0123456789");
+        run(&wanted, b"0123").0.unwrap_err();
+        fs::write(base.join(&names(&base)[0]), "01x3").unwrap();
+        let (done, said) = run(&wanted, b"456789");
+        assert_eq!(done.unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(said, [Progress::From(4)]);
+        let (done, said) = run(&wanted, b"0123456789");
+        done.unwrap();
+        assert_eq!(said, [Progress::From(0)]);
+        assert_eq!(names(&base), ["file"]);
+    }
+
+    #[test]
+    fn what_nobody_goes_on_with_is_not_kept_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().join("base");
+        fs::create_dir(&base).unwrap();
+        let aged = |part: &str, days: u64| {
+            let file = File::create(base.join(part)).unwrap();
+            let age = Duration::from_secs(days * 24 * 3600);
+            file.set_modified(std::time::SystemTime::now() - age)
+                .unwrap();
+            file
+        };
+        let old = parts::name("file", "old");
+        let written = parts::name("file", "written");
+        let new = parts::name("file", "new");
+        let of_other = parts::name("other", "old");
+        aged(&old, 8);
+        let held = Flock::lock(aged(&written, 8), FlockArg::LockExclusive).unwrap();
+        aged(&new, 6);
+        aged(&of_other, 8);
+        aged(".file.part-mine", 8);
+        run(&wanted(&base, "file", b"content"), b"content")
+            .0
+            .unwrap();
+        let mut left = [written.as_str(), &new, &of_other, ".file.part-mine", "file"];
+        left.sort_unstable();
+        assert_eq!(names(&base), left);
+        drop(held);
+    }
+
+    /// Reads a little at a time, slowly.
+    struct Slow(u8);
+
+    impl Read for Slow {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            std::thread::sleep(Duration::from_millis(300));
+            self.0 = self.0.saturating_sub(1);
+            buffer[0] = b'x';
+            Ok(usize::from(self.0.min(1)))
+        }
+    }
+
+    #[test]
+    fn who_waits_is_told_in_time_however_slow_the_disk_is() {
+        let mut out = Vec::new();
+        let size = read_on(&mut Slow(6), &mut Sha256::new(), &mut out).unwrap();
+        assert_eq!(size, 5);
+        assert!(out.starts_with(b"\"Alive\"\n"));
     }
 }
