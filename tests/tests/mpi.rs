@@ -544,6 +544,33 @@ fn ranks_are_in_containers_on_both_machines() {
 }
 
 #[test]
+fn processes_in_a_container_reach_the_containers_of_other_nodes_as_by_ssh() {
+    let Some(pair) = Pair::new_as("boxssh", "per-workspace:70000") else {
+        return;
+    };
+    // By address and by name, to the other node and back.
+    let told = "echo \"$(hostname) as $(id -u) in $(stat -f -c %T /)\"";
+    let script = format!(
+        "set -e; ssh 10.78.0.3 '{told}'; echo typed | ssh n3 cat; ssh n3 ssh n2 hostname; ssh n3 'echo $SECRET'"
+    );
+    let properties = json!({
+        "nodeCount": 2,
+        "containerSettings": { "imageSourceRegistry": { "image": "rootfs:/" } },
+        "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/logs",
+        "customToolkitSettings": { "commandLine": script },
+        "environmentVariables": [{ "name": "PATH", "value": PATH }],
+        "secrets": [{ "name": "SECRET", "value": "known" }],
+    });
+    pair.e.submit_with("boxssh", properties);
+    let (job, log, errors) = pair.end("boxssh");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    assert_eq!(
+        log, "n3 as 70001 in overlayfs\ntyped\nn2\nknown\n",
+        "{errors}"
+    );
+}
+
+#[test]
 fn whatever_of_an_mpi_job_is_killed_it_ends_and_nothing_is_left() {
     let Some(mut pair) = Pair::new("kill") else {
         return;

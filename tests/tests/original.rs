@@ -1,211 +1,114 @@
 //! The requests of the original's last API version (2018-05-01), in our form: each gets the documented answer, or the
-//! refusal that the ledger of fields announces.
+//! refusal that the ledger of fields announces. And what its makers tested of its behaviour: `BEHAVIOUR` names for each of these
+//! tests the one that shows the same here, in this file or another.
+
+use std::path::Path;
 
 use batchai_proto::v1;
 use batchai_tests::api::{Api, CLUSTER, EXPERIMENT, GROUP, WORKSPACE};
-use batchai_tests::ensemble::{Ensemble, SIZE};
+use batchai_tests::ensemble::{Ensemble, IN, SIZE};
 use batchai_tests::process::until;
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 use tonic::{Code, Status};
 
-/// A file of the original, sent by the command.
-struct Example {
-    name: &'static str,
-    properties: Value,
-}
-
-const ROOT: &str = "$AZ_BATCHAI_JOB_MOUNT_ROOT";
-
-fn job(settings: Value) -> Value {
-    let mut properties = json!({
-        "nodeCount": 2,
-        "stdOutErrPathPrefix": format!("{ROOT}/logs"),
-    });
-    let all = properties.as_object_mut().unwrap();
-    all.extend(settings.as_object().unwrap().clone());
-    properties
-}
-
-/// What the recipes have: shares for logs and scripts, a container for data, an image.
-fn recipe(image: &str, settings: Value) -> Value {
-    let share = |name: &str| {
-        json!({
-            "accountName": "account",
-            "azureFileUrl": format!("https://account.file.core.windows.net/{name}"),
-            "relativeMountPath": name,
-            "credentials": { "accountKey": "key" },
-        })
-    };
-    let mut properties = job(settings);
-    properties["mountVolumes"] = json!({
-        "azureFileShares": [share("logs"), share("scripts")],
-        "azureBlobFileSystems": [{
-            "accountName": "account",
-            "containerName": "data",
-            "relativeMountPath": "data",
-            "credentials": { "accountKey": "key" },
-        }],
-    });
-    properties["containerSettings"] = json!({ "imageSourceRegistry": { "image": image } });
-    properties
-}
-
-fn script(name: &str) -> String {
-    format!("{ROOT}/scripts/{name}")
-}
-
-#[test]
-fn the_job_files_of_the_recipes_are_taken_as_they_are() {
-    let api = Api::start(Ensemble::with_cluster(0));
-    let outputs = |ids: &[(&str, &str)]| {
-        let one = |(id, suffix): &(&str, &str)| json!({ "id": id, "pathPrefix": format!("{ROOT}/logs"), "pathSuffix": suffix });
-        ids.iter().map(one).collect::<Value>()
-    };
-    let distributed = "--ps_hosts=$AZ_BATCHAI_PS_HOSTS --worker_hosts=$AZ_BATCHAI_WORKER_HOSTS \
-                       --task_index=$AZ_BATCHAI_TASK_INDEX";
-    let examples = [
-        Example {
-            name: "tensorflow",
-            properties: recipe(
-                "tensorflow/tensorflow:1.8.0-gpu",
-                json!({
-                    "nodeCount": 1,
-                    "tensorFlowSettings": { "pythonScriptFilePath": script("convolutional.py") },
-                }),
-            ),
-        },
-        Example {
-            name: "tensorflow-distributed",
-            properties: recipe(
-                "tensorflow/tensorflow:1.8.0-gpu",
-                json!({
-                    "tensorFlowSettings": {
-                        "pythonScriptFilePath": script("mnist_replica.py"),
-                        "masterCommandLineArgs": format!("--job_name=worker {distributed}"),
-                        "workerCommandLineArgs": format!("--job_name=worker {distributed}"),
-                        "parameterServerCommandLineArgs": format!("--job_name=ps {distributed}"),
-                        "workerCount": 2,
-                        "parameterServerCount": 1,
-                    },
-                    "outputDirectories": outputs(&[("MODEL", "Models"), ("TENSORBOARD", "Logs")]),
-                }),
-            ),
-        },
-        Example {
-            name: "cntk-python",
-            properties: recipe(
-                "microsoft/cntk:2.5.1-gpu-python2.7-cuda9.0-cudnn7.0",
-                json!({
-                    "cntkSettings": {
-                        "pythonScriptFilePath": script("ConvNet_CIFAR10.py"),
-                        "commandLineArgs": "-datadir $AZ_BATCHAI_JOB_TEMP -outputdir $AZ_BATCHAI_OUTPUT_MODEL",
-                        "processCount": 2,
-                    },
-                    "jobPreparation": { "commandLine": format!("bash {}", script("download.sh")) },
-                    "outputDirectories": outputs(&[("MODEL", "Models")]),
-                }),
-            ),
-        },
-        Example {
-            name: "cntk-brainscript",
-            properties: recipe(
-                "microsoft/cntk:2.5.1",
-                json!({
-                    "cntkSettings": {
-                        "languageType": "BrainScript",
-                        "configFilePath": script("ConvNet_MNIST.cntk"),
-                        "commandLineArgs": "rootDir=$AZ_BATCHAI_INPUT_DATASET parallelTrain=true",
-                    },
-                }),
-            ),
-        },
-        Example {
-            name: "horovod",
-            properties: recipe(
-                "tensorflow/tensorflow:1.8.0-gpu",
-                json!({
-                    "horovodSettings": { "pythonScriptFilePath": script("tensorflow_mnist.py") },
-                    "jobPreparation": { "commandLine": "apt update; apt install mpi-default-dev -y" },
-                }),
-            ),
-        },
-        Example {
-            name: "pytorch",
-            properties: recipe(
-                "pytorch/pytorch:0.4_cuda9_cudnn7",
-                json!({
-                    "pyTorchSettings": {
-                        "pythonScriptFilePath": script("mnist_trainer.py"),
-                        "communicationBackend": "gloo",
-                        "commandLineArgs": "--epochs 10 --rank $AZ_BATCHAI_TASK_INDEX",
-                    },
-                }),
-            ),
-        },
-        Example {
-            name: "caffe2",
-            properties: recipe(
-                "caffe2ai/caffe2",
-                json!({
-                    "caffe2Settings": {
-                        "pythonScriptFilePath": script("resnet50_trainer.py"),
-                        "commandLineArgs": "--num_shards 2 --shard_id $AZ_BATCHAI_TASK_INDEX",
-                    },
-                }),
-            ),
-        },
-        Example {
-            name: "chainer",
-            properties: recipe(
-                "batchaitraining/chainermn:openMPI",
-                json!({
-                    "chainerSettings": {
-                        "pythonScriptFilePath": script("train_mnist.py"),
-                        "commandLineArgs": "-g -o $AZ_BATCHAI_OUTPUT_MODEL",
-                    },
-                    "outputDirectories": outputs(&[("MODEL", "model")]),
-                }),
-            ),
-        },
-        Example {
-            name: "custom-mpi",
-            properties: recipe(
-                "tensorflow/tensorflow:1.7.0-gpu",
-                json!({
-                    "customMpiSettings": { "commandLine": "python $AZ_BATCHAI_INPUT_SCRIPT/score.py" },
-                    "inputDirectories": [{ "id": "SCRIPT", "path": script("") }],
-                }),
-            ),
-        },
-        Example {
-            name: "caffe",
-            properties: recipe(
-                "bvlc/caffe:gpu",
-                json!({
-                    "nodeCount": 1,
-                    "caffeSettings": { "configFilePath": "$AZ_BATCHAI_INPUT_SAMPLE/lenet_solver.prototxt" },
-                    "inputDirectories": [{ "id": "SAMPLE", "path": script("caffe") }],
-                }),
-            ),
-        },
-    ];
-    let names = examples.each_ref().map(|example| example.name);
-    for example in examples {
-        let path = api.e.job_file(example.name, example.properties);
-        let path = path.to_string_lossy();
-        let mut args = vec!["job", "create", "-n", example.name, "-c", "c", "-f", &path];
-        args.extend(batchai_tests::ensemble::IN);
-        let made: Value = serde_json::from_str(&api.e.ok(&args)).unwrap();
-        assert_eq!(made["state"], "QUEUED", "{made}");
-        assert!(!made.to_string().contains("accountKey"), "{made}");
-    }
-    let list = v1::ListJobsRequest {
-        parent: EXPERIMENT.into(),
-        ..Default::default()
-    };
-    let list = api.call(api.jobs().list_jobs(list)).unwrap();
-    assert_eq!(list.jobs.len(), names.len());
-}
+/// What the original's own tests try, and the tests that show it here: a file beside this one, and a function in it.
+const BEHAVIOUR: [(&str, &str); 23] = [
+    (
+        "a job on the host",
+        "original.rs::the_smoke_test_of_the_original_runs",
+    ),
+    (
+        "a job in a container",
+        "containers.rs::a_job_in_a_container_has_the_images_files_and_all_that_is_its_own",
+    ),
+    (
+        "output files are listed, in directories as well",
+        "files.rs::files_of_every_directory_are_listed_and_read",
+    ),
+    (
+        "a job fails",
+        "endings.rs::every_way_to_fail_has_its_code_exit_code_and_details",
+    ),
+    (
+        "preparation fails on the host",
+        "endings.rs::every_way_to_fail_has_its_code_exit_code_and_details",
+    ),
+    (
+        "preparation fails in a container",
+        "containers.rs::a_job_in_a_container_has_the_images_files_and_all_that_is_its_own",
+    ),
+    (
+        "preparation fills an input directory",
+        "original.rs::preparation_and_job_have_the_same_variables_secrets_and_inputs",
+    ),
+    (
+        "a running job is terminated",
+        "original.rs::the_other_verbs_answer_as_documented",
+    ),
+    (
+        "a queued job is terminated",
+        "original.rs::the_other_verbs_answer_as_documented",
+    ),
+    (
+        "a job that has succeeded is terminated: it stays so",
+        "original.rs::a_job_that_has_succeeded_stays_so",
+    ),
+    (
+        "a running job is deleted",
+        "original.rs::the_other_verbs_answer_as_documented",
+    ),
+    (
+        "ssh between two nodes, without a password, on hosts",
+        "mpi.rs::processes_of_a_job_reach_its_nodes_as_by_ssh_also_while_no_coordinator_is_there",
+    ),
+    (
+        "the same in containers",
+        "mpi.rs::processes_in_a_container_reach_the_containers_of_other_nodes_as_by_ssh",
+    ),
+    (
+        "a share and a container of blobs are mounted for preparation and job, and unmounted after it",
+        "storage.rs::a_share_and_a_container_are_there_for_preparation_and_job_and_not_for_the_next",
+    ),
+    (
+        "preparation and job have the job's variables",
+        "original.rs::preparation_and_job_have_the_same_variables_secrets_and_inputs",
+    ),
+    (
+        "preparation and job have the job's secrets, which nobody is told",
+        "secrets.rs::a_marked_secret_reaches_the_job_and_is_found_nowhere_else",
+    ),
+    (
+        "a set-up task has variables and secrets, and a log of each node",
+        "setup.rs::nodes_are_set_up_as_root_before_jobs_and_say_why_they_are_not",
+    ),
+    (
+        "a cluster is resized to nothing and back, and runs a job",
+        "e2e.rs::resizing_moves_nodes_in_and_out",
+    ),
+    // There are only the machines that joined by themselves: nothing can be asked for more of them, or give them back. So it is refused,
+    // by every way to ask for it.
+    (
+        "a cluster scales itself from nothing to one node and back",
+        "command.rs::what_is_not_served_is_refused_by_every_way_to_ask_for_it",
+    ),
+    (
+        "two clusters share a file server",
+        "file_servers.rs::two_clusters_share_one_file_server_and_see_what_the_other_writes",
+    ),
+    (
+        "an experiment is deleted, and others know nothing of it",
+        "original.rs::what_is_deleted_takes_nothing_of_its_neighbours_along",
+    ),
+    (
+        "a workspace is deleted, and others know nothing of it",
+        "original.rs::what_is_deleted_takes_nothing_of_its_neighbours_along",
+    ),
+    (
+        "usages are listed",
+        "surface.rs::usages_operations_sizes_and_logins_say_what_there_is",
+    ),
+];
 
 #[test]
 fn the_smoke_test_of_the_original_runs() {
@@ -564,4 +467,129 @@ fn the_rest_of_the_examples_are_answered() {
             (code(call(&get)) == Code::NotFound).then_some(())
         });
     }
+}
+
+#[test]
+fn what_the_original_was_tested_for_is_shown_by_tests_that_there_are() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    for (what, shown) in BEHAVIOUR {
+        let (file, function) = shown.split_once("::").unwrap();
+        let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
+        let test = format!("#[test]\nfn {function}() {{\n");
+        assert!(text.contains(&test), "{what}: there is no test {shown}");
+    }
+}
+
+#[test]
+fn preparation_and_job_have_the_same_variables_secrets_and_inputs() {
+    const SECRET: &str = "nobody is told";
+    let e = Ensemble::with_cluster(1);
+    let tell = "echo $PLAIN; printf %s \"$TOKEN\" | sha256sum";
+    let fill = "mkdir $AZ_BATCHAI_INPUT_DATA; echo filled > $AZ_BATCHAI_INPUT_DATA/file";
+    e.submit(
+        "j",
+        json!({
+            "nodeCount": 1,
+            "inputDirectories": [{ "id": "DATA", "path": "$AZ_BATCHAI_JOB_TEMP/data" }],
+            "environmentVariables": [{ "name": "PLAIN", "value": "$AZ_BATCHAI_INPUT_DATA/plain" }],
+            "secrets": [{ "name": "TOKEN", "value": SECRET }],
+            "jobPreparation": { "commandLine": format!("{fill}; {tell}") },
+            "customToolkitSettings": { "commandLine": format!("cat $AZ_BATCHAI_INPUT_DATA/file; {tell}") },
+        }),
+    );
+    assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
+    let digest = batchai_common::names::hex(&Sha256::digest(SECRET));
+    let data = e.path().join("nodes/a1/jobs/w/e/j/data");
+    let told = format!("{}/plain\n{digest}  -\n", data.display());
+    assert_eq!(e.log("j", "stdout-job_prep.txt"), told);
+    assert_eq!(e.log("j", "stdout.txt"), format!("filled\n{told}"));
+    let list = [&["job", "list"][..], &IN].concat();
+    for shown in [e.job("j"), e.json(&list)[0].clone()] {
+        assert_eq!(shown["secrets"], json!([{ "name": "TOKEN" }]), "{shown}");
+        let plain = &shown["environmentVariables"][0]["value"];
+        assert_eq!(plain, "$AZ_BATCHAI_INPUT_DATA/plain");
+        assert!(!shown.to_string().contains(SECRET), "{shown}");
+    }
+}
+
+#[test]
+fn a_job_that_has_succeeded_stays_so() {
+    let e = Ensemble::with_cluster(1);
+    e.submit(
+        "j",
+        json!({ "nodeCount": 1, "customToolkitSettings": { "commandLine": "true" } }),
+    );
+    assert_eq!(e.wait("j"), 0);
+    let before = e.job("j");
+    let terminate = [&["job", "terminate", "-y", "-n", "j"][..], &IN].concat();
+    let answer = e.json(&terminate);
+    assert_eq!(
+        (&answer["state"], &answer["exitCode"]),
+        (&json!("SUCCEEDED"), &json!(0))
+    );
+    assert_eq!(e.job("j"), before);
+}
+
+#[test]
+fn what_is_deleted_takes_nothing_of_its_neighbours_along() {
+    let e = Ensemble::start(3);
+    e.create_cluster(2);
+    e.ok(&["experiment", "create", "-g", "g", "-w", "w", "-n", "stays"]);
+    e.ok(&["workspace", "create", "-g", "g", "-n", "goes"]);
+    e.ok(&["experiment", "create", "-g", "g", "-w", "goes", "-n", "e"]);
+    e.ok(&[
+        "cluster", "create", "-g", "g", "-w", "goes", "-n", "c", "-s", SIZE, "-t", "1",
+    ]);
+    let file = e.job_file(
+        "long",
+        json!({ "nodeCount": 1, "customToolkitSettings": { "commandLine": "sleep 600" } }),
+    );
+    let file = file.to_string_lossy();
+    let places = [("w", "e"), ("w", "stays"), ("goes", "e")];
+    let job = |verb: &str, (workspace, experiment): (&str, &str), more: &[&str]| {
+        let place = ["-g", "g", "-w", workspace, "-e", experiment, "-n", "j"];
+        e.json(&[&["job", verb][..], &place, more].concat())
+    };
+    for place in places {
+        job("create", place, &["-c", "c", "-f", &file]);
+    }
+    for place in places {
+        until("the job to run", || {
+            (job("show", place, &[])["state"] == "RUNNING").then_some(())
+        });
+    }
+    let stays = ("w", "stays");
+    let before = job("show", stays, &[]);
+    let nodes = || e.json(&["node", "list"]);
+    let unchanged = |free: usize| {
+        let now = job("show", stays, &[]);
+        assert_eq!(
+            (&now["state"], &now["attempt"]["id"]),
+            (&json!("RUNNING"), &before["attempt"]["id"])
+        );
+        let idle = |node: &&Value| node["state"] == "IDLE" || node["state"] == "AVAILABLE";
+        until("what ran there to end", || {
+            let all = nodes();
+            (all.as_array()?.iter().filter(idle).count() == free).then_some(())
+        });
+    };
+    e.ok(&[
+        "experiment",
+        "delete",
+        "-y",
+        "-g",
+        "g",
+        "-w",
+        "w",
+        "-n",
+        "e",
+    ]);
+    assert_eq!(job("show", places[0], &[]), Value::Null);
+    unchanged(1);
+    assert_eq!(job("show", places[2], &[])["state"], "RUNNING");
+    e.ok(&["workspace", "delete", "-y", "-g", "g", "-n", "goes"]);
+    assert_eq!(job("show", places[2], &[]), Value::Null);
+    unchanged(2);
+    let cluster = e.json(&["cluster", "show", "-g", "g", "-w", "w", "-n", "c"]);
+    assert_eq!(cluster["currentNodeCount"], 2, "{cluster}");
 }

@@ -253,6 +253,42 @@ fn a_share_is_there_for_the_job_with_its_modes_and_what_it_writes_is_in_it() {
 }
 
 #[test]
+fn a_share_and_a_container_are_there_for_preparation_and_job_and_not_for_the_next() {
+    let (Some(blobs), Some(shares)) = (Blobs::start(), Shares::start().filter(|_| able())) else {
+        return;
+    };
+    blobs.create_container("data");
+    blobs.put("data/given", "blob\n");
+    shares.put("given", "share\n");
+    let mut e = ensemble(PATIENCE_S, true);
+    let of = ["--container", "data"];
+    alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    let both = "cat $AZ_BATCHAI_JOB_MOUNT_ROOT/afs/given $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs/given";
+    let mut whole = job(
+        &[share(&shares.url(), SHARE_KEY, "afs")],
+        &[blob("data", BLOB_KEY, "bfs")],
+        &format!(
+            "{both} $AZ_BATCHAI_JOB_MOUNT_ROOT/afs/prepared; echo job > $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs/out"
+        ),
+    );
+    let prepare = format!("{both}; echo prepared > $AZ_BATCHAI_JOB_MOUNT_ROOT/afs/prepared");
+    whole["jobPreparation"] = json!({ "commandLine": prepare });
+    submit(&e, "j", whole);
+    assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
+    assert_eq!(e.log("j", "stdout-job_prep.txt"), "share\nblob\n");
+    assert_eq!(e.log("j", "stdout.txt"), "share\nblob\nprepared\n");
+    assert_eq!(shares.get("prepared"), "prepared\n");
+    assert_eq!(blobs.get("data/out").as_deref(), Some("job\n"));
+    nothing_is_mounted(&e);
+    // The next job on that node has its own mounts, and these are not among them.
+    let next = "ls -A $AZ_BATCHAI_JOB_MOUNT_ROOT; grep -c \"$AZ_BATCHAI_JOB_TEMP_DIR\" /proc/self/mountinfo";
+    submit(&e, "next", job(&[], &[], &format!("{next}; true")));
+    assert_eq!(e.wait("next"), 0, "{}", e.job("next"));
+    assert_eq!(e.log("next", "stdout.txt"), "0\n");
+    e.assert_nothing_left();
+}
+
+#[test]
 fn what_cannot_be_opened_is_said_as_the_original_did() {
     let (Some(blobs), Some(shares)) = (Blobs::start(), Shares::start().filter(|_| able())) else {
         return;
