@@ -739,6 +739,8 @@ fn auto_storage_is_two_directories_of_the_workspaces_own_file_server() {
     start_store(&mut e);
     until_gone(&e, "batchaiautostorage");
     nothing_is_mounted(&e);
+}
+
 #[test]
 fn who_waits_for_a_new_file_server_waits_on_while_the_coordinator_is_away() {
     let Some(mut e) = ensemble(&[]) else {
