@@ -10,6 +10,7 @@ pub mod etcd;
 pub mod given;
 pub mod guest;
 pub mod history;
+pub mod image;
 pub mod network;
 pub mod nfs;
 pub mod process;

@@ -13,11 +13,15 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use batchai_tests::ensemble::{Ensemble, IN, mounts_below};
+use batchai_tests::image::busybox_root;
 use batchai_tests::process::{Background, free_port, processes_of, until};
 use batchai_tests::requirement;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -42,7 +46,12 @@ fn ensemble(variables: impl FnOnce(&Ensemble) -> Vec<(String, String)>) -> Ensem
     fs::create_dir(&out).unwrap();
     fs::set_permissions(&out, fs::Permissions::from_mode(0o777)).unwrap();
     e.variables = variables(&e);
+    fs::create_dir_all(e.path().join("nodes/a1/jobs")).unwrap();
+    // A mask that is stricter than most: of this thread only, and of what it starts.
+    unshare(CloneFlags::CLONE_FS).unwrap();
+    let before = umask(Mode::S_IRWXG | Mode::S_IRWXO);
     e.start_agent_as("a1", USER);
+    umask(before);
     e.until_alive(1);
     e.create_cluster(1);
     e
@@ -51,18 +60,7 @@ fn ensemble(variables: impl FnOnce(&Ensemble) -> Vec<(String, String)>) -> Ensem
 /// A root file system with nothing but busybox.
 fn rootfs(e: &Ensemble) -> PathBuf {
     let root = e.path().join("rootfs");
-    for dir in ["bin", "etc", "tmp", "usr"] {
-        fs::create_dir_all(root.join(dir)).unwrap();
-    }
-    let busybox = requirement::program("busybox", "").unwrap();
-    fs::copy(&busybox, root.join("bin/busybox")).unwrap();
-    let listed = Command::new(&busybox).arg("--list").output().unwrap();
-    for applet in String::from_utf8(listed.stdout).unwrap().lines() {
-        let _ = symlink("busybox", root.join("bin").join(applet));
-    }
-    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh").unwrap();
-    fs::write(root.join("etc/this-is-the-image"), "yes\n").unwrap();
-    fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
+    busybox_root(&root);
     root
 }
 
@@ -97,7 +95,8 @@ fn a_job_in_a_container_has_the_images_files_and_all_that_is_its_own() {
         &root,
         "set -e; cat /etc/this-is-the-image; ls / | tr '\\n' ' '; echo; id -u; whoami; echo $HOME $SECRET $PLAIN $RANK; \
          cat $AZ_BATCHAI_JOB_MOUNT_ROOT/scratch/prepared; df -k /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2; \
-         echo $RANK > $AZ_BATCHAI_OUTPUT_MODEL/of-$RANK; touch /tmp/x /here 2>&1 | sed 's/.*: //'; pwd; echo $PATH; exit 7",
+         echo $RANK > $AZ_BATCHAI_OUTPUT_MODEL/of-$RANK; touch /tmp/x /here 2>&1 | sed 's/.*: //'; pwd; echo $PATH; \
+         cat $AZ_BATCHAI_INPUT_MEMORY/given; cat $AZ_BATCHAI_INPUT_DEVICES/null; ls -d $AZ_BATCHAI_INPUT_KERNEL; exit 7",
     );
     whole["customToolkitSettings"]["processesPerNode"] = json!(2);
     whole["containerSettings"]["shmSize"] = json!("4m");
@@ -106,6 +105,11 @@ fn a_job_in_a_container_has_the_images_files_and_all_that_is_its_own() {
     whole["mountVolumes"] = json!({ "unmanagedFileSystems": [
         { "mountCommand": "mount -t tmpfs -o mode=0777 tmpfs", "relativeMountPath": "scratch" } ] });
     whole["jobPreparation"] = json!({ "commandLine": "cp /etc/this-is-the-image $AZ_BATCHAI_JOB_MOUNT_ROOT/scratch/prepared" });
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    fs::set_permissions(memory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(memory.path().join("given"), "given in memory\n").unwrap();
+    whole["inputDirectories"] = json!([
+        { "id": "MEMORY", "path": memory.path() }, { "id": "DEVICES", "path": "/dev" }, { "id": "KERNEL", "path": "/sys/kernel" } ]);
     whole["outputDirectories"] = json!([{ "id": "MODEL", "pathPrefix": e.path().join("out") }]);
     e.submit("j", whole);
     assert_eq!(e.wait("j"), 7, "{}", e.job("j"));
@@ -114,7 +118,8 @@ fn a_job_in_a_container_has_the_images_files_and_all_that_is_its_own() {
     for rank in 0..2 {
         let expected = format!(
             "yes\nbin dev etc proc sys tmp usr var \n54321\n54321\n{temp} hidden plain {rank}\nyes\n4096\nPermission denied\n\
-             {temp}\n/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
+             {temp}\n/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n\
+             given in memory\n/sys/kernel\n"
         );
         assert_eq!(e.log("j", &format!("stdout-{rank}.txt")), expected);
         let made = e.path().join("out").join(segment(&e, "j"));
@@ -128,6 +133,8 @@ fn a_job_in_a_container_has_the_images_files_and_all_that_is_its_own() {
     assert_eq!(shown["imageSourceRegistry"]["image"], image);
     assert_eq!(e.job("j")["errors"][0]["code"], "JobFailed");
     assert!(!root.join("here").exists() && !root.join("tmp/x").exists());
+    let layers = e.path().join("nodes/a1/jobs/.container");
+    assert_eq!(fs::read_dir(layers).unwrap().count(), 0);
     assert!(mounts_below(&e.path().join("nodes")).is_empty());
 
     // What fails in it fails as elsewhere.
@@ -360,9 +367,14 @@ fn saved(path: &Path, layers: &[Vec<u8>], spoil: impl FnOnce(&mut Value)) {
     // The last one is compressed, and counts as what it is.
     let mut kept = layers.to_vec();
     if let Some(last) = kept.last_mut() {
-        let mut gz = GzEncoder::new(Vec::new(), Compression::fast());
-        gz.write_all(last).unwrap();
-        *last = gz.finish().unwrap();
+        // In two members, as what compresses in parallel writes it.
+        let parts = last.split_at(last.len() / 2);
+        let packed = [parts.0, parts.1].map(|part| {
+            let mut gz = GzEncoder::new(Vec::new(), Compression::fast());
+            gz.write_all(part).unwrap();
+            gz.finish().unwrap()
+        });
+        *last = packed.concat();
     }
     for (name, content) in names.into_iter().zip(kept).chain(texts) {
         let mut header = Header::new_gnu();
@@ -383,6 +395,8 @@ fn layers(root: &Path) -> Vec<Vec<u8>> {
     first.append_dir_all("bin", root.join("bin")).unwrap();
     let second = packed(&[
         ("run/", Directory, ""),
+        ("etc/", Directory, ""),
+        ("etc/resolv.conf", Symlink, "../run/none/resolv.conf"),
         ("var/", Directory, ""),
         ("var/run", Symlink, "/run"),
         ("a/", Directory, ""),
@@ -418,10 +432,15 @@ fn an_archive_is_unpacked_layer_by_layer_and_what_is_none_is_refused() {
     let mut e = ensemble(|_| Vec::new());
     let layers = layers(&rootfs(&e));
     let image = e.path().join("image.tar");
-    saved(&image, &layers, |_| {});
+    saved(&image, &layers, |config| {
+        config["config"]["User"] = json!("app");
+        config["config"]["Volumes"] = json!({ "/data": {} });
+        config["config"]["WorkingDir"] = json!("");
+    });
     let named = |path: &Path| format!("docker-archive:{}", path.display());
     let command = "cd /; ls a b run turns; [ -e gone ] || echo gone; [ -e null ] || echo no device; stat -c '%u %h' b/again; \
-                   stat -c %a set/uid; echo $FROM_IMAGE $PATH; readlink mnt; readlink srv";
+                   stat -c %a set/uid; echo $FROM_IMAGE $PATH; readlink mnt; readlink srv; [ -L etc/resolv.conf ] || cat etc/resolv.conf";
+    let names = fs::read_to_string("/etc/resolv.conf").unwrap();
     let again = |name: &str| {
         e.submit(
             name,
@@ -432,13 +451,28 @@ fn an_archive_is_unpacked_layer_by_layer_and_what_is_none_is_refused() {
         );
         assert_eq!(e.wait(name), 0, "{}", e.job(name));
         let listed = e.log(name, "stdout.txt");
-        let expected = "a:\nnew\n\nb:\nagain\nold\nown\n\nrun:\nthrough\n\nturns:\nin\ngone\nno device\n777 2\n4755\n\
-                        yes /opt/tools:/bin\n/proc/1/root/tmp\n../../../../../../tmp\n";
+        let expected = format!(
+            "a:\nnew\n\nb:\nagain\nold\nown\n\nrun:\nthrough\n\nturns:\nin\ngone\nno device\n777 2\n4755\n\
+             yes /opt/tools:/bin\n/proc/1/root/tmp\n../../../../../../tmp\n{names}"
+        );
         assert_eq!(listed, expected);
-        e.log(name, "container.log")
+        let log = e.log(name, "container.log");
+        assert!(
+            log.contains("left out: USER \"app\", VOLUME {\"/data\":{}};"),
+            "{log}"
+        );
+        log
     };
     assert!(again("first").contains("unpacking"));
     assert!(!again("second").contains("unpacking"), "it is kept");
+    // An agent was cut down while it removed the image: what is left of it is none.
+    let images = e.path().join("agents/a1/images");
+    let kept = fs::read_dir(&images).unwrap().flatten();
+    let kept = kept.map(|entry| entry.path().join("image.json"));
+    let known: Vec<_> = kept.filter(|path| path.exists()).collect();
+    assert_eq!(known.len(), 1);
+    fs::remove_file(&known[0]).unwrap();
+    assert!(again("third").contains("unpacking"));
 
     let bad = e.path().join("bad.tar");
     for (at, content, why) in [
@@ -464,6 +498,48 @@ fn an_archive_is_unpacked_layer_by_layer_and_what_is_none_is_refused() {
         &named(&bad),
         "layer 2: it is not what the image names",
     );
+    // Who has only the name of an image that others have is refused as well.
+    let mut others = layers.clone();
+    others[1] = packed(&[("mine", EntryType::Regular, "x")]);
+    saved(&image, &layers, |_| {});
+    again_with(&e, "plain", &named(&image));
+    let ids = layers
+        .iter()
+        .map(|layer| format!("sha256:{}", sha256(layer)));
+    let ids: Vec<_> = ids.collect();
+    saved(&bad, &others, |config| {
+        config["rootfs"]["diff_ids"] = json!(ids)
+    });
+    refused(
+        &e,
+        "name-alone",
+        &named(&bad),
+        "layer 2: it is not what the image names",
+    );
+    // It is known to be another one before any of it is unpacked: that would fail otherwise.
+    saved(
+        &bad,
+        &[packed(&[("a", EntryType::Link, "none")])],
+        |config| config["rootfs"]["diff_ids"] = json!(["sha256:00"]),
+    );
+    refused(&e, "before", &named(&bad), "it is not what the image names");
+    saved(&bad, &layers[..1], |config| {
+        config["config"]["Env"] = json!([format!("LARGE={}", "x".repeat(100_000))])
+    });
+    refused(
+        &e,
+        "variables",
+        &named(&bad),
+        "its variables take more than 96 KiB",
+    );
+    greedy(&bad);
+    refused(
+        &e,
+        "greedy",
+        &named(&bad),
+        "takes more memory than any image needs",
+    );
+    refused(&e, "special", "rootfs:/proc/sys", "cannot be below another");
     saved(&bad, &layers[..1], |config| {
         config["rootfs"]["diff_ids"] = json!([])
     });
@@ -525,8 +601,112 @@ fn an_archive_is_unpacked_layer_by_layer_and_what_is_none_is_refused() {
     let whole = kept.iter().filter(|name| name.len() == 64).count();
     assert_eq!(
         (whole, kept.len()),
-        (2, 3),
+        (3, 4),
         "no image is half there: {kept:?}"
+    );
+    e.assert_nothing_left();
+}
+
+/// Runs a job in an image.
+fn again_with(e: &Ensemble, name: &str, image: &str) {
+    let command = json!({ "customToolkitSettings": { "commandLine": "true" } });
+    e.submit(name, of(image, command));
+    assert_eq!(e.wait(name), 0, "{}", e.job(name));
+}
+
+/// A file that takes no room, and says that the name of its first entry is of half a terabyte.
+fn greedy(path: &Path) {
+    let size = 1 << 39;
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::GNULongName);
+    header.set_size(size);
+    header.set_cksum();
+    let mut file = fs::File::create(path).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.set_len(size + 1024).unwrap();
+}
+
+/// A small disk in the place of a directory; the ensemble takes it away with all else that is mounted below it.
+fn disk(at: &Path, bytes: u64) {
+    fs::create_dir_all(at).unwrap();
+    let options = format!("size={bytes},mode=0700");
+    let kind = Some("tmpfs");
+    mount(kind, at, kind, MsFlags::empty(), Some(&*options)).unwrap();
+}
+
+/// What is left free on every disk.
+const SPARE: u64 = 256 << 20;
+
+#[test]
+fn a_full_disk_takes_images_that_nobody_uses_and_is_never_the_jobs_fault() {
+    if !able() {
+        return;
+    }
+    let mut e = ensemble(|e| {
+        disk(&e.path().join("agents/a1/images"), SPARE + (32 << 20));
+        Vec::new()
+    });
+    let base = layers(&rootfs(&e)).remove(0);
+    let image = |name: &str, size: usize| {
+        let path = e.path().join(format!("{name}.tar"));
+        let content = "x".repeat(size);
+        let large = packed(&[(name, EntryType::Regular, &content)]);
+        saved(&path, &[base.clone(), large], |_| {});
+        format!("docker-archive:{}", path.display())
+    };
+    let unpacked = |name: &str| e.log(name, "container.log").contains("unpacking");
+    let (one, two) = (image("one", 20 << 20), image("two", 20 << 20));
+    again_with(&e, "j1", &one);
+    again_with(&e, "j2", &one);
+    assert!(!unpacked("j2"));
+    again_with(&e, "j3", &two);
+    let log = e.log("j3", "container.log");
+    assert!(
+        log.contains("removing") && log.contains("tried again"),
+        "{log}"
+    );
+    again_with(&e, "j4", &one);
+    assert!(unpacked("j4"));
+
+    let command = json!({ "customToolkitSettings": { "commandLine": "true" } });
+    e.submit("j5", of(&image("three", 40 << 20), command));
+    e.until_job("j5", "FAILED");
+    let (code, message) = failure(&e, "j5");
+    assert_eq!(code, "FailedStartingContainer");
+    assert!(
+        message.contains("the disk of the agent's --data is full"),
+        "{message}"
+    );
+    assert_eq!(e.job("j5")["infrastructureRetryCount"], 3);
+    e.assert_nothing_left();
+}
+
+#[test]
+fn the_example_runs_as_it_is() {
+    if !able() {
+        return;
+    }
+    let mut e = ensemble(|_| Vec::new());
+    let mounts = e.path().join("nodes/a1/mounts");
+    for (name, mode) in [("images", 0o755), ("logs", 0o777)] {
+        fs::create_dir_all(mounts.join(name)).unwrap();
+        fs::set_permissions(mounts.join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    saved(
+        &mounts.join("images/train.tar"),
+        &layers(&rootfs(&e))[..1],
+        |_| {},
+    );
+    let example = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../examples/container/job.json"
+    );
+    let submit = ["job", "create", "-n", "container", "-c", "c", "-f", example];
+    e.ok(&[&submit[..], &IN].concat());
+    assert_eq!(e.wait("container"), 0, "{}", e.job("container"));
+    assert_eq!(
+        e.log("container", "stdout.txt"),
+        "the image has bin dev etc proc sys tmp var\ntrained by user 54321\n"
     );
     e.assert_nothing_left();
 }
@@ -653,7 +833,10 @@ fn an_image_is_pulled_by_who_may_and_nobody_sees_how() {
         return;
     }
     let mut registry = None;
-    let mut e = ensemble(|e| registry.insert(Registry::start(e.path())).variables.clone());
+    let mut e = ensemble(|e| {
+        disk(&e.path().join("agents/a1/images"), SPARE + (20 << 20));
+        registry.insert(Registry::start(e.path())).variables.clone()
+    });
     let registry = registry.unwrap();
     let tar = e.path().join("rootfs.tar");
     let mut builder = Builder::new(fs::File::create(&tar).unwrap());
@@ -734,6 +917,28 @@ fn an_image_is_pulled_by_who_may_and_nobody_sees_how() {
     e.submit("local", of("localhost/mine:2", command));
     assert_eq!(e.wait("local"), 0, "{}", e.job("local"));
     assert!(!e.log("local", "container.log").contains("unpacking"));
+
+    // It would be there twice, in a file and unpacked, and there is no room for that: nobody asks for the file.
+    let mut root = Builder::new(fs::File::create(&tar).unwrap());
+    let content = vec![b'x'; 16 << 20];
+    let mut header = Header::new_gnu();
+    header.set_size(content.len() as u64);
+    root.append_data(&mut header, "large", &content[..])
+        .unwrap();
+    root.finish().unwrap();
+    registry.podman(&["import", &tar, "localhost/large:1"]);
+    let command = json!({ "customToolkitSettings": { "commandLine": "true" } });
+    e.submit("large", of("localhost/large:1", command));
+    e.until_job("large", "FAILED");
+    let (code, message) = failure(&e, "large");
+    assert_eq!(code, "FailedStartingContainer");
+    assert!(
+        message.contains("the disk of the agent's --data is full"),
+        "{message}"
+    );
+    assert_eq!(e.job("large")["infrastructureRetryCount"], 3);
+    let log = e.log("large", "container.log");
+    assert!(!log.contains("podman save"), "{log}");
     drop(registry);
     e.assert_nothing_left();
 }
@@ -759,15 +964,17 @@ fn a_node_that_has_no_such_image_says_so() {
     );
     let command = json!({ "customToolkitSettings": { "commandLine": "true" } });
     e.submit("j", of("ubuntu:22.04", command));
-    e.until_job("j", "FAILED");
-    let (code, message) = failure(&e, "j");
-    assert_eq!(code, "JobStartRefused");
-    for word in [
-        "nodes/a1",
-        "neither docker nor podman",
-        "docker.io/library/ubuntu:22.04",
-    ] {
-        assert!(message.contains(word), "{message}");
-    }
+    // It is given to no node that would refuse it, and keeps nobody else waiting.
+    let why = until("it to be said why it waits", || {
+        let why = e.job("j")["pendingReason"].as_str()?.to_owned();
+        (!why.is_empty()).then_some(why)
+    });
+    assert_eq!(
+        why,
+        "the job wants 1 nodes that have docker or podman for its image (facts.imageSources), cluster c has 0: it starts when more of them \
+         have it"
+    );
+    again_with(&e, "able", &format!("rootfs:{}", rootfs(&e).display()));
+    e.ok(&[&["job", "terminate", "-n", "j", "-y"][..], &IN].concat());
     e.assert_nothing_left();
 }

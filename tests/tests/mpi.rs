@@ -8,6 +8,7 @@ use batchai_proto::agent::v1::peer_service_client::PeerServiceClient;
 use batchai_proto::agent::v1::start_remote_request::Message;
 use batchai_proto::agent::v1::{RemoteHello, StartRemoteRequest};
 use batchai_tests::ensemble::{Ensemble, IN};
+use batchai_tests::image::busybox_root;
 use batchai_tests::network::Network;
 use batchai_tests::process::{processes_of, under_test, until};
 use batchai_tests::replicas::Replicas;
@@ -568,6 +569,32 @@ fn processes_in_a_container_reach_the_containers_of_other_nodes_as_by_ssh() {
         log, "n3 as 70001 in overlayfs\ntyped\nn2\nknown\n",
         "{errors}"
     );
+}
+
+#[test]
+fn processes_in_an_image_without_libraries_reach_the_other_machine() {
+    let hint = "apt-get install busybox-static";
+    let Some(pair) = Pair::new_as("bare", "per-workspace:70000") else {
+        return;
+    };
+    if requirement::program("busybox", hint).is_none() {
+        return;
+    }
+    let root = pair.e.path().join("rootfs");
+    busybox_root(&root);
+    let command = "ssh n3 'echo $(cat /etc/this-is-the-image) on $(hostname) as $(id -u), $SECRET'; \
+                   LD_LIBRARY_PATH=/none ssh n3 true && ls -d /lib* /usr/lib* || echo none here";
+    let properties = json!({
+        "nodeCount": 2,
+        "containerSettings": { "imageSourceRegistry": { "image": format!("rootfs:{}", root.display()) } },
+        "stdOutErrPathPrefix": "$AZ_BATCHAI_MOUNT_ROOT/logs",
+        "customToolkitSettings": { "commandLine": command },
+        "secrets": [{ "name": "SECRET", "value": "known" }],
+    });
+    pair.e.submit_with("bare", properties);
+    let (job, log, errors) = pair.end("bare");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    assert_eq!(log, "yes on n3 as 70001, known\nnone here\n", "{errors}");
 }
 
 #[test]

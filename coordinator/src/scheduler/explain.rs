@@ -1,6 +1,7 @@
 //! PURE. Why a job waits, in words, from the same facts that scheduling uses.
 
 use crate::scheduler::heard::Heard;
+use crate::scheduler::images;
 use crate::state::{Cluster, Job, State, file_servers, keys, loss, restore, setup};
 use batchai_common::names::last_id;
 
@@ -45,6 +46,9 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
     if let Some((server, why)) = file_servers::awaited(state, job.spec.mount_volumes.as_ref()) {
         return format!("it waits for {server}, which it mounts: {why}");
     }
+    if let Some(why) = images::out_of_reach(state, cluster, &job.spec) {
+        return why;
+    }
     let first = order::candidates(state, heard, cluster).next();
     if let Some(first) = first.filter(|first| first.spec.name != job.spec.name) {
         let ahead = order::candidates(state, heard, cluster)
@@ -67,7 +71,9 @@ pub fn pending_reason(state: &State, heard: &Heard, job: &Job) -> String {
 fn what_is_missing(state: &State, heard: &Heard, job: &Job, cluster: &Cluster) -> String {
     let (wanted, reach) = (job.spec.node_count, cluster.target());
     let short = last_id(&job.spec.cluster);
-    let free = Free::of(state, heard, cluster).count();
+    let idle = Free::of(state, heard, cluster);
+    let free = idle.count_for(job);
+    let unfit = idle.count() - free;
     let silent = cluster
         .members
         .iter()
@@ -83,6 +89,9 @@ fn what_is_missing(state: &State, heard: &Heard, job: &Job, cluster: &Cluster) -
     let mut reason = format!("it waits for {wanted} idle nodes of cluster {short}; idle: {free}");
     if silent > 0 {
         reason += &format!(", not heard of lately: {silent}");
+    }
+    if unfit > 0 {
+        reason += &format!(", idle but without what its image takes (facts.imageSources): {unfit}");
     }
     if unready.len() > failed {
         reason += &format!(", being set up: {}", unready.len() - failed);

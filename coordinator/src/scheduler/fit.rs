@@ -7,6 +7,7 @@ use std::sync::Arc;
 use batchai_proto::internal::v1::{Place, PlaceNode};
 
 use crate::scheduler::heard::Heard;
+use crate::scheduler::images;
 use crate::state::attempts::{port_count, ports_by_machine};
 use crate::state::{Cluster, Job, Node, State};
 use crate::state::{restore, setup};
@@ -40,6 +41,18 @@ impl Free {
     pub fn count(&self) -> usize {
         self.nodes.len()
     }
+
+    /// Where those are that can have the image of a job.
+    fn able(&self, job: &Job) -> impl Iterator<Item = usize> {
+        let all = self.nodes.iter().enumerate();
+        all.filter(|(_, (_, node))| images::has(node, &job.spec))
+            .map(|(at, _)| at)
+    }
+
+    /// How many can have the image of a job.
+    pub fn count_for(&self, job: &Job) -> usize {
+        self.able(job).count()
+    }
 }
 
 /// Takes the job's nodes out of `free`, or leaves it alone where they do not suffice.
@@ -51,14 +64,15 @@ pub fn place(
     log_home: i64,
 ) -> Option<Place> {
     let count = usize::try_from(job.spec.node_count).ok()?;
-    if count == 0 || free.count() < count {
+    let chosen: Vec<_> = free.able(job).take(count).collect();
+    if count == 0 || chosen.len() < count {
         return None;
     }
-    let chosen = &free.nodes[..count];
     let nodes: Option<Vec<_>> = chosen
         .iter()
         .enumerate()
-        .map(|(i, (name, node))| {
+        .map(|(i, at)| {
+            let (name, node) = &free.nodes[*at];
             let port = ports.take(state, node, port_count(&job.spec, i))?;
             Some(PlaceNode {
                 node: name.clone(),
@@ -68,7 +82,10 @@ pub fn place(
         })
         .collect();
     let nodes = nodes?;
-    free.nodes.drain(..count);
+    // The last first: the others stay where they were.
+    for at in chosen.into_iter().rev() {
+        free.nodes.remove(at);
+    }
     Some(Place {
         job: job.spec.name.clone(),
         job_revision: job.revision,

@@ -1,11 +1,13 @@
 //! PURE. Who runs next, and where: from an immutable State to placements, which `apply` validates again.
 //!
-//! Three steps, a file each: `order` (whose turn it is), `fit` (which nodes and ports), `explain` (why a job waits).
+//! Three steps, a file each: `order` (whose turn it is), `fit` (which nodes and ports), `explain` (why a job waits). All three ask
+//! `images` which nodes can have the image of a job.
 //! There is no back-filling and no preemption.
 
 pub mod explain;
 pub mod fit;
 pub mod heard;
+pub mod images;
 pub mod order;
 
 use batchai_common::fault;

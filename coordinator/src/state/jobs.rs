@@ -298,3 +298,7 @@ pub(super) fn finish(step: &mut Step<'_>, name: &str, outcome: &Outcome) {
 #[cfg(test)]
 #[path = "retries_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "images_tests.rs"]
+mod images_tests;

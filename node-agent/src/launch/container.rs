@@ -7,11 +7,11 @@
 use std::collections::BTreeMap;
 
 use batchai_common::images::{self, Image};
-use batchai_common::paths::is_within;
+use batchai_common::paths::{below, is_within};
 use serde::{Deserialize, Serialize};
 
 use super::expand::expand;
-use super::{Context, LaunchError, own_host};
+use super::{Context, HostFacts, LaunchError, own_host};
 
 /// By what images are pulled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +29,8 @@ pub struct Ability {
     pub engine: Option<Engine>,
     /// Where it keeps images that are unpacked.
     pub images: String,
+    /// The libraries that its own program is made with, the one that loads the others among them; none where it needs none.
+    pub libraries: Vec<String>,
 }
 
 impl Ability {
@@ -73,6 +75,9 @@ pub struct Container {
     pub own: Vec<String>,
     /// The same: the job's, as far as its user may go there.
     pub wanted: Vec<String>,
+    /// What of this host is seen in it elsewhere: the path here, and there.
+    #[serde(default)]
+    pub lent: Vec<(String, String)>,
     /// Where that is kept which is written beside what is seen of the host.
     pub layer: String,
     pub images: String,
@@ -84,6 +89,14 @@ pub struct Container {
     pub log: String,
 }
 
+/// What every container has of the host as it is: devices first, the kernel's last.
+pub const HOSTS: [&str; 3] = ["/dev", "/sys", "/proc"];
+/// In the container's own memory.
+pub const SHARED_MEMORY: &str = "/dev/shm";
+/// Where that is in a container which is the service's own.
+const LENT: &str = "/.batchai";
+/// What the names of programs begin with that load libraries.
+const LOADER: &str = "ld-";
 /// Stands in variables for what the image says of its PATH.
 const PATH_OF_IMAGE: &str = "/.batchai/path-of-the-image";
 /// What docker gives an image that says nothing.
@@ -101,6 +114,7 @@ pub(super) fn of(context: &Context<'_>, suffix: &str) -> Result<Option<Container
         able,
         engine,
         images,
+        ..
     } = &context.facts.containers;
     let node = || own_host(context.assignment).map(|host| host.node.clone());
     if !able {
@@ -132,11 +146,12 @@ pub(super) fn of(context: &Context<'_>, suffix: &str) -> Result<Option<Container
         Image::Local(name) => by_engine(name, None, None)?,
         Image::Registry { host, reference } => by_engine(reference, Some(host), username)?,
     };
-    let (own, wanted) = seen(context);
+    let (own, wanted) = seen(context)?;
     Ok(Some(Container {
         source,
         own,
         wanted,
+        lent: lent(context),
         layer: format!(
             "{}/.container/{}",
             context.paths.job_temp_dir, context.assignment.attempt
@@ -148,21 +163,67 @@ pub(super) fn of(context: &Context<'_>, suffix: &str) -> Result<Option<Container
     }))
 }
 
+/// The agent's own program with its libraries, by which processes reach other hosts: an image may have other libraries, or none.
+fn lent(context: &Context<'_>) -> Vec<(String, String)> {
+    if super::preparation::remote_shell(context).is_none() {
+        return Vec::new();
+    }
+    let facts = context.facts;
+    let program = facts.remote_shell.first().into_iter();
+    let files = program.chain(&facts.containers.libraries);
+    files.map(|path| (path.clone(), lent_as(path))).collect()
+}
+
+fn lent_as(path: &str) -> String {
+    format!("{LENT}/{}", file_name(path))
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+/// How that program is started in a container: by its own loader, which finds its libraries beside it.
+pub(super) fn remote_shell(facts: &HostFacts) -> Vec<String> {
+    let Some((program, arguments)) = facts.remote_shell.split_first() else {
+        return Vec::new();
+    };
+    let mut libraries = facts.containers.libraries.iter();
+    let loader = libraries.find(|path| file_name(path).starts_with(LOADER));
+    let by = loader.map(|loader| {
+        let words = [&*lent_as(loader), "--library-path", LENT];
+        words.map(str::to_owned)
+    });
+    let words = by.into_iter().flatten().chain([lent_as(program)]);
+    words.chain(arguments.iter().cloned()).collect()
+}
+
 /// What of the host is seen: what lies in nothing else of it.
-fn seen(context: &Context<'_>) -> (Vec<String>, Vec<String>) {
+fn seen(context: &Context<'_>) -> Result<(Vec<String>, Vec<String>), LaunchError> {
     let Context { facts, paths, .. } = context;
     let mut own = vec![facts.root.clone()];
-    // Of another agent on this machine.
+    let inputs = paths.inputs.iter().map(|directory| ("input", directory));
+    let outputs = paths.outputs.iter();
+    let directories = inputs.chain(outputs.map(|directory| ("output", directory)));
+    let mut named: Vec<_> = directories
+        .map(|(what, (id, path))| (format!("{what} directory {id}"), path))
+        .collect();
+    named.push(("the directory of logs".to_owned(), &paths.stdouterr));
+    // Of another agent on this machine, whoever that is.
     let shared = paths.shared.is_some();
     let master = context.assignment.hosts.first().filter(|_| shared);
-    own.extend(master.map(|master| master.root.clone()));
-    let reaches = super::preparation::remote_shell(context).is_some();
-    own.extend(facts.remote_shell.first().filter(|_| reaches).cloned());
-    let inputs = paths.inputs.iter().chain(&paths.outputs);
-    let mut wanted: Vec<_> = inputs.map(|(_, path)| path.clone()).collect();
-    wanted.push(paths.stdouterr.clone());
-    // The root of the host would hide the image.
-    wanted.retain(|path| !path.trim_end_matches('/').is_empty());
+    named.extend(master.map(|master| ("the directory of rank 0's node".to_owned(), &master.root)));
+    let plain = |(what, path): (String, &String)| {
+        in_its_place(path).ok_or_else(|| LaunchError::NotSeen {
+            what,
+            path: path.clone(),
+        })
+    };
+    let mut wanted = named
+        .into_iter()
+        .map(plain)
+        .collect::<Result<Vec<_>, _>>()?;
+    // That is there without: devices, processes and what the kernel shows are the host's.
+    wanted.retain(|path| !comes_by_itself(path));
     for paths in [&mut own, &mut wanted] {
         paths.sort();
         paths.dedup();
@@ -176,7 +237,21 @@ fn seen(context: &Context<'_>) -> (Vec<String>, Vec<String>) {
     wanted.retain(|path| {
         outermost(path, &all_wanted) && !all_own.iter().any(|other| is_within(path, other))
     });
-    (own, wanted)
+    Ok((own, wanted))
+}
+
+/// Whether a path lies in what every container has of the host. Memory that processes share is its own.
+fn comes_by_itself(path: &str) -> bool {
+    let within = |place: &&str| is_within(path, place);
+    HOSTS.iter().any(|place| within(&place)) && !within(&SHARED_MEMORY)
+}
+
+/// A path in its plain form, where what is there can be seen in the place that it has in a container: not the root, which would hide the image,
+/// and nothing that leads up, which is another place wherever a link is on the way.
+fn in_its_place(path: &str) -> Option<String> {
+    let rest = path.strip_prefix('/')?;
+    let below = below(rest.trim_start_matches('/'))?;
+    Some(format!("/{below}"))
 }
 
 /// What processes in a container have of the host's variables: the image's stand in their place.
@@ -235,9 +310,9 @@ impl Engine {
         self.line(words, image)
     }
 
-    /// Prints by which digest it knows an image.
+    /// Prints by which digest it knows an image, and how many bytes its files take.
     pub fn inspect(self, image: &str) -> Vec<String> {
-        let words = ["image", "inspect", "--format", "{{.Id}}"];
+        let words = ["image", "inspect", "--format", "{{.Id}} {{.Size}}"];
         self.line(words.map(str::to_owned).to_vec(), image)
     }
 
@@ -260,14 +335,15 @@ pub fn login_names(registry: &str) -> Vec<&str> {
     }
 }
 
-/// What puts the libraries of the host's GPU driver into a root file system.
-pub fn gpu_line(root: &str) -> Vec<String> {
+/// What puts the libraries of the host's GPU driver into a root file system, and lists them there by the host's `ldconfig`.
+pub fn gpu_line(root: &str, ldconfig: &str) -> Vec<String> {
+    let ldconfig = format!("--ldconfig=@{ldconfig}");
     let words = [
         "nvidia-container-cli",
         "--load-kmods",
         "configure",
         "--no-cgroups",
-        "--ldconfig=@/sbin/ldconfig",
+        &ldconfig,
         "--device=all",
         "--compute",
         "--utility",

@@ -30,7 +30,12 @@ fn in_container(image: &str) -> v1::Job {
             }),
             shm_size: "64m".into(),
         }),
-        input_directories: vec![input("DATA", "/data/in"), input("ALL", "/")],
+        input_directories: vec![
+            input("DATA", "//data/./in/"),
+            input("DEVICES", "/dev"),
+            input("MEMORY", "/dev/shm/given"),
+            input("GPUS", "/proc/driver/nvidia"),
+        ],
         output_directories: vec![
             directory("M", "/data/in/deep"),
             directory("R", "$AZ_BATCHAI_MOUNT_ROOT/x"),
@@ -56,19 +61,74 @@ fn a_container_has_the_jobs_directories_and_what_is_written_in_it_lies_with_the_
     let image = "team.example.org/train:1";
     let made = container(&assignment(1, 0, in_container(image)), &facts());
     let made = made.unwrap().unwrap();
-    assert_eq!(made.own, ["/r", "/root0"]);
-    assert_eq!(made.wanted, ["/data/in"]);
+    assert_eq!(made.own, ["/r"]);
+    // Of another agent's directory it has what its user has without a container.
+    assert_eq!(made.wanted, ["/data/in", "/dev/shm/given", "/root0"]);
     assert_eq!(made.layer, "/r/jobs/.container/1-7");
     assert_eq!(made.shm_bytes, Some(64 << 20));
     assert_eq!(
         (&*made.home, &*made.log),
         ("/r/jobs/w/e/j", "container.log")
     );
-    // Who reaches other hosts does so by the agent's own program.
+    assert!(made.lent.is_empty());
+    // Who reaches other hosts does so by the agent's own program, with the libraries that it is made with.
     let two = container(&assignment(2, 1, in_container(image)), &facts());
     let two = two.unwrap().unwrap();
-    assert_eq!(two.own, ["/it's/batchai", "/r"]);
+    assert_eq!(two.own, ["/r"]);
+    let lent = [
+        ("/it's/batchai", "/.batchai/batchai"),
+        ("/lib/libc.so.6", "/.batchai/libc.so.6"),
+        ("/lib/ld-linux.so.2", "/.batchai/ld-linux.so.2"),
+    ];
+    assert_eq!(
+        two.lent,
+        lent.map(|(from, to)| (from.to_owned(), to.to_owned()))
+    );
+    let script = |facts: &HostFacts| {
+        let plan = plan(&assignment(2, 1, in_container(image)), facts).unwrap();
+        let files = plan.preparation.files.into_iter();
+        files
+            .map(|(_, text)| text)
+            .find(|text| text.contains("remote-shell"))
+            .unwrap()
+    };
+    let by_loader = "unset LD_PRELOAD\nexec '/.batchai/ld-linux.so.2' '--library-path' '/.batchai' '/.batchai/batchai' 'remote-shell' \"$@\"\n";
+    assert!(
+        script(&facts()).ends_with(by_loader),
+        "{}",
+        script(&facts())
+    );
+    // One that is made without is started as it is.
+    let mut alone = facts();
+    alone.containers.libraries.clear();
+    assert!(script(&alone).ends_with("exec '/.batchai/batchai' 'remote-shell' \"$@\"\n"));
     assert_eq!(two.log, "container-n1.log");
+}
+
+#[test]
+fn what_cannot_be_seen_in_its_place_is_refused_by_name() {
+    for path in [
+        "/",
+        "//",
+        "/.",
+        "/mnt/..",
+        "/mnt/../data",
+        "data",
+        "./data",
+        "",
+    ] {
+        let mut job = in_container("rootfs:/a");
+        job.input_directories[0].path = path.into();
+        let refused = LaunchError::NotSeen {
+            what: "input directory DATA".into(),
+            path: path.into(),
+        };
+        let made = container(&assignment(1, 0, job.clone()), &facts());
+        assert_eq!(made, Err(refused), "{path:?}");
+        // Without one it is the node's own.
+        job.container_settings = None;
+        assert!(container(&assignment(1, 0, job), &facts()).is_ok());
+    }
 }
 
 #[test]
@@ -186,7 +246,7 @@ fn engines_are_told_names_and_paths_only() {
         ),
         (
             docker.inspect(image),
-            "docker image inspect --format {{.Id}} team.example.org/train:1",
+            "docker image inspect --format {{.Id}} {{.Size}} team.example.org/train:1",
         ),
         (docker.save("a1b2", "/to"), "docker save --output /to a1b2"),
         (
@@ -199,12 +259,12 @@ fn engines_are_told_names_and_paths_only() {
         ),
         (
             podman.inspect(image),
-            "podman image inspect --format {{.Id}} team.example.org/train:1",
+            "podman image inspect --format {{.Id}} {{.Size}} team.example.org/train:1",
         ),
         (podman.save("a1b2", "/to"), "podman save --output /to a1b2"),
         (
-            gpu_line("/root"),
-            "nvidia-container-cli --load-kmods configure --no-cgroups --ldconfig=@/sbin/ldconfig --device=all --compute --utility /root",
+            gpu_line("/root", "/sbin/ldconfig.real"),
+            "nvidia-container-cli --load-kmods configure --no-cgroups --ldconfig=@/sbin/ldconfig.real --device=all --compute --utility /root",
         ),
     ] {
         assert_eq!(line(told), expected);

@@ -33,8 +33,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::cgroups::{Bound, Group, Isolation};
 pub use container::{
-    Ability, Container, Engine, Reference, SHELLS, Source, gpu_line, inside, login_names,
-    with_shell,
+    Ability, Container, Engine, HOSTS, Reference, SHARED_MEMORY, SHELLS, Source, gpu_line, inside,
+    login_names, with_shell,
 };
 pub use environment::ATTEMPT_TAG;
 use paths::Paths;
@@ -200,6 +200,11 @@ pub enum LaunchError {
          as docker-archive:/PATH or rootfs:/PATH"
     )]
     NoEngine { node: String, image: String },
+    #[error(
+        "{what} is {path}, which a container cannot have in its place: give a directory or a file by its absolute path, without .., and not \
+         the root of the node"
+    )]
+    NotSeen { what: String, path: String },
     #[error("this agent cannot mount {what}; upgrade the agent")]
     UnknownVolume { what: &'static str },
     #[error("file server {name} cannot be mounted: it is not known where it is served")]

@@ -140,9 +140,13 @@ pub(super) fn remote_shell(context: &Context<'_>) -> Option<(String, String)> {
     } = context;
     let wanted = assignment.hosts.len() > 1 && !assignment.set_up;
     (wanted && !facts.remote_shell.is_empty()).then(|| {
-        let words = facts.remote_shell.iter();
-        let words: Vec<_> = words.map(|word| expand::literal(word)).collect();
-        let script = format!("#!/bin/sh\nexec {} \"$@\"\n", words.join(" "));
+        // What an image has loaded into every program is made for the image's libraries, and not for the host's.
+        let (first, words) = match context.job.container_settings {
+            Some(_) => ("unset LD_PRELOAD\n", container::remote_shell(facts)),
+            None => ("", facts.remote_shell.clone()),
+        };
+        let words: Vec<_> = words.iter().map(|word| expand::literal(word)).collect();
+        let script = format!("#!/bin/sh\n{first}exec {} \"$@\"\n", words.join(" "));
         (paths.remote_shell(), script)
     })
 }

@@ -50,6 +50,7 @@ pub fn facts() -> HostFacts {
             able: true,
             engine: Some(Engine::Podman),
             images: "/data/images".into(),
+            libraries: vec!["/lib/libc.so.6".into(), "/lib/ld-linux.so.2".into()],
         },
         base_env: BTreeMap::from([("PATH".into(), "/bin".into())]),
         remote_shell: vec!["/it's/batchai".into(), "remote-shell".into()],

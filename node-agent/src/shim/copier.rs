@@ -11,12 +11,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use batchai_common::holes;
-use batchai_common::time::boot_time;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, poll};
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, close, pipe2};
+use nix::unistd::{close, pipe2};
 
 use super::process;
 use crate::launch::JobUser;
@@ -59,22 +56,8 @@ pub fn start(from: &Path, to: &Path, user: Option<&JobUser>) -> io::Result<Copie
 impl Copier {
     /// Lets it copy a last time and waits until it has, but not for ever: it may hang on a dead mount.
     pub fn finish(self, patience: Duration) -> Result<(), String> {
-        let pid = Pid::from_raw(self.pid);
         drop(self.stop);
-        let until = boot_time() + patience;
-        loop {
-            match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-                Ok(WaitStatus::StillAlive) if boot_time() < until => {
-                    std::thread::sleep(Duration::from_millis(2));
-                }
-                other => {
-                    // It may be stuck in the kernel; nobody waits for it.
-                    let _ = kill(pid, Signal::SIGKILL);
-                    return Err(format!("{other:?}"));
-                }
-            }
-        }
+        process::await_end(self.pid, patience)
     }
 }
 

@@ -137,8 +137,7 @@ impl Shim {
         self.streams.clear();
         self.log.say("ended");
         self.leave_group();
-        // What is mounted in it is not held by it any more.
-        self.room = None;
+        self.leave_room();
         self.finish_copy();
         self.unmount();
         self.status.phase = Phase::Ended;

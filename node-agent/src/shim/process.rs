@@ -7,12 +7,15 @@ use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use batchai_common::time::boot_time;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, chdir, fork, getpid, getppid, setsid};
 
 use super::container::Room;
@@ -227,6 +230,25 @@ pub fn helper(
                         .map_or(1, |()| work())
                 });
                 nix::libc::_exit(catch_unwind(work).unwrap_or(101))
+            }
+        }
+    }
+}
+
+/// Waits for a helper that should be done soon, but not for ever.
+pub fn await_end(pid: i32, patience: Duration) -> Result<(), String> {
+    let pid = Pid::from_raw(pid);
+    let until = boot_time() + patience;
+    loop {
+        match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+            Ok(WaitStatus::StillAlive) if boot_time() < until => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            other => {
+                // It may be stuck in the kernel; nobody waits for it.
+                let _ = kill(pid, Signal::SIGKILL);
+                return Err(format!("{other:?}"));
             }
         }
     }

@@ -1,6 +1,8 @@
 //! What `docker save` writes, read and unpacked: layers of files over each other, checked against the digests that the image names.
 //!
-//! It unpacks below `/`: whose root that is, who calls it has seen to. Devices and pipes are left out: a container has the host's.
+//! It unpacks below `/`: whose root that is, who calls it has seen to, and how much memory it may take: what an archive says of its entries
+//! is read whole. Devices and pipes are left out: a container has the host's. The archive may be changed by whoever has it while it is read: nothing
+//! of it is kept that was not seen to be what the image names.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -8,9 +10,10 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Component, Path, PathBuf};
 
-use flate2::read::GzDecoder;
+use flate2::read::MultiGzDecoder;
 use nix::sys::statvfs::statvfs;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use tar::{Archive, Entry, EntryType};
 
@@ -18,20 +21,28 @@ use tar::{Archive, Entry, EntryType};
 const TEXT_BYTES_MAX: u64 = 4 << 20;
 const LAYERS_MAX: usize = 512;
 const FILES_MAX: usize = 10_000;
+/// Of all layers together.
 const ENTRIES_MAX: usize = 10_000_000;
+/// The variables of an image, as they are written down: those of a process may not be much more.
+const ENV_BYTES_MAX: usize = 96 << 10;
+/// Of what an image says and nobody heeds, so much is repeated.
+const SAID_CHARS_MAX: usize = 200;
 /// Left free on the disk, for all else that is there.
-const SPARE_BYTES: u64 = 256 << 20;
+pub const SPARE_BYTES: u64 = 256 << 20;
+const SPARE_FILES: u64 = 10_000;
 const HIDES: &str = ".wh.";
 const HIDES_ALL: &str = ".wh..wh..opq";
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
 /// What an archive says of its image.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Image {
     /// The SHA-256 of its configuration, which names those of its layers.
     pub digest: String,
     pub env: BTreeMap<String, String>,
+    /// What it says that is not done, in words.
+    pub left_out: Vec<String>,
     /// Where each layer lies in the archive, and the SHA-256 of what it is.
     layers: Vec<(Section, String)>,
 }
@@ -51,9 +62,61 @@ struct Configuration {
 }
 
 #[derive(Default, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
 struct Settings {
-    #[serde(rename = "Env", default)]
     env: Option<Vec<String>>,
+    user: Value,
+    working_dir: Value,
+    shell: Value,
+    entrypoint: Value,
+    volumes: Value,
+}
+
+impl Settings {
+    /// Variables that a process can have.
+    fn env(&self) -> io::Result<BTreeMap<String, String>> {
+        let all = self.env.iter().flatten();
+        let pairs = all.filter_map(|variable| variable.split_once('='));
+        // A process could not be started with the others.
+        let legal = pairs.filter(|(name, value)| {
+            !name.is_empty() && !name.contains('\0') && !value.contains('\0')
+        });
+        let env: BTreeMap<_, _> = legal
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect();
+        match serde_json::to_vec(&env)?.len() <= ENV_BYTES_MAX {
+            true => Ok(env),
+            false => Err(bad(format!(
+                "its variables take more than {} KiB",
+                ENV_BYTES_MAX >> 10
+            ))),
+        }
+    }
+
+    /// What an engine would do that is not done here.
+    fn left_out(&self) -> Vec<String> {
+        let all = [
+            ("USER", &self.user),
+            ("WORKDIR", &self.working_dir),
+            ("SHELL", &self.shell),
+            ("ENTRYPOINT", &self.entrypoint),
+            ("VOLUME", &self.volumes),
+        ];
+        let says = |value: &Value| match value {
+            Value::Null => false,
+            Value::String(text) => !text.is_empty(),
+            Value::Array(items) => !items.is_empty(),
+            Value::Object(items) => !items.is_empty(),
+            Value::Bool(_) | Value::Number(_) => true,
+        };
+        let said = all.into_iter().filter(|(_, value)| says(value));
+        let said = said.map(|(word, value)| {
+            let text = value.to_string();
+            let cut: String = text.chars().take(SAID_CHARS_MAX).collect();
+            format!("{word} {cut}")
+        });
+        said.collect()
+    }
 }
 
 #[derive(Deserialize)]
@@ -62,7 +125,7 @@ struct Rootfs {
 }
 
 /// A part of a file.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Section {
     at: u64,
     size: u64,
@@ -139,17 +202,11 @@ pub fn read(file: &File) -> io::Result<Image> {
     let ids = ids
         .iter()
         .map(|id| id.trim_start_matches("sha256:").to_owned());
-    let env = configuration.config.unwrap_or_default().env;
-    let env = env.unwrap_or_default();
-    let pairs = env.iter().filter_map(|variable| variable.split_once('='));
-    // A process could not be started with the others.
-    let pairs = pairs
-        .filter(|(name, value)| !name.is_empty() && !name.contains('\0') && !value.contains('\0'));
+    let settings = configuration.config.unwrap_or_default();
     Ok(Image {
         digest,
-        env: pairs
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .collect(),
+        env: settings.env()?,
+        left_out: settings.left_out(),
         layers: sections.into_iter().zip(ids).collect(),
     })
 }
@@ -165,7 +222,8 @@ fn contents(mut file: &File) -> io::Result<BTreeMap<PathBuf, Held>> {
     let mut held = BTreeMap::new();
     let mut archive = Archive::new(file);
     for entry in archive.entries_with_seek()? {
-        let entry = entry.map_err(|error| bad(format!("it is no archive: {error}")))?;
+        let entry = entry
+            .map_err(|error| io::Error::new(error.kind(), format!("it is no archive: {error}")))?;
         let path = plain(&entry.path()?).ok_or_else(|| bad("a name in it leads out of it"))?;
         let section = Section {
             at: entry.raw_file_position(),
@@ -234,6 +292,25 @@ struct Counted<R> {
     digest: Sha256,
 }
 
+impl<R: Read> Counted<R> {
+    fn of(inner: R) -> Counted<R> {
+        let digest = Sha256::new();
+        Counted { inner, digest }
+    }
+
+    /// All of it, padding included, is what has this SHA-256.
+    fn is(mut self, id: &str) -> io::Result<()> {
+        io::copy(&mut self, &mut io::sink())?;
+        let digest = hex(&self.digest.finalize());
+        match digest == id {
+            true => Ok(()),
+            false => Err(bad(format!(
+                "it is not what the image names: its SHA-256 is {digest}, not {id}"
+            ))),
+        }
+    }
+}
+
 impl<R: Read> Read for Counted<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
@@ -242,23 +319,49 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
-/// Unpacks all layers below `/`.
-pub fn unpack(file: &File, image: &Image) -> io::Result<()> {
-    for (at, (section, id)) in image.layers.iter().enumerate() {
-        let failed = |error: io::Error| {
-            let number = at + 1;
-            io::Error::new(error.kind(), format!("layer {number}: {error}"))
-        };
-        // What it hides is of those below it: first.
-        hide(uncompressed(file, *section).map_err(failed)?).map_err(failed)?;
-        let digest = add(uncompressed(file, *section).map_err(failed)?).map_err(failed)?;
-        if digest != *id {
-            return Err(failed(bad(format!(
-                "it is not what the image names: its SHA-256 is {digest}, not {id}"
-            ))));
+/// Counts the entries of all layers.
+#[derive(Default)]
+struct Entries(usize);
+
+impl Entries {
+    fn one_more(&mut self) -> io::Result<()> {
+        self.0 += 1;
+        match self.0 > ENTRIES_MAX {
+            true => Err(bad("it holds too many files")),
+            false => Ok(()),
         }
     }
+}
+
+/// Does something with each layer.
+fn each(image: &Image, mut work: impl FnMut(Section, &str) -> io::Result<()>) -> io::Result<()> {
+    for (at, (section, id)) in image.layers.iter().enumerate() {
+        work(*section, id)
+            .map_err(|error| io::Error::new(error.kind(), format!("layer {}: {error}", at + 1)))?;
+    }
     Ok(())
+}
+
+/// Unpacks all layers below `/`.
+pub fn unpack(file: &File, image: &Image) -> io::Result<()> {
+    let (mut seen, mut made) = (Entries::default(), Entries::default());
+    each(image, |section, id| {
+        // What it hides is of those below it: first. Nothing of it is unpacked before it was seen to be what the image names.
+        let mut reading = Counted::of(uncompressed(file, section)?);
+        hide(&mut reading, &mut seen)?;
+        reading.is(id)?;
+        // It may have been changed since.
+        let mut reading = Counted::of(uncompressed(file, section)?);
+        add(&mut reading, &mut made)?;
+        reading.is(id)
+    })
+}
+
+/// Sees to it that an archive holds all that its image names: who only knows its name has no image.
+pub fn check(file: &File, image: &Image) -> io::Result<()> {
+    each(image, |section, id| {
+        Counted::of(uncompressed(file, section)?).is(id)
+    })
 }
 
 fn uncompressed(file: &File, section: Section) -> io::Result<Box<dyn Read + '_>> {
@@ -271,7 +374,7 @@ fn uncompressed(file: &File, section: Section) -> io::Result<Box<dyn Read + '_>>
         ));
     }
     Ok(match magic[..2] == GZIP {
-        true => Box::new(GzDecoder::new(section.of(file))),
+        true => Box::new(MultiGzDecoder::new(section.of(file))),
         false => Box::new(section.of(file)),
     })
 }
@@ -283,8 +386,9 @@ fn place<R: Read>(entry: &Entry<'_, R>) -> io::Result<PathBuf> {
     Ok(Path::new("/").join(plain))
 }
 
-fn hide(layer: impl Read) -> io::Result<()> {
+fn hide(layer: impl Read, count: &mut Entries) -> io::Result<()> {
     for entry in Archive::new(layer).entries()? {
+        count.one_more()?;
         let path = place(&entry?)?;
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
             continue;
@@ -303,20 +407,14 @@ fn hide(layer: impl Read) -> io::Result<()> {
     Ok(())
 }
 
-fn add(layer: impl Read) -> io::Result<String> {
-    let counted = Counted {
-        inner: layer,
-        digest: Sha256::new(),
-    };
-    let mut archive = Archive::new(counted);
+fn add(layer: impl Read, count: &mut Entries) -> io::Result<()> {
+    let mut archive = Archive::new(layer);
     archive.set_preserve_permissions(true);
     archive.set_preserve_ownerships(true);
     archive.set_unpack_xattrs(false);
-    for (count, entry) in archive.entries()?.enumerate() {
+    for entry in archive.entries()? {
         let mut entry = entry?;
-        if count > ENTRIES_MAX {
-            return Err(bad("it holds too many files"));
-        }
+        count.one_more()?;
         let path = place(&entry)?;
         let name = path.file_name().and_then(|name| name.to_str());
         if name.is_some_and(|name| name.starts_with(HIDES)) || path == Path::new("/") {
@@ -326,7 +424,7 @@ fn add(layer: impl Read) -> io::Result<String> {
         if matches!(kind, EntryType::Char | EntryType::Block | EntryType::Fifo) {
             continue;
         }
-        leave_room_for(&entry)?;
+        leave_room(Path::new("/"), entry.size())?;
         make_way(&path, kind == EntryType::Directory)?;
         let unpacked = entry.unpack_in("/");
         let unpacked =
@@ -335,22 +433,24 @@ fn add(layer: impl Read) -> io::Result<String> {
             return Err(bad(format!("{}: leads out of it", path.display())));
         }
     }
-    let mut counted = archive.into_inner();
-    // The digest is of all of it, padding included.
-    io::copy(&mut counted, &mut io::sink())?;
-    Ok(hex(&counted.digest.finalize()))
+    Ok(())
 }
 
-fn leave_room_for<R: Read>(entry: &Entry<'_, R>) -> io::Result<()> {
-    let disk = statvfs("/")?;
+/// A disk has so much free, and what else is to be left, of files too where it counts them.
+pub fn leave_room(at: &Path, bytes: u64) -> io::Result<()> {
+    let disk = statvfs(at)?;
     let free = (disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64);
-    match free > entry.size().saturating_add(SPARE_BYTES) {
-        true => Ok(()),
-        false => Err(io::Error::new(
-            io::ErrorKind::StorageFull,
-            "the disk of the agent's --data is full",
-        )),
+    let full = |what: &str| {
+        let why = format!("the disk of the agent's --data {what}");
+        Err(io::Error::new(io::ErrorKind::StorageFull, why))
+    };
+    if free <= bytes.saturating_add(SPARE_BYTES) {
+        return full("is full");
     }
+    if disk.files() > 0 && disk.files_available() as u64 <= SPARE_FILES {
+        return full("can hold no more files");
+    }
+    Ok(())
 }
 
 /// A directory of one layer stays where another has it as well; all else goes.

@@ -2,25 +2,31 @@
 //!
 //! There is no engine between the shim and a rank. A container is a mount namespace with the image's root file system (`room`): ranks
 //! are the shim's children in the attempt's group, as without one, so that limits, logs, exit codes and every way to end them are the
-//! same. An engine is asked for images only (`fetch`), which are unpacked once (`layers`) and kept. The shim has the namespace
-//! open: it is there as long as the shim is, and nothing of it is anywhere else.
+//! same. An engine (`engine`) is asked for images only (`fetch`), which are unpacked once (`layers`, `apart`) and kept (`store`). The shim has
+//! the namespace open: it is there as long as the shim is. What was written in it beside the host's directories (its layer) is removed when nothing
+//! of the attempt runs any more; a shim that was cut down leaves that to the next job's preparation.
 
+mod apart;
+mod engine;
 mod fetch;
 mod layers;
 mod room;
+mod store;
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
     recvmsg, sendmsg, socketpair,
 };
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{dup2_stderr, dup2_stdout, pipe2};
 use serde::{Deserialize, Serialize};
 
@@ -35,8 +41,12 @@ use crate::status::FailureRecord;
 const FAILED: &str = "FailedStartingContainer";
 /// Where docker's daemon listens.
 const DOCKER: &str = "/var/run/docker.sock";
+/// What takes longer to remove is the next job's.
+const CLEAR_MAX: Duration = Duration::from_secs(30);
 /// The variables of an image, at most: those of a process may not be much more.
 const TOLD_BYTES_MAX: usize = 128 << 10;
+/// Why there is no container, at most: an image may have a say in that.
+const MESSAGE_BYTES_MAX: usize = 4096;
 
 /// What is known of a container that is there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,6 +180,31 @@ impl Shim {
     }
 }
 
+impl Shim {
+    /// Nothing of the attempt runs any more: what was written in its container goes. Where that takes too long the next job's preparation does it.
+    pub(super) fn leave_room(&mut self) {
+        // What is mounted in it is not held by it any more.
+        self.room = None;
+        let Some(container) = &self.plan.container else {
+            return;
+        };
+        let layer = &container.layer;
+        let clear = || match fs::remove_dir_all(layer) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                super::tell(&format!("{layer} cannot be removed: {error}"));
+                1
+            }
+            _ => 0,
+        };
+        let cleared = process::helper((None, &[]), clear).map_err(|error| error.to_string());
+        if let Err(why) = cleared.and_then(|pid| process::await_end(pid, CLEAR_MAX)) {
+            let text =
+                format!("what was written in the container stays until the next job comes: {why}");
+            self.log.say(&text);
+        }
+    }
+}
+
 /// Why there is no container to take over.
 enum Untold {
     /// It could not be made.
@@ -184,7 +219,8 @@ impl<E: Into<io::Error>> From<E> for Untold {
     }
 }
 
-pub(super) fn failure(message: String, infrastructure: bool) -> FailureRecord {
+pub(super) fn failure(mut message: String, infrastructure: bool) -> FailureRecord {
+    message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
     FailureRecord {
         code: FAILED.to_owned(),
         message,
@@ -200,12 +236,20 @@ fn make(
     password: Option<&str>,
     to: &OwnedFd,
 ) -> i32 {
+    // The agent's own may be stricter: the job's user must get to what is made in its container.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     let made = fetch::fetch(container, user, password).and_then(|image| {
         let room = room::make(container, user, &image)?;
         Ok((image, room))
     });
     let told = match &made {
         Ok((image, room)) => {
+            if !image.left_out.is_empty() {
+                println!(
+                    "of what the image says this is left out: {}; the job has its own user, directory and commands",
+                    image.left_out.join(", ")
+                );
+            }
             let lock = image.lock.as_ref().map(|lock| lock.as_fd());
             let fds = std::iter::once(room.namespace()).chain(lock);
             send(to, &Ok(room.known.clone()), fds)
@@ -218,8 +262,11 @@ fn make(
     match told {
         Ok(()) => 0,
         Err(error) => {
-            println!("the container cannot be handed over: {error}");
-            1
+            let why = format!("the container cannot be handed over: {error}");
+            println!("{why}");
+            // What was too much to say has nothing in its way.
+            let short = send(to, &Err(failure(why, false)), std::iter::empty());
+            i32::from(short.is_err())
         }
     }
 }
@@ -281,11 +328,31 @@ pub fn able(images: PathBuf) -> Ability {
         true => Some(Engine::Podman),
         false => (daemon && is_there("docker")).then_some(Engine::Docker),
     };
+    let maps = fs::read_to_string("/proc/self/maps");
+    if let Err(error) = &maps {
+        tracing::warn!(%error, "processes in containers may not reach other nodes: this agent's libraries are not known");
+    }
     Ability {
         able,
         engine,
         images: images.to_string_lossy().into_owned(),
+        libraries: libraries(&maps.unwrap_or_default()),
     }
+}
+
+/// The libraries of a program, by what the kernel says of its memory.
+fn libraries(maps: &str) -> Vec<String> {
+    let files = maps.lines().filter_map(|line| {
+        let (rights, path) = (line.split(' ').nth(1)?, line.find('/')?);
+        // Where it was replaced since, the new one lies there.
+        let path = line[path..].trim_end_matches(" (deleted)");
+        let name = path.rsplit('/').next()?;
+        (rights.contains('x') && name.contains(".so")).then(|| path.to_owned())
+    });
+    let mut files: Vec<_> = files.collect();
+    files.sort();
+    files.dedup();
+    files
 }
 
 fn is_there(program: &str) -> bool {
@@ -297,4 +364,29 @@ fn is_there(program: &str) -> bool {
 fn shell() -> String {
     let found = SHELLS.iter().find(|shell| Path::new(shell).exists());
     (*found.unwrap_or(&SHELLS[0])).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_programs_libraries_are_read_from_its_memory() {
+        let maps = "\
+555-556 r-xp 00000000 fe:00 12                         /usr/bin/batchai
+7f0-7f1 r--p 00000000 fe:00 13                         /usr/lib/libc.so.6
+7f1-7f2 r-xp 00001000 fe:00 13                         /usr/lib/libc.so.6
+7f3-7f4 r-xp 00000000 fe:00 14                         /opt/a b/ld-linux-x86-64.so.2 (deleted)
+7f5-7f6 r--s 00000000 fe:00 15                         /etc/ld.so.cache
+7f7-7f8 r-xp 00000000 00:00 0                          [vdso]
+";
+        let found = libraries(maps);
+        assert_eq!(
+            found,
+            ["/opt/a b/ld-linux-x86-64.so.2", "/usr/lib/libc.so.6"]
+        );
+        // Of this one: they are there.
+        let own = libraries(&fs::read_to_string("/proc/self/maps").unwrap());
+        assert!(own.iter().all(|path| Path::new(path).is_file()), "{own:?}");
+    }
 }

@@ -15,15 +15,14 @@ use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::{chdir, pivot_root};
 
-use super::fetch::{Image, open_as, private_dir};
-use super::{Known, Room, failure, shell};
-use crate::launch::{Container, JobUser, gpu_line};
+use super::apart::Trouble;
+use super::fetch::open_as;
+use super::store::{Image, private_dir};
+use super::{Known, Room, shell};
+use crate::launch::{Container, HOSTS, JobUser, SHARED_MEMORY, Source, gpu_line};
 use crate::status::FailureRecord;
 
 const NONE: Option<&str> = None;
-/// What jobs have of the host as it is. Processes last: nothing may lead to them before.
-const DEVICES: [&str; 3] = ["/dev", "/sys", "/proc"];
-const SHARED_MEMORY: &str = "/dev/shm";
 /// Of the host, so that names mean the same.
 const NAMES: [&str; 3] = ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"];
 const PASSWD: &str = "/etc/passwd";
@@ -34,8 +33,10 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const EVERYBODYS: u32 = 0o1777;
 /// There where the host has a GPU of NVIDIA.
 const NVIDIA: &str = "/dev/nvidiactl";
+/// What lists the libraries of a root file system; where Ubuntu has the program, as the other is a script there.
+const LDCONFIG: [&str; 2] = ["/sbin/ldconfig.real", "/sbin/ldconfig"];
 
-/// Something of the host that is seen at the same path.
+/// Something of the host that is seen, and where.
 struct Seen {
     path: PathBuf,
     at: File,
@@ -47,19 +48,12 @@ pub fn make(
     user: Option<&JobUser>,
     image: &Image,
 ) -> Result<Room, FailureRecord> {
-    let made = build(container, user, image);
-    let failed = |error: &io::Error, infrastructure| {
-        failure(
-            format!("the container cannot be made: {error}"),
-            infrastructure,
-        )
-    };
-    match made {
-        Ok((room, Ok(()))) => Ok(room),
+    let made = build(container, user, image).and_then(|(room, placed)| {
         // By what the image is, or what the job wants to see in it.
-        Ok((_, Err(error))) => Err(failed(&error, false)),
-        Err(error) => Err(failed(&error, true)),
-    }
+        placed.map_err(|error| Trouble::of_image(&error))?;
+        Ok(room)
+    });
+    made.map_err(|trouble| trouble.failure("the container cannot be made"))
 }
 
 /// The container, and whether everything could be put into place in it.
@@ -67,23 +61,25 @@ fn build(
     container: &Container,
     user: Option<&JobUser>,
     image: &Image,
-) -> io::Result<(Room, io::Result<()>)> {
+) -> Result<(Room, io::Result<()>), Trouble> {
     let namespace = OwnedFd::from(File::open("/proc/self/ns/mnt")?);
-    let root = over(Path::new(&container.layer), image)?;
+    let root = over(container, image)?;
     if Path::new(NVIDIA).exists() {
-        give_gpu_libraries(&root);
+        let ldconfig = LDCONFIG.into_iter().find(|path| Path::new(path).exists());
+        let ldconfig = ldconfig.unwrap_or(LDCONFIG[1]);
+        give_gpu_libraries(&gpu_line(&root.to_string_lossy(), ldconfig))?;
     }
     let seen = seen(container, user)?;
-    let names = NAMES.map(|name| (name, fs::read(name).unwrap_or_default()));
-    chdir(&root)?;
+    let names = names(&NAMES)?;
+    chdir(&root).map_err(io::Error::from)?;
     let host = format!(".host-{}", uuid::Uuid::new_v4().simple());
     DirBuilder::new().mode(0o700).create(&host)?;
-    pivot_root(".", host.as_str())?;
-    chdir("/")?;
+    pivot_root(".", host.as_str()).map_err(io::Error::from)?;
+    chdir("/").map_err(io::Error::from)?;
     let host = Path::new("/").join(host);
     let placed = furnish(container, user, &seen, &names, &host);
     drop(seen);
-    umount2(&host, MntFlags::MNT_DETACH)?;
+    umount2(&host, MntFlags::MNT_DETACH).map_err(io::Error::from)?;
     fs::remove_dir(&host)?;
     let known = Known {
         env: image.env.clone(),
@@ -98,8 +94,24 @@ fn build(
     Ok((room, placed))
 }
 
+/// The files by which the host knows names; the image's own stay where the host has none.
+fn names<'a>(of: &[&'a str]) -> io::Result<Vec<(&'a str, Vec<u8>)>> {
+    let mut names = Vec::new();
+    for name in of {
+        match fs::read(name) {
+            Ok(content) => names.push((*name, content)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                println!("{name} is the image's own: this host has none");
+            }
+            Err(error) => return Err(io::Error::new(error.kind(), format!("{name}: {error}"))),
+        }
+    }
+    Ok(names)
+}
+
 /// The image's files with a layer over them. Where the disk of jobs cannot hold such a layer it is kept in memory.
-fn over(layer: &Path, image: &Image) -> io::Result<PathBuf> {
+fn over(container: &Container, image: &Image) -> Result<PathBuf, Trouble> {
+    let layer = Path::new(&container.layer);
     let root = layer.join("root");
     private_dir(&root)?;
     let Err(error) = try_over(layer, image, &root) else {
@@ -110,10 +122,16 @@ fn over(layer: &Path, image: &Image) -> io::Result<PathBuf> {
         layer.display()
     );
     let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
-    mount(NONE, layer, Some("tmpfs"), flags, Some("mode=0700"))?;
+    mount(NONE, layer, Some("tmpfs"), flags, Some("mode=0700")).map_err(io::Error::from)?;
     private_dir(&root)?;
-    try_over(layer, image, &root)?;
-    Ok(root)
+    match (try_over(layer, image, &root), &container.source) {
+        (Ok(()), _) => Ok(root),
+        // There is a layer: it is the directory that nothing can lie over.
+        (Err(error), Source::Rootfs(path)) => Err(Trouble::Image(format!(
+            "{path} lies in a file system that cannot be below another: {error}"
+        ))),
+        (Err(error), _) => Err(error.into()),
+    }
 }
 
 fn try_over(layer: &Path, image: &Image, root: &Path) -> io::Result<()> {
@@ -146,27 +164,37 @@ fn try_over(layer: &Path, image: &Image, root: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The driver's libraries are of the host's version: no image can have them.
-fn give_gpu_libraries(root: &Path) {
-    let line = gpu_line(&root.to_string_lossy());
+/// The driver's libraries are of the host's version: no image can have them. Where the program that knows them is not there, an image may do
+/// without; where it is and fails, no process would find its GPUs.
+fn give_gpu_libraries(line: &[String]) -> Result<(), Trouble> {
     println!("{}", line.join(" "));
-    match Command::new(&line[0]).args(&line[1..]).status() {
-        Ok(status) if status.success() => {}
-        Ok(status) => println!("the GPU driver's libraries are not in the container: {status}"),
-        Err(error) => println!(
-            "the GPU driver's libraries are not in the container, unless the image has them: {}: {error}",
-            line[0]
-        ),
+    let program = &line[0];
+    match Command::new(program).args(&line[1..]).status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(Trouble::Node(format!(
+            "the GPU driver's libraries are not in it: {program} failed ({status}); container.log says why"
+        ))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            println!(
+                "the GPU driver's libraries are not in the container, unless the image has them: {program} is not on this host"
+            );
+            Ok(())
+        }
+        Err(error) => Err(Trouble::Node(format!(
+            "the GPU driver's libraries are not in it: {program} cannot be started: {error}"
+        ))),
     }
 }
 
 fn seen(container: &Container, user: Option<&JobUser>) -> io::Result<Vec<Seen>> {
     let mut seen = Vec::new();
-    for path in &container.own {
+    let own = container.own.iter().map(|path| (path, path));
+    let lent = container.lent.iter().map(|(from, to)| (from, to));
+    for (from, to) in own.chain(lent) {
         let flags = OFlag::O_PATH.bits();
-        let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
-        let at = opened.map_err(|e| io::Error::new(e.kind(), format!("{path}: {e}")))?;
-        let path = PathBuf::from(path);
+        let opened = OpenOptions::new().read(true).custom_flags(flags).open(from);
+        let at = opened.map_err(|e| io::Error::new(e.kind(), format!("{from}: {e}")))?;
+        let path = PathBuf::from(to);
         seen.push(Seen { path, at });
     }
     for path in &container.wanted {
@@ -190,12 +218,17 @@ fn furnish(
     names: &[(&str, Vec<u8>)],
     host: &Path,
 ) -> io::Result<()> {
+    let places = |in_memory: bool| {
+        let seen = seen.iter();
+        let of = seen.filter(move |one| one.path.starts_with(SHARED_MEMORY) == in_memory);
+        of.map(|one| {
+            make_place(&one.path, one.at.metadata()?.is_dir())
+                .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", one.path.display())))
+        })
+    };
     // All places first: what is made on the way to one is the image's, and never the host's.
-    for one in seen {
-        make_place(&one.path, one.at.metadata()?.is_dir())
-            .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", one.path.display())))?;
-    }
-    for path in DEVICES {
+    places(false).collect::<io::Result<()>>()?;
+    for path in HOSTS {
         fs::create_dir_all(path)?;
     }
     for path in ["/tmp", "/var/tmp"] {
@@ -211,14 +244,9 @@ fn furnish(
         introduce(user, container)?;
     }
     let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
-    for one in seen {
-        let from = host.join(format!("proc/self/fd/{}", one.at.as_raw_fd()));
-        mount(Some(&from), &one.path, NONE, bind, NONE)?;
-    }
-    for path in DEVICES {
-        let from = host.join(&path[1..]);
-        mount(Some(&from), path, NONE, bind, NONE)?;
-    }
+    let give = |path: &str| mount(Some(&host.join(&path[1..])), path, NONE, bind, NONE);
+    let [devices, kernel @ ..] = HOSTS;
+    give(devices)?;
     let size = container.shm_bytes.map(|bytes| format!(",size={bytes}"));
     let options = format!("mode=1777{}", size.unwrap_or_default());
     let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
@@ -229,6 +257,16 @@ fn furnish(
         flags,
         Some(&*options),
     )?;
+    // In the job's own memory, which is not the host's either.
+    places(true).collect::<io::Result<()>>()?;
+    for one in seen {
+        let from = host.join(format!("proc/self/fd/{}", one.at.as_raw_fd()));
+        mount(Some(&from), &one.path, NONE, bind, NONE)?;
+    }
+    // Last: nothing may lead to processes before.
+    for path in kernel {
+        give(path)?;
+    }
     Ok(())
 }
 
@@ -245,10 +283,15 @@ fn make_place(path: &Path, directory: bool) -> io::Result<()> {
     }
 }
 
-/// A file in the place of whatever is there; a link is not followed.
+/// A file in the place of whatever is there; a link is not followed, wherever it leads.
 fn replace(path: &str, content: &[u8]) -> io::Result<()> {
-    make_place(Path::new(path), false).or_else(|_| fs::remove_file(path))?;
-    fs::remove_file(path)?;
+    if let Some(parent) = Path::new(path).parent() {
+        fs::create_dir_all(parent)?;
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        removed => removed.map_err(|e| io::Error::new(e.kind(), format!("{path}: {e}")))?,
+    }
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o644);
     options.open(path)?.write_all(content)
@@ -280,4 +323,49 @@ fn introduce(user: &JobUser, container: &Container) -> io::Result<()> {
         replace(path, (known + &line + "\n").as_bytes())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_without_its_libraries_is_the_hosts_fault_unless_it_cannot_have_them() {
+        let given = |program: &str| give_gpu_libraries(&[program.to_owned(), "x".to_owned()]);
+        assert!(given("true").is_ok());
+        assert!(given("/no/such/program").is_ok());
+        assert!(matches!(given("false"), Err(Trouble::Node(_))));
+        assert!(matches!(given("/dev/null"), Err(Trouble::Node(_))));
+    }
+
+    #[test]
+    fn a_name_file_that_the_host_lacks_is_left_alone_and_one_that_cannot_be_read_is_not_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let [hosts, none] = ["hosts", "none"].map(|name| dir.path().join(name));
+        fs::write(&hosts, "127.0.0.1 localhost").unwrap();
+        let [hosts, none, bad] = [&*hosts, &*none, dir.path()].map(|path| path.to_str().unwrap());
+        let read = names(&[hosts, none]).unwrap();
+        assert_eq!(read, [(hosts, b"127.0.0.1 localhost".to_vec())]);
+        assert!(names(&[bad]).is_err());
+    }
+
+    #[test]
+    fn a_file_comes_into_the_place_of_a_link_that_leads_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("etc/resolv.conf");
+        let name = path.to_str().unwrap();
+        replace(name, b"first").unwrap();
+        fs::remove_file(name).unwrap();
+        std::os::unix::fs::symlink("../run/none/resolv.conf", name).unwrap();
+        replace(name, b"second").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"second");
+        assert!(!dir.path().join("run").exists());
+        // And what it leads to stays as it is.
+        let other = dir.path().join("other");
+        fs::rename(&path, &other).unwrap();
+        std::os::unix::fs::symlink(&other, name).unwrap();
+        replace(name, b"third").unwrap();
+        assert_eq!(fs::read(&other).unwrap(), b"second");
+        assert_eq!(fs::read(&path).unwrap(), b"third");
+    }
 }
