@@ -57,15 +57,19 @@ pub fn start(from: &Path, to: &Path, user: Option<&JobUser>) -> io::Result<Copie
 }
 
 impl Copier {
-    /// Lets it copy a last time and waits until it has, but not for ever: it may hang on a dead mount.
-    pub fn finish(self, patience: Duration) -> Result<(), String> {
+    /// Lets it copy a last time and waits until it has, but not for ever: it may hang on a dead mount. `unwanted`: it is killed at once.
+    pub fn finish(
+        self,
+        patience: Duration,
+        unwanted: &mut dyn FnMut() -> bool,
+    ) -> Result<(), String> {
         let pid = Pid::from_raw(self.pid);
         drop(self.stop);
         let until = boot_time() + patience;
         loop {
             match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-                Ok(WaitStatus::StillAlive) if boot_time() < until => {
+                Ok(WaitStatus::StillAlive) if boot_time() < until && !unwanted() => {
                     std::thread::sleep(Duration::from_millis(2));
                 }
                 other => {
