@@ -11,6 +11,7 @@
 //!     origin.json                whose work it is; written by the agent
 //!     prepare.json  launch.json  what the shim shall do, and the group of its processes; written by the agent
 //!     stop                       it shall end; written by the agent; `true` where the node is ending
+//!     mount-lost.json            it shall end by what is the matter with what is mounted for the cluster; written by the agent
 //!     lock                       held by the living shim
 //!     started                    made once, by the shim that began
 //!     status.json                what it does; written by the shim
@@ -39,6 +40,8 @@ pub const ORIGIN: &str = "origin.json";
 pub const PREPARE: &str = "prepare.json";
 pub const LAUNCH: &str = "launch.json";
 pub const STOP: &str = "stop";
+/// What is the matter with what is mounted for the cluster: the attempt ends by that.
+pub const MOUNT_LOST: &str = "mount-lost.json";
 pub const STARTED: &str = "started";
 /// Until when work runs that may begin anew elsewhere; beside the attempts.
 pub const LEASE: &str = "lease";

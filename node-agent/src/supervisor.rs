@@ -24,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 use crate::bundles::{Bundles, Have};
 use crate::file_servers::FileServers;
 use crate::journal::{
-    AttemptDir, Journal, JournalError, LAUNCH, ORIGIN, Origin, PREPARE, STARTED, STATUS, STOP,
+    AttemptDir, Journal, JournalError, LAUNCH, MOUNT_LOST, ORIGIN, Origin, PREPARE, STARTED,
+    STATUS, STOP,
 };
 use crate::launch::{HostFacts, plan};
 use crate::logs::Shipped;
@@ -106,6 +107,9 @@ impl Supervisor {
                 // Jobs go on, and begin, without it.
                 tracing::error!(%error, "mounts of clusters are not looked after");
             }
+            if let Some(lost) = self.volumes.lost() {
+                self.end_by(&lost, &list.assignments, &local)?;
+            }
             if let Err(error) = self.file_servers.look(&list) {
                 tracing::error!(%error, "file servers are not looked after");
             }
@@ -150,6 +154,28 @@ impl Supervisor {
             *known = seen;
             changed
         });
+        Ok(())
+    }
+
+    /// Tells the jobs that run here that what is mounted for their cluster is lost. What sets the node up waits for it.
+    fn end_by(
+        &self,
+        lost: &FailureRecord,
+        desired: &[Assignment],
+        local: &[Local],
+    ) -> Result<(), JournalError> {
+        for found in local.iter().filter(|found| found.shim) {
+            let wanted = desired
+                .iter()
+                .find(|wanted| wanted.attempt == found.attempt);
+            let dir = self.journal.attempt(&found.attempt);
+            let Some(dir) = dir.filter(|_| wanted.is_some_and(|wanted| !wanted.set_up)) else {
+                continue;
+            };
+            if !dir.has(MOUNT_LOST) {
+                dir.write(MOUNT_LOST, lost, false)?;
+            }
+        }
         Ok(())
     }
 

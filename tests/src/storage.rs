@@ -139,6 +139,11 @@ impl Blobs {
         assert_eq!(made.0, 201, "{made:?}");
     }
 
+    pub fn delete_container(&self, name: &str) {
+        let gone = self.ask("DELETE", name, "restype=container", "");
+        assert_eq!(gone.0, 202, "{gone:?}");
+    }
+
     pub fn put(&self, path: &str, content: &str) {
         let put = self.ask("PUT", path, "", content);
         assert_eq!(put.0, 201, "{put:?}");

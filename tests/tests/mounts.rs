@@ -575,6 +575,9 @@ fn what_a_cluster_mounts_is_there_for_its_nodes_and_no_longer() {
         all
     };
     let server = servers()[0].0;
+    // A job that uses it is ended, and says why.
+    submit_to(&e, "one", "dies", &begins(&e, "sleep 1000"));
+    until_begun(&e);
     // Until that was seen, there is nothing to mount: it would be mounted anew within a second.
     let away = e.path().join("away");
     fs::rename(&shared, &away).unwrap();
@@ -584,6 +587,13 @@ fn what_a_cluster_mounts_is_there_for_its_nodes_and_no_longer() {
     assert!(codes.contains(&node["errors"][0]["code"]), "{node}");
     let list = e.json(&["cluster", "show", "-g", "g", "-w", "w", "-n", "one"]);
     assert!(codes.contains(&list["errors"][0]["code"]), "{list}");
+    let failed = e.until_job("dies", "FAILED");
+    let (code, message) = error(&failed);
+    assert_eq!(code, "MountUnavailable", "{failed}");
+    assert!(
+        message.contains("mounts/shared does not answer"),
+        "{message}"
+    );
     until_node(&e, "two", "IDLE");
     fs::rename(&away, &shared).unwrap();
     let node = until_node(&e, "one", "IDLE");
@@ -609,6 +619,24 @@ fn what_a_cluster_mounts_is_there_for_its_nodes_and_no_longer() {
     until("it to be mounted", || {
         (mounts_below(&e.path().join("nodes")).len() == 2).then_some(())
     });
+
+    // One that cannot be mounted again at once is said, and is when it can be.
+    fs::rename(&shared, &away).unwrap();
+    for (pid, _) in holders() {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    }
+    let node = until_node(&e, "one", "UNUSABLE");
+    assert_eq!(node["errors"][0]["code"], "MountUnavailable", "{node}");
+    until("the reasons to be said", || {
+        let nodes = e.json(&["node", "list"]).to_string();
+        let said = nodes.matches("does not answer: it cannot be mounted again: ");
+        (said.count() == 2).then_some(())
+    });
+    fs::rename(&away, &shared).unwrap();
+    until_node(&e, "one", "IDLE");
+    until_node(&e, "two", "IDLE");
+    submit_to(&e, "one", "w6", &format!("cat {m}/one"));
+    assert_eq!(e.wait("w6"), 0, "{}", e.job("w6"));
 
     // Gone with the nodes, and with the cluster.
     e.ok(&[

@@ -2,10 +2,14 @@
 //! clients that are not ours look at from the other side.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
-use batchai_tests::ensemble::{Ensemble, SIZE, mounts_below};
+use batchai_tests::ensemble::{Ensemble, SIZE, mounts_below, unmount_below};
 use batchai_tests::process::{processes_of, until};
 use batchai_tests::requirement;
 use batchai_tests::storage::{
@@ -36,7 +40,10 @@ fn able() -> bool {
 
 /// One agent, a cluster with it where that is wanted, and a directory that everybody may write to.
 fn ensemble(patience_s: u64, cluster: bool) -> Ensemble {
-    let mut e = Ensemble::start(0);
+    furnished(Ensemble::start(0), patience_s, cluster)
+}
+
+fn furnished(mut e: Ensemble, patience_s: u64, cluster: bool) -> Ensemble {
     fs::set_permissions(e.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let out = e.path().join("out");
     fs::create_dir(&out).unwrap();
@@ -252,6 +259,18 @@ fn a_share_is_there_for_the_job_with_its_modes_and_what_it_writes_is_in_it() {
     e.assert_nothing_left();
 }
 
+/// Answers whoever speaks TLS as servers do that do not.
+fn speaks_no_tls(listener: TcpListener) {
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let mut first = [0; 1];
+            let _ = stream.read(&mut first);
+            let _ = stream.write_all(b"HTTP/1.0 400 Bad Request\r\n\r\n");
+        }
+    });
+}
+
 #[test]
 fn a_share_and_a_container_are_there_for_preparation_and_job_and_not_for_the_next() {
     let (Some(blobs), Some(shares)) = (Blobs::start(), Shares::start().filter(|_| able())) else {
@@ -307,61 +326,80 @@ fn what_cannot_be_opened_is_said_as_the_original_did() {
         &of,
         &["--url", "http://127.0.0.1:1/x"],
     );
+    let plain = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("https://{}/{BLOB_ACCOUNT}", plain.local_addr().unwrap());
+    speaks_no_tls(plain);
+    let of = ["--container", "plain"];
+    alias(&e, "plain", BLOB_ACCOUNT, &of, &["--url", &url]);
     let (url, missing) = (shares.url(), shares.url().replace("/data", "/missing"));
-    let unmounted = |name: &str, volumes: Value, code: &str, said: &[&str]| {
-        submit(&e, name, volumes);
+    let unmounted = |e: &Ensemble, name: &str, volumes: Value, code: &str, said: &[&str]| {
+        submit(e, name, volumes);
         let job = e.until_job(name, "FAILED");
         let (known, message) = error(&job);
         assert_eq!(known, code, "{job}");
         for part in said {
             assert!(message.contains(part), "{name}: {message}");
         }
+        let said = format!("{message}{job}");
         assert!(
-            !message.contains(WRONG_KEY) && !message.contains("sig="),
-            "{message}"
+            !said.contains(WRONG_KEY) && !said.contains("sig="),
+            "{said}"
         );
-        nothing_is_mounted(&e);
+        nothing_is_mounted(e);
     };
     let of_blob = |container: &str, key: &str| job(&[], &[blob(container, key, "m")], "true");
     let of_share = |url: &str, key: &str| job(&[share(url, key, "m")], &[], "true");
     let (afs, bfs) = ("AZFMountError", "BFSMountError");
     unmounted(
+        &e,
         "b1",
         of_blob("data", WRONG_KEY),
         bfs,
         &["/mounts/m", "the container data", "Authorization"],
     );
     unmounted(
+        &e,
         "b2",
         of_blob("missing", BLOB_KEY),
         bfs,
         &["the container missing", "nothing of that name"],
     );
     unmounted(
+        &e,
         "b3",
         of_blob("nowhere", BLOB_KEY),
         bfs,
         &["127.0.0.1:1", "refused"],
     );
-    unmounted("b4", of_blob("data", "not base64"), bfs, &["base64"]);
+    unmounted(&e, "b4", of_blob("data", "not base64"), bfs, &["base64"]);
     unmounted(
+        &e,
         "s1",
         of_share(&url, WRONG_KEY),
         afs,
         &["/mounts/m", "the share //127.0.0.1", "logon is invalid"],
     );
     unmounted(
+        &e,
         "s2",
         of_share(&missing, SHARE_KEY),
         afs,
         &["share name cannot be found"],
     );
     unmounted(
+        &e,
         "s3",
         of_share("https://127.0.0.1:1/data", SHARE_KEY),
         afs,
         &["127.0.0.1:1", "refused"],
     );
+    // What rclone says after a while has the whole URL, and what opens the container is a part of that.
+    e.agents.get_mut("a1").unwrap().kill();
+    e.agent_args = vec!["--mount-patience".into(), "100".into()];
+    e.start_agent_as("a1", USER);
+    e.until_alive(1);
+    let said = ["HTTP response to HTTPS client", "?[hidden]"];
+    unmounted(&e, "b5", of_blob("plain", BLOB_KEY), bfs, &said);
     // A program that is missing is named with the package that has it.
     let only = e.path().join("bin");
     fs::create_dir(&only).unwrap();
@@ -471,6 +509,23 @@ fn what_stands_in_their_stead_is_mounted_and_the_files_of_the_original_run_as_th
     assert_eq!(fs::read_to_string(copy).unwrap(), e.log("j", "stdout.txt"));
     assert_hidden(SHARE_KEY, e.path());
 
+    // A directory of a share is one of what stands in its stead.
+    for (dir, text) in [
+        (lab.join("in/deep"), "deep by path\n"),
+        (shares.dir().join("inner/more"), "deep by share\n"),
+    ] {
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("given"), text).unwrap();
+    }
+    let volumes = [
+        azure(account, "logs/in/deep", "afs", WRONG_KEY),
+        azure(SHARE_USER, "nas/more", "nas", SHARE_KEY),
+    ];
+    let reads = "cd $AZ_BATCHAI_JOB_MOUNT_ROOT; cat afs/given nas/given";
+    submit(&e, "deep", job(&volumes, &[], reads));
+    assert_eq!(e.wait("deep"), 0, "{}", e.job("deep"));
+    assert_eq!(e.log("deep", "stdout.txt"), "deep by path\ndeep by share\n");
+
     // Read only where the container is to be.
     let of = ["--container", "frozen"];
     alias(&e, "frozen", account, &of, &["--path", &path]);
@@ -483,6 +538,32 @@ fn what_stands_in_their_stead_is_mounted_and_the_files_of_the_original_run_as_th
         job(&[], &[frozen], "! touch $AZ_BATCHAI_JOB_MOUNT_ROOT/m/x"),
     );
     assert_eq!(e.wait("frozen"), 0, "{}", e.job("frozen"));
+
+    // A link that a user has put there is not followed, and what has something mounted in it is not there by halves.
+    let over = e.path().join("over");
+    fs::create_dir_all(over.join("below")).unwrap();
+    let below = Command::new("mount")
+        .args(["-t", "tmpfs", "tmpfs"])
+        .arg(over.join("below"))
+        .status();
+    assert!(below.unwrap().success());
+    let link = e.path().join("link");
+    std::os::unix::fs::symlink("/root", &link).unwrap();
+    std::os::unix::fs::lchown(&link, Some(54321), None).unwrap();
+    for (name, to, said) in [
+        ("links", &link, "link is a link of a user"),
+        ("covers", &over, "below is mounted below"),
+    ] {
+        let to = to.display().to_string();
+        alias(&e, name, account, &["--share", name], &["--path", &to]);
+        let volume = azure(account, name, "m", WRONG_KEY);
+        submit(&e, name, job(&[volume], &[], "true"));
+        let failed = e.until_job(name, "FAILED");
+        let (code, message) = error(&failed);
+        assert_eq!(code, "AZFMountError", "{failed}");
+        assert!(message.contains(said), "{message}");
+    }
+    unmount_below(&over);
 
     // What is wrong with one is said, by the error of what was asked for.
     let mut wrong = data.clone();
@@ -642,6 +723,24 @@ fn a_cluster_has_them_for_as_long_as_it_has_the_node_whoever_dies() {
     e.assert_nothing_left();
 }
 
+/// Something of this name below a directory.
+fn found(dir: &Path, name: &str) -> Option<PathBuf> {
+    for entry in fs::read_dir(dir).ok()?.flatten() {
+        let path = entry.path();
+        if path.ends_with(name) {
+            return Some(path);
+        }
+        let below = match path.is_dir() && !path.is_symlink() {
+            true => found(&path, name),
+            false => None,
+        };
+        if below.is_some() {
+            return below;
+        }
+    }
+    None
+}
+
 #[test]
 fn what_cannot_be_written_back_is_said_and_is_no_success() {
     let Some(blobs) = Blobs::start().filter(|_| able()) else {
@@ -667,25 +766,163 @@ fn what_cannot_be_written_back_is_said_and_is_no_success() {
     // Its service is there, and answers no more.
     kill(server, Signal::SIGSTOP).unwrap();
     fs::write(&go, "").unwrap();
-    let job = e.until_job("j", "FAILED");
-    let (code, message) = error(&job);
-    assert_eq!(code, "MountUnavailable", "{job}");
+    let failed = e.until_job("j", "FAILED");
+    let (code, message) = error(&failed);
+    assert_eq!(code, "MountUnavailable", "{failed}");
     assert!(
         message.contains("1 files were not written back"),
         "{message}"
     );
     nothing_is_mounted(&e);
+
+    // Nor where whoever writes it back is cut down: nobody knows then what has arrived.
     kill(server, Signal::SIGCONT).unwrap();
+    for file in [&begun, &go] {
+        fs::remove_file(file).unwrap();
+    }
+    submit_one("cut", &format!("{command}; echo model >&3"));
+    until("the job to begin", || begun.exists().then_some(()));
+    kill(server, Signal::SIGSTOP).unwrap();
+    fs::write(&go, "").unwrap();
+    let agents = e.path().join("agents");
+    until("it to be unmounted", || found(&agents, "unmount"));
+    assert!(found(&agents, "vfsMeta").is_some());
+    let held = processes_of(&agents).into_iter();
+    let mut held = held.filter(|(_, line)| line.contains(" mounts ") && line.contains("--held"));
+    let holder = held.next().expect("it writes back").0;
+    kill(Pid::from_raw(holder), Signal::SIGKILL).unwrap();
+    let failed = e.until_job("cut", "FAILED");
+    let (code, message) = error(&failed);
+    assert_eq!(code, "MountUnavailable", "{failed}");
+    assert!(message.contains("may be lost in part"), "{message}");
+    until("the node to be clean", || {
+        let clean = mounts_below(&e.path().join("nodes")).is_empty();
+        (clean && found(&agents, "vfsMeta").is_none()).then_some(())
+    });
+    nothing_is_mounted(&e);
+    kill(server, Signal::SIGCONT).unwrap();
+
+    // What is known of why is said.
+    for file in [&begun, &go] {
+        fs::remove_file(file).unwrap();
+    }
+    blobs.create_container("gone");
+    let of = ["--container", "gone"];
+    alias(&e, "gone", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    let command = format!("cd $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs; {command}; echo model >&3");
+    let volume = blob("gone", BLOB_KEY, "bfs");
+    submit(&e, "why", job(&[], &[volume], &command));
+    until("the job to begin", || begun.exists().then_some(()));
+    blobs.delete_container("gone");
+    fs::write(&go, "").unwrap();
+    let failed = e.until_job("why", "FAILED");
+    let (code, message) = error(&failed);
+    assert_eq!(code, "MountUnavailable", "{failed}");
+    assert!(
+        message.contains("what serves it said last: ") && message.contains("Container"),
+        "{message}"
+    );
+    assert!(!failed.to_string().contains("sig="), "{failed}");
 
     // One that is gone while a job runs ends it.
     fs::remove_file(&begun).unwrap();
-    submit_one("gone", &format!("touch {}; sleep 1000", begun.display()));
+    submit_one("dies", &format!("touch {}; sleep 1000", begun.display()));
     until("the job to begin", || begun.exists().then_some(()));
     kill(server, Signal::SIGKILL).unwrap();
-    let job = e.until_job("gone", "FAILED");
-    let (code, message) = error(&job);
-    assert_eq!(code, "MountUnavailable", "{job}");
+    let failed = e.until_job("dies", "FAILED");
+    let (code, message) = error(&failed);
+    assert_eq!(code, "MountUnavailable", "{failed}");
     assert!(message.contains("refused"), "{message}");
     nothing_is_mounted(&e);
+    e.assert_nothing_left();
+}
+
+#[test]
+fn nothing_is_written_to_a_container_when_the_lease_of_the_node_is_over() {
+    const LEASE_S: u64 = 20;
+    let Some(blobs) = Blobs::start().filter(|_| able()) else {
+        return;
+    };
+    blobs.create_container("data");
+    let mut e = Ensemble::without_daemons();
+    e.coordinator_args = vec!["--lease".into(), LEASE_S.to_string()];
+    e.start_coordinator();
+    let mut e = furnished(e, PATIENCE_S, true);
+    let of = ["--container", "data"];
+    alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    // It goes on writing, and so do its logs; where it begins anew it has nothing to do.
+    let begun = e.path().join("out/begun");
+    let command = format!(
+        "[ ! -e {0} ] || exit 0; cd $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs; exec 3> model; touch {0}; head -c 30000000 /dev/zero >&3; \
+         exec 3>&-; while true; do echo more; echo more > more; sleep 0.1; done",
+        begun.display()
+    );
+    let mut whole = job(&[], &[blob("data", BLOB_KEY, "bfs")], &command);
+    whole["stdOutErrPathPrefix"] = json!("$AZ_BATCHAI_JOB_MOUNT_ROOT/bfs/logs");
+    submit(&e, "j", whole);
+    until("the job to begin", || begun.exists().then_some(()));
+    // What is being written now is not done when the lease is over.
+    let server = Pid::from_raw(blobs.0.pid());
+    kill(server, Signal::SIGSTOP).unwrap();
+    e.agents.get_mut("a1").unwrap().kill();
+    let over = Instant::now() + Duration::from_secs(LEASE_S);
+    let writes = || {
+        let all = processes_of(&e.path().join("nodes"));
+        all.iter().any(|(_, line)| line.contains("rclone"))
+    };
+    assert!(writes());
+    until("what writes to end", || (!writes()).then_some(()));
+    let late = Instant::now().saturating_duration_since(over);
+    assert!(late < Duration::from_secs(4), "{late:?}");
+    until("the mount to go", || {
+        mounts_below(&e.path().join("nodes"))
+            .is_empty()
+            .then_some(())
+    });
+    kill(server, Signal::SIGCONT).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(blobs.get("data/model"), None);
+    e.start_agent_as("a1", USER);
+    assert_eq!(e.wait("j"), 0, "{}", e.job("j"));
+    assert_eq!(e.job("j")["infrastructureRetryCount"], 1);
+    nothing_is_mounted(&e);
+    e.assert_nothing_left();
+}
+
+#[test]
+fn what_waits_to_be_written_back_leaves_room_on_the_disk() {
+    let Some(blobs) = Blobs::start().filter(|_| able()) else {
+        return;
+    };
+    blobs.create_container("data");
+    let e = Ensemble::start(0);
+    // All that the agent keeps lies on a disk of its own.
+    let disk = e.path().join("agents");
+    fs::create_dir(&disk).unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=400m", "tmpfs"])
+        .arg(&disk)
+        .status();
+    assert!(mounted.unwrap().success());
+    let mut e = furnished(e, PATIENCE_S, true);
+    let of = ["--container", "data"];
+    alias(&e, "lab", BLOB_ACCOUNT, &of, &["--url", &blobs.url()]);
+    let (command, begun, go) = pausing(&e, "exec 3> $AZ_BATCHAI_JOB_MOUNT_ROOT/bfs/large");
+    let command = format!("{command}; head -c 1000000000 /dev/zero >&3");
+    submit(
+        &e,
+        "j",
+        job(&[], &[blob("data", BLOB_KEY, "bfs")], &command),
+    );
+    until("the job to begin", || begun.exists().then_some(()));
+    fs::write(&go, "").unwrap();
+    let failed = e.until_job("j", "FAILED");
+    let (code, message) = error(&failed);
+    assert_eq!(code, "MountUnavailable", "{failed}");
+    assert!(message.contains("nearly full"), "{message}");
+    nothing_is_mounted(&e);
+    // Nothing of it is left there: the next one runs.
+    submit(&e, "next", job(&[], &[], "true"));
+    assert_eq!(e.wait("next"), 0, "{}", e.job("next"));
     e.assert_nothing_left();
 }

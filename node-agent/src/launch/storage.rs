@@ -58,13 +58,16 @@ pub enum Place {
         directory: String,
     },
     /// `service` is the URL of the account's blobs.
-    Container {
-        service: String,
-        container: String,
-    },
+    Container { service: String, container: String },
     Bucket {
         endpoint: String,
         bucket: String,
+        /// In it; empty for all of it.
+        #[serde(default)]
+        directory: String,
+        /// Where the service has it; empty where nobody says.
+        #[serde(default)]
+        region: String,
     },
 }
 
@@ -92,8 +95,17 @@ impl Remote {
             Place::Container { service, container } => {
                 format!("the container {container} at {service} of {account}")
             }
-            Place::Bucket { endpoint, bucket } => {
-                format!("the bucket {bucket} at {endpoint} of {account}")
+            Place::Bucket {
+                endpoint,
+                bucket,
+                directory,
+                ..
+            } => {
+                let directory = match directory.as_str() {
+                    "" => String::new(),
+                    directory => format!("/{directory}"),
+                };
+                format!("the bucket {bucket}{directory} at {endpoint} of {account}")
             }
         }
     }
@@ -150,46 +162,45 @@ pub fn of_share(
     stead: &Stead,
     owner: (u32, u32),
 ) -> Result<How, LaunchError> {
-    let alias = stead.get(&share.relative_mount_path);
-    let url = match alias.and_then(|alias| alias.target.as_ref()) {
-        None => &share.azure_file_url,
-        Some(Target::Url(url)) => url,
-        Some(other) => {
-            let volume = (
-                share.account_name.as_str(),
-                share.relative_mount_path.as_str(),
-            );
-            return elsewhere(other, volume, &BlobOptions::default(), owner);
-        }
-    };
     let bad = |why| LaunchError::BadVolume {
         path: share.relative_mount_path.clone(),
         why,
     };
-    storage::check_account(&share.account_name).map_err(bad)?;
-    let found = storage::share(url).map_err(bad)?;
     let mode = |text: &str| {
         storage::mode(text).ok_or_else(|| bad(format!("{text:?} is no mode of files")))
     };
-    Ok(How::Remote(Box::new(Remote {
-        place: Place::Share {
-            host: found.host,
-            port: found.port,
-            share: found.share,
-            directory: found.directory,
-        },
-        account: share.account_name.clone(),
-        key: share.relative_mount_path.clone(),
-        uid: owner.0,
-        gid: owner.1,
+    let mut found = storage::share(&share.azure_file_url).map_err(bad)?;
+    let asked = Asked {
+        account: &share.account_name,
+        path: &share.relative_mount_path,
+        directory: &found.directory.clone(),
         file_mode: mode(&share.file_mode)?,
         directory_mode: mode(&share.directory_mode)?,
-        read_only: false,
-        list_s: SHARE_LIST_S,
-        attr_s: None,
-        cache_age_s: None,
-        cache_mib: CACHE_MIB,
-    })))
+        owner,
+    };
+    let alias = stead.get(&share.relative_mount_path);
+    match alias.and_then(|alias| alias.target.as_ref()) {
+        None => {}
+        Some(Target::Url(url)) => {
+            found = storage::share(url).map_err(bad)?;
+            // What stands for a share has its directories.
+            let whole = format!("{}/{}", found.directory, asked.directory);
+            found.directory = whole.trim_matches('/').to_owned();
+        }
+        Some(other) => return elsewhere(other, &asked, &BlobOptions::default()),
+    }
+    storage::check_account(&share.account_name).map_err(bad)?;
+    let place = Place::Share {
+        host: found.host,
+        port: found.port,
+        share: found.share,
+        directory: found.directory,
+    };
+    let options = BlobOptions {
+        entry_timeout_s: Some(SHARE_LIST_S),
+        ..BlobOptions::default()
+    };
+    Ok(remote(place, &asked, &options))
 }
 
 /// How a container is mounted.
@@ -205,12 +216,19 @@ pub fn of_container(
     let options = container_options(&blob.relative_mount_path, &blob.mount_options)?;
     storage::check_container(&blob.container_name).map_err(bad)?;
     let account = &blob.account_name;
-    let volume = (account.as_str(), blob.relative_mount_path.as_str());
+    let asked = Asked {
+        account,
+        path: &blob.relative_mount_path,
+        directory: "",
+        file_mode: 0o777,
+        directory_mode: 0o777,
+        owner,
+    };
     storage::check_account(account).map_err(bad)?;
     let alias = stead.get(&blob.relative_mount_path);
     let service = match alias.and_then(|alias| alias.target.as_ref()) {
         Some(Target::Url(url)) => storage::blob_endpoint(url).map_err(bad)?.url,
-        Some(other) => return elsewhere(other, volume, &options, owner),
+        Some(other) => return elsewhere(other, &asked, &options),
         None => {
             let scheme = if options.https { "https" } else { "http" };
             // What is no name of a host cannot be an account of Azure.
@@ -222,20 +240,33 @@ pub fn of_container(
         service,
         container: blob.container_name.clone(),
     };
-    Ok(remote(place, volume, &options, owner))
+    Ok(remote(place, &asked, &options))
 }
 
-/// What is no share and no container at all. `volume`: the account and the relative mount path.
+/// What a volume asks for, whatever stands in its stead.
+struct Asked<'a> {
+    account: &'a str,
+    /// Its relative mount path.
+    path: &'a str,
+    /// Below what it names; empty for all of it.
+    directory: &'a str,
+    file_mode: u32,
+    directory_mode: u32,
+    /// Whom its files belong to.
+    owner: (u32, u32),
+}
+
+/// What is no share and no container at all.
 fn elsewhere(
     target: &Target,
-    volume: (&str, &str),
+    asked: &Asked<'_>,
     options: &BlobOptions,
-    owner: (u32, u32),
 ) -> Result<How, LaunchError> {
     match target {
-        Target::Path(path) => Ok(How::Bind {
-            source: path.clone(),
-            read_only: options.read_only,
+        Target::Path(path) => Ok(How::Local {
+            shared: path.clone(),
+            directory: asked.directory.to_owned(),
+            options: if options.read_only { "ro" } else { "" }.to_owned(),
         }),
         Target::S3Bucket(bucket) => {
             let bad = |why| LaunchError::BadVolume {
@@ -243,10 +274,13 @@ fn elsewhere(
                 why,
             };
             storage::check_container(&bucket.bucket).map_err(bad)?;
-            let endpoint = storage::endpoint(&bucket.endpoint).map_err(bad)?.url;
-            let bucket = bucket.bucket.clone();
-            let place = Place::Bucket { endpoint, bucket };
-            Ok(remote(place, volume, options, owner))
+            let place = Place::Bucket {
+                endpoint: storage::endpoint(&bucket.endpoint).map_err(bad)?.url,
+                bucket: bucket.bucket.clone(),
+                directory: asked.directory.to_owned(),
+                region: String::new(),
+            };
+            Ok(remote(place, asked, options))
         }
         Target::Url(_) | Target::FileServer(_) => Err(LaunchError::UnknownVolume {
             what: "such a storage alias",
@@ -254,20 +288,15 @@ fn elsewhere(
     }
 }
 
-fn remote(
-    place: Place,
-    (account, path): (&str, &str),
-    options: &BlobOptions,
-    (uid, gid): (u32, u32),
-) -> How {
+fn remote(place: Place, asked: &Asked<'_>, options: &BlobOptions) -> How {
     How::Remote(Box::new(Remote {
         place,
-        account: account.to_owned(),
-        key: path.to_owned(),
-        uid,
-        gid,
-        file_mode: 0o777,
-        directory_mode: 0o777,
+        account: asked.account.to_owned(),
+        key: asked.path.to_owned(),
+        uid: asked.owner.0,
+        gid: asked.owner.1,
+        file_mode: asked.file_mode,
+        directory_mode: asked.directory_mode,
         read_only: options.read_only,
         list_s: options.entry_timeout_s.unwrap_or(LIST_S),
         attr_s: options.attr_timeout_s,
@@ -364,9 +393,10 @@ mod tests {
 
     #[test]
     fn what_stands_in_their_stead_is_mounted() {
-        let bind = How::Bind {
-            source: "/lab/data".into(),
-            read_only: false,
+        let bind = How::Local {
+            shared: "/lab/data".into(),
+            directory: String::new(),
+            options: String::new(),
         };
         let path = Target::Path("/lab/data".into());
         assert_eq!(
@@ -396,6 +426,8 @@ mod tests {
         let expected = Place::Bucket {
             endpoint: "https://minio.lab:9000".into(),
             bucket: "train".into(),
+            directory: String::new(),
+            region: String::new(),
         };
         for how in [
             of_share(&share(), &stead("afs", bucket.clone()), (0, 0)),
@@ -403,6 +435,53 @@ mod tests {
         ] {
             assert_eq!(place(how.unwrap()), expected);
         }
+    }
+
+    #[test]
+    fn what_stands_for_a_share_has_its_directories_and_modes() {
+        let deep = AzureFileShare {
+            azure_file_url: "https://acc.file.core.windows.net/data/a/b/".into(),
+            ..share()
+        };
+        let at = |target: Target| of_share(&deep, &stead("afs", target), (7, 8)).unwrap();
+        let local = How::Local {
+            shared: "/lab/data".into(),
+            directory: "a/b".into(),
+            options: String::new(),
+        };
+        assert_eq!(at(Target::Path("/lab/data".into())), local);
+        for (url, expected) in [("smb://nas.lab/x", "a/b"), ("smb://nas.lab/x/y/", "y/a/b")] {
+            let Place::Share { directory, .. } = place(at(Target::Url(url.into()))) else {
+                panic!();
+            };
+            assert_eq!(directory, expected);
+        }
+        let bucket = at(Target::S3Bucket(S3Bucket {
+            endpoint: "https://minio.lab:9000".into(),
+            bucket: "train".into(),
+        }));
+        let How::Remote(bucket) = bucket else {
+            panic!("{bucket:?}")
+        };
+        let named = "the bucket train/a/b at https://minio.lab:9000 of acc";
+        assert_eq!(bucket.named(), named);
+        assert_eq!((bucket.file_mode, bucket.directory_mode), (0o640, 0o777));
+        // What is asked for is checked, whatever stands in its stead.
+        let bad = AzureFileShare {
+            file_mode: "rwx".into(),
+            ..share()
+        };
+        let path = stead("afs", Target::Path("/lab".into()));
+        let refused = of_share(&bad, &path, (0, 0));
+        assert!(matches!(refused, Err(LaunchError::BadVolume { .. })));
+        // A container read only, too.
+        let frozen = AzureBlobFileSystem {
+            mount_options: "-o ro".into(),
+            ..blob()
+        };
+        let path = stead("bfs", Target::Path("/lab".into()));
+        let how = of_container(&frozen, &path, (0, 0)).unwrap();
+        assert!(matches!(how, How::Local { options, .. } if options == "ro"));
     }
 
     #[test]

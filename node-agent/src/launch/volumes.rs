@@ -34,16 +34,14 @@ pub enum How {
         directory: String,
         options: String,
     },
-    /// A directory of a file server that lies on this machine.
+    /// A directory of this machine: of a file server that lies on it, or what stands in the stead of something.
     Local {
-        /// What the file server shares.
+        /// What the file server shares, or an administrator gives.
         shared: String,
         /// Below that.
         directory: String,
         options: String,
     },
-    /// A directory of this host, which is there at this path as well.
-    Bind { source: String, read_only: bool },
     /// By its key, from another machine.
     Remote(Box<Remote>),
 }

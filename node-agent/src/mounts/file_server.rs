@@ -1,17 +1,20 @@
 //! Mounts directories of file servers: by NFS from other machines, and as they are where they lie on this one.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
-use std::os::fd::AsRawFd as _;
-use std::path::Path;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use batchai_common::mount_options::{self, Flag, MountOptions};
 use batchai_common::time::boot_millis;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat};
 use nix::mount::{MsFlags, mount};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, SFlag, fstat};
+
+use super::kernel;
 
 /// A server that has just begun is asked again: it may not know of this node yet.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -122,29 +125,87 @@ fn flags(options: &MountOptions) -> MsFlags {
     options.flags.iter().map(flag).collect()
 }
 
-/// Mounts what lies on this machine. Whatever anybody put below what is shared, nothing leads out of that.
+/// Mounts what lies on this machine. Whatever users put into the way there, or below what is shared, leads nowhere else.
 pub fn local(shared: &Path, directory: &str, options: &str, place: &Path) -> io::Result<()> {
     let options = mount_options::parse(options).map_err(io::Error::other)?;
-    let path = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let named = |path: &Path, error: Errno| {
         io::Error::other(format!("{}: {}", path.display(), io::Error::from(error)))
     };
-    let root = open(shared, path | OFlag::O_NOFOLLOW, Mode::empty());
-    let mut found = root.map_err(|error| named(shared, error))?;
+    let mut found = trusted(shared)?.map_err(|error| match error {
+        Errno::ENOENT | Errno::ENOTDIR => {
+            io::Error::other(format!("{} is no directory of this node", shared.display()))
+        }
+        error => named(shared, error),
+    })?;
     if !directory.is_empty() {
         let how = OpenHow::new()
-            .flags(path)
+            .flags(DIRECTORY)
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
         let below = openat2(&found, directory, how);
         found = below.map_err(|error| named(&shared.join(directory), error))?;
     }
     let source = format!("/proc/self/fd/{}", found.as_raw_fd());
+    let real = std::fs::read_link(&source)?;
+    let known = kernel::mounted();
+    if let Some(below) = known.as_ref().and_then(|known| known.below(&real)) {
+        return Err(io::Error::other(format!(
+            "{} is mounted below {}, and would not be there: name that itself",
+            below.display(),
+            real.display()
+        )));
+    }
     let none: Option<&str> = None;
     mount(Some(&*source), place, none, MsFlags::MS_BIND, none)?;
     // A bind mount takes its flags only when it is there.
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | SAFE | flags(&options);
     mount(none, place, none, flags, none)?;
     Ok(())
+}
+
+/// Only named, and only a directory.
+const DIRECTORY: OFlag = OFlag::O_PATH
+    .union(OFlag::O_DIRECTORY)
+    .union(OFlag::O_CLOEXEC);
+/// More links lead nowhere.
+const LINKS_MAX: usize = 40;
+
+/// Opens a directory by a path that may lead by links of root's, and by nobody else's.
+fn trusted(path: &Path) -> io::Result<nix::Result<OwnedFd>> {
+    let mut found = open("/", DIRECTORY, Mode::empty())?;
+    let mut rest: VecDeque<PathBuf> = path.iter().map(PathBuf::from).collect();
+    let mut links = 0;
+    while let Some(part) = rest.pop_front() {
+        if part == Path::new("/") {
+            found = open("/", DIRECTORY, Mode::empty())?;
+            continue;
+        }
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let next = match openat(&found, &part, flags, Mode::empty()) {
+            Ok(next) => next,
+            Err(error) => return Ok(Err(error)),
+        };
+        let is = fstat(&next)?;
+        match SFlag::from_bits_truncate(is.st_mode) & SFlag::S_IFMT {
+            SFlag::S_IFDIR => found = next,
+            SFlag::S_IFLNK if is.st_uid != 0 => {
+                return Err(io::Error::other(format!(
+                    "{}: {} is a link of a user, who may have it lead anywhere",
+                    path.display(),
+                    part.display()
+                )));
+            }
+            SFlag::S_IFLNK if links == LINKS_MAX => return Ok(Err(Errno::ELOOP)),
+            SFlag::S_IFLNK => {
+                links += 1;
+                let leads = PathBuf::from(readlinkat(&next, "")?);
+                for part in leads.iter().rev() {
+                    rest.push_front(part.into());
+                }
+            }
+            _ => return Ok(Err(Errno::ENOTDIR)),
+        }
+    }
+    Ok(Ok(found))
 }
 
 #[cfg(test)]
@@ -165,5 +226,42 @@ mod tests {
         );
         let six = data("[fe80::1]:2049", "");
         assert!(six.starts_with("addr=fe80::1,vers=3,proto=tcp6,"), "{six}");
+    }
+
+    #[test]
+    fn only_links_of_root_are_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = dir.path().join("real/in");
+        std::fs::create_dir_all(&real).unwrap();
+        let link = |from: &str, to: &Path| {
+            std::os::unix::fs::symlink(to, dir.path().join(from)).unwrap();
+        };
+        link("absolute", &real);
+        link("relative", Path::new("absolute/../in"));
+        link("loop", Path::new("loop"));
+        link("users", &real);
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let users = dir.path().join("users");
+        std::os::unix::fs::lchown(&users, Some(54321), None).unwrap();
+        let leads = |name: &str| {
+            let found = trusted(&dir.path().join(name))?.map_err(io::Error::from)?;
+            std::fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
+        };
+        let expected = real.canonicalize().unwrap();
+        for name in ["real/in", "absolute", "relative", "real/../absolute/."] {
+            assert_eq!(leads(name).unwrap(), expected, "{name}");
+        }
+        for (name, said) in [
+            ("users", "users is a link of a user"),
+            ("loop", "symbolic links"),
+            ("file", "Not a directory"),
+            ("missing/x", "No such file"),
+        ] {
+            let error = leads(name).unwrap_err().to_string();
+            assert!(error.contains(said), "{name}: {error}");
+        }
     }
 }

@@ -4,6 +4,8 @@
 //! Mounting -> Ready -> (told to, or its shim is gone) -> unmounted
 //!     \-> Failed: one could not be mounted, and none is
 //! ```
+//! What was ready once, and is mounted again, does not fail: it is tried until it is there, and says meanwhile what is the matter.
+//!
 //! Each mount has a thread that waits for its steps, so that none waits for another.
 
 use std::path::{Path, PathBuf};
@@ -14,34 +16,32 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use batchai_common::shutdown;
-use batchai_common::time::boot_millis;
+use batchai_common::time::{boot_millis, boot_time};
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::{geteuid, getppid, setsid};
 
+use super::ending::{clean_up, detach};
 use super::kernel::{self, Mark};
-use super::rclone;
-use super::servers;
+use super::standing::{self, State};
 use super::step::{Step, StepError, within};
-use super::{CACHE, FAILED, MARKS, PLAN, Phase, Plan, STATUS, Status, UNAVAILABLE, UNMOUNT, left};
-use crate::journal::{AttemptDir, JournalError};
+use super::words::Words;
+use super::{CACHE, MARKS, PLAN, Phase, Plan, STATUS, Status, UNMOUNT, rclone, room};
+use crate::journal::{self, AttemptDir, JournalError};
 use crate::launch::{How, Keys, Mount};
-use crate::memory;
-use crate::status::FailureRecord;
+use crate::{memory, status};
 
 /// How soon it is seen that it is told to unmount.
-const PAUSE: Duration = Duration::from_millis(20);
-/// What is written back takes so long, or is lost.
-const UNMOUNT_MAX: Duration = Duration::from_secs(10);
-/// Getting a mount out of the way asks nobody.
-const DETACH_MAX: Duration = Duration::from_secs(10);
+pub(super) const PAUSE: Duration = Duration::from_millis(20);
+/// A shim that runs has heard by then of what is the matter.
+const KNOWN_MAX: Duration = Duration::from_secs(1);
 /// Between two looks at whether a mount answers.
 const LOOK_MAX: Duration = Duration::from_secs(5);
 const LOOK_MIN: Duration = Duration::from_millis(200);
 
 /// Why a holder cannot do its work.
 #[derive(Debug, thiserror::Error)]
-enum HolderError {
+pub(super) enum HolderError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error("there is no plan")]
@@ -74,28 +74,6 @@ pub fn main(dir: &Path, held: Option<i32>, clean: bool, own: &[&str]) -> ExitCod
     }
 }
 
-/// All of it that is mounted is got out of the way, whoever uses it.
-fn clean_up(dir: &AttemptDir, own: &[&str]) -> Result<(), HolderError> {
-    let plan: Plan = dir.read(PLAN)?.ok_or(HolderError::NoPlan)?;
-    detach_all(dir, &plan, own)
-}
-
-fn detach_all(dir: &AttemptDir, plan: &Plan, own: &[&str]) -> Result<(), HolderError> {
-    let known = kernel::mounted().ok_or(HolderError::Unknown)?;
-    let marks = left(dir, plan, &known)?;
-    std::thread::scope(|scope| {
-        for mark in &marks {
-            scope.spawn(|| detach(own, mark));
-        }
-    });
-    let known = kernel::mounted().ok_or(HolderError::Unknown)?;
-    let left = left(dir, plan, &known)?;
-    match left.is_empty() {
-        true => Ok(()),
-        false => Err(HolderError::Left(left)),
-    }
-}
-
 fn begin(dir: &AttemptDir, held: Option<i32>, own: &[&str]) -> Result<(), HolderError> {
     let plan: Plan = dir.read(PLAN)?.ok_or(HolderError::NoPlan)?;
     // Whoever comes second does nothing. That of a job goes with its shim, which has the lock of the directory.
@@ -117,59 +95,64 @@ fn begin(dir: &AttemptDir, held: Option<i32>, own: &[&str]) -> Result<(), Holder
     setsid()?;
     // What serves a mount from this host stays where it can be found.
     prctl::set_child_subreaper(true)?;
+    let was_ready = super::status(dir)?.phase == Phase::Ready;
     let holder = Holder {
         dir,
         own,
         keys,
+        was_ready,
         stop: AtomicBool::new(false),
+        cut: AtomicBool::new(false),
         states: Mutex::new(vec![State::Coming; plan.mounts.len()]),
         marks: Mutex::new(vec![Vec::new(); plan.mounts.len()]),
+        words: Mutex::new(plan.mounts.iter().map(|_| Words::default()).collect()),
         plan,
     };
     holder.run()
 }
 
-/// How a mount stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum State {
-    Coming,
-    Up,
-    /// It was up.
-    Down(String),
-    /// It is to go, and not all that was written is written back.
-    Unwritten(String),
-    Failed(String),
-}
-
-struct Holder<'a> {
-    dir: &'a AttemptDir,
-    own: &'a [&'a str],
-    plan: Plan,
+pub(super) struct Holder<'a> {
+    pub(super) dir: &'a AttemptDir,
+    pub(super) own: &'a [&'a str],
+    pub(super) plan: Plan,
     /// They are nowhere but here.
     keys: Keys,
+    /// All of them were mounted once, by another holder.
+    was_ready: bool,
+    /// They are to go.
     stop: AtomicBool,
+    /// At once: nothing is written back any more.
+    pub(super) cut: AtomicBool,
     states: Mutex<Vec<State>>,
     /// How the kernel knows what was mounted for each of them.
     marks: Mutex<Vec<Vec<Mark>>>,
+    /// What is said by what serves each of them.
+    words: Mutex<Vec<Words>>,
 }
 
 impl Holder<'_> {
     fn run(&self) -> Result<(), HolderError> {
-        let mut said = Status::default();
+        let mut said = self.status(match self.was_ready {
+            true => Phase::Ready,
+            false => Phase::Mounting,
+        });
         self.dir.write(STATUS, &said, false)?;
         std::thread::scope(|scope| {
-            for at in 0..self.plan.mounts.len() {
-                scope.spawn(move || self.keep(at));
-            }
-            loop {
-                let status = self.status(said.phase);
-                if status.phase == Phase::Failed || self.dir.has(UNMOUNT) {
-                    self.stop.store(true, Ordering::Relaxed);
-                    said = status;
-                    return;
-                }
-                if status != said && self.dir.write(STATUS, &status, false).is_ok() {
-                    said = status;
+            let spawn = |at| scope.spawn(move || self.keep(at));
+            let threads: Vec<_> = (0..self.plan.mounts.len()).map(spawn).collect();
+            while !self.is_over() || threads.iter().any(|thread| !thread.is_finished()) {
+                if self.is_over() {
+                    self.look_at_the_fence();
+                } else {
+                    let status = self.status(said.phase);
+                    if status.phase == Phase::Failed || self.dir.has(UNMOUNT) {
+                        self.stop.store(true, Ordering::Relaxed);
+                        said = status;
+                        continue;
+                    }
+                    if status != said && self.dir.write(STATUS, &status, false).is_ok() {
+                        said = status;
+                    }
                 }
                 std::thread::sleep(PAUSE);
             }
@@ -177,68 +160,30 @@ impl Holder<'_> {
         if said.phase != Phase::Failed {
             said = self.status(said.phase);
         }
-        let gone = detach_all(self.dir, &self.plan, self.own);
-        if gone.is_ok() {
-            // Their numbers may be given to others now.
-            let none: Vec<Vec<Mark>> = Vec::new();
-            self.dir.write(MARKS, &none, true)?;
-        }
-        servers::end();
-        // Nobody reads or writes it any more, and it may be large. It need not be there.
-        let _ = std::fs::remove_dir_all(self.dir.path.join(CACHE));
-        // After the last of it is gone: who reads it may do what must not find it.
-        self.dir.write(STATUS, &said, false)?;
-        gone
+        self.end(said)
     }
 
     /// All of them together.
     fn status(&self, phase: Phase) -> Status {
         let states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
-        let mounts = self.plan.mounts.iter().zip(&*states);
-        let record = |code: &str, mount: &Mount, why: &str, message: String| FailureRecord {
-            code: code.to_owned(),
-            message,
-            details: vec![
-                ("path".to_owned(), mount.path.clone()),
-                ("error".to_owned(), why.to_owned()),
-            ],
-            ..FailureRecord::default()
-        };
-        let mut failure = None;
-        let mut up = true;
-        for (mount, state) in mounts {
-            let path = &mount.path;
-            match state {
-                State::Coming => up = false,
-                State::Up => {}
-                State::Failed(why) => {
-                    let message = format!("{path} cannot be mounted: {}: {why}", named(mount));
-                    return Status {
-                        phase: Phase::Failed,
-                        failure: Some(record(failed_code(mount), mount, why, message)),
-                    };
-                }
-                State::Down(why) => {
-                    let message = format!("what is mounted at {path} does not answer: {why}");
-                    failure.get_or_insert(record(UNAVAILABLE, mount, why, message));
-                }
-                State::Unwritten(why) => {
-                    let message = format!("what was written to {path} is lost in part: {why}");
-                    failure.get_or_insert(record(UNAVAILABLE, mount, why, message));
-                }
-            }
-        }
-        let phase = if up { Phase::Ready } else { phase };
-        Status { phase, failure }
+        standing::all(&self.plan.mounts, &states, phase)
     }
 
     fn set(&self, at: usize, state: State) {
+        if let State::Down(why) | State::Unwritten(why) | State::Failed(why) = &state {
+            let path = self.plan.mounts.get(at).map_or("", |mount| &mount.path);
+            eprintln!("mounts: {path}: {why}");
+        }
         let mut states = self.states.lock().unwrap_or_else(PoisonError::into_inner);
         states[at] = state;
     }
 
     fn is_over(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_cut_off(&self) -> bool {
+        self.cut.load(Ordering::Relaxed)
     }
 
     fn patience(&self) -> Duration {
@@ -252,70 +197,84 @@ impl Holder<'_> {
         };
         if let Err(why) = self.bring_up(at, mount) {
             self.detach(at);
-            return self.set(at, State::Failed(why));
+            if !self.was_ready {
+                return self.set(at, State::Failed(why));
+            }
+            let why = format!("it cannot be mounted again: {why}");
+            self.set(at, State::Down(why));
+            if !self.bring_up_again(at, mount) {
+                return;
+            }
         }
         self.set(at, State::Up);
-        while let Some(why) = self.watch(mount) {
+        while let Some(why) = self.watch(at, mount) {
+            let why = self.with_words(at, mount, why);
+            self.set(at, State::Down(why));
+            self.until_known();
             // Whoever waits for it gets an error.
             self.detach(at);
-            self.set(at, State::Down(why));
-            loop {
-                self.pause(self.look_every());
-                if self.is_over() || !self.plan.again {
-                    return;
-                }
-                match self.bring_up(at, mount) {
-                    Ok(()) => break,
-                    Err(_) => self.detach(at),
-                }
+            if !self.bring_up_again(at, mount) {
+                return;
             }
             self.set(at, State::Up);
         }
-        if let Err(why) = self.write_back(at, mount) {
+        let left = self
+            .write_back(at, mount)
+            .and_then(|()| self.leave(at, mount));
+        if let Err(why) = left {
+            let why = match self.is_cut_off() {
+                true => "the node's lease is over".to_owned(),
+                false => self.with_words(at, mount, why),
+            };
             self.set(at, State::Unwritten(why));
         }
-        // In order, so that what was written arrives; by force, where that does not do.
-        for mark in self.marks_of(at).iter().rev() {
-            let known = kernel::mounted().unwrap_or_default();
-            let Some(place) = known.place(mark) else {
-                continue;
-            };
-            let unmount = Step::Unmount {
-                place: place.to_owned(),
-                force: false,
-                lazy: false,
-            };
-            let _ = within(self.own, &unmount, UNMOUNT_MAX, &|| false);
+    }
+
+    /// What a job's processes do when a mount of theirs is gone is not why it fails: its shim has said why before.
+    fn until_known(&self) {
+        let end = Instant::now() + KNOWN_MAX;
+        let known = || {
+            let said = self.dir.read::<status::Status>(journal::STATUS);
+            said.is_ok_and(|said| said.is_some_and(|said| said.failure.is_some()))
+        };
+        while !self.plan.again && !self.is_over() && Instant::now() < end && !known() {
+            std::thread::sleep(PAUSE);
         }
     }
 
-    /// Where a program serves a mount what is written waits on this host for a while. Waits for that to be written back.
-    fn write_back(&self, at: usize, mount: &Mount) -> Result<(), String> {
-        if !matches!(&mount.how, How::Remote(_)) {
-            return Ok(());
-        }
-        let end = Instant::now() + self.plan.write_back_max();
+    /// Tries until it is there, or is to go. What is mounted for one job is not tried: that has failed by then.
+    fn bring_up_again(&self, at: usize, mount: &Mount) -> bool {
         loop {
-            let begun = Instant::now();
-            let left = rclone::unwritten(&self.cache(at)).map_err(|error| error.to_string())?;
-            if left == 0 {
-                return Ok(());
+            self.pause(self.look_every());
+            if self.is_over() || !self.plan.again {
+                return false;
             }
-            let wanted = self.dir.read::<bool>(UNMOUNT).ok().flatten();
-            if Instant::now() >= end || wanted == Some(false) {
-                let to = named(mount);
-                return Err(format!("{left} files were not written back to {to}"));
+            match self.bring_up(at, mount) {
+                Ok(()) => return true,
+                Err(_) => self.detach(at),
             }
-            // There may be many files to look at.
-            std::thread::sleep(PAUSE.max(begun.elapsed() * 4));
         }
     }
 
-    fn cache(&self, at: usize) -> PathBuf {
+    /// Why something went wrong, with what was said of it by what serves the mount.
+    fn with_words(&self, at: usize, mount: &Mount, why: String) -> String {
+        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = words[at].so_far();
+        let said = match &mount.how {
+            How::Remote(_) => rclone::plain(&said),
+            _ => said.lines().next_back().unwrap_or_default().to_owned(),
+        };
+        match said.as_str() {
+            "" => why,
+            said => format!("{why}; what serves it said last: {said}"),
+        }
+    }
+
+    pub(super) fn cache(&self, at: usize) -> PathBuf {
         self.dir.path.join(CACHE).join(at.to_string())
     }
 
-    fn marks_of(&self, at: usize) -> Vec<Mark> {
+    pub(super) fn marks_of(&self, at: usize) -> Vec<Mark> {
         let marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         marks[at].clone()
     }
@@ -358,35 +317,54 @@ impl Holder<'_> {
         }
         let key = match &mount.how {
             How::Remote(remote) => self.keys.get(&remote.key).cloned().unwrap_or_default(),
-            How::Command(_) | How::Bind { .. } | How::Nfs { .. } | How::Local { .. } => {
-                String::new()
-            }
+            How::Command(_) | How::Nfs { .. } | How::Local { .. } => String::new(),
         };
         let step = Step::Mount {
-            mount: mount.clone(),
+            mount: self.bounded(mount),
             env: self.plan.env.clone(),
             until: boot_millis() + left().as_millis() as i64,
             key,
             place: kernel::real(&self.plan.root, &mount.path),
             cache: self.cache(at),
         };
-        let mounted = self.within(&step, left()).map_err(words);
+        let mounted = within(self.own, &step, left(), &|| self.is_over()).map_err(words);
         let noted = self.note(at, mount);
-        mounted?;
+        let said = mounted?;
+        self.words.lock().unwrap_or_else(PoisonError::into_inner)[at] = said;
         noted?;
         let look = look(mount);
         self.within(&look, left())
             .map_err(|error| format!("it is mounted, and does not answer: {error}"))
     }
 
+    /// What several of them keep of what was read lies on one disk.
+    fn bounded(&self, mount: &Mount) -> Mount {
+        let mut mount = mount.clone();
+        if let How::Remote(remote) = &mut mount.how {
+            let all = self.plan.mounts.len();
+            remote.cache_mib = room::share_mib(&self.dir.path, remote.cache_mib, all);
+        }
+        mount
+    }
+
     /// Looks after a mount until it is to go, or does not answer for too long: then why.
-    fn watch(&self, mount: &Mount) -> Option<String> {
+    fn watch(&self, at: usize, mount: &Mount) -> Option<String> {
         let look = look(mount);
+        let cache = self.cache(at);
         let mut answered = Instant::now();
+        let opened = boot_time();
         loop {
-            self.pause(self.look_every());
+            let full = self.pause_while_room(&cache);
             if self.is_over() {
                 return None;
+            }
+            if full.is_some() {
+                return full;
+            }
+            if let How::Remote(remote) = &mount.how
+                && rclone::is_outlived(remote, boot_time().saturating_sub(opened))
+            {
+                return Some("the signature that opens it was made for a year".to_owned());
             }
             let left = (answered + self.patience()).saturating_duration_since(Instant::now());
             match self.within(&look, left.max(LOOK_MIN)) {
@@ -405,7 +383,7 @@ impl Holder<'_> {
     }
 
     fn within(&self, step: &Step, most: Duration) -> Result<(), StepError> {
-        within(self.own, step, most, &|| self.is_over())
+        within(self.own, step, most, &|| self.is_over()).map(drop)
     }
 
     fn look_every(&self) -> Duration {
@@ -419,55 +397,26 @@ impl Holder<'_> {
             std::thread::sleep(PAUSE);
         }
     }
-}
 
-fn named(mount: &Mount) -> String {
-    match &mount.how {
-        How::Command(line) => format!("{line:?}"),
-        How::Nfs {
-            address,
-            port,
-            directory,
-            ..
-        } => format!("NFS from {address}:{port}, {directory}"),
-        How::Local {
-            shared, directory, ..
-        } => format!("the directory {directory:?} of {shared}"),
-        How::Bind { source, .. } => source.clone(),
-        How::Remote(remote) => remote.named(),
+    /// Waits until the next look, unless the disk fills up before that: then why.
+    fn pause_while_room(&self, cache: &Path) -> Option<String> {
+        let end = Instant::now() + self.look_every();
+        while Instant::now() < end && !self.is_over() {
+            let lacking = room::lacking(cache);
+            if lacking.is_some() {
+                return lacking;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        None
     }
 }
 
 fn look(mount: &Mount) -> Step {
     let server = match &mount.how {
         How::Remote(remote) => remote.server(),
-        How::Command(_) | How::Bind { .. } | How::Nfs { .. } | How::Local { .. } => None,
+        How::Command(_) | How::Nfs { .. } | How::Local { .. } => None,
     };
     let path = mount.path.clone();
     Step::Look { path, server }
-}
-
-fn failed_code(mount: &Mount) -> &str {
-    match mount.code.as_str() {
-        "" => FAILED,
-        code => code,
-    }
-}
-
-/// Gets what is mounted out of the way; whoever waits for it gets an error, unless it is mounted elsewhere too.
-fn detach(own: &[&str], mark: &Mark) {
-    let Some(known) = kernel::mounted() else {
-        return;
-    };
-    let Some(place) = known.place(mark) else {
-        return;
-    };
-    let step = Step::Unmount {
-        place: place.to_owned(),
-        force: known.is_sole(mark),
-        lazy: true,
-    };
-    if let Err(error) = within(own, &step, DETACH_MAX, &|| false) {
-        eprintln!("mounts: {} cannot be unmounted: {error}", place.display());
-    }
 }

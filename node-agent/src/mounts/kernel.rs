@@ -23,7 +23,22 @@ pub struct Mark {
 /// What is mounted where, the latest last.
 #[derive(Debug, Default)]
 pub struct Mounted {
-    all: Vec<(Mark, PathBuf)>,
+    all: Vec<One>,
+}
+
+#[derive(Debug)]
+struct One {
+    mark: Mark,
+    place: PathBuf,
+    read_only: bool,
+}
+
+impl Mark {
+    /// Whether it is of no disk of this machine, and no program here serves it: the kernel itself sends what is written elsewhere, later.
+    fn is_sent_later(&self) -> bool {
+        let kind = self.what.split(' ').nth(2).unwrap_or_default();
+        self.device.starts_with("0:") && !kind.starts_with("fuse")
+    }
 }
 
 /// What is mounted now, as this process sees it; `None` where the kernel does not say.
@@ -40,10 +55,16 @@ impl Mounted {
             let id = fields.next()?.parse().ok()?;
             let device = fields.nth(1)?.to_owned();
             let (root, place) = (fields.next()?, unescape(fields.next()?));
+            let read_only = fields.next()?.split(',').any(|option| option == "ro");
             let mut rest = line.split_once(" - ")?.1.split(' ');
             let (kind, source) = (rest.next()?, rest.next()?);
             let what = format!("{boot} {root} {kind} {source}");
-            Some((Mark { id, device, what }, place))
+            let mark = Mark { id, device, what };
+            Some(One {
+                mark,
+                place,
+                read_only,
+            })
         };
         Mounted {
             all: text.lines().filter_map(line).collect(),
@@ -58,22 +79,32 @@ impl Mounted {
 
     /// What is mounted at a place.
     pub fn at(&self, place: &Path) -> Vec<Mark> {
-        let here = self.all.iter().filter(|(_, other)| other == place);
-        here.map(|(mark, _)| mark.clone()).collect()
+        let here = self.all.iter().filter(|one| one.place == place);
+        here.map(|one| one.mark.clone()).collect()
     }
 
     /// Where something is now.
     pub fn place(&self, mark: &Mark) -> Option<&Path> {
-        let found = self.all.iter().find(|(other, _)| other == mark);
-        found.map(|(_, place)| place.as_path())
+        let found = self.all.iter().find(|one| one.mark == *mark);
+        found.map(|one| one.place.as_path())
+    }
+
+    /// Something that is mounted below a place.
+    pub fn below(&self, place: &Path) -> Option<&Path> {
+        let mut all = self.all.iter().map(|one| one.place.as_path());
+        all.find(|other| *other != place && other.starts_with(place))
+    }
+
+    /// Whether the kernel may still have something that was written to it.
+    pub fn holds_back(&self, mark: &Mark) -> bool {
+        let writable = |one: &One| one.mark == *mark && !one.read_only;
+        mark.is_sent_later() && self.all.iter().any(writable)
     }
 
     /// Whether it is mounted nowhere else: only then it may be ended as a whole.
     pub fn is_sole(&self, mark: &Mark) -> bool {
-        let same = self
-            .all
-            .iter()
-            .filter(|(other, _)| other.device == mark.device);
+        let same = self.all.iter();
+        let same = same.filter(|one| one.mark.device == mark.device);
         same.count() == 1
     }
 }
@@ -106,6 +137,9 @@ mod tests {
             panic!("{known:?}")
         };
         assert!(known.at(Path::new("/a")).is_empty());
+        assert_eq!(known.below(Path::new("/a")), None);
+        assert_eq!(known.below(Path::new("/x")), None);
+        assert_eq!(known.below(Path::new("/")), Some(Path::new("/a b")));
         let [x] = &known.at(Path::new("/x"))[..] else {
             panic!("{known:?}")
         };
@@ -116,6 +150,22 @@ mod tests {
         assert_eq!(moved.place(x), None, "the number was given to another");
         let rebooted = Mounted::parse("b2", later);
         assert_eq!(rebooted.place(tmpfs), None, "it is gone with its boot");
+    }
+
+    #[test]
+    fn what_the_kernel_sends_later_is_known() {
+        let known = Mounted::parse(
+            "b1",
+            "1 0 8:1 / /d rw - ext4 d rw\n\
+             2 1 0:30 / /n rw,nosuid - nfs 10.0.0.1:/ rw\n\
+             3 1 0:31 / /r nosuid,ro - cifs //h/s rw\n\
+             4 1 0:32 / /f rw - fuse.rclone r: rw\n",
+        );
+        let held = ["/d", "/n", "/r", "/f"].map(|place| {
+            let marks = known.at(Path::new(place));
+            known.holds_back(&marks[0])
+        });
+        assert_eq!(held, [false, true, false, false]);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! DIR/mounts.json       what to mount; written by the agent, before anything is mounted
-//! DIR/mounted.json      how that stands; written by the holder
+//! DIR/mounted.json      how that stands; written by the holder; that all was ready once, where it is mounted again
 //! DIR/marks.json        how the kernel knows what was mounted; written by the holder
 //! DIR/unmount           it shall be unmounted; written by the shim or the agent; `false` where nothing is written back any more
 //! DIR/cache/             what programs that serve mounts keep of files
@@ -17,12 +17,16 @@
 //!
 //! For a job DIR is the directory of its attempt, for a cluster one of its own (see `journal`).
 
+mod ending;
 mod file_server;
 mod holder;
 mod kernel;
 mod rclone;
+mod room;
 mod servers;
+mod standing;
 mod step;
+mod words;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -75,10 +79,15 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Whether what is written may still be on this host when who wrote it has ended.
+    fn holds_back(&self) -> bool {
+        let local = |mount: &Mount| matches!(mount.how, How::Local { .. });
+        !self.mounts.iter().all(local)
+    }
+
     /// How long what was written may take to be written back.
     fn write_back_max(&self) -> Duration {
-        let remote = |mount: &Mount| matches!(mount.how, How::Remote(_));
-        match self.mounts.iter().any(remote) {
+        match self.holds_back() {
             true => Duration::from_secs(self.patience_s.max(1)) * WRITE_BACK_PATIENCE,
             false => Duration::ZERO,
         }
@@ -104,6 +113,8 @@ pub struct Status {
     pub phase: Phase,
     /// What is the matter with one of them.
     pub failure: Option<FailureRecord>,
+    /// They are gone, and what was written to them has arrived.
+    pub arrived: bool,
 }
 
 /// How what a directory names stands; as if nothing was begun where a power cut has left nothing of that.
@@ -117,10 +128,45 @@ pub fn status(dir: &AttemptDir) -> Result<Status, JournalError> {
     }
 }
 
+/// What is lost of what was written to mounts that are gone, or may be: whoever held them may not have come to say it.
+pub fn lost(dir: &AttemptDir) -> Option<FailureRecord> {
+    let said = status(dir).unwrap_or_default();
+    if said.phase == Phase::Failed {
+        return None;
+    }
+    let unsaid = || {
+        FailureRecord {
+        code: UNAVAILABLE.to_owned(),
+        message: "what was written to what is mounted may be lost in part: the process that writes it back has ended before it said \
+                  that it had"
+            .to_owned(),
+        ..FailureRecord::default()
+    }
+    };
+    let plan = dir.read::<Plan>(PLAN).ok().flatten();
+    let may_be = || !said.arrived && plan.is_none_or(|plan| plan.holds_back());
+    let failure = said.failure.clone();
+    failure.or_else(|| may_be().then(unsaid))
+}
+
 /// How long what a directory names may take to be unmounted: in order, by force, with all that serves it.
 pub fn end_max(dir: &AttemptDir) -> Duration {
     let plan = dir.read::<Plan>(PLAN).ok().flatten();
     UNMOUNT_ALL_MAX + plan.map_or(Duration::ZERO, |plan| plan.write_back_max())
+}
+
+/// What was ready once, and whose holder is gone, is to be mounted again.
+///
+/// # Errors
+/// Where that cannot be written down.
+pub fn renew(dir: &AttemptDir) -> Result<(), JournalError> {
+    forget(dir);
+    let status = Status {
+        phase: Phase::Ready,
+        failure: Some(standing::being_mounted()),
+        ..Status::default()
+    };
+    dir.write(STATUS, &status, false)
 }
 
 /// Forgets how an earlier holder of what a directory names ended.
@@ -158,11 +204,14 @@ pub fn clean(own: &[&str], dir: &AttemptDir) -> io::Result<Child> {
         .spawn()
 }
 
-/// Whether anything of what a holder was to mount is mounted.
+/// Whether anything is left of what a holder was to mount: that it is mounted, or what was kept of a job's files.
 pub fn any_left(dir: &AttemptDir) -> Result<bool, JournalError> {
     let Some(plan) = dir.read::<Plan>(PLAN)? else {
         return Ok(false);
     };
+    if !plan.again && dir.path.join(CACHE).exists() {
+        return Ok(true);
+    }
     // Where that cannot be known it is looked at again by who unmounts.
     let Some(known) = kernel::mounted() else {
         return Ok(true);

@@ -2,7 +2,8 @@
 //! `rclone`, which serves it by FUSE until it is unmounted.
 //!
 //! The key goes to rclone as a file of its settings that is in memory only, and open in no other process. For a container it is not even
-//! that: rclone gets a signature, made with the key, that opens this one container.
+//! that: rclone gets a signature, made with the key, that opens this one container, for a year. What is mounted for longer is mounted
+//! anew, with another.
 
 mod settings;
 
@@ -13,19 +14,24 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use batchai_common::time;
 use nix::mount::{MsFlags, mount as mount_2};
 use serde::Deserialize;
 
-use super::kernel;
+use super::{kernel, room};
 use crate::launch::{Place, Remote};
 use crate::memory;
-use settings::{arguments, cifs_options, plain, root, settings};
+pub use settings::plain;
+use settings::{arguments, cifs_options, root, settings};
 
 /// One try to reach a server; all of it has the deadline of the step.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(20);
 /// A name that nothing has: looking for it asks for next to nothing.
 const NOTHING: &str = ".batchai-looks-for-nothing";
+/// For so long a signature opens something, and so long before its end it is not relied upon any more.
+const SIGNED_FOR: Duration = Duration::from_secs(365 * 24 * 3600);
+const SIGNED_SPARE: Duration = Duration::from_secs(24 * 3600);
 /// Where something is mounted, and with what.
 pub struct Point<'a> {
     pub path: &'a Path,
@@ -56,9 +62,15 @@ pub fn mount(remote: &Remote, key: &str, point: &Point<'_>) -> io::Result<()> {
         Place::Share { .. } => obscured(key, point.env)?,
         Place::Container { .. } | Place::Bucket { .. } => String::new(),
     };
-    let settings = settings(remote, key, &password)?;
+    let until = time::now().seconds + SIGNED_FOR.as_secs() as i64;
+    let settings = settings(remote, key, &password, until)?;
     check(remote, &settings, point.env)?;
     serve(remote, &settings, point)
+}
+
+/// Whether what opens something does so no more, or not for long.
+pub fn is_outlived(remote: &Remote, age: Duration) -> bool {
+    matches!(remote.place, Place::Container { .. }) && age > SIGNED_FOR - SIGNED_SPARE
 }
 
 /// A server that cannot be reached is said at once: what speaks to it tries for minutes.
@@ -178,7 +190,12 @@ fn failed(output: &Output) -> io::Error {
 
 /// Starts what serves it, and waits until it is mounted.
 fn serve(remote: &Remote, settings: &str, point: &Point<'_>) -> io::Result<()> {
+    let begins = !point.cache.exists();
     std::fs::create_dir_all(point.cache)?;
+    // One that goes on may make room by writing back what it has.
+    if let Some(why) = room::lacking(point.cache).filter(|_| begins) {
+        return Err(io::Error::other(why));
+    }
     let mut child = rclone(settings, point.env)?
         .args(arguments(remote, point))
         .spawn()?;

@@ -1,32 +1,30 @@
 //! One thing that may hang, done by a process of its own with a deadline: mounting, unmounting, looking whether a mount answers.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write as _};
+use std::ffi::OsStr;
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use batchai_common::shutdown;
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, umount2};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::statfs;
-use nix::unistd::{Pid, fchdir, getppid, setsid};
+use nix::unistd::{Pid, fchdir, getppid, setsid, syncfs};
 use serde::{Deserialize, Serialize};
 
+use super::words::{Words, redacted};
 use super::{file_server, rclone};
 use crate::launch::{How, Mount};
 use crate::share;
 
-/// Of what it says the end is kept.
-const WORDS_BYTES_MAX: usize = 1024;
-/// Its last words are read by then.
-const WORDS_MAX: Duration = Duration::from_millis(500);
 /// Between two looks at whether it has ended.
 const PAUSE_MAX: Duration = Duration::from_millis(20);
 /// One that is killed has ended by then, or is stuck in the kernel.
@@ -49,12 +47,10 @@ pub enum Step {
         /// Where who serves it keeps what was read and written.
         cache: PathBuf,
     },
-    /// `force`: whoever waits for it gets an error. `lazy`: it is out of the way at once, whoever uses it.
-    Unmount {
-        place: PathBuf,
-        force: bool,
-        lazy: bool,
-    },
+    /// Unmount it in order. `flush`: it fails only where something that was written to it may not have arrived.
+    Leave { place: PathBuf, flush: bool },
+    /// Get it out of the way at once, whoever uses it. `force`: whoever waits for it gets an error.
+    Detach { place: PathBuf, force: bool },
     /// See whether it answers, and whether the server does that it comes from: who serves it here answers without that.
     Look {
         path: String,
@@ -71,13 +67,14 @@ pub enum StepError {
     Late { most: Duration },
 }
 
-/// Does something within some time, or until nobody wants it any more. What has not ended by then is left to the kernel.
+/// Does something within some time, or until nobody wants it any more. What has not ended by then is left to the kernel. Returns what it
+/// says, and what it has left behind goes on saying.
 pub fn within(
     own: &[&str],
     step: &Step,
     most: Duration,
     unwanted: &dyn Fn() -> bool,
-) -> Result<(), StepError> {
+) -> Result<Words, StepError> {
     let failed = |error: io::Error| StepError::Failed(error.to_string());
     let question = serde_json::to_vec(&(std::process::id(), step))
         .expect("our own types have only string keys");
@@ -91,10 +88,10 @@ pub fn within(
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(&question).map_err(failed)?;
     }
-    let words = listen(&mut child);
+    let words = Words::of(&mut child);
     let end = Instant::now() + most;
     match ended(&mut child, end, unwanted) {
-        Some(true) => Ok(()),
+        Some(true) => Ok(words),
         Some(false) => Err(StepError::Failed(words.last())),
         None => {
             // It leads a session, with what it has started.
@@ -105,43 +102,6 @@ pub fn within(
             Err(StepError::Late { most })
         }
     }
-}
-
-/// What a child says.
-struct Words {
-    kept: Arc<Mutex<Vec<u8>>>,
-    listener: Option<JoinHandle<()>>,
-}
-
-impl Words {
-    /// What it said last. What it has left behind may go on saying things: nobody waits for the end of that.
-    fn last(&self) -> String {
-        let end = Instant::now() + WORDS_MAX;
-        let listens = || self.listener.as_ref().is_some_and(|it| !it.is_finished());
-        while listens() && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(&kept).trim().to_owned()
-    }
-}
-
-/// Keeps the end of what a child says. What serves a mount may go on saying things: somebody must listen, or it waits.
-fn listen(child: &mut Child) -> Words {
-    let kept = Arc::new(Mutex::new(Vec::new()));
-    let its = kept.clone();
-    let listener = child.stderr.take().map(|mut stderr| {
-        std::thread::spawn(move || {
-            let mut buffer = [0; 512];
-            while let Ok(count @ 1..) = stderr.read(&mut buffer) {
-                let mut kept = its.lock().unwrap_or_else(PoisonError::into_inner);
-                kept.extend_from_slice(&buffer[..count]);
-                let surplus = kept.len().saturating_sub(WORDS_BYTES_MAX);
-                kept.drain(..surplus);
-            }
-        })
-    });
-    Words { kept, listener }
 }
 
 /// Whether a child ended well, should it end in time.
@@ -163,13 +123,15 @@ pub fn main() -> ExitCode {
     match begin() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error}");
+            // Programs quote what they were given.
+            eprintln!("{}", redacted(&error.to_string()));
             ExitCode::FAILURE
         }
     }
 }
 
 fn begin() -> io::Result<()> {
+    shutdown::keep_memory_private();
     let mut question = Vec::new();
     io::stdin().read_to_end(&mut question)?;
     let (parent, step): (u32, Step) = serde_json::from_slice(&question)?;
@@ -190,7 +152,6 @@ fn begin() -> io::Result<()> {
             until,
         } => match &mount.how {
             How::Command(line) => Err(run(line, &mount.path, &env)),
-            How::Bind { source, read_only } => bind(source, &mount.path, *read_only),
             How::Nfs {
                 address,
                 port,
@@ -218,7 +179,13 @@ fn begin() -> io::Result<()> {
                 rclone::mount(remote, &key, &point)
             }
         },
-        Step::Unmount { place, force, lazy } => unmount(&place, force, lazy),
+        Step::Leave { place, flush } => leave(&place, flush),
+        Step::Detach { place, force } => {
+            let name = beside(&place)?;
+            let mut flags = MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH;
+            flags.set(MntFlags::MNT_FORCE, force);
+            Ok(umount2(name, flags)?)
+        }
         Step::Look { path, server } => {
             statfs(path.as_str())?;
             server.map_or(Ok(()), |(host, port)| rclone::reach(&host, port).map(drop))
@@ -226,9 +193,9 @@ fn begin() -> io::Result<()> {
     }
 }
 
-/// By what is open, not by name: what leads there may be somebody's who puts a link in its place meanwhile. What is mounted is not
+/// Goes to where the name of a mount is: what leads there may be somebody's who puts a link in its place meanwhile. What is mounted is not
 /// even looked at.
-fn unmount(place: &Path, force: bool, lazy: bool) -> io::Result<()> {
+fn beside(place: &Path) -> io::Result<&OsStr> {
     let (Some(parent), Some(name)) = (place.parent(), place.file_name()) else {
         return Err(io::Error::other("it is no place of a mount"));
     };
@@ -243,10 +210,30 @@ fn unmount(place: &Path, force: bool, lazy: bool) -> io::Result<()> {
         )));
     }
     fchdir(&opened)?;
-    let mut flags = MntFlags::UMOUNT_NOFOLLOW;
-    flags.set(MntFlags::MNT_FORCE, force);
-    flags.set(MntFlags::MNT_DETACH, lazy);
-    Ok(umount2(name, flags)?)
+    Ok(name)
+}
+
+/// What the kernel has of what was written is sent on first, where it keeps that: unmounting does so as well, and says nothing of what fails.
+fn leave(place: &Path, flush: bool) -> io::Result<()> {
+    let name = beside(place)?;
+    if !flush {
+        return Ok(umount2(name, MntFlags::UMOUNT_NOFOLLOW)?);
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let flushed = match open(name, flags, Mode::empty()) {
+        Ok(dir) => {
+            syncfs(&dir)?;
+            true
+        }
+        // Some servers let everybody in but root.
+        Err(Errno::EACCES | Errno::EPERM) => false,
+        Err(error) => return Err(error.into()),
+    };
+    match umount2(name, MntFlags::UMOUNT_NOFOLLOW) {
+        // Somebody uses it; what there was to lose has arrived.
+        Err(_) if flushed => Ok(()),
+        done => Ok(done?),
+    }
 }
 
 /// What bash is told: the command of the user's with the path behind it, which is one word whatever is in it.
@@ -265,21 +252,6 @@ fn run(line: &str, path: &str, env: &BTreeMap<String, String>) -> io::Error {
         .current_dir("/")
         .stdin(Stdio::null())
         .exec()
-}
-
-/// No device and no program that changes its user comes in with it.
-fn bind(source: &str, path: &str, read_only: bool) -> io::Result<()> {
-    let failed = |error: nix::Error| io::Error::other(format!("{source}: {error}"));
-    if !Path::new(source).is_dir() {
-        return Err(io::Error::other(format!(
-            "{source} is no directory of this node"
-        )));
-    }
-    let none = None::<&str>;
-    mount(Some(source), path, none, MsFlags::MS_BIND, none).map_err(failed)?;
-    let mut flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    flags.set(MsFlags::MS_RDONLY, read_only);
-    mount(none, path, none, flags, none).map_err(failed)
 }
 
 #[cfg(test)]

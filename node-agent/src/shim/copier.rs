@@ -54,10 +54,14 @@ pub fn start(from: &Path, to: &Path, user: Option<&JobUser>) -> io::Result<Copie
 }
 
 impl Copier {
-    /// Lets it copy a last time and waits until it has, but not for ever: it may hang on a dead mount.
-    pub fn finish(self, patience: Duration) -> Result<(), String> {
+    /// Lets it copy a last time and waits until it has, but not for ever: it may hang on a dead mount. `unwanted`: it is killed at once.
+    pub fn finish(
+        self,
+        patience: Duration,
+        unwanted: &mut dyn FnMut() -> bool,
+    ) -> Result<(), String> {
         drop(self.stop);
-        process::await_end(self.pid, patience)
+        process::await_end(self.pid, patience, unwanted)
     }
 }
 

@@ -40,7 +40,12 @@ impl Shim {
     /// Where the node's lease is over, the work may begin elsewhere: nothing of it is left here by then, whether the agent lives, is stopped
     /// or gone. A lease that cannot be read is over.
     pub(super) fn watch_the_fence(&mut self) {
-        if self.is_killed() || !self.is_fenced_off() {
+        if self.fenced_off || !self.is_fenced_off() {
+            return;
+        }
+        self.fenced_off = true;
+        self.cut_off();
+        if self.is_killed() {
             return;
         }
         self.fail(FailureRecord {
@@ -61,6 +66,9 @@ impl Shim {
         let Some(path) = &self.plan.fence else {
             return false;
         };
+        if self.fenced_off {
+            return true;
+        }
         if self.fence.left(now) > 0 {
             return false;
         }
@@ -102,7 +110,7 @@ impl Shim {
     }
 
     /// Everything that the attempt started and that has not ended.
-    fn tree(&self) -> Vec<i32> {
+    pub(super) fn tree(&self) -> Vec<i32> {
         // They serve what runs to its end, and end after it.
         let copier = self.copier.as_ref().map(|copier| copier.pid);
         let serve: Vec<_> = copier.into_iter().chain(self.volumes.holder()).collect();
@@ -140,6 +148,7 @@ impl Shim {
         self.leave_room();
         self.finish_copy();
         self.unmount();
+        self.clean_up();
         self.status.phase = Phase::Ended;
         self.status.stuck.clear();
         self.status.files = self.dir.logs()?;
@@ -170,12 +179,12 @@ impl Shim {
         }
     }
 
-    /// Lets the copier finish, but not for ever: it may hang on a dead mount.
+    /// Lets the copier finish, but not for ever: it may hang on a dead mount. What may begin elsewhere by now copies nothing any more.
     fn finish_copy(&mut self) {
         let Some(copier) = self.copier.take() else {
             return;
         };
-        if let Err(why) = copier.finish(COPY_MAX) {
+        if let Err(why) = copier.finish(COPY_MAX, &mut || self.is_fenced_off()) {
             let to = &self.plan.copy_to;
             self.log.say(&format!(
                 "the log files could not all be copied to {to}: {why}"

@@ -235,14 +235,18 @@ pub fn helper(
     }
 }
 
-/// Waits for a helper that should be done soon, but not for ever.
-pub fn await_end(pid: i32, patience: Duration) -> Result<(), String> {
+/// Waits for a helper that should be done soon, but not for ever. `unwanted`: it is killed at once.
+pub fn await_end(
+    pid: i32,
+    patience: Duration,
+    unwanted: &mut dyn FnMut() -> bool,
+) -> Result<(), String> {
     let pid = Pid::from_raw(pid);
     let until = boot_time() + patience;
     loop {
         match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-            Ok(WaitStatus::StillAlive) if boot_time() < until => {
+            Ok(WaitStatus::StillAlive) if boot_time() < until && !unwanted() => {
                 std::thread::sleep(Duration::from_millis(2));
             }
             other => {

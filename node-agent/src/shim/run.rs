@@ -27,7 +27,7 @@ use super::process::Rights;
 use super::secrets::{Handed, Secrets};
 use super::volumes::Volumes;
 use super::{ShimError, ports, prepare, process, system};
-use crate::journal::{AttemptDir, LAUNCH, LOGS, PREPARE, STATUS, STOP};
+use crate::journal::{AttemptDir, LAUNCH, LOGS, MOUNT_LOST, PREPARE, STATUS, STOP};
 use crate::launch::{Keys, Preparation, ProcessPlan};
 use crate::lease::Fence;
 use crate::status::{FailureRecord, Phase, RankStatus, Status};
@@ -89,6 +89,8 @@ pub struct Shim {
     pub(super) deadline: Duration,
     /// The node's lease, where it is bound to that.
     pub(super) fence: Fence,
+    /// It was over.
+    pub(super) fenced_off: bool,
     pub(super) launched: bool,
     /// The status on disk is not the latest.
     pub(super) unsaid: bool,
@@ -136,6 +138,7 @@ impl Shim {
             ending: Ending::No,
             deadline,
             fence: Fence::default(),
+            fenced_off: false,
             launched: false,
             unsaid: false,
             copier: None,
@@ -304,6 +307,10 @@ impl Shim {
         }
         self.look_at_mounts()?;
         if !matches!(self.ending, Ending::No) {
+            return Ok(());
+        }
+        if let Some(failure) = self.dir.read::<FailureRecord>(MOUNT_LOST)? {
+            self.fail(failure);
             return Ok(());
         }
         match self.dir.read::<bool>(STOP)? {

@@ -140,7 +140,8 @@ impl Volumes {
             let status = mounts::status(&dir)?;
             if !held && status.phase == Phase::Ready && self.is_gone(&dir) {
                 tracing::warn!(dir = %dir.path.display(), "mounted again");
-                self.begin(&dir)?;
+                mounts::renew(&dir)?;
+                self.begin(&dir);
             }
         }
         Ok(())
@@ -165,7 +166,11 @@ impl Volumes {
             .get(&dir.id())
             .is_some_and(|id| id == attempt);
         match (status.phase, self.is_held(&dir)?) {
-            (Phase::Ready, true) if !dir.has(mounts::UNMOUNT) => Ok(Mounted::Yes),
+            (Phase::Ready, true) if !dir.has(mounts::UNMOUNT) => match status.failure {
+                None => Ok(Mounted::Yes),
+                // It is tried until it is there, and said meanwhile.
+                Some(_) => Ok(Mounted::NotYet),
+            },
             (_, true) => Ok(Mounted::NotYet),
             (Phase::Failed, false) if tried => {
                 let unsaid = || never("they cannot be mounted".to_owned());
@@ -177,7 +182,8 @@ impl Volumes {
                 Ok(mounts) => {
                     self.prepare(&dir, mounts)?;
                     self.begun_for.insert(dir.id(), attempt.to_owned());
-                    self.begin(&dir)?;
+                    mounts::forget(&dir);
+                    self.begin(&dir);
                     Ok(Mounted::NotYet)
                 }
             },
@@ -193,6 +199,15 @@ impl Volumes {
             cluster_uid: wanted.uid.clone(),
             failure: status.failure.and_then(|record| failure(record).error),
         })
+    }
+
+    /// What is mounted for the cluster and has answered no more for as long as it may, so that jobs which use it wait for nothing.
+    pub fn lost(&self) -> Option<FailureRecord> {
+        let dir = self.journal.cluster_mount(&key(self.wanted.as_ref()?));
+        let status = mounts::status(&dir).ok()?;
+        // What is only being mounted again has no details.
+        let failure = status.failure.filter(|it| !it.details.is_empty());
+        failure.filter(|_| status.phase == Phase::Ready)
     }
 
     /// Whatever knows no users belongs to root: the jobs of a cluster may run as several.
@@ -220,13 +235,11 @@ impl Volumes {
         dir.write(mounts::PLAN, &plan, true)
     }
 
-    fn begin(&mut self, dir: &AttemptDir) -> Result<(), JournalError> {
-        mounts::forget(dir);
+    fn begin(&mut self, dir: &AttemptDir) {
         match mounts::hold(self.own, dir, false, &self.keys()) {
             Ok(holder) => drop(self.holders.insert(dir.id(), holder)),
             Err(error) => tracing::error!(%error, "nothing can be mounted; it is tried again"),
         }
-        Ok(())
     }
 
     fn is_held(&self, dir: &AttemptDir) -> Result<bool, JournalError> {
@@ -250,6 +263,11 @@ impl Volumes {
 
     fn forget(&mut self, dir: &AttemptDir) -> Result<(), JournalError> {
         if self.is_gone(dir) {
+            // Nobody waits for it any more: the log is where it can be said.
+            if let Some(lost) = mounts::lost(dir) {
+                let what = lost.message;
+                tracing::error!(dir = %dir.path.display(), what, "at the end of a cluster's mounts");
+            }
             self.begun_for.remove(&dir.id());
             dir.remove()?;
         }

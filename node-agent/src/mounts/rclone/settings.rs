@@ -6,7 +6,7 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use batchai_common::storage;
+use batchai_common::{storage, time};
 use ring::hmac;
 
 use super::Point;
@@ -15,9 +15,8 @@ use crate::launch::{Place, Remote};
 /// From when on a file that was closed is written back. At once would be too early: rclone loses the new names of files that are given
 /// them while they are being written back, as programs do that write to another name first.
 const WRITE_BACK: &str = "1s";
-/// What a signature allows, until when, and by which rules it is made. It lives as long as its process, which a cluster may keep for long.
+/// What a signature allows, and by which rules it is made.
 const SIGNED: &str = "racwdl";
-const SIGNED_UNTIL: &str = "2199-12-31T23:59:59Z";
 const SIGNED_VERSION: &str = "2018-11-09";
 /// Characters that SMB cannot have in names. A dot at the end is none of them: rclone would make a directory of another name of `.`.
 const SMB_ENCODING: &str =
@@ -27,30 +26,42 @@ const WORDS_MAX: usize = 400;
 /// Settings that begin or end so would be read as something else.
 const BAD_ENDS: fn(char) -> bool = |c| c.is_whitespace() || "\"'`".contains(c);
 
-/// What rclone reads: one remote, `r`. `password`: the key as it has passwords; for shares only.
-pub fn settings(remote: &Remote, key: &str, password: &str) -> io::Result<String> {
+/// What rclone reads: one remote, `r`. `password`: the key as it has passwords; for shares only. `until`: when a signature ends, in seconds
+/// since 1970.
+pub fn settings(remote: &Remote, key: &str, password: &str, until: i64) -> io::Result<String> {
     storage::check_key(key).map_err(|why| io::Error::other(format!("its key {why}")))?;
     let account = remote.account.as_str();
     let lines = match &remote.place {
         Place::Share { host, port, .. } => vec![
             ("type", "smb".to_owned()),
-            ("host", host.clone()),
+            // The port is put behind it.
+            (
+                "host",
+                match host.contains(':') {
+                    true => format!("[{host}]"),
+                    false => host.clone(),
+                },
+            ),
             ("port", port.to_string()),
             ("user", account.to_owned()),
             ("pass", password.to_owned()),
             ("encoding", SMB_ENCODING.to_owned()),
         ],
         Place::Container { service, container } => {
-            let signature = signature(account, container, key)?;
+            let signature = signature(account, container, key, until)?;
             vec![
                 ("type", "azureblob".to_owned()),
                 ("sas_url", format!("{service}/{container}?{signature}")),
             ]
         }
-        Place::Bucket { endpoint, .. } => vec![
+        Place::Bucket {
+            endpoint, region, ..
+        } => vec![
             ("type", "s3".to_owned()),
             ("provider", "Other".to_owned()),
             ("endpoint", endpoint.clone()),
+            // Where it is empty that is as if it was not there.
+            ("region", region.clone()),
             ("force_path_style", "true".to_owned()),
             ("no_check_bucket", "true".to_owned()),
             ("access_key_id", account.to_owned()),
@@ -73,7 +84,8 @@ pub fn settings(remote: &Remote, key: &str, password: &str) -> io::Result<String
 }
 
 /// What opens one container, as a part of a URL: a shared access signature.
-fn signature(account: &str, container: &str, key: &str) -> io::Result<String> {
+fn signature(account: &str, container: &str, key: &str, until: i64) -> io::Result<String> {
+    let until = time::from_millis(until.saturating_mul(1000)).to_string();
     let key = BASE64_STANDARD.decode(key.trim());
     let key = key
         .map_err(|_| io::Error::other("its key is none of a storage account: it is not base64"))?;
@@ -82,7 +94,7 @@ fn signature(account: &str, container: &str, key: &str) -> io::Result<String> {
     let parts = [
         SIGNED,
         "",
-        SIGNED_UNTIL,
+        &until,
         &resource,
         "",
         "",
@@ -108,7 +120,7 @@ fn signature(account: &str, container: &str, key: &str) -> io::Result<String> {
     };
     Ok(format!(
         "sv={SIGNED_VERSION}&sr=c&sp={SIGNED}&se={}&sig={}",
-        escaped(SIGNED_UNTIL),
+        escaped(&until),
         escaped(&BASE64_STANDARD.encode(tag.as_ref()))
     ))
 }
@@ -122,7 +134,11 @@ pub fn root(remote: &Remote) -> String {
             .trim_end_matches('/')
             .to_owned(),
         Place::Container { container, .. } => format!("r:{container}"),
-        Place::Bucket { bucket, .. } => format!("r:{bucket}"),
+        Place::Bucket {
+            bucket, directory, ..
+        } => format!("r:{bucket}/{directory}")
+            .trim_end_matches('/')
+            .to_owned(),
     }
 }
 
@@ -191,9 +207,10 @@ pub fn plain(words: &str) -> String {
         let (code, _) = rest.split_once(')')?;
         Some(code.to_owned())
     });
-    if let Some(code) = code {
-        let why = field("Description=").unwrap_or_default();
-        return format!("{code}: {why}");
+    // So newer ones have it.
+    if let Some(code) = code.or_else(|| field("ERROR CODE: ")) {
+        let why = field("Description=").or_else(|| field("RESPONSE "));
+        return format!("{code}: {}", why.unwrap_or_default());
     }
     let mut last = match words.rsplit_once("last error was: ") {
         Some((_, rest)) => rest.lines().next(),
@@ -217,6 +234,9 @@ mod tests {
     /// The key that an emulator of Azure's storage has, as everybody knows.
     const KEY: &str =
         "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
+
+    /// The end of the year 2199.
+    const UNTIL: i64 = 7_258_118_399;
 
     fn remote(place: Place) -> Remote {
         Remote {
@@ -250,7 +270,7 @@ mod tests {
             service: "http://127.0.0.1:10000/devstoreaccount1".into(),
             container: "data".into(),
         });
-        let text = settings(&container, KEY, "").unwrap();
+        let text = settings(&container, KEY, "", UNTIL).unwrap();
         assert!(!text.contains("Eby8"), "{text}");
         assert_eq!(
             text,
@@ -260,17 +280,32 @@ mod tests {
         let bucket = remote(Place::Bucket {
             endpoint: "https://minio".into(),
             bucket: "train".into(),
+            directory: String::new(),
+            region: "eu-central-1".into(),
         });
-        let text = settings(&bucket, "s3cret/x+", "").unwrap();
+        let text = settings(&bucket, "s3cret/x+", "", UNTIL).unwrap();
+        assert!(text.contains("\nregion = eu-central-1\n"), "{text}");
         assert!(
             text.ends_with("access_key_id = devstoreaccount1\nsecret_access_key = s3cret/x+\n")
         );
         assert_eq!(root(&bucket), "r:train");
         for bad in ["a\nb = c", "\"a", " a"] {
-            assert!(settings(&bucket, bad, "").is_err(), "{bad:?}");
+            assert!(settings(&bucket, bad, "", UNTIL).is_err(), "{bad:?}");
         }
-        let refused = settings(&container, "not base64!", "").unwrap_err();
+        let refused = settings(&container, "not base64!", "", UNTIL).unwrap_err();
         assert!(refused.to_string().contains("base64"), "{refused}");
+    }
+
+    #[test]
+    fn an_address_is_told_from_its_port() {
+        let mut six = share();
+        if let Place::Share { host, .. } = &mut six.place {
+            *host = "fe80::1".into();
+        }
+        let text = settings(&six, "k", "p", UNTIL).unwrap();
+        assert!(text.contains("\nhost = [fe80::1]\nport = 445\n"), "{text}");
+        let text = settings(&share(), "k", "p", UNTIL).unwrap();
+        assert!(text.contains("\nhost = nas\n"), "{text}");
     }
 
     #[test]
@@ -298,6 +333,14 @@ mod tests {
         let s3 = "2026/11/27 09:33:11 Failed to lsf with 2 errors: last error was: error in ListJSON: InvalidAccessKeyId: no\n\t\
                   status code: 403, request id: , host id: \n";
         assert_eq!(plain(s3), "InvalidAccessKeyId: no");
+        let newer = "2026/11/27 09:13:10 CRITICAL: Failed to lsf: error in ListJSON: HEAD http://127.0.0.1:1/a/c/x\n\
+                     --------------------------------------------------------------------------------\n\
+                     RESPONSE 403: 403 Server failed to authenticate the request.\nERROR CODE: AuthorizationFailure\n\
+                     --------------------------------------------------------------------------------\nResponse body\n";
+        assert_eq!(
+            plain(newer),
+            "AuthorizationFailure: 403: 403 Server failed to authenticate the request."
+        );
         assert_eq!(plain(""), "");
     }
 }
