@@ -16,7 +16,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::journal::{AttemptDir, Journal, JournalError};
-use crate::nfs::{CONFIG, Config, STATUS, Status};
+use crate::nfs::{CONFIG, Config, STATUS, Status, start};
 
 /// One that ends at once is not started more often than this.
 const STARTS_EVERY: Duration = Duration::from_secs(1);
@@ -183,7 +183,7 @@ impl FileServers {
         let lately = self.started.get(&server.uid);
         let lately = lately.is_some_and(|at| at.elapsed() < STARTS_EVERY);
         if dir.shim()?.is_none() && !self.children.contains_key(&server.uid) && !lately {
-            let child = start(self.own, &dir)?;
+            let child = start(self.own, &dir, false)?;
             self.children.insert(server.uid.clone(), child);
             self.started.insert(server.uid.clone(), Instant::now());
         }
@@ -203,6 +203,8 @@ impl FileServers {
             clients: Vec::new(),
             squash_uid: NOBODY,
             squash_gid: NOBODY,
+            squash_all: false,
+            linger_s: 0,
             any_port: false,
         })
     }
@@ -324,24 +326,6 @@ fn purge(data: &Path) -> io::Result<()> {
         fs::rename(data, &gone)?;
     }
     fs::remove_dir_all(&gone)
-}
-
-fn start(own: &[&str], dir: &AttemptDir) -> io::Result<Child> {
-    use std::os::unix::process::CommandExt as _;
-    let log = fs::File::create(dir.path.join("nfs.log"))?;
-    // This program, even if it was replaced meanwhile.
-    Command::new("/proc/self/exe")
-        .arg0("batchai-nfs-server")
-        .args(own)
-        .args(["nfs-server", "--dir"])
-        .arg(&dir.path)
-        .env_clear()
-        .current_dir("/")
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
 }
 
 /// Has all of them end, without waiting for it; whether one still runs.

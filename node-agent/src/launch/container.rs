@@ -11,6 +11,7 @@ use batchai_common::paths::is_within;
 use serde::{Deserialize, Serialize};
 
 use super::expand::expand;
+use super::shared::Shared;
 use super::{Context, LaunchError, own_host};
 
 /// By what images are pulled.
@@ -153,8 +154,8 @@ fn seen(context: &Context<'_>) -> (Vec<String>, Vec<String>) {
     let Context { facts, paths, .. } = context;
     let mut own = vec![facts.root.clone()];
     // Of another agent on this machine.
-    let shared = paths.shared.is_some();
-    let master = context.assignment.hosts.first().filter(|_| shared);
+    let here = matches!(paths.shared, Shared::Here(_));
+    let master = context.assignment.hosts.first().filter(|_| here);
     own.extend(master.map(|master| master.root.clone()));
     let reaches = super::preparation::remote_shell(context).is_some();
     own.extend(facts.remote_shell.first().filter(|_| reaches).cloned());

@@ -342,7 +342,8 @@ impl Holder<'_> {
     }
 
     fn bring_up(&self, at: usize, mount: &Mount) -> Result<(), String> {
-        let end = Instant::now() + self.patience();
+        let most = self.patience().max(Duration::from_secs(mount.wait_s));
+        let end = Instant::now() + most;
         let left = || end.saturating_duration_since(Instant::now());
         let words = |error: StepError| error.to_string();
         if !geteuid().is_root() {
@@ -422,6 +423,9 @@ impl Holder<'_> {
 }
 
 fn named(mount: &Mount) -> String {
+    if !mount.what.is_empty() {
+        return mount.what.clone();
+    }
     match &mount.how {
         How::Command(line) => format!("{line:?}"),
         How::Nfs {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use batchai_common::limits::SHARED_TEMP_CLIENTS_MAX;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -26,7 +27,7 @@ use super::rpc;
 use super::xdr::Reader;
 use super::{Config, LAST_CALLS, ServerError, Status, tell};
 
-const CONNECTIONS_MAX: usize = 256;
+const CONNECTIONS_MAX: usize = SHARED_TEMP_CLIENTS_MAX;
 /// Of one client: more than Linux's `nconnect` allows.
 const CONNECTIONS_OF_ONE: usize = 32;
 const CALLS_OF_ONE: usize = 32;
@@ -38,7 +39,7 @@ const IDLE: Duration = Duration::from_secs(15 * 60);
 const PATIENCE: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(200);
 const SETTLE: Duration = Duration::from_secs(1);
-/// After a connection that could not be taken.
+/// After a connection that could not be taken, and between two looks at whether some are left.
 const RECOVER: Duration = Duration::from_millis(100);
 /// Below it only root binds.
 const PORTS_OF_ROOT: u16 = 1024;
@@ -90,13 +91,14 @@ pub async fn run(
     });
     tell(dir, &status)?;
     tracing::info!(address = ?status.address, root = %server.export.path.display(), "files are served");
+    let gone = CancellationToken::new();
     let ended = tokio::select! {
         ended = follow(dir, &tell_config) => ended,
         () = settle(&server) => Ok(()),
-        () = accept(&server, listener, &stop) => Ok(()),
-        () = stop.cancelled() => Ok(()),
+        () = accept(&server, listener, &gone) => Ok(()),
+        () = last_clients(&server, &stop) => Ok(()),
     };
-    stop.cancel();
+    gone.cancel();
     server.tracker.close();
     if tokio::time::timeout(LAST_CALLS, server.tracker.wait())
         .await
@@ -139,6 +141,19 @@ async fn follow(dir: &Path, tell: &watch::Sender<Arc<Config>>) -> Result<(), Ser
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Waits until it is told to stop, and until those who are connected then have gone, as long as it may.
+async fn last_clients(server: &Server, stop: &CancellationToken) {
+    stop.cancelled().await;
+    let most = Duration::from_secs(server.config.borrow().linger_s);
+    let none = async {
+        while server.connections.available_permits() < CONNECTIONS_MAX {
+            tokio::time::sleep(RECOVER).await;
+        }
+    };
+    // Who has not gone by then is cut off.
+    let _ = tokio::time::timeout(most, none).await;
 }
 
 /// Syncs what clients leave alone.
@@ -250,6 +265,7 @@ impl Server {
         let squash = Squash {
             uid: config.squash_uid,
             gid: config.squash_gid,
+            all: config.squash_all,
         };
         let answer = || calls::answer(&self.export, &head, squash, arguments);
         let procedure = Procedure::of(head.procedure);
