@@ -32,6 +32,9 @@ pub const BUNDLE_ENTRIES_MAX: usize = 100_000;
 /// What the service itself puts into the directory where a bundle is unpacked: none has such a name at its top.
 pub const BUNDLE_RESERVED: [&str; 3] = ["mounts", "shared", "hostfile"];
 
+/// To how many other machines the directory that the nodes of a job share is served: each has a connection.
+pub const SHARED_TEMP_CLIENTS_MAX: usize = 256;
+
 /// How much of what a process that failed said last goes into an error.
 pub const LAST_WORDS_BYTES_MAX: usize = 2 << 10;
 

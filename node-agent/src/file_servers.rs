@@ -20,7 +20,7 @@ use std::io::{self, Read as _, Seek as _};
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -36,7 +36,7 @@ use nix::unistd::Pid;
 use crate::journal::{AttemptDir, Journal, JournalError};
 use crate::launch::data_name;
 use crate::mounts::is_mounted_below;
-use crate::nfs::{CLIENTS_MAX, CONFIG, Config, STATUS, Status};
+use crate::nfs::{CLIENTS_MAX, CONFIG, Config, STATUS, Status, start};
 
 /// One that ends at once is not started more often than this.
 const STARTS_EVERY: Duration = Duration::from_secs(1);
@@ -252,7 +252,7 @@ impl FileServers {
         let lately = seen.started.is_some_and(|at| at.elapsed() < STARTS_EVERY);
         if dir.shim()?.is_none() && seen.child.is_none() && !lately {
             seen.started = Some(Instant::now());
-            seen.child = Some(start(own, &dir)?);
+            seen.child = Some(start(own, &dir, false)?);
         }
         Ok(())
     }
@@ -284,6 +284,8 @@ impl FileServers {
             clients,
             squash_uid: NOBODY,
             squash_gid: NOBODY,
+            squash_all: false,
+            linger_s: 0,
             any_port: false,
         })
     }
@@ -450,29 +452,6 @@ fn last_line(log: &Path) -> io::Result<String> {
     let tail = String::from_utf8_lossy(&tail);
     let last = tail.lines().rfind(|line| !line.trim().is_empty());
     Ok(last.unwrap_or_default().to_owned())
-}
-
-fn start(own: &[&str], dir: &AttemptDir) -> io::Result<Child> {
-    use std::os::unix::process::CommandExt as _;
-    let path = dir.path.join(LOG);
-    let long = fs::metadata(&path).is_ok_and(|log| log.len() > LOG_BYTES_MAX);
-    if long {
-        fs::remove_file(&path)?;
-    }
-    let log = fs::File::options().create(true).append(true).open(&path)?;
-    // This program, even if it was replaced meanwhile.
-    Command::new("/proc/self/exe")
-        .arg0("batchai-nfs-server")
-        .args(own)
-        .args(["nfs-server", "--dir"])
-        .arg(&dir.path)
-        .env_clear()
-        .current_dir("/")
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
 }
 
 /// Has all of them end, without waiting for it; whether one still runs.

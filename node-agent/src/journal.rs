@@ -18,6 +18,7 @@
 //!     setup-failed.json          why directories could not be made; written by a child of the shim
 //!     container.json             how processes come into its container; written by the shim
 //!     logs/                      what its processes print; written by the shim
+//!     shared/                    of the server of what the job's nodes share (see `nfs`), where this node serves that
 //! ```
 //! Files are replaced whole. Nothing here decides anything.
 
@@ -50,6 +51,8 @@ pub const SETUP_FAILED: &str = "setup-failed.json";
 pub const LOGS: &str = "logs";
 /// What is known of its container.
 pub const CONTAINER: &str = "container.json";
+/// Of the server of what the job's nodes share.
+pub const SHARED: &str = "shared";
 const LOCK: &str = "lock";
 const CLUSTER_MOUNTS: &str = "mounts";
 const FILE_SERVERS: &str = "file-servers";

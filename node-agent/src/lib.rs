@@ -91,6 +91,8 @@ enum Part {
     NfsServer {
         #[arg(long)]
         dir: PathBuf,
+        #[arg(long)]
+        held: Option<i32>,
     },
 }
 
@@ -104,7 +106,7 @@ pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
         Some(Part::RemoteShell { arguments }) => peers::shell::main(&arguments),
         Some(Part::Look) => files::look(),
         Some(Part::Put) => files::put(),
-        Some(Part::NfsServer { dir }) => nfs::main(&dir),
+        Some(Part::NfsServer { dir, held }) => nfs::main(&dir, held),
         None => agent_main(cli.config, own),
     }
 }

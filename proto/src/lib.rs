@@ -1,9 +1,11 @@
 //! The generated code of all `.proto` files and their descriptors.
 //!
-//! The `.proto` files beside this crate are the manual of the API; what is added to them here is how secrets are treated.
+//! The `.proto` files beside this crate are the manual of the API; what is added to them here is how secrets are treated, and what both
+//! ends must read alike.
 
 pub mod reflect;
 pub mod secrets;
+pub mod shared;
 
 /// The public API.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]

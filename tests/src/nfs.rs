@@ -39,6 +39,8 @@ impl Server {
             clients: vec![LOOPBACK],
             squash_uid: NOBODY,
             squash_gid: NOBODY,
+            squash_all: false,
+            linger_s: 0,
             any_port: false,
         };
         Server::start_with(dir, config)

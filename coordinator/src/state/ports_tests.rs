@@ -23,11 +23,17 @@ const CLUSTER: &str = "resourceGroups/g/workspaces/w/clusters/c";
 const FIRST_PORT: i32 = 20_000;
 const ATTEMPTS: usize = 1000;
 
-/// What decides how many ports a job needs: its nodes, workers and servers. Without workers it is no TensorFlow job.
-type Shape = (i32, i32, i32);
+/// What decides how many ports a job needs: its nodes, workers and servers. Without workers it is no TensorFlow job. And whether it names the
+/// directory that its nodes share.
+type Shape = (i32, i32, i32, bool);
 
-fn shaped(job: &mut v1::Job, (nodes, workers, servers): Shape) {
+fn shaped(job: &mut v1::Job, (nodes, workers, servers, shares): Shape) {
     job.node_count = nodes;
+    if shares {
+        job.job_preparation = Some(v1::JobPreparation {
+            command_line: format!("ls ${}", batchai_proto::shared::SHARED_JOB_TEMP),
+        });
+    }
     if workers > 0 {
         job.custom_toolkit_settings = None;
         job.tensor_flow_settings = Some(v1::TensorFlowSettings {
@@ -38,14 +44,22 @@ fn shaped(job: &mut v1::Job, (nodes, workers, servers): Shape) {
     }
 }
 
-/// How many ports it has on all of its nodes: one for each process at least.
+/// How many ports it has on all of its nodes: one for each process at least, and one for what nodes share.
 fn needs(shape: Shape) -> i32 {
     let mut job = v1::Job::default();
     shaped(&mut job, shape);
-    let (nodes, workers, servers) = shape;
+    let (nodes, workers, servers, shares) = shape;
+    let serves = i32::from(shares && nodes > 1);
     let nodes = 0..usize::try_from(nodes).unwrap();
-    let ports = nodes.map(|i| attempts::port_count(&job, i)).sum();
-    assert!(ports >= workers + servers.min(workers), "{shape:?}");
+    let ports: i32 = nodes.clone().map(|i| attempts::port_count(&job, i)).sum();
+    assert!(
+        ports >= workers + servers.min(workers) + serves,
+        "{shape:?}"
+    );
+    // The master's alone has it, and nobody who shares with nobody.
+    job.job_preparation = None;
+    let without: i32 = nodes.map(|i| attempts::port_count(&job, i)).sum();
+    assert_eq!(ports - without, serves, "{shape:?}");
     ports
 }
 
@@ -206,7 +220,7 @@ proptest! {
     /// A thousand attempts at once on one machine; then some end, and their jobs, or others, run in their place.
     #[test]
     fn no_port_of_a_machine_is_two_attempts(
-        shapes in prop::collection::vec((1..4_i32, 0..9_i32, 0..2_i32), ATTEMPTS),
+        shapes in prop::collection::vec((1..4_i32, 0..9_i32, 0..2_i32, any::<bool>()), ATTEMPTS),
         ended in prop::collection::btree_set(0..ATTEMPTS, 0..200),
         spare in 0..2000_i32,
     ) {
@@ -233,7 +247,7 @@ proptest! {
 fn a_row_of_ports_belongs_to_one_attempt_on_a_machine() {
     let mut e = Ensemble::with_nodes(2, 2);
     for i in 0..2 {
-        e.queue(&format!("j{i}"), 1, |job| shaped(job, (1, 2, 1)));
+        e.queue(&format!("j{i}"), 1, |job| shaped(job, (1, 2, 1, false)));
     }
     let mut plans = schedule(&e.state, &e.heard, 1);
     let port = plans[0].nodes[0].port;
@@ -255,8 +269,8 @@ fn a_row_of_ports_belongs_to_one_attempt_on_a_machine() {
 fn a_row_that_fits_nowhere_waits_and_one_that_fits_exactly_does_not() {
     for (last_port, placed) in [(FIRST_PORT + 2, 1), (FIRST_PORT + 1, 0)] {
         let mut crowd = Crowd::new(2, last_port);
-        crowd.queue("j", (1, 2, 1));
-        crowd.queue("k", (1, 1, 0));
+        crowd.queue("j", (1, 2, 1, false));
+        crowd.queue("k", (1, 1, 0, false));
         let plans = schedule(&crowd.state, &crowd.heard, 1);
         assert_eq!(plans.len(), placed, "{last_port}");
         let job = &crowd.state.jobs[format!("{EXPERIMENT}/jobs/j").as_str()];

@@ -4,6 +4,7 @@ use batchai_common::ranks::Layout;
 use batchai_common::signals;
 use batchai_proto::agent::v1::Failure;
 use batchai_proto::internal::v1::terminate_job::Cause;
+use batchai_proto::shared;
 use batchai_proto::v1;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 
@@ -86,13 +87,15 @@ pub fn layout(spec: &v1::Job) -> Layout {
 }
 
 /// How many ports an attempt has on its i-th node, from the one that it was placed with upwards: TensorFlow needs one for each
-/// of its processes, the others one for their rendezvous.
+/// of its processes, the others one for their rendezvous. The first node has one more, the last, where it may have to serve the directory
+/// that the job's nodes share.
 pub fn port_count(spec: &v1::Job, index: usize) -> i32 {
     let count = match spec.tensor_flow_settings {
-        Some(_) => layout(spec).of(index).count(),
+        Some(_) => layout(spec).of(index).count().max(1),
         None => 1,
     };
-    i32::try_from(count).unwrap_or(i32::MAX).max(1)
+    let serves = index == 0 && spec.node_count > 1 && shared::is_named(spec);
+    i32::try_from(count + usize::from(serves)).unwrap_or(i32::MAX)
 }
 
 /// How many processes of a job's toolkit it waits for, over all nodes; what starts others by itself, as mpirun does, is one.

@@ -1,8 +1,8 @@
 //! PURE. A Caffe2 job: the script once on every node.
 //!
 //! A process finds its node's number in `AZ_BATCHAI_TASK_INDEX`, and meets the others in files below `AZ_BATCHAI_SHARED_JOB_TEMP`, which the
-//! original's recipes pass as `--shard_id` and `--file_store_path`. That directory is there where the nodes share a machine; a job that names it
-//! on others is refused (see `expand`). gloo is told the interface of the node's address. Files are `stdout-{i}.txt` and
+//! original's recipes pass as `--shard_id` and `--file_store_path`. Nodes of other machines mount that directory (see `shared`): such files are
+//! made by renaming, and so seen whole. gloo is told the interface of the node's address. Files are `stdout-{i}.txt` and
 //! `stderr-{i}.txt`. The job is over when all processes are, or one fails.
 
 use batchai_proto::v1::Caffe2Settings;

@@ -11,6 +11,7 @@ use batchai_common::paths::{below, is_within};
 use serde::{Deserialize, Serialize};
 
 use super::expand::expand;
+use super::shared::Shared;
 use super::{Context, HostFacts, LaunchError, own_host};
 
 /// By what images are pulled.
@@ -209,8 +210,8 @@ fn seen(context: &Context<'_>) -> Result<(Vec<String>, Vec<String>), LaunchError
         .collect();
     named.push(("the directory of logs".to_owned(), &paths.stdouterr));
     // Of another agent on this machine, whoever that is.
-    let shared = paths.shared.is_some();
-    let master = context.assignment.hosts.first().filter(|_| shared);
+    let here = matches!(paths.shared, Shared::Here(_));
+    let master = context.assignment.hosts.first().filter(|_| here);
     named.extend(master.map(|master| ("the directory of rank 0's node".to_owned(), &master.root)));
     let plain = |(what, path): (String, &String)| {
         in_its_place(path).ok_or_else(|| LaunchError::NotSeen {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use batchai_proto::agent::v1::Assignment;
+use batchai_proto::shared::SHARED_JOB_TEMP;
 use batchai_proto::v1::{Job, NameValuePair};
 
 use super::container;
@@ -58,8 +59,8 @@ pub fn common(
     }
     env.extend(paths.variables());
     let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
-    if let Some(shared) = &paths.shared {
-        set("AZ_BATCHAI_SHARED_JOB_TEMP", shared.clone());
+    if let Some(shared) = paths.shared.path() {
+        set(SHARED_JOB_TEMP, shared.clone());
     }
     set("AZ_BATCHAI_STDOUTERR_DIR", paths.stdouterr.clone());
     set("AZ_BATCHAI_MPI_HOST_FILE", paths.hostfile.clone());

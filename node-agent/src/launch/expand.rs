@@ -115,7 +115,6 @@ fn variable(text: &str) -> Option<(&str, usize)> {
 
 fn hint(variable: &str) -> &'static str {
     match variable {
-        "AZ_BATCHAI_SHARED_JOB_TEMP" => ": the job's nodes do not share a machine",
         _ if variable.starts_with("AZ_BATCHAI_INPUT_") => ": no input directory has that id",
         _ if variable.starts_with("AZ_BATCHAI_OUTPUT_") => ": no output directory has that id",
         _ => "",

@@ -258,11 +258,134 @@ fn caffe2_runs_once_on_every_node_over_a_shared_directory() {
         rank 1 to stdout-1.txt: /opt/py/bin/python r.py --num_shards 2 --shard_id 1 --file_store_path /root0/jobs/w/e/j/shared
         AZ_BATCHAI_TASK_INDEX=1";
     same(&golden(&caffe2(), 2, &["AZ_BATCHAI_TASK_INDEX"]), expected);
-    let far = plan(&assignment(2, 0, caffe2()), &facts()).unwrap_err();
-    let far = far.to_string();
+}
+
+#[test]
+fn nodes_of_several_machines_share_what_the_masters_serves() {
+    // The first two are on one machine, the others are not.
+    let mut assignment = assignment(4, 0, caffe2());
+    for (host, boot_id) in assignment.hosts.iter_mut().zip(["a", "a", "b", "b"]) {
+        host.boot_id = boot_id.into();
+    }
+    let plan_at = |index: usize| {
+        let assignment = Assignment {
+            host_index: index as i32,
+            ..assignment.clone()
+        };
+        let facts = HostFacts {
+            root: format!("/root{index}"),
+            ..facts()
+        };
+        plan(&assignment, &facts).unwrap()
+    };
+    let here = "/root0/jobs/w/e/j/shared";
+    for (index, path) in [
+        here,
+        here,
+        "/root2/jobs/w/e/j/shared",
+        "/root3/jobs/w/e/j/shared",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let plan = plan_at(index);
+        let env = &plan.processes[0].env;
+        assert_eq!(env["AZ_BATCHAI_SHARED_JOB_TEMP"], path, "{index}");
+        assert!(plan.processes[0].argv.contains(&path.to_owned()));
+        let preparation = &plan.preparation;
+        let makes = preparation.directories.iter().any(|made| made == here);
+        assert_eq!(makes, index == 0, "{index}");
+        let last = preparation.directories.last().map(String::as_str);
+        assert_eq!(last == Some("/root0/jobs/.shared/1-7"), index == 0);
+        let waits = preparation.wait_for.as_ref().map(|it| it.path.as_str());
+        let waits = waits == Some("/root0/jobs/.shared/1-7");
+        assert_eq!(waits, index == 1, "{index}");
+        let mounted: Vec<_> = preparation.mount_points.iter().collect();
+        assert_eq!(mounted == [path], index > 1, "{index}");
+    }
+    let served = plan_at(0).preparation.serve.unwrap();
+    assert_eq!(served.node, "nodes/n0");
+    assert_eq!(served.directory, here);
+    // Behind that of the rendezvous, which rank 0 listens to.
+    assert_eq!(served.listen.to_string(), "10.0.0.4:20001");
+    let clients: Vec<_> = served.clients.iter().map(ToString::to_string).collect();
+    assert_eq!(clients, ["10.0.0.6", "10.0.0.7"]);
+    assert_eq!(plan_at(0).preparation.ports, [20_000]);
+    assert!((1..4).all(|index| plan_at(index).preparation.serve.is_none()));
+    let [mount] = &plan_at(2).mounts[..] else {
+        panic!("{:?}", plan_at(2).mounts)
+    };
+    let how = How::Nfs {
+        address: "10.0.0.4".into(),
+        port: 20_001,
+        directory: "/".into(),
+        options: String::new(),
+        fresh: true,
+    };
+    assert_eq!((&mount.how, mount.wait_s), (&how, 300));
+    assert_eq!(
+        mount.what,
+        "$AZ_BATCHAI_SHARED_JOB_TEMP on nodes/n2, from nodes/n0"
+    );
+}
+
+#[test]
+fn a_job_that_does_not_name_what_its_nodes_share_serves_mounts_and_awaits_nothing() {
+    for one_machine in [true, false] {
+        for plan in plans(&pytorch(2), 2, one_machine) {
+            let Preparation {
+                serve,
+                wait_for,
+                directories,
+                ..
+            } = plan.preparation;
+            assert!(serve.is_none() && wait_for.is_none() && plan.mounts.is_empty());
+            assert!(!directories.iter().any(|path| path.contains("/.shared/")));
+        }
+    }
+    // Nor one of a single node that does, nor one of one machine but that its nodes wait for the first.
+    let alone = plans(&caffe2(), 1, false).remove(0).preparation;
+    assert!(alone.serve.is_none() && alone.wait_for.is_none());
+    let [first, second] = &plans(&caffe2(), 2, true)[..] else {
+        panic!()
+    };
+    assert!(first.preparation.serve.is_none() && first.preparation.wait_for.is_none());
+    assert!(second.mounts.is_empty() && second.preparation.wait_for.is_some());
+}
+
+#[test]
+fn what_is_served_is_behind_the_ports_of_all_processes_and_not_for_a_crowd() {
+    let named = |mut job: Job| {
+        job.job_preparation = Some(v1::JobPreparation {
+            command_line: "ls $AZ_BATCHAI_SHARED_JOB_TEMP".into(),
+        });
+        job
+    };
+    for job in [tensorflow(5, 2), custom(2), custom(0), pytorch(2)] {
+        let job = named(job);
+        let plans = plans(&job, 2, false);
+        let own = &plans[0].preparation;
+        let port = own.serve.as_ref().unwrap().listen.port();
+        assert!(own.ports.iter().all(|own| *own < port), "{port}");
+        let most = own.ports.len().max(1) as u16;
+        assert_eq!(port, 2222 + most);
+        let How::Nfs { port: mounted, .. } = &plans[1].mounts[0].how else {
+            panic!()
+        };
+        assert_eq!(*mounted, port);
+        assert!(plans.iter().all(|plan| {
+            let env = &plan.preparation.command.as_ref().unwrap().env;
+            env.contains_key("AZ_BATCHAI_SHARED_JOB_TEMP")
+        }));
+    }
+    let mut crowd = assignment(300, 0, named(custom(1)));
+    for (i, host) in crowd.hosts.iter_mut().enumerate() {
+        host.address = format!("10.0.{}.{}", i / 200, i % 200 + 1);
+    }
+    let refused = plan(&crowd, &facts()).unwrap_err().to_string();
     assert!(
-        far.contains("$AZ_BATCHAI_SHARED_JOB_TEMP") && far.contains("share a machine"),
-        "{far}"
+        refused.contains("299") && refused.contains("256"),
+        "{refused}"
     );
 }
 

@@ -18,6 +18,7 @@ mod paths;
 mod preparation;
 mod pytorch;
 mod script;
+pub mod shared;
 mod storage;
 mod tensorflow;
 mod users;
@@ -25,7 +26,7 @@ mod volumes;
 
 use std::collections::BTreeMap;
 
-use batchai_common::limits::LOG_FILE_MIB;
+use batchai_common::limits::{LOG_FILE_MIB, SHARED_TEMP_CLIENTS_MAX};
 use batchai_common::ranks::{Layout, of_node as ranks};
 use batchai_proto::agent::v1::Assignment;
 use batchai_proto::v1::Job;
@@ -121,6 +122,12 @@ pub struct Preparation {
     /// The file that says until when it may run, where that is bound to the node's lease.
     #[serde(default)]
     pub fence: Option<String>,
+    /// The directory that is served to the job's nodes on other machines, where this host does that.
+    #[serde(default)]
+    pub serve: Option<shared::Serve>,
+    /// What another node of this machine makes first.
+    #[serde(default)]
+    pub wait_for: Option<shared::WaitFor>,
     /// Ports that its processes will listen to on this host: nobody else may.
     #[serde(default)]
     pub ports: Vec<u16>,
@@ -178,6 +185,12 @@ pub enum LaunchError {
          --address"
     )]
     Unreachable { node: String, address: String },
+    #[error(
+        "$AZ_BATCHAI_SHARED_JOB_TEMP would be mounted by {count} other machines, and it is served to no more than {max}: leave it out, \
+         or mount a file server",
+        max = SHARED_TEMP_CLIENTS_MAX
+    )]
+    SharedTooWidely { count: usize },
     #[error("the assignment is incomplete: {what} is missing")]
     Incomplete { what: &'static str },
     #[error(
@@ -271,7 +284,8 @@ pub fn plan(assignment: &Assignment, facts: &HostFacts) -> Result<Plan, LaunchEr
         .as_ref()
         .map_or((0, 0), |user| (user.uid, user.gid));
     let root = &context.paths.job_mount_root;
-    let mounts = mounts(volumes, &assignment.storage, sources, root, owner)?;
+    let mut mounts = mounts(volumes, &assignment.storage, sources, root, owner)?;
+    mounts.extend(shared::mount(&context)?);
     Ok(Plan {
         preparation: Preparation {
             mount_points: mounts.iter().map(|mount| mount.path.clone()).collect(),

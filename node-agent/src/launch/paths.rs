@@ -5,10 +5,12 @@ use std::path::Path;
 
 use batchai_common::names::ids;
 use batchai_proto::agent::v1::Assignment;
+use batchai_proto::shared::SHARED_JOB_TEMP;
 use batchai_proto::v1::Job;
 
+use super::LaunchError;
 use super::expand::expand;
-use super::{LaunchError, own_host};
+use super::shared::Shared;
 
 const OUTPUTS: &str = "outputs";
 
@@ -19,8 +21,8 @@ pub struct Paths {
     pub job_temp_dir: String,
     pub job_temp: String,
     pub job_mount_root: String,
-    /// On hosts that share a machine: the master's directory. It exists from launch on.
-    pub shared: Option<String>,
+    /// What the job's nodes share. It exists from launch on.
+    pub shared: Shared,
     /// This host is the one that makes it.
     pub is_master: bool,
     pub hostfile: String,
@@ -39,17 +41,11 @@ impl Paths {
         };
         let temp = |root: &str| format!("{root}/jobs/{below}");
         let job_temp = temp(root);
-        let own = own_host(assignment)?;
-        let shares = assignment
-            .hosts
-            .iter()
-            .all(|host| host.boot_id == own.boot_id);
-        let master = assignment.hosts.first().filter(|_| shares);
         let mut paths = Paths {
             mount_root: format!("{root}/mounts"),
             job_temp_dir: format!("{root}/jobs"),
             job_mount_root: format!("{job_temp}/mounts"),
-            shared: master.map(|master| format!("{}/shared", temp(&master.root))),
+            shared: Shared::of(job, assignment, temp, root)?,
             hostfile: format!("{job_temp}/hostfile"),
             is_master: assignment.host_index == 0,
             job_temp,
@@ -67,8 +63,8 @@ impl Paths {
     /// Logs, inputs and outputs: prefix, the job's segment, suffix.
     fn add_directories(&mut self, job: &Job) -> Result<(), LaunchError> {
         let mut env: BTreeMap<_, _> = self.variables().into();
-        if let Some(shared) = &self.shared {
-            env.insert("AZ_BATCHAI_SHARED_JOB_TEMP".into(), shared.clone());
+        if let Some(shared) = self.shared.path() {
+            env.insert(SHARED_JOB_TEMP.into(), shared.clone());
         }
         let segment = &job.job_output_directory_path_segment;
         let prefix = absolute(
@@ -140,11 +136,11 @@ impl Paths {
             .cloned();
         let outputs = self.outputs.iter().map(|(_, path)| path.clone());
         let all = own
-            .chain(self.shared.clone())
+            .chain(self.shared.path().cloned())
             .chain([self.stdouterr.clone()])
             .chain(outputs);
         // The others must not reach into a directory that the master may just be clearing; it makes the same ones.
-        let shared = self.shared.as_ref().filter(|_| !self.is_master);
+        let shared = self.shared.path().filter(|_| !self.is_master);
         all.filter(|path| shared.is_none_or(|shared| !Path::new(path).starts_with(shared)))
             .collect()
     }

@@ -7,7 +7,7 @@ use batchai_proto::agent::v1::Assignment;
 
 use super::{
     Context, LaunchError, Paths, Preparation, ProcessPlan, bash, container, environment, expand,
-    host_number, layout, mpi, own_host, rank_count, ranks,
+    host_number, layout, mpi, own_host, rank_count, ranks, shared,
 };
 use crate::cgroups::{Bound, asked};
 
@@ -46,7 +46,7 @@ pub(super) fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchEr
         .unwrap_or_default();
     Ok(Preparation {
         wipe: paths.job_temp_dir.clone(),
-        directories: paths.directories(),
+        directories: directories(context)?,
         own: paths.own(&job.job_output_directory_path_segment),
         mount_points: Vec::new(),
         files: files(context),
@@ -63,11 +63,22 @@ pub(super) fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchEr
         log_limit: context.facts.log_limit,
         copy_to: paths.stdouterr.clone(),
         execution_log: format!("execution{suffix}.log"),
+        serve: shared::serve(context)?,
+        wait_for: shared::wait_for(context)?,
         fence: assignment.fenced.then(|| context.facts.lease.clone()),
         ports: ports(context)?,
         wall_clock_s: u64::try_from(limit.seconds).unwrap_or_default(),
         grace_s: TERMINATION_GRACE.as_secs(),
     })
+}
+
+/// The last says that the others are there.
+fn directories(context: &Context<'_>) -> Result<Vec<String>, LaunchError> {
+    let mut directories = context.paths.directories();
+    if context.paths.is_master {
+        directories.extend(shared::made(context)?);
+    }
+    Ok(directories)
 }
 
 /// The ports that the job's processes on this host are told to listen to: of TensorFlow each process its own, of others rank 0 that of

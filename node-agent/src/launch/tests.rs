@@ -153,7 +153,7 @@ fn the_environment_is_the_originals() {
     }
     assert!(
         !env.contains_key("AZ_BATCHAI_SHARED_JOB_TEMP"),
-        "the hosts share no machine"
+        "the hosts share no machine, and the job does not name it"
     );
     let preparation = plan.preparation;
     assert!(
@@ -270,13 +270,13 @@ fn what_makes_no_sense_is_said() {
     let mut job = custom();
     job.environment_variables = vec![v1::NameValuePair {
         name: "S".into(),
-        value: "$AZ_BATCHAI_SHARED_JOB_TEMP".into(),
+        value: "$AZ_BATCHAI_OUTPUT_S".into(),
     }];
     let error = plan(&assignment(2, 0, job), &facts())
         .unwrap_err()
         .to_string();
     assert!(
-        error.contains("environment variable S") && error.contains("share a machine"),
+        error.contains("environment variable S") && error.contains("no output directory"),
         "{error}"
     );
     let mut far = assignment(2, 0, custom());

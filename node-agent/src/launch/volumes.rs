@@ -18,6 +18,12 @@ pub struct Mount {
     /// What the error is called where it cannot be mounted; empty for what others are called.
     #[serde(default)]
     pub code: String,
+    /// What it is, in words, where `how` does not say it.
+    #[serde(default)]
+    pub what: String,
+    /// How many seconds it may take to be mounted, where who serves it may come later: the node's own bound, where that is longer.
+    #[serde(default)]
+    pub wait_s: u64,
 }
 
 /// How it is mounted.
@@ -33,6 +39,9 @@ pub enum How {
         /// As the server names it.
         directory: String,
         options: String,
+        /// What others write or make is seen at once: nothing is answered from memory.
+        #[serde(default)]
+        fresh: bool,
     },
     /// A directory of this machine: of a file server that lies on it, or what stands in the stead of something.
     Local {
@@ -101,7 +110,13 @@ pub fn of(
             return Err(LaunchError::BadPlace { path });
         }
         let code = code.to_owned();
-        mounts.push(Mount { path, how, code });
+        mounts.push(Mount {
+            path,
+            how,
+            code,
+            what: String::new(),
+            wait_s: 0,
+        });
     }
     Ok(mounts)
 }
@@ -146,6 +161,7 @@ fn file_server(mount: &FileServerMount, sources: &[FileServerSource]) -> Result<
         port: u16::try_from(place.port).unwrap_or_default(),
         directory: format!("/{below}"),
         options,
+        fresh: false,
     })
 }
 
@@ -235,6 +251,7 @@ mod tests {
             port: 2049,
             directory: directory.into(),
             options: "ro".into(),
+            fresh: false,
         };
         assert_eq!(how("", &source), Ok(nfs("/")));
         assert_eq!(how("/", &source), Ok(nfs("/")));

@@ -24,20 +24,21 @@ const SPARE: Duration = Duration::from_secs(1);
 /// What others put there gets them no rights here.
 const SAFE: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 
-/// Mounts by NFS version 3, until some time in milliseconds of the boot clock.
+/// Mounts by NFS version 3, until some time in milliseconds of the boot clock. `fresh`: nothing is answered from memory.
 pub fn nfs(
     (host, port): (&str, u16),
     directory: &str,
-    options: &str,
+    (options, fresh): (&str, bool),
     place: &Path,
     until: i64,
 ) -> io::Result<()> {
     let options = mount_options::parse(options).map_err(io::Error::other)?;
     let left = u64::try_from(until - boot_millis()).unwrap_or_default();
+    let how = (&options, fresh);
     let end = Instant::now() + Duration::from_millis(left).saturating_sub(SPARE);
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        let tried = try_nfs((host, port), directory, &options, place, left.max(PAUSE));
+        let tried = try_nfs((host, port), directory, how, place, left.max(PAUSE));
         match tried {
             Err(Tried::Soon(_)) if Instant::now() + PAUSE < end => std::thread::sleep(PAUSE),
             Err(Tried::Soon(why) | Tried::Never(why)) => return Err(io::Error::other(why)),
@@ -56,7 +57,7 @@ enum Tried {
 fn try_nfs(
     (host, port): (&str, u16),
     directory: &str,
-    options: &MountOptions,
+    (options, fresh): (&MountOptions, bool),
     place: &Path,
     most: Duration,
 ) -> Result<(), Tried> {
@@ -75,7 +76,7 @@ fn try_nfs(
         SocketAddr::V6(address) => format!("[{}]:{directory}", address.ip()),
     };
     let flags = SAFE | flags(options);
-    let data = data(address, options);
+    let data = data(address, options, fresh);
     let mounted = mount(Some(&*source), place, Some("nfs"), flags, Some(&*data));
     mounted.map_err(|error| match error {
         Errno::ENODEV => Tried::Never(
@@ -93,7 +94,7 @@ fn try_nfs(
 }
 
 /// As the kernel takes it: it asks nobody for names or ports.
-fn data(address: SocketAddr, options: &MountOptions) -> String {
+fn data(address: SocketAddr, options: &MountOptions, fresh: bool) -> String {
     let (ip, port) = (address.ip(), address.port());
     let proto = if ip.is_ipv4() { "tcp" } else { "tcp6" };
     let mut data = format!(
@@ -105,6 +106,10 @@ fn data(address: SocketAddr, options: &MountOptions) -> String {
     }
     if !options.has("timeo") {
         data += ",timeo=600";
+    }
+    // Attributes alone would not do: what is made twice in one tick of the server's clock changes its directory once.
+    if fresh {
+        data += ",actimeo=0,lookupcache=none";
     }
     for option in &options.nfs {
         data += ",";
@@ -216,7 +221,7 @@ mod tests {
     fn the_kernel_is_told_all_it_would_ask_for() {
         let data = |address: &str, options: &str| {
             let options = mount_options::parse(options).unwrap();
-            super::data(address.parse().unwrap(), &options)
+            super::data(address.parse().unwrap(), &options, false)
         };
         let said = "addr=10.0.0.2,vers=3,proto=tcp,port=2049,mountaddr=10.0.0.2,mountvers=3,mountproto=tcp,mountport=2049,nolock,sec=sys";
         assert_eq!(data("10.0.0.2:2049", ""), format!("{said},hard,timeo=600"));
@@ -224,6 +229,13 @@ mod tests {
             data("10.0.0.2:2049", "ro,soft,timeo=20,retrans=1"),
             format!("{said},soft,timeo=20,retrans=1")
         );
+        let fresh = super::data(
+            "10.0.0.2:2049".parse().unwrap(),
+            &MountOptions::default(),
+            true,
+        );
+        let until = format!("{said},hard,timeo=600");
+        assert_eq!(fresh, until + ",actimeo=0,lookupcache=none");
         let six = data("[fe80::1]:2049", "");
         assert!(six.starts_with("addr=fe80::1,vers=3,proto=tcp6,"), "{six}");
     }

@@ -301,7 +301,8 @@ impl Holder<'_> {
     }
 
     fn bring_up(&self, at: usize, mount: &Mount) -> Result<(), String> {
-        let end = Instant::now() + self.patience();
+        let most = self.patience().max(Duration::from_secs(mount.wait_s));
+        let end = Instant::now() + most;
         let left = || end.saturating_duration_since(Instant::now());
         let words = |error: StepError| error.to_string();
         if !geteuid().is_root() {

@@ -157,9 +157,11 @@ fn begin() -> io::Result<()> {
                 port,
                 directory,
                 options,
+                fresh,
             } => {
                 let place = Path::new(&mount.path);
-                file_server::nfs((address, *port), directory, options, place, until)
+                let how = (options.as_str(), *fresh);
+                file_server::nfs((address, *port), directory, how, place, until)
             }
             How::Local {
                 shared,

@@ -148,6 +148,7 @@ pub fn any(bytes: &[u8], root: &std::path::Path, keys: &std::path::Path) {
     let squash = Squash {
         uid: 65534,
         gid: 65534,
+        all: false,
     };
     let mut arguments = Reader(bytes);
     if let Ok(head) = rpc::head(&mut arguments) {

@@ -122,6 +122,11 @@ impl Clients {
         })
     }
 
+    /// Whether somebody is connected.
+    pub fn any_connected(&self) -> bool {
+        self.connections.available_permits() < self.connections_max
+    }
+
     /// Forgets those that are no clients any more.
     pub fn keep(&self, is_client: impl Fn(IpAddr) -> bool) {
         let mut clients = self.of.lock().unwrap_or_else(PoisonError::into_inner);

@@ -16,6 +16,8 @@ use super::sys;
 pub struct Squash {
     pub uid: u32,
     pub gid: u32,
+    /// So is everybody else.
+    pub all: bool,
 }
 
 /// Whose rights a call has.
@@ -31,7 +33,7 @@ pub struct Identity {
 impl Identity {
     /// Root, its group, and whoever says nothing are squashed.
     pub fn of(caller: Option<Caller>, squash: Squash) -> Identity {
-        let Some(caller) = caller else {
+        let Some(caller) = caller.filter(|_| !squash.all) else {
             return Identity {
                 uid: squash.uid,
                 gid: squash.gid,
@@ -105,6 +107,7 @@ mod tests {
     const SQUASH: Squash = Squash {
         uid: 65534,
         gid: 65533,
+        all: false,
     };
 
     fn caller(uid: u32, gid: u32, groups: &[u32]) -> Identity {
@@ -121,6 +124,28 @@ mod tests {
         assert_eq!(caller(7, 0, &[]).gid, 65533);
         assert!(root.is_user(0) && root.is_user(65534) && root.is_group(0));
         assert!(!caller(7, 8, &[]).is_user(0) && !caller(7, 8, &[9]).is_group(9));
+        assert_eq!(caller(7, 8, &[9]).uid, 7);
+    }
+
+    #[test]
+    fn where_all_belongs_to_one_user_everybody_is_that_one() {
+        let squash = Squash {
+            uid: 1000,
+            gid: 1001,
+            all: true,
+        };
+        for uid in [0, 7, 1000] {
+            let groups = vec![5];
+            let who = Identity::of(
+                Some(Caller {
+                    uid,
+                    gid: 8,
+                    groups,
+                }),
+                squash,
+            );
+            assert_eq!((who.uid, who.gid, who.groups.len()), (1000, 1001, 0));
+        }
     }
 
     #[test]

@@ -15,7 +15,8 @@
 //!   not told to be, a client writes again after the server, or its host, was cut down.
 //! - `replay` answers a call that comes twice as it did the first time.
 //!
-//! Root of a client is nobody here, devices are not made (pipes and sockets are), and it runs as root.
+//! Root of a client is nobody here, devices are not made (pipes and sockets are), and it runs as root. An export may belong to one user
+//! whole: then every caller is that one.
 
 mod calls;
 mod change;
@@ -39,11 +40,15 @@ mod xdr;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use batchai_common::{limits, shutdown, telemetry};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::unistd::getppid;
 use serde::{Deserialize, Serialize};
 
 use crate::journal::{AttemptDir, JournalError};
@@ -77,6 +82,12 @@ pub struct Config {
     /// Whom root of a client is taken for.
     pub squash_uid: u32,
     pub squash_gid: u32,
+    /// Whether everybody else is taken for that one as well, who may then be root: all of it belongs to one user.
+    #[serde(default)]
+    pub squash_all: bool,
+    /// How long clients that are connected when it is to end are waited for.
+    #[serde(default)]
+    pub linger_s: u64,
     /// Whether calls may come from any port: then every user of a client may claim to be any other. It is for clients behind a
     /// translation of addresses.
     #[serde(default)]
@@ -160,7 +171,7 @@ impl Config {
             ("squash_uid", self.squash_uid),
             ("squash_gid", self.squash_gid),
         ] {
-            if [0, u32::MAX].contains(&id) {
+            if id == u32::MAX || (id == 0 && !self.squash_all) {
                 faults.push(format!("{name} must be nobody's number, not {id}"));
             }
         }
@@ -168,10 +179,38 @@ impl Config {
     }
 }
 
-/// The server as a process.
-pub fn main(dir: &Path) -> ExitCode {
+/// Starts a server. `own` are the arguments that lead to this program's own subcommands. One that is `held` goes with this process.
+pub fn start(own: &[&str], dir: &AttemptDir, held: bool) -> io::Result<Child> {
+    let path = dir.path.join(LOG);
+    let long = fs::metadata(&path).is_ok_and(|log| log.len() > LOG_BYTES_MAX);
+    if long {
+        fs::remove_file(&path)?;
+    }
+    let log = File::options().create(true).append(true).open(&path)?;
+    // This program, even if it was replaced meanwhile.
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("batchai-nfs-server")
+        .args(own)
+        .args(["nfs-server", "--dir"])
+        .arg(&dir.path);
+    if held {
+        command.arg("--held").arg(std::process::id().to_string());
+    }
+    command
+        .env_clear()
+        .current_dir("/")
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+}
+
+/// The server as a process. `held`: it goes with the process that started it, with this pid.
+pub fn main(dir: &Path, held: Option<i32>) -> ExitCode {
     telemetry::init();
-    match serve(dir) {
+    match serve(dir, held) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("batchai-nfs-server: {error}");
@@ -191,7 +230,7 @@ pub fn main(dir: &Path) -> ExitCode {
     }
 }
 
-fn serve(dir: &Path) -> Result<(), ServerError> {
+fn serve(dir: &Path, held: Option<i32>) -> Result<(), ServerError> {
     let _lock = alone(dir)?;
     let config = Config::read(dir)?;
     if !nix::unistd::geteuid().is_root() {
@@ -207,6 +246,13 @@ fn serve(dir: &Path) -> Result<(), ServerError> {
     }
     sys::give_up_rights()?;
     sys::set_thread_groups(&[]).map_err(ServerError::Groups)?;
+    if let Some(parent) = held {
+        // After the rights are given up, which may undo it.
+        prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)?;
+        if getppid().as_raw() != parent {
+            return Ok(());
+        }
+    }
     let export = export::Export::open(&config.root, dir, config.generation)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -283,12 +329,17 @@ mod tests {
         let bad = text
             .replace("\"/srv\"", "\"srv\"")
             .replace("_uid\": 65534", "_uid\": 0");
-        fs::write(&path, bad).unwrap();
+        fs::write(&path, &bad).unwrap();
         let error = Config::read(dir.path()).unwrap_err().to_string();
         assert!(
             error.contains("root") && error.contains("squash_uid"),
             "{error}"
         );
+        let all = bad.replace("\"srv\"", "\"/srv\"");
+        assert!(all.contains("_uid\": 0"));
+        let all = all.replace("\"generation\"", "\"squash_all\": true, \"generation\"");
+        fs::write(&path, &all).unwrap();
+        assert_eq!(Config::read(dir.path()).unwrap().squash_uid, 0);
         for bad in [
             "",
             "{}",

@@ -27,7 +27,7 @@ use super::{Config, LAST_CALLS, ServerError, Status, said, tell};
 
 const LOOK: Duration = Duration::from_millis(200);
 const SETTLE: Duration = Duration::from_secs(1);
-/// After a connection that could not be taken.
+/// After a connection that could not be taken, and between two looks at whether some are left.
 const RECOVER: Duration = Duration::from_millis(100);
 
 /// What all connections have in common.
@@ -67,13 +67,14 @@ pub async fn run(
     });
     tell(dir, &status)?;
     tracing::info!(address = ?status.address, root = %server.export.path.display(), "files are served");
+    let gone = CancellationToken::new();
     let ended = tokio::select! {
         ended = follow(dir, &server, &tell_config) => ended,
         () = settle(&server) => Ok(()),
-        () = accept(&server, listener, &stop) => Ok(()),
-        () = stop.cancelled() => Ok(()),
+        () = accept(&server, listener, &gone) => Ok(()),
+        () = last_clients(&server, &stop) => Ok(()),
     };
-    stop.cancel();
+    gone.cancel();
     server.tracker.close();
     if tokio::time::timeout(LAST_CALLS, server.tracker.wait())
         .await
@@ -124,6 +125,19 @@ async fn follow(
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Waits until it is told to stop, and until those who are connected then have gone, as long as it may.
+async fn last_clients(server: &Server, stop: &CancellationToken) {
+    stop.cancelled().await;
+    let most = Duration::from_secs(server.config.borrow().linger_s);
+    let none = async {
+        while server.clients.any_connected() {
+            tokio::time::sleep(RECOVER).await;
+        }
+    };
+    // Who has not gone by then is cut off.
+    let _ = tokio::time::timeout(most, none).await;
 }
 
 /// Syncs what clients leave alone.
@@ -195,6 +209,7 @@ impl Server {
         let squash = Squash {
             uid: config.squash_uid,
             gid: config.squash_gid,
+            all: config.squash_all,
         };
         let answer = || calls::answer(&self.export, &head, squash, arguments);
         let procedure = Procedure::of(head.procedure);

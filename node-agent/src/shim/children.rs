@@ -69,6 +69,9 @@ impl Shim {
             if self.volumes.holder() == Some(pid) {
                 self.mounts_lost()?;
             }
+            if self.server.as_ref().is_some_and(|it| it.id() as i32 == pid) {
+                self.serving_lost()?;
+            }
             let Some(at) = self.running.iter().position(|running| running.pid == pid) else {
                 continue;
             };
@@ -99,6 +102,10 @@ impl Shim {
             let said = self.dir.read(SETUP_FAILED)?;
             let failure = self.out_of_memory(exit, None, "").or(said);
             self.fail(failure.unwrap_or(unsaid));
+            return Ok(());
+        }
+        self.serve();
+        if !matches!(self.ending, Ending::No) {
             return Ok(());
         }
         if matches!(self.volumes, Volumes::Directories) {
@@ -191,8 +198,12 @@ impl Shim {
         }
         self.publish();
         crash_point!("shim_said_a_rank_ended");
-        if self.running.is_empty() {
-            self.end("all ranks of this node have ended");
+        match (self.running.is_empty(), self.is_serving()) {
+            (true, false) => self.end("all ranks of this node have ended"),
+            (true, true) => self
+                .log
+                .say("all ranks of this node have ended; others may need what it serves until the job is over"),
+            _ => {}
         }
     }
 

@@ -113,7 +113,9 @@ impl Shim {
     pub(super) fn tree(&self) -> Vec<i32> {
         // They serve what runs to its end, and end after it.
         let copier = self.copier.as_ref().map(|copier| copier.pid);
-        let serve: Vec<_> = copier.into_iter().chain(self.volumes.holder()).collect();
+        let server = self.server.as_ref().map(|server| server.id() as i32);
+        let holder = self.volumes.holder();
+        let serve: Vec<_> = copier.into_iter().chain(holder).chain(server).collect();
         let mut tree = tree::descendants(std::process::id() as i32, &serve);
         // Known by themselves, should the kernel not tell whose child is whose.
         let known = self.running.iter().map(|running| running.pid);
@@ -149,6 +151,7 @@ impl Shim {
         self.finish_copy();
         self.unmount();
         self.clean_up();
+        self.end_serving();
         self.status.phase = Phase::Ended;
         self.status.stuck.clear();
         self.status.files = self.dir.logs()?;

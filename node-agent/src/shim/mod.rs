@@ -20,6 +20,7 @@ mod rotation;
 mod run;
 mod seats;
 mod secrets;
+mod sharing;
 mod tree;
 mod unpack;
 mod volumes;

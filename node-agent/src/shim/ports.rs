@@ -3,6 +3,8 @@
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 
+use crate::status::FailureRecord;
+
 /// The first of some ports that somebody else has. It is listened to for a moment, at all addresses, so that whoever holds it at one
 /// of them is noticed.
 pub fn in_use(ports: &[u16]) -> Option<u16> {
@@ -16,6 +18,20 @@ pub fn in_use(ports: &[u16]) -> Option<u16> {
         taken(TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)))
             || taken(TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port)))
     })
+}
+
+/// One that the job was given and somebody else has: another is given when it runs again.
+pub fn clash(port: u16) -> FailureRecord {
+    FailureRecord {
+        code: "PortInUse".into(),
+        message: format!(
+            "port {port}, which the job was given on this node, is in use there by something that is no job: ss -tlnp says what; \
+             keep it out of the agent's --ports"
+        ),
+        details: vec![("port".into(), port.to_string())],
+        infrastructure: true,
+        ..FailureRecord::default()
+    }
 }
 
 #[cfg(test)]

@@ -7,8 +7,10 @@ use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use batchai_common::paths;
+use batchai_common::time::boot_time;
 use nix::unistd::geteuid;
 
 use super::root::MARKER;
@@ -16,9 +18,13 @@ use super::unpack::{bound_memory, unpack};
 use crate::cgroups::unescape;
 use crate::journal::{AttemptDir, SETUP_FAILED};
 use crate::launch::Preparation;
+use crate::launch::shared::{FAILED, WaitFor};
 use crate::share;
 use crate::status::FailureRecord;
 use crate::user::{take_groups, with_files_of};
+
+/// Between two looks at whether something is there.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// What of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +54,9 @@ fn prepare(plan: &Preparation, part: Part) -> Result<(), FailureRecord> {
     if part == Part::BeforeMounts {
         return Ok(());
     }
+    if let Some(wanted) = &plan.wait_for {
+        wait_for(wanted)?;
+    }
     let bundle = match &plan.bundle {
         None => None,
         // That the node has lost its copy is no fault of the job.
@@ -76,6 +85,23 @@ fn make_way(plan: &Preparation) -> Result<(), FailureRecord> {
         made.map_err(|e| failure("make directory", directory, &e, true))?;
     }
     share_mount_root(plan)
+}
+
+/// Waits for what another node of this machine makes.
+fn wait_for(wanted: &WaitFor) -> Result<(), FailureRecord> {
+    let until = boot_time() + Duration::from_secs(wanted.most_s);
+    while !Path::new(&wanted.path).exists() {
+        if boot_time() >= until {
+            return Err(FailureRecord {
+                code: FAILED.to_owned(),
+                message: format!("{}: not made within {} s", wanted.what, wanted.most_s),
+                infrastructure: true,
+                ..FailureRecord::default()
+            });
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
 }
 
 fn for_job(plan: &Preparation, bundle: Option<(fs::File, &String)>) -> Result<(), FailureRecord> {

@@ -8,6 +8,7 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::process::Child;
 use std::time::Duration;
 
 use batchai_common::crash_point;
@@ -96,6 +97,8 @@ pub struct Shim {
     pub(super) unsaid: bool,
     pub(super) copier: Option<Copier>,
     pub(super) volumes: Volumes,
+    /// Who serves what the job's nodes share, where this node does.
+    pub(super) server: Option<Child>,
     /// By it the job's image is pulled.
     pub(super) password: Option<String>,
     pub(super) coming: Option<Coming>,
@@ -143,6 +146,7 @@ impl Shim {
             unsaid: false,
             copier: None,
             volumes: Volumes::None,
+            server: None,
             own,
             open_files: limits::raise_open_files().ok(),
             signals,
@@ -342,16 +346,7 @@ impl Shim {
     fn launch(&mut self, processes: &[ProcessPlan]) {
         self.status.phase = Phase::Running;
         if let Some(port) = ports::in_use(&self.plan.ports) {
-            return self.fail(FailureRecord {
-                code: "PortInUse".into(),
-                message: format!(
-                    "port {port}, which the job was given on this node, is in use there by something that is no job: ss -tlnp says what; \
-                     keep it out of the agent's --ports"
-                ),
-                details: vec![("port".into(), port.to_string())],
-                infrastructure: true,
-                ..FailureRecord::default()
-            });
+            return self.fail(ports::clash(port));
         }
         let mut buffer = Vec::new();
         for (at, plan) in processes.iter().enumerate() {

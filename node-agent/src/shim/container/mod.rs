@@ -197,7 +197,8 @@ impl Shim {
             _ => 0,
         };
         let cleared = process::helper((None, &[]), clear).map_err(|error| error.to_string());
-        if let Err(why) = cleared.and_then(|pid| process::await_end(pid, CLEAR_MAX, &mut || false)) {
+        if let Err(why) = cleared.and_then(|pid| process::await_end(pid, CLEAR_MAX, &mut || false))
+        {
             let text =
                 format!("what was written in the container stays until the next job comes: {why}");
             self.log.say(&text);
