@@ -1,6 +1,6 @@
 //! The file servers of this node: compared with what is wanted at each look, by what lies in their directories. Nothing here waits.
 //!
-//! Each is a process of its own (`nfs`) that outlives the agent, as shims do, and is started again when it has died: at the same port and
+//! Each is a process of its own (`nfs`, which has several back ends) that outlives the agent, as shims do, and is started again when it has died: at the same port and
 //! with the same handles, so that who mounts it goes on.
 //!
 //! ```text
@@ -28,7 +28,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::journal::{AttemptDir, Journal, JournalError};
-use crate::nfs::{CONFIG, Config, STATUS, Status};
+use crate::nfs::{self, CONFIG, Config, STATUS, Status};
 
 /// One that ends at once is not started more often than this.
 const STARTS_EVERY: Duration = Duration::from_secs(1);
@@ -36,8 +36,6 @@ const STARTS_EVERY: Duration = Duration::from_secs(1);
 const END_MAX: Duration = Duration::from_secs(5);
 /// Whose root on those who mount it is: nobody's.
 const NOBODY: u32 = 65_534;
-/// What shares them.
-const BACKEND: &str = "embedded";
 
 /// The file servers of a node.
 pub struct FileServers {
@@ -129,6 +127,8 @@ impl FileServers {
         let status: Option<Status> = dir.read(STATUS).unwrap_or_default();
         let status = status.unwrap_or_default();
         let runs = dir.shim().unwrap_or_default().is_some();
+        let config: Option<Config> = dir.read(CONFIG).unwrap_or_default();
+        let backend = config.and_then(|config| nfs::named(&config.backend).ok());
         match (status.address, self.failures.get(&server.uid)) {
             (Some(address), None) if runs => {
                 report.place = Some(FileServerPlace {
@@ -139,7 +139,8 @@ impl FileServers {
                         .unwrap_or_default()
                         .to_string_lossy()
                         .into(),
-                    backend: BACKEND.to_owned(),
+                    backend: backend.map_or("", |it| it.name()).to_owned(),
+                    nfs_version: backend.map_or(0, |it| it.version()),
                 });
             }
             (_, why) => {
@@ -204,6 +205,7 @@ impl FileServers {
             squash_uid: NOBODY,
             squash_gid: NOBODY,
             any_port: false,
+            backend: nfs::choose(address).name().to_owned(),
         })
     }
 
@@ -336,6 +338,8 @@ fn start(own: &[&str], dir: &AttemptDir) -> io::Result<Child> {
         .args(["nfs-server", "--dir"])
         .arg(&dir.path)
         .env_clear()
+        // Where what it may need is installed.
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
         .current_dir("/")
         .process_group(0)
         .stdin(Stdio::null())

@@ -40,6 +40,7 @@ impl Server {
             squash_uid: NOBODY,
             squash_gid: NOBODY,
             any_port: false,
+            backend: "embedded".to_owned(),
         };
         Server::start_with(dir, config)
     }

@@ -194,11 +194,17 @@ fn begin() -> io::Result<()> {
             How::Nfs {
                 address,
                 port,
+                version,
                 directory,
                 options,
             } => {
-                let place = Path::new(&mount.path);
-                file_server::nfs((address, *port), directory, options, place, until)
+                let source = file_server::Source {
+                    host: address,
+                    port: *port,
+                    version: *version,
+                    directory,
+                };
+                file_server::nfs(&source, options, Path::new(&mount.path), until)
             }
             How::Local {
                 shared,

@@ -5,8 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -114,28 +113,12 @@ pub async fn run(
 
 /// Reads what the server is told when it changes.
 async fn follow(dir: &Path, tell: &watch::Sender<Arc<Config>>) -> Result<(), ServerError> {
-    let path: PathBuf = dir.join("config.json");
-    let mark = || {
-        let found = std::fs::metadata(&path).ok()?;
-        Some((found.ino(), found.mtime(), found.mtime_nsec()))
-    };
     // What came since the file was read is read once more.
     let mut last = None;
     loop {
-        let now = mark();
-        if now.is_some() && now != last {
-            last = now;
-            match Config::read(dir) {
-                Ok(config) => {
-                    let old = Arc::clone(&tell.borrow());
-                    let fixed = |c: &Config| (c.root.clone(), c.listen, c.generation);
-                    if fixed(&old) != fixed(&config) {
-                        return Err(ServerError::Changed);
-                    }
-                    tell.send_replace(Arc::new(config));
-                }
-                Err(error) => tracing::error!(%error, "what was told before still holds"),
-            }
+        let known = Arc::clone(&tell.borrow());
+        if let Some(config) = super::follow(dir, &known, &mut last)? {
+            tell.send_replace(Arc::new(config));
         }
         tokio::time::sleep(LOOK).await;
     }
