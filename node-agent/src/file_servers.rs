@@ -1,6 +1,6 @@
 //! The file servers of this node: compared with what is wanted at each look, by what lies in their directories. Nothing here waits.
 //!
-//! Each is a process of its own (`nfs`) that outlives the agent, as shims do, and is started again when it has died: at the same port and
+//! Each is a process of its own (`nfs`, which has several back ends) that outlives the agent, as shims do, and is started again when it has died: at the same port and
 //! with the same handles, so that who mounts it goes on.
 //!
 //! ```text
@@ -36,7 +36,7 @@ use nix::unistd::Pid;
 use crate::journal::{AttemptDir, Journal, JournalError};
 use crate::launch::data_name;
 use crate::mounts::is_mounted_below;
-use crate::nfs::{CLIENTS_MAX, CONFIG, Config, STATUS, Status, start};
+use crate::nfs::{self, CLIENTS_MAX, CONFIG, Config, LOG, STATUS, Status, start};
 
 /// One that ends at once is not started more often than this.
 const STARTS_EVERY: Duration = Duration::from_secs(1);
@@ -46,15 +46,10 @@ const END_MAX: Duration = Duration::from_secs(5);
 const PURGES_EVERY: Duration = Duration::from_secs(30);
 /// Whose root on those who mount it is: nobody's.
 const NOBODY: u32 = 65_534;
-/// What shares them.
-const BACKEND: &str = "embedded";
 /// The ports that they listen at: none that the kernel gives away, for each keeps its own over restarts.
 const PORTS: std::ops::Range<u16> = 19_000..20_000;
 const SHARES: &str = "file-servers";
 const PURGE: &str = "purge";
-const LOG: &str = "nfs.log";
-/// A log is begun anew above this.
-const LOG_BYTES_MAX: u64 = 1 << 20;
 
 /// The file servers of a node.
 pub struct FileServers {
@@ -188,12 +183,17 @@ impl FileServers {
         // What one that is gone has left says nothing about one that has just begun.
         let runs = dir.shim()?.is_some_and(|pid| pid == status.pid as i32);
         match (status.address, status.error) {
-            (Some(address), _) if runs => Ok(Some(FileServerPlace {
-                address: address.ip().to_string(),
-                port: i32::from(address.port()),
-                path: self.data(server)?.to_string_lossy().into(),
-                backend: BACKEND.to_owned(),
-            })),
+            (Some(address), _) if runs => {
+                let config: Option<Config> = dir.read(CONFIG)?;
+                let backend = config.and_then(|config| nfs::named(&config.backend).ok());
+                Ok(Some(FileServerPlace {
+                    address: address.ip().to_string(),
+                    port: i32::from(address.port()),
+                    path: self.data(server)?.to_string_lossy().into(),
+                    backend: backend.map_or("", |it| it.name()).to_owned(),
+                    nfs_version: backend.map_or(0, |it| it.version()),
+                }))
+            }
             (None, Some(error)) => Err(ServeError::Server(error)),
             _ => Ok(None),
         }
@@ -287,6 +287,7 @@ impl FileServers {
             squash_all: false,
             linger_s: 0,
             any_port: false,
+            backend: nfs::choose(address).name().to_owned(),
         })
     }
 

@@ -7,6 +7,7 @@ pub mod arbitrary;
 pub mod damage;
 pub mod ensemble;
 pub mod etcd;
+pub mod ganesha;
 pub mod given;
 pub mod guest;
 pub mod history;

@@ -42,6 +42,7 @@ impl Server {
             squash_all: false,
             linger_s: 0,
             any_port: false,
+            backend: "embedded".to_owned(),
         };
         Server::start_with(dir, config)
     }

@@ -1,12 +1,13 @@
 //! File servers as machines of another kernel mount them: by NFS, over a network that breaks. The coordinator and the node that serves are
-//! network namespaces, the node that mounts is a guest.
+//! network namespaces, the node that mounts is a guest. Once by the agent's own server, once by NFS-Ganesha.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use batchai_tests::ensemble::agent_args;
+use batchai_tests::ensemble::{agent_args, job_file};
+use batchai_tests::ganesha;
 use batchai_tests::guest::{Guest, image};
 use batchai_tests::network::Network;
 use batchai_tests::process::{processes_of, until};
@@ -17,6 +18,8 @@ use serde_json::{Value, json};
 
 /// The machine of the node that serves.
 const STORE: u64 = 2;
+/// That of a node which mounts what it serves, beside the guest.
+const OTHER: u64 = 3;
 /// The guest's.
 const ADDRESS: &str = "10.78.0.9";
 const GUEST_SIZE: &str = "guest-size";
@@ -25,6 +28,38 @@ const PATIENCE_S: u64 = 8;
 /// The same, where it answers again: the kernel takes its time between two attempts to reach a server.
 const PATIENCE_LONG_S: u64 = 60;
 const SERVER: &str = "resourceGroups/g/workspaces/w/fileServers/data";
+
+/// By what the files are served.
+#[derive(Clone, Copy, PartialEq)]
+enum By {
+    Embedded,
+    Ganesha,
+    /// One that has not the latest version.
+    OlderGanesha,
+}
+
+impl By {
+    /// A PATH on which an agent finds it. None where it is missing: then the test was told so.
+    fn path(self, dir: &Path) -> Option<String> {
+        match self {
+            By::Embedded => Some(ganesha::hidden(dir)),
+            By::Ganesha => {
+                ganesha::installed()?;
+                std::env::var("PATH").ok()
+            }
+            By::OlderGanesha => ganesha::older(dir),
+        }
+    }
+
+    /// What the kernel of the guest says of what is mounted.
+    fn mounted(self) -> [&'static str; 2] {
+        match self {
+            By::Embedded => ["nfs", "vers=3"],
+            By::Ganesha => ["nfs4", "vers=4.2"],
+            By::OlderGanesha => ["nfs4", "vers=4.1"],
+        }
+    }
+}
 
 struct World {
     guest: Guest,
@@ -36,17 +71,19 @@ struct World {
 
 impl World {
     /// None where it cannot be: then the test was told so.
-    fn start(test: &str, patience_s: u64) -> Option<World> {
+    fn start(by: By, test: &str, patience_s: u64) -> Option<World> {
         let image = image()?;
-        let network = Network::new(test, STORE)?;
+        let network = Network::new(test, OTHER)?;
         let mut e = network.replica(1);
         let all = e.list();
         let storage = e.path().join("storage");
         fs::create_dir(&storage).unwrap();
-        let mut by = network.on_named(STORE, "store");
-        by.push("env".to_owned());
-        by.push(format!("BATCHAI_STORAGE_ROOT={}", storage.display()));
-        e.start_agent_by(&by, "store", &all);
+        let path = by.path(e.path())?;
+        let mut on = network.on_named(STORE, "store");
+        on.push("env".to_owned());
+        on.push(format!("PATH={path}"));
+        on.push(format!("BATCHAI_STORAGE_ROOT={}", storage.display()));
+        e.start_agent_by(&on, "store", &all);
         let mut guest = Guest::boot_at(image, e.path(), &network, ADDRESS);
         guest.ok("load nfs");
         let mut args = agent_args("/batchai".as_ref(), &all, "guest", "job")[1..].join(" ");
@@ -94,6 +131,11 @@ impl World {
             shown["mountSettings"]["fileServerInternalIP"], "10.78.0.2",
             "{shown}"
         );
+        let backend = match by {
+            By::Embedded => "embedded",
+            By::Ganesha | By::OlderGanesha => "ganesha",
+        };
+        assert_eq!(shown["backend"], backend, "{shown}");
         let data = shown["mountSettings"]["mountPoint"]
             .as_str()
             .unwrap()
@@ -124,6 +166,39 @@ impl World {
         );
     }
 
+    /// Whom it is shared with changes while it is mounted: a job on two other nodes mounts it, one of them by NFS. Whether that goes well
+    /// is for the kernel of this machine to say.
+    fn another_node_mounts_it_too(&mut self) {
+        let all = self.e.list();
+        let by = self.network.on_named(OTHER, "other");
+        self.e.start_agent_by(&by, "other", &all);
+        until("the node to be in contact", || {
+            let nodes = self.e.json_at(&all, &["node", "list"]);
+            (nodes.as_array()?.len() == 3).then_some(())
+        });
+        let at = ["-g", "g", "-w", "w"];
+        let cluster = ["cluster", "create", "-n", "d", "-s", "test-size", "-t", "2"];
+        self.e.ok(&[&cluster[..], &at].concat());
+        let volume = json!({ "fileServer": { "id": SERVER }, "relativeMountPath": "nfs" });
+        let properties = json!({
+            "nodeCount": 2,
+            "mountVolumes": { "fileServers": [volume] },
+            "customToolkitSettings": { "commandLine": "true" },
+        });
+        let file = job_file(self.e.path(), "both", properties);
+        let job = ["job", "create", "-n", "both", "-c", "d", "-e", "e", "-f"];
+        let file = file.display().to_string();
+        self.e.ok(&[&job[..], &[&file], &at].concat());
+        let told = self.e.path().join("agents/store/file-servers");
+        let told = fs::read_dir(told).unwrap().next().unwrap().unwrap().path();
+        until("both to be let in", || {
+            let said = fs::read_to_string(told.join("ganesha.conf")).ok()?;
+            let both = [ADDRESS, "10.78.0.3"];
+            both.iter().all(|one| said.contains(one)).then_some(())
+        });
+        self.end("both");
+    }
+
     fn end(&self, name: &str) -> Value {
         until("the job to end", || {
             let job = self.e.job(name);
@@ -142,16 +217,21 @@ impl World {
         (text("code"), text("message"))
     }
 
-    fn log(&self, name: &str) -> String {
-        let stream = ["job", "file", "stream", "-j", name, "-f", "stdout.txt"];
+    fn log(&self, name: &str, file: &str) -> String {
+        let stream = ["job", "file", "stream", "-j", name, "-f", file];
         let at = ["-g", "g", "-w", "w", "-e", "e"];
         self.e.ok(&[&stream[..], &at].concat())
     }
 
     fn serving(&self) -> i32 {
-        until("it to be served", || {
+        self.process("nfs-server --dir")
+    }
+
+    /// A process of the node that serves.
+    fn process(&self, line: &str) -> i32 {
+        until("it to run", || {
             let all = processes_of(&self.e.path().join("agents"));
-            let own = all.iter().find(|(_, line)| line.contains("nfs-server"));
+            let own = all.iter().find(|(_, said)| said.contains(line));
             own.map(|(pid, _)| *pid)
         })
     }
@@ -159,42 +239,44 @@ impl World {
     fn nothing_is_mounted(&mut self) {
         let guest = &mut self.guest;
         until("nothing to be mounted", || {
-            (guest.run("grep -q ' nfs ' /proc/mounts").1 != 0).then_some(())
+            (guest.run("grep -qE ' nfs4? ' /proc/mounts").1 != 0).then_some(())
         });
     }
 }
 
-#[test]
-fn a_job_writes_by_nfs_and_goes_on_when_its_file_server_was_cut_down() {
-    let Some(mut w) = World::start("nfs", PATIENCE_LONG_S) else {
-        return;
-    };
+/// A job that writes while what it mounts is cut down; `cut` names the process.
+fn writes_and_goes_on(by: By, test: &str, cut: &str) -> Option<World> {
+    let mut w = World::start(by, test, PATIENCE_LONG_S)?;
     fs::create_dir(w.data.join("set")).unwrap();
     fs::set_permissions(w.data.join("set"), fs::Permissions::from_mode(0o777)).unwrap();
     fs::write(w.data.join("set/in"), "given\n").unwrap();
-    let command = "set -e; cd $AZ_BATCHAI_JOB_MOUNT_ROOT/nfs; grep ' nfs ' /proc/mounts; cat in; \
-                   for i in $(seq 40); do echo $i >>log; sync log; usleep 100000; done; echo done";
+    let command = "set -e; cd $AZ_BATCHAI_JOB_MOUNT_ROOT/nfs; grep -E ' nfs4? ' /proc/mounts; cat in; \
+                   for i in $(seq 40); do echo $i >>log; sync log; usleep 100000; done | batchai-node-agent do-hold lock; \
+                   echo done";
     w.submit("j", "set", "noatime,timeo=50", command);
     let log = w.data.join("set/log");
     let lines = || fs::read_to_string(&log).unwrap_or_default().lines().count();
     until("it to write", || (lines() >= 3).then_some(()));
-    let first = w.serving();
+    if by == By::Ganesha {
+        w.another_node_mounts_it_too();
+    }
+    let (first, serving) = (w.process(cut), w.serving());
     kill(Pid::from_raw(first), Signal::SIGKILL).unwrap();
     let written = lines();
     until("it to be served again", || {
-        (w.serving() != first).then_some(())
+        (w.serving() != serving).then_some(())
     });
     let job = w.end("j");
-    assert_eq!(job["state"], "SUCCEEDED", "{job}");
+    let said = w.log("j", "stderr.txt");
+    assert_eq!(job["state"], "SUCCEEDED", "{said}: {job}");
     assert!(written < 40, "it had ended before");
-    let said = w.log("j");
+    let said = w.log("j", "stdout.txt");
     let options: Vec<_> = said.lines().next().unwrap().split([' ', ',']).collect();
-    for option in [
-        "nfs", "vers=3", "nosuid", "nodev", "noatime", "hard", "timeo=50",
-    ] {
-        assert!(options.contains(&option), "{option}: {said}");
+    let expected = ["nosuid", "nodev", "noatime", "hard", "timeo=50"];
+    for option in by.mounted().iter().chain(&expected) {
+        assert!(options.contains(option), "{option}: {said}");
     }
-    assert!(said.ends_with("given\ndone\n"), "{said}");
+    assert!(said.ends_with("given\nheld\ndone\n"), "{said}");
     let all: String = (1..=40).map(|i| format!("{i}\n")).collect();
     assert_eq!(fs::read_to_string(&log).unwrap(), all);
     assert_eq!(fs::metadata(&log).unwrap().uid(), 1000);
@@ -205,11 +287,36 @@ fn a_job_writes_by_nfs_and_goes_on_when_its_file_server_was_cut_down() {
     assert_eq!(code, "JobMountFailed", "{message}");
     assert!(message.contains("has no directory /other"), "{message}");
     w.nothing_is_mounted();
+    Some(w)
+}
+
+#[test]
+fn a_job_writes_by_nfs_and_goes_on_when_its_file_server_was_cut_down() {
+    writes_and_goes_on(By::Embedded, "nfs", "nfs-server --dir");
+}
+
+#[test]
+fn a_job_writes_by_ganesha_and_keeps_its_locks_when_that_was_cut_down() {
+    writes_and_goes_on(By::Ganesha, "nfs42", "nfs-server --dir");
+}
+
+#[test]
+fn a_server_of_an_earlier_version_is_mounted_by_that() {
+    writes_and_goes_on(By::OlderGanesha, "nfs41", "ganesha.nfsd -F");
 }
 
 #[test]
 fn a_file_server_that_is_silent_hangs_nothing_but_its_job() {
-    let Some(mut w) = World::start("nfsdead", PATIENCE_S) else {
+    hangs_nothing_but_its_job(By::Embedded, "nfsdead");
+}
+
+#[test]
+fn a_ganesha_that_is_silent_hangs_nothing_but_its_job() {
+    hangs_nothing_but_its_job(By::Ganesha, "nfs4dead");
+}
+
+fn hangs_nothing_but_its_job(by: By, test: &str) {
+    let Some(mut w) = World::start(by, test, PATIENCE_S) else {
         return;
     };
     let quick = |w: &World, name: &str| {

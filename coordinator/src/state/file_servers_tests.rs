@@ -85,7 +85,8 @@ fn served(port: i32) -> FileServerReport {
             address: "10.0.0.9".into(),
             port,
             path: "/srv/f".into(),
-            backend: "embedded".into(),
+            backend: "ganesha".into(),
+            nfs_version: 4,
         }),
         ..FileServerReport::default()
     }

@@ -32,10 +32,13 @@ pub struct Mount {
 pub enum How {
     /// By a command line of the user's, to which the path is appended.
     Command(String),
-    /// A directory of a file server, by NFS version 3.
+    /// A directory of a file server, by NFS.
     Nfs {
         address: String,
         port: u16,
+        /// 3 or 4; 0 is 3.
+        #[serde(default)]
+        version: i32,
         /// As the server names it.
         directory: String,
         options: String,
@@ -159,6 +162,7 @@ fn file_server(mount: &FileServerMount, sources: &[FileServerSource]) -> Result<
     Ok(How::Nfs {
         address: place.address.clone(),
         port: u16::try_from(place.port).unwrap_or_default(),
+        version: place.nfs_version,
         directory: format!("/{below}"),
         options,
         fresh: false,
@@ -231,6 +235,7 @@ mod tests {
                 address: "10.0.0.2".into(),
                 port: 2049,
                 path: "/srv/f-1".into(),
+                nfs_version: 4,
                 ..Default::default()
             }),
             ..Default::default()
@@ -249,6 +254,7 @@ mod tests {
         let nfs = |directory: &str| How::Nfs {
             address: "10.0.0.2".into(),
             port: 2049,
+            version: 4,
             directory: directory.into(),
             options: "ro".into(),
             fresh: false,

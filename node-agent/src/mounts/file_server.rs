@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -24,10 +24,32 @@ const SPARE: Duration = Duration::from_secs(1);
 /// What others put there gets them no rights here.
 const SAFE: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 
-/// Mounts by NFS version 3, until some time in milliseconds of the boot clock. `fresh`: nothing is answered from memory.
+/// A directory of a server.
+pub struct Source<'a> {
+    pub host: &'a str,
+    pub port: u16,
+    /// The version of NFS that it speaks: 3 or 4; 0 is 3.
+    pub version: i32,
+    /// As the server names it.
+    pub directory: &'a str,
+}
+
+impl Source<'_> {
+    /// What it may be mounted by, the best first.
+    fn versions(&self) -> Result<&'static [&'static str], Tried> {
+        match self.version {
+            0 | 3 => Ok(&["3"]),
+            4 => Ok(&["4.2", "4.1"]),
+            other => Err(Tried::Never(format!(
+                "it is served by NFS version {other}, which this agent does not know"
+            ))),
+        }
+    }
+}
+
+/// Mounts by NFS, until some time in milliseconds of the boot clock. `fresh`: nothing is answered from memory.
 pub fn nfs(
-    (host, port): (&str, u16),
-    directory: &str,
+    source: &Source,
     (options, fresh): (&str, bool),
     place: &Path,
     until: i64,
@@ -38,7 +60,7 @@ pub fn nfs(
     let end = Instant::now() + Duration::from_millis(left).saturating_sub(SPARE);
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        let tried = try_nfs((host, port), directory, how, place, left.max(PAUSE));
+        let tried = try_nfs(source, how, place, left.max(PAUSE));
         match tried {
             Err(Tried::Soon(_)) if Instant::now() + PAUSE < end => std::thread::sleep(PAUSE),
             Err(Tried::Soon(why) | Tried::Never(why)) => return Err(io::Error::other(why)),
@@ -55,35 +77,53 @@ enum Tried {
 }
 
 fn try_nfs(
-    (host, port): (&str, u16),
-    directory: &str,
+    source: &Source,
     (options, fresh): (&MountOptions, bool),
     place: &Path,
     most: Duration,
 ) -> Result<(), Tried> {
+    let Source {
+        host, directory, ..
+    } = source;
+    let versions = source.versions()?;
     let never = |error: io::Error| Tried::Never(format!("{host}: {error}"));
-    let address = (host, port).to_socket_addrs().map_err(never)?.next();
+    let address = (*host, source.port)
+        .to_socket_addrs()
+        .map_err(never)?
+        .next();
     let address = address.ok_or_else(|| Tried::Never(format!("{host} has no address")))?;
     // The kernel would say of a server that is silent only that time has passed.
-    if let Err(error) = TcpStream::connect_timeout(&address, most) {
-        return Err(Tried::Soon(match error.kind() {
-            io::ErrorKind::TimedOut => format!("nothing is heard from {address}"),
-            _ => format!("{address}: {error}"),
-        }));
-    }
-    let source = match address {
+    let reached = TcpStream::connect_timeout(&address, most);
+    let reached = reached.and_then(|stream| stream.local_addr());
+    let own = reached.map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut => Tried::Soon(format!("nothing is heard from {address}")),
+        _ => Tried::Soon(format!("{address}: {error}")),
+    })?;
+    let from = match address {
         SocketAddr::V4(address) => format!("{}:{directory}", address.ip()),
         SocketAddr::V6(address) => format!("[{}]:{directory}", address.ip()),
     };
     let flags = SAFE | flags(options);
-    let data = data(address, options, fresh);
-    let mounted = mount(Some(&*source), place, Some("nfs"), flags, Some(&*data));
+    let mut mounted = Err(Errno::EPROTONOSUPPORT);
+    for version in versions {
+        let data = data(version, (address, own.ip()), options, fresh);
+        mounted = mount(Some(&*from), place, Some("nfs"), flags, Some(&*data));
+        // The server or this kernel does not have this version; an old kernel does not even know its number.
+        if !matches!(mounted, Err(Errno::EPROTONOSUPPORT | Errno::EINVAL)) {
+            break;
+        }
+    }
     mounted.map_err(|error| match error {
-        Errno::ENODEV => Tried::Never(
-            "the kernel of this machine has no client of NFS (its modules nfs and nfsv3)"
-                .to_owned(),
-        ),
-        Errno::EACCES => Tried::Soon(format!(
+        Errno::ENODEV => Tried::Never(format!(
+            "the kernel of this machine has no client of NFS (its modules nfs and {})",
+            module(versions)
+        )),
+        Errno::EPROTONOSUPPORT => Tried::Soon(format!(
+            "{address} or the kernel of this machine (its module {}) does not have NFS {}",
+            module(versions),
+            versions.join(" or ")
+        )),
+        Errno::EACCES | Errno::EPERM => Tried::Soon(format!(
             "{address} does not share {directory} with this node"
         )),
         Errno::ENOENT | Errno::ENOTDIR => {
@@ -93,13 +133,30 @@ fn try_nfs(
     })
 }
 
+fn module(versions: &[&str]) -> &'static str {
+    match versions {
+        ["3"] => "nfsv3",
+        _ => "nfsv4",
+    }
+}
+
 /// As the kernel takes it: it asks nobody for names or ports.
-fn data(address: SocketAddr, options: &MountOptions, fresh: bool) -> String {
+fn data(
+    version: &str,
+    (address, own): (SocketAddr, IpAddr),
+    options: &MountOptions,
+    fresh: bool,
+) -> String {
     let (ip, port) = (address.ip(), address.port());
     let proto = if ip.is_ipv4() { "tcp" } else { "tcp6" };
-    let mut data = format!(
-        "addr={ip},vers=3,proto={proto},port={port},mountaddr={ip},mountvers=3,mountproto={proto},mountport={port},nolock,sec=sys"
-    );
+    let of_version = match version {
+        "3" => {
+            format!(",mountaddr={ip},mountvers=3,mountproto={proto},mountport={port},nolock")
+        }
+        _ => format!(",clientaddr={own}"),
+    };
+    let mut data =
+        format!("addr={ip},vers={version},proto={proto},port={port}{of_version},sec=sys");
     // A server that is away for a while loses nothing that way: what waits for it goes on when it is back.
     if !options.has("soft") && !options.has("hard") {
         data += ",hard";
@@ -219,25 +276,53 @@ mod tests {
 
     #[test]
     fn the_kernel_is_told_all_it_would_ask_for() {
-        let data = |address: &str, options: &str| {
+        let data = |version: &str, address: &str, options: &str| {
             let options = mount_options::parse(options).unwrap();
-            super::data(address.parse().unwrap(), &options, false)
+            let own = "10.0.0.9".parse().unwrap();
+            super::data(version, (address.parse().unwrap(), own), &options, false)
         };
         let said = "addr=10.0.0.2,vers=3,proto=tcp,port=2049,mountaddr=10.0.0.2,mountvers=3,mountproto=tcp,mountport=2049,nolock,sec=sys";
-        assert_eq!(data("10.0.0.2:2049", ""), format!("{said},hard,timeo=600"));
         assert_eq!(
-            data("10.0.0.2:2049", "ro,soft,timeo=20,retrans=1"),
+            data("3", "10.0.0.2:2049", ""),
+            format!("{said},hard,timeo=600")
+        );
+        assert_eq!(
+            data("3", "10.0.0.2:2049", "ro,soft,timeo=20,retrans=1"),
             format!("{said},soft,timeo=20,retrans=1")
         );
-        let fresh = super::data(
+        let addresses = (
             "10.0.0.2:2049".parse().unwrap(),
-            &MountOptions::default(),
-            true,
+            "10.0.0.9".parse().unwrap(),
         );
+        let fresh = super::data("3", addresses, &MountOptions::default(), true);
         let until = format!("{said},hard,timeo=600");
         assert_eq!(fresh, until + ",actimeo=0,lookupcache=none");
-        let six = data("[fe80::1]:2049", "");
+        let six = data("3", "[fe80::1]:2049", "");
         assert!(six.starts_with("addr=fe80::1,vers=3,proto=tcp6,"), "{six}");
+        assert_eq!(
+            data("4.1", "10.0.0.2:2050", ""),
+            "addr=10.0.0.2,vers=4.1,proto=tcp,port=2050,clientaddr=10.0.0.9,sec=sys,hard,timeo=600"
+        );
+    }
+
+    #[test]
+    fn what_a_server_speaks_is_tried_from_the_best_down() {
+        let versions = |version: i32| {
+            let source = Source {
+                host: "h",
+                port: 1,
+                version,
+                directory: "/",
+            };
+            match source.versions() {
+                Ok(versions) => versions.join(" "),
+                Err(Tried::Never(why) | Tried::Soon(why)) => why,
+            }
+        };
+        assert_eq!(versions(0), "3");
+        assert_eq!(versions(3), "3");
+        assert_eq!(versions(4), "4.2 4.1");
+        assert!(versions(5).contains("version 5"));
     }
 
     #[test]

@@ -155,13 +155,19 @@ fn begin() -> io::Result<()> {
             How::Nfs {
                 address,
                 port,
+                version,
                 directory,
                 options,
                 fresh,
             } => {
-                let place = Path::new(&mount.path);
+                let source = file_server::Source {
+                    host: address,
+                    port: *port,
+                    version: *version,
+                    directory,
+                };
                 let how = (options.as_str(), *fresh);
-                file_server::nfs((address, *port), directory, how, place, until)
+                file_server::nfs(&source, how, Path::new(&mount.path), until)
             }
             How::Local {
                 shared,

@@ -1,10 +1,11 @@
-//! An NFS server as a process of its own: `nfs-server --dir DIR`, which exports one directory to some clients and needs nothing installed.
+//! An NFS server as a process of its own: `nfs-server --dir DIR`, which exports one directory to some clients, by one of several back ends
+//! (`backend`): by NFS-Ganesha (`ganesha`), or by itself, for which nothing need be installed (`Embedded`).
 //!
 //! Whoever starts it writes `DIR/config.json` (by renaming it into place) and reads `DIR/status.json`, which is there once it listens, or says in
 //! words why it does not. One process at a time holds `DIR/lock`. Which clients may come, and whom root is taken for, is read again when the
 //! file changes; what else is in it holds as long as the process.
 //!
-//! It serves NFS version 3 and its MOUNT protocol on one TCP port, without a portmapper and without locks (`nolock`):
+//! `Embedded` serves NFS version 3 and its MOUNT protocol on one TCP port, without a portmapper and without locks (`nolock`):
 //!
 //! - `server` takes connections from the clients alone, as many as `clients` says, and `connection` calls from them, in bounds. `rpc` and
 //!   `xdr` read these, `calls` sends them to `look`, `listing`, `change` and `write`. `said` keeps the log short.
@@ -18,11 +19,13 @@
 //! Root of a client is nobody here, devices are not made (pipes and sockets are), and it runs as root. An export may belong to one user
 //! whole: then every caller is that one.
 
+mod backend;
 mod calls;
 mod change;
 mod clients;
 mod connection;
 mod export;
+pub mod ganesha;
 mod handle;
 mod identity;
 mod listing;
@@ -40,6 +43,7 @@ mod xdr;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -53,6 +57,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::journal::{AttemptDir, JournalError};
 
+pub use backend::{Backend, choose, named};
 #[cfg(any(test, fuzzing))]
 pub use calls::any as any_call;
 
@@ -66,6 +71,8 @@ pub const CLIENTS_MAX: usize = 4096;
 const CALLS_AT_ONCE: usize = 128;
 /// For those that are being done when it is to end.
 const LAST_CALLS: Duration = Duration::from_secs(5);
+/// What one is called that was made before there were others.
+const EMBEDDED: &str = "embedded";
 
 /// What the server is told: `config.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +99,17 @@ pub struct Config {
     /// translation of addresses.
     #[serde(default)]
     pub any_port: bool,
+    /// What shares it. A server that knows no other one reads this file too.
+    #[serde(default = "embedded", skip_serializing_if = "is_embedded")]
+    pub backend: String,
+}
+
+fn embedded() -> String {
+    EMBEDDED.to_owned()
+}
+
+fn is_embedded(name: &str) -> bool {
+    name == EMBEDDED
 }
 
 /// What the server says of itself: `status.json`.
@@ -133,8 +151,16 @@ pub enum ServerError {
         address: SocketAddr,
         error: io::Error,
     },
-    #[error("root, listen and generation hold as long as the server runs: start it anew")]
+    #[error("root, listen, generation and backend hold as long as the server runs: start it anew")]
     Changed,
+    #[error("it is shared by {0}, which this agent does not know: start an agent that does")]
+    Unknown(String),
+    #[error("it is shared by {backend}, which is not there any more: {why}")]
+    Missing { backend: &'static str, why: String },
+    #[error("NFS-Ganesha takes no such name: {}", .0.display())]
+    Name(PathBuf),
+    #[error("NFS-Ganesha has ended: {0}")]
+    Ended(String),
     #[error("the system: {0}")]
     System(#[from] io::Error),
 }
@@ -157,6 +183,12 @@ impl Config {
             true => Ok(config),
             false => Err(bad(faults.join("; "))),
         }
+    }
+
+    /// Whether another one is for the same server.
+    fn is_of(&self, other: &Config) -> bool {
+        let fixed = |c: &Config| (c.root.clone(), c.listen, c.generation, c.backend.clone());
+        fixed(self) == fixed(other)
     }
 
     fn faults(&self) -> Vec<String> {
@@ -238,6 +270,35 @@ fn serve(dir: &Path, held: Option<i32>) -> Result<(), ServerError> {
     }
     limits::raise_open_files().map_err(io::Error::from)?;
     may_be_killed(Path::new("/proc/self/oom_score_adj"))?;
+    match held {
+        // What goes with who started it is our own.
+        Some(_) => embedded(dir, config, held),
+        None => named(&config.backend)?.serve(dir, config),
+    }
+}
+
+/// Our own server of version 3.
+pub struct Embedded;
+
+impl Backend for Embedded {
+    fn name(&self) -> &'static str {
+        EMBEDDED
+    }
+
+    fn version(&self) -> i32 {
+        3
+    }
+
+    fn ready(&self, _: IpAddr) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn serve(&self, dir: &Path, config: Config) -> Result<(), ServerError> {
+        embedded(dir, config, None)
+    }
+}
+
+fn embedded(dir: &Path, config: Config, held: Option<i32>) -> Result<(), ServerError> {
     // Modes are as callers ask; and threads that are started from here have the rights that are left.
     nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     let missing = sys::missing_rights()?;
@@ -265,6 +326,28 @@ fn serve(dir: &Path, held: Option<i32>) -> Result<(), ServerError> {
     });
     runtime.shutdown_timeout(LAST_CALLS);
     ended
+}
+
+/// How a file of configuration is known to be another one.
+type Mark = Option<(u64, i64, i64)>;
+
+/// What a server is told now, if that may be something else than when it was last looked at. What cannot be read leaves it as it is.
+fn follow(dir: &Path, known: &Config, last: &mut Mark) -> Result<Option<Config>, ServerError> {
+    let found = fs::metadata(dir.join(CONFIG)).ok();
+    let now = found.map(|found| (found.ino(), found.mtime(), found.mtime_nsec()));
+    if now.is_none() || now == *last {
+        return Ok(None);
+    }
+    *last = now;
+    match Config::read(dir) {
+        Ok(config) if config == *known => Ok(None),
+        Ok(config) if known.is_of(&config) => Ok(Some(config)),
+        Ok(_) => Err(ServerError::Changed),
+        Err(error) => {
+            tracing::error!(%error, "what was told before still holds");
+            Ok(None)
+        }
+    }
 }
 
 /// What spares the agent where memory is short is not for its servers: a client that has one take memory must not have jobs die for it.
@@ -324,6 +407,7 @@ mod tests {
         fs::write(&path, text).unwrap();
         let config = Config::read(dir.path()).unwrap();
         assert!(!config.any_port);
+        assert_eq!(config.backend, "embedded");
         fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
         assert_eq!(Config::read(dir.path()).unwrap(), config);
         let bad = text

@@ -2,11 +2,18 @@
 //!
 //! `clients` says who may have a connection, `connection` what is done with one.
 
+<<<<<<< HEAD
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+=======
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+>>>>>>> backend
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -91,6 +98,7 @@ pub async fn run(
 }
 
 /// Reads what the server is told when it changes.
+<<<<<<< HEAD
 async fn follow(
     dir: &Path,
     server: &Server,
@@ -122,6 +130,15 @@ async fn follow(
                 }
                 Err(error) => tracing::error!(%error, "what was told before still holds"),
             }
+=======
+async fn follow(dir: &Path, tell: &watch::Sender<Arc<Config>>) -> Result<(), ServerError> {
+    // What came since the file was read is read once more.
+    let mut last = None;
+    loop {
+        let known = Arc::clone(&tell.borrow());
+        if let Some(config) = super::follow(dir, &known, &mut last)? {
+            tell.send_replace(Arc::new(config));
+>>>>>>> backend
         }
         tokio::time::sleep(LOOK).await;
     }

@@ -1,11 +1,16 @@
 //! The few calls of the kernel that no crate makes for us: lasting handles of objects, directories with their cookies, and rights of one
-//! thread.
+//! thread; and a child that does not outlive the thread that starts it.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
 
 use nix::libc;
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+use nix::unistd::{Pid, getpid, getppid};
 
 /// The longest handle of an object that is taken: with what is put around it, it fits the protocol's 64 bytes.
 pub const KERNEL_HANDLE_MAX: usize = 43;
@@ -148,4 +153,20 @@ pub fn give_up_rights() -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Has what a command starts end when the thread ends that starts it, however that ends.
+#[allow(unsafe_code)]
+pub fn end_together(command: &mut Command) {
+    let parent: Pid = getpid();
+    let bind = move || {
+        prctl::set_pdeathsig(Signal::SIGKILL)?;
+        match getppid() == parent {
+            true => Ok(()),
+            // It has ended just now.
+            false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        }
+    };
+    // SAFETY: what runs in the new process before it becomes the program makes two calls of the kernel, and takes no memory or lock.
+    unsafe { command.pre_exec(bind) };
 }

@@ -2,12 +2,15 @@
 //!
 //! Built without shared libraries it needs no file beside it.
 
+use std::fs::File;
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use batchai_node_agent::Cli;
 use clap::Parser;
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::wait::wait;
 use nix::unistd::{ForkResult, fork, setsid};
@@ -30,6 +33,7 @@ fn main() -> ExitCode {
         Some("do-eat") => eat(number(2)),
         Some("do-fork") => forks(number(2)),
         Some("do-spin") => spin(number(2)),
+        Some("do-hold") => hold(args.get(2).map_or("", String::as_str)),
         _ => batchai_node_agent::main(Agent::parse().agent, &[]),
     }
 }
@@ -99,5 +103,19 @@ fn spin(seconds: usize) -> ExitCode {
     while Instant::now() < end {
         std::hint::spin_loop();
     }
+    ExitCode::SUCCESS
+}
+
+/// Locks a file and writes to it until its standard input ends: who has lost the lock may not.
+fn hold(path: &str) -> ExitCode {
+    let file = File::create(path).expect("the directory is writable");
+    let mut file = Flock::lock(file, FlockArg::LockExclusive).expect("nobody else has it");
+    let input = std::thread::spawn(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink()));
+    while !input.is_finished() {
+        file.write_all(b"held\n").expect("it is locked still");
+        file.sync_all().expect("it is locked still");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    println!("held");
     ExitCode::SUCCESS
 }

@@ -12,7 +12,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use batchai_tests::nfs::{Client, LOOPBACK, Server};
+use batchai_node_agent::nfs::{Config, ganesha};
+use batchai_tests::nfs::{Client, LOOPBACK, NOBODY, Server};
 use batchai_tests::process::until;
 use nfs3_client::nfs3_types::nfs3::stable_how;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -238,24 +239,31 @@ struct Ganesha([Child; 2]);
 impl Ganesha {
     /// None where it is not installed.
     fn start(dir: &Path, root: &Path) -> Option<Ganesha> {
-        fs::create_dir_all("/run/ganesha").expect("it is ours");
-        fs::create_dir_all("/var/lib/nfs/ganesha").expect("it can be made");
-        let config = format!(
-            "NFS_CORE_PARAM {{ NFS_Port = {GANESHA_PORT}; MNT_Port = {MOUNT_PORT}; NLM_Port = 0; Rquota_Port = 0;
-               Protocols = 3,4; Enable_NLM = false; Enable_RQUOTA = false; Enable_UDP = false; }}
-             NFSV4 {{ Graceless = true; Only_Numeric_Owners = true; }}
-             EXPORT {{ Export_Id = 1; Path = {root}; Pseudo = /share; Protocols = 3,4; Transports = TCP; Access_Type = RW;
-               Squash = Root_Squash; SecType = sys; Disable_ACL = true; FSAL {{ Name = VFS; }} }}
-             LOG {{ Default_Log_Level = EVENT; }}",
-            root = root.display()
-        );
+        let installed = ganesha::installed().ok()?;
+        let told = Config {
+            root: root.to_owned(),
+            listen: SocketAddr::new(LOOPBACK, GANESHA_PORT),
+            generation: 1,
+            clients: vec![LOOPBACK],
+            squash_uid: NOBODY,
+            squash_gid: NOBODY,
+            any_port: false,
+            backend: "ganesha".to_owned(),
+        };
+        let told = ganesha::configuration(dir, &told, &installed.modules).expect("a plain path");
+        // As agents have it, and version 3 beside; it does not find loopback where there is nothing else.
+        let loopback = format!("Bind_addr = {LOOPBACK};");
+        let mount = format!("MNT_Port = {MOUNT_PORT};");
+        let told = told.replace("Protocols = 4;", "Protocols = 3, 4;");
+        let told = told.replace(&loopback, &mount);
+        fs::create_dir_all(dir.join("ganesha")).expect("it can be made");
         let path = |name: &str| dir.join(name).to_str().expect("it is text").to_owned();
         let (file, log, pid) = (
-            path("ganesha.conf"),
+            path(ganesha::CONFIGURATION),
             path("ganesha.log"),
             path("ganesha.pid"),
         );
-        fs::write(&file, config).expect("there is room");
+        fs::write(&file, told).expect("there is room");
         let start = |program: &str, args: &[&str]| {
             let mut command = Command::new(program);
             let command = command.args(args).stdout(Stdio::null());
@@ -269,7 +277,8 @@ impl Ganesha {
         let mut mapper = start("rpcbind", &["-w", "-f"])?;
         listens(111);
         let args = ["-F", "-f", &file, "-L", &log, "-p", &pid];
-        let Some(server) = start("ganesha.nfsd", &args) else {
+        let program = installed.program.to_str().expect("it is text");
+        let Some(server) = start(program, &args) else {
             let _ = mapper.kill();
             let _ = mapper.wait();
             return None;
