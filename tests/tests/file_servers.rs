@@ -662,7 +662,7 @@ fn auto_storage_is_two_directories_of_the_workspaces_own_file_server() {
         assert_eq!(mounts[i]["sourceDirectory"], directory, "{cluster}");
         assert_eq!(mounts[i]["relativeMountPath"], path, "{cluster}");
     }
-    assert_eq!(servers(&e), [own.clone()]);
+    assert_eq!(servers(&e).as_slice(), std::slice::from_ref(&own));
     let shown = show(&e, "batchaiautostorage");
     assert_eq!(
         (&shown["node"], &shown["vmSize"]),

@@ -79,6 +79,9 @@ pub fn being_mounted() -> FailureRecord {
 
 /// What is mounted, as people call it.
 pub fn named(mount: &Mount) -> String {
+    if !mount.what.is_empty() {
+        return mount.what.clone();
+    }
     match &mount.how {
         How::Command(line) => format!("{line:?}"),
         How::Nfs {

@@ -65,6 +65,9 @@ pub use calls::any as any_call;
 pub const CONFIG: &str = "config.json";
 /// What it says of itself.
 pub const STATUS: &str = "status.json";
+/// What it prints, begun anew at a start when it is large.
+pub const LOG: &str = "nfs.log";
+const LOG_BYTES_MAX: u64 = 1 << 20;
 /// How many clients an export may have.
 pub const CLIENTS_MAX: usize = 4096;
 /// How many calls are done at once: of one client no more than `clients::CALLS_OF_ONE`.
@@ -231,6 +234,8 @@ pub fn start(own: &[&str], dir: &AttemptDir, held: bool) -> io::Result<Child> {
     }
     command
         .env_clear()
+        // Where what it may need is installed.
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
         .current_dir("/")
         .process_group(0)
         .stdin(Stdio::null())

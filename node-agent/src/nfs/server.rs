@@ -2,18 +2,10 @@
 //!
 //! `clients` says who may have a connection, `connection` what is done with one.
 
-<<<<<<< HEAD
 use std::collections::HashSet;
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-=======
-use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
->>>>>>> backend
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -98,47 +90,21 @@ pub async fn run(
 }
 
 /// Reads what the server is told when it changes.
-<<<<<<< HEAD
 async fn follow(
     dir: &Path,
     server: &Server,
     tell: &watch::Sender<Arc<Config>>,
 ) -> Result<(), ServerError> {
-    let path: PathBuf = dir.join("config.json");
-    let mark = || {
-        let found = std::fs::metadata(&path).ok()?;
-        Some((found.ino(), found.mtime(), found.mtime_nsec()))
-    };
-    // What came since the file was read is read once more.
-    let mut last = None;
-    loop {
-        let now = mark();
-        if now.is_some() && now != last {
-            last = now;
-            match Config::read(dir) {
-                Ok(config) => {
-                    let old = Arc::clone(&tell.borrow());
-                    let fixed = |c: &Config| (c.root.clone(), c.listen, c.generation);
-                    if fixed(&old) != fixed(&config) {
-                        return Err(ServerError::Changed);
-                    }
-                    let clients = config.clients.iter().map(IpAddr::to_canonical);
-                    let clients: HashSet<_> = clients.collect();
-                    tell.send_replace(Arc::new(config));
-                    server.clients.keep(|address| clients.contains(&address));
-                    server.replay.keep(|address| clients.contains(&address));
-                }
-                Err(error) => tracing::error!(%error, "what was told before still holds"),
-            }
-=======
-async fn follow(dir: &Path, tell: &watch::Sender<Arc<Config>>) -> Result<(), ServerError> {
     // What came since the file was read is read once more.
     let mut last = None;
     loop {
         let known = Arc::clone(&tell.borrow());
         if let Some(config) = super::follow(dir, &known, &mut last)? {
+            let clients = config.clients.iter().map(IpAddr::to_canonical);
+            let clients: HashSet<_> = clients.collect();
             tell.send_replace(Arc::new(config));
->>>>>>> backend
+            server.clients.keep(|address| clients.contains(&address));
+            server.replay.keep(|address| clients.contains(&address));
         }
         tokio::time::sleep(LOOK).await;
     }
