@@ -318,6 +318,7 @@ fn nodes_of_several_machines_share_what_the_masters_serves() {
     let how = How::Nfs {
         address: "10.0.0.4".into(),
         port: 20_001,
+        version: 3,
         directory: "/".into(),
         options: String::new(),
         fresh: true,

@@ -160,6 +160,7 @@ pub(super) fn mount(context: &Context<'_>) -> Result<Option<Mount>, LaunchError>
         how: How::Nfs {
             address: master.address.clone(),
             port: port(context)?,
+            version: 3,
             directory: "/".to_owned(),
             options: String::new(),
             fresh: true,

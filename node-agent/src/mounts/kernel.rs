@@ -71,12 +71,6 @@ impl Mounted {
         }
     }
 
-    /// Whether something is mounted beneath a place, which is as the kernel says it.
-    pub fn is_below(&self, place: &Path) -> bool {
-        let mut all = self.all.iter();
-        all.any(|(_, other)| other != place && other.starts_with(place))
-    }
-
     /// What is mounted at a place.
     pub fn at(&self, place: &Path) -> Vec<Mark> {
         let here = self.all.iter().filter(|one| one.place == place);

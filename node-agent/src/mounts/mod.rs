@@ -253,5 +253,5 @@ fn program(own: &[&str], part: &str) -> Command {
 pub fn is_mounted_below(directory: &Path) -> Option<bool> {
     let real = directory.canonicalize();
     let real = real.unwrap_or_else(|_| directory.to_owned());
-    Some(kernel::mounted()?.is_below(&real))
+    Some(kernel::mounted()?.below(&real).is_some())
 }

@@ -117,6 +117,8 @@ mod tests {
             path: path.into(),
             how: How::Command("c".into()),
             code: String::new(),
+            what: String::new(),
+            wait_s: 0,
         };
         let mounts = [mount("/a"), mount("/b")];
         let said = |states: [State; 2], phase: Phase| {

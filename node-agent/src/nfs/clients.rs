@@ -155,6 +155,7 @@ pub fn notice_death(stream: &impl AsFd) -> nix::Result<()> {
 mod tests {
     use nix::sys::socket::getsockopt;
 
+    use super::super::EMBEDDED;
     use super::*;
 
     fn config(clients: u8) -> Config {
@@ -165,7 +166,10 @@ mod tests {
             clients: (1..=clients).map(|n| [10, 0, 1, n].into()).collect(),
             squash_uid: 65534,
             squash_gid: 65534,
+            squash_all: false,
+            linger_s: 0,
             any_port: false,
+            backend: EMBEDDED.to_owned(),
         }
     }
 

@@ -394,6 +394,8 @@ mod tests {
             clients: clients.iter().map(|c| c.parse().unwrap()).collect(),
             squash_uid: 65_534,
             squash_gid: 65_533,
+            squash_all: false,
+            linger_s: 0,
             any_port: false,
             backend: "ganesha".into(),
         };

@@ -75,7 +75,7 @@ const CALLS_AT_ONCE: usize = 128;
 /// For those that are being done when it is to end.
 const LAST_CALLS: Duration = Duration::from_secs(5);
 /// What one is called that was made before there were others.
-const EMBEDDED: &str = "embedded";
+pub const EMBEDDED: &str = "embedded";
 
 /// What the server is told: `config.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,11 +103,11 @@ pub struct Config {
     #[serde(default)]
     pub any_port: bool,
     /// What shares it. A server that knows no other one reads this file too.
-    #[serde(default = "embedded", skip_serializing_if = "is_embedded")]
+    #[serde(default = "own", skip_serializing_if = "is_embedded")]
     pub backend: String,
 }
 
-fn embedded() -> String {
+fn own() -> String {
     EMBEDDED.to_owned()
 }
 

@@ -169,6 +169,7 @@ fn config(plan: &Preparation, serve: &Serve) -> nfs::Config {
         squash_all: true,
         linger_s: LINGER.as_secs(),
         any_port: false,
+        backend: nfs::EMBEDDED.to_owned(),
     }
 }
 
