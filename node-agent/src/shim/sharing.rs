@@ -11,7 +11,6 @@ use std::time::Duration;
 use batchai_common::time::boot_time;
 use batchai_proto::shared::SHARED_JOB_TEMP;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::run::{Ending, Shim};
@@ -108,24 +107,13 @@ impl Shim {
             let left = gone.is_err_and(|error| error.kind() != io::ErrorKind::NotFound);
             i32::from(left)
         });
-        let until = boot_time() + REMOVAL_MAX;
-        let ended = removed.map(|pid| {
-            loop {
-                match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
-                    Ok(WaitStatus::StillAlive) if boot_time() < until => std::thread::sleep(STEP),
-                    Ok(WaitStatus::StillAlive) => {
-                        // It may be stuck in the kernel; nobody waits for it.
-                        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-                        break false;
-                    }
-                    ended => break matches!(ended, Ok(WaitStatus::Exited(_, 0))),
-                }
-            }
-        });
-        if !ended.unwrap_or(false) {
+        let removed = removed.map_err(|error| error.to_string());
+        let removed =
+            removed.and_then(|pid| process::await_end(pid, REMOVAL_MAX, &mut || false));
+        if let Err(why) = removed {
             let directory = &serve.directory;
             self.log
-                .say(&format!("{directory} is left; the next job removes it"));
+                .say(&format!("{directory} is left, the next job removes it: {why}"));
         }
     }
 
