@@ -219,6 +219,10 @@ fn facts(assignment: &Assignment, gpus: usize) -> HostFacts {
             able: true,
             engine: Some(Engine::Docker),
             images: "/data/images".into(),
+            libraries: vec![
+                "/lib64/ld-linux-x86-64.so.2".into(),
+                "/lib/libc.so.6".into(),
+            ],
         },
         base_env: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
         remote_shell: ["/usr/bin/batchai", "node-agent", "remote-shell"]

@@ -321,7 +321,7 @@ impl Holder<'_> {
             How::Command(_) | How::Nfs { .. } | How::Local { .. } => String::new(),
         };
         let step = Step::Mount {
-            mount: self.bounded(mount),
+            mount: Box::new(self.bounded(mount)),
             env: self.plan.env.clone(),
             until: boot_millis() + left().as_millis() as i64,
             key,

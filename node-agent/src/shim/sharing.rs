@@ -108,12 +108,12 @@ impl Shim {
             i32::from(left)
         });
         let removed = removed.map_err(|error| error.to_string());
-        let removed =
-            removed.and_then(|pid| process::await_end(pid, REMOVAL_MAX, &mut || false));
+        let removed = removed.and_then(|pid| process::await_end(pid, REMOVAL_MAX, &mut || false));
         if let Err(why) = removed {
             let directory = &serve.directory;
-            self.log
-                .say(&format!("{directory} is left, the next job removes it: {why}"));
+            self.log.say(&format!(
+                "{directory} is left, the next job removes it: {why}"
+            ));
         }
     }
 
