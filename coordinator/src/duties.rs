@@ -11,6 +11,7 @@ use batchai_proto::internal::v1::{
     AllocateNode, Delete, FailAttempt, InitEnsemble, LoseNode, PlaceFileServer, RecordLease,
     ReleaseNode, Replica, SetUpNode, TerminateJob,
 };
+use batchai_proto::v1::ResourceError;
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 
@@ -28,6 +29,12 @@ use crate::state::{
 
 /// How long the nodes of an attempt may take to get ready. Preparation commands download data sets: generous.
 pub const PREPARE_DEADLINE_MS: i64 = 60 * 60 * 1000;
+
+/// How long a node that is heard of may take to start the processes of an attempt whose nodes all were ready. It takes a moment: generous.
+pub const LAUNCH_DEADLINE_MS: i64 = 5 * 60 * 1000;
+
+/// Nodes that an error names, and ranks of each.
+const NAMED_MAX: usize = 20;
 
 /// At most so many commands of a kind at once; the rest follows from the State that these lead to.
 const COMMANDS_MAX: usize = 256;
@@ -66,7 +73,8 @@ pub fn duties(state: &State, heard: &Heard, leader: &Leader) -> Vec<Kind> {
     commands.extend(agreement::duties(state));
     commands.extend(leases(state, heard, leader));
     commands.extend(deletions(state));
-    let late = attempts::live(state).filter_map(|attempt| late(heard, attempt));
+    let late = attempts::live(state)
+        .filter_map(|attempt| late(heard, attempt).or_else(|| unstarted(heard, attempt)));
     commands.extend(late.take(COMMANDS_MAX));
     commands.extend(place_file_servers(state, heard));
     commands.extend(set_ups(state, heard, leader));
@@ -324,33 +332,78 @@ fn stays(state: &State, node: &Node) -> bool {
 
 /// An attempt whose nodes took too long to get ready fails, and the error names the slow ones.
 fn late(heard: &Heard, attempt: &Attempt) -> Option<Kind> {
-    let since = heard.preparing.get(&attempt.id)?;
+    let since = heard.since.preparing.get(&attempt.id)?;
     if attempt.phase != Phase::Preparing
         || heard.now - since < PREPARE_DEADLINE_MS
         || fault!("slow_preparation_never_ends")
     {
         return None;
     }
-    let slow: Vec<_> = attempt
-        .nodes
-        .iter()
-        .filter(|n| n.phase < NodePhase::Ready)
-        .collect();
-    let slow: Vec<_> = slow.iter().map(|n| n.node.as_str()).collect();
-    let slow = slow.join(", ");
+    let slow = attempt.nodes.iter().filter(|n| n.phase < NodePhase::Ready);
+    let slow = named(slow.map(|node| node.node.clone()));
     let minutes = (PREPARE_DEADLINE_MS / 60_000).to_string();
     let message = format!("not ready after {minutes} minutes: {slow}");
     let details = [("nodes", slow.as_str()), ("minutes", minutes.as_str())];
     let error = attempts::error("JobPreparationTimeout", &message, &details);
+    Some(failed(attempt, error, false))
+}
+
+/// An attempt of which a node does not start its part fails, and the error names it with its ranks: those of other nodes would wait for
+/// these as long as their framework does, and know less. The job is not to blame.
+fn unstarted(heard: &Heard, attempt: &Attempt) -> Option<Kind> {
+    if fault!("launch_waits_for_ever") {
+        return None;
+    }
+    let layout = attempts::layout(&attempt.spec);
+    let is_overdue = |name: &str| {
+        let key = (attempt.id.clone(), name.to_owned());
+        let since = heard.since.launching.get(&key);
+        since.is_some_and(|since| heard.now - since >= LAUNCH_DEADLINE_MS)
+    };
+    let overdue = attempt
+        .unstarted()
+        .filter(|(_, node)| is_overdue(&node.node));
+    let overdue = overdue.map(|(index, node)| {
+        let ranks = named(layout.of(index).map(|rank| rank.to_string()));
+        match ranks.as_str() {
+            "" => node.node.clone(),
+            ranks => format!("{} (rank {ranks})", node.node),
+        }
+    });
+    let overdue = named(overdue);
+    if overdue.is_empty() {
+        return None;
+    }
+    let minutes = (LAUNCH_DEADLINE_MS / 60_000).to_string();
+    let message = format!(
+        "all nodes were ready, and {minutes} minutes later these had not started their processes: {overdue}"
+    );
+    let details = [("nodes", overdue.as_str()), ("minutes", minutes.as_str())];
+    let error = attempts::error("JobLaunchTimeout", &message, &details);
+    Some(failed(attempt, error, true))
+}
+
+/// Some of several, for an error.
+fn named(all: impl Iterator<Item = String>) -> String {
+    let all: Vec<_> = all.collect();
+    let some = all[..all.len().min(NAMED_MAX)].join(", ");
+    match all.len().saturating_sub(NAMED_MAX) {
+        0 => some,
+        more => format!("{some} and {more} more"),
+    }
+}
+
+fn failed(attempt: &Attempt, error: ResourceError, launching: bool) -> Kind {
     let failure = Failure {
         error: Some(error),
         exit_code: None,
-        infrastructure: false,
+        infrastructure: launching,
         ends_job: false,
         undoes_success: false,
     };
-    Some(Kind::FailAttempt(FailAttempt {
+    Kind::FailAttempt(FailAttempt {
         attempt: attempt.id.clone(),
         failure: Some(failure),
-    }))
+        launching,
+    })
 }

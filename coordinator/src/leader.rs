@@ -1,8 +1,8 @@
 //! Performs the leader's duties: asks `duties` what the State calls for, and proposes it.
 //!
-//! It remembers nothing but since when attempts prepare. A command that is rejected was overtaken; the next look at the State decides anew.
+//! It remembers nothing but since when attempts prepare or begin. A command that is rejected was overtaken; the next look at the State decides anew.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -17,9 +17,9 @@ use crate::duties::{Leader, duties};
 use crate::logs::LogStore;
 use crate::replica::Handle;
 use crate::replica::peers::Peers;
+use crate::scheduler::heard::Since;
 use crate::secrets::Vault;
-use crate::state::State;
-use crate::state::attempts::{self, Phase};
+use crate::state::attempts::Phase;
 use crate::state::restore;
 
 /// What depends on time alone (nodes that fall silent, deadlines) is looked at this often.
@@ -41,7 +41,7 @@ pub async fn run(
     let mut interval = tokio::time::interval(LOOK_INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut looks = 0;
-    let mut preparing = Preparing::default();
+    let mut since = Since::default();
     loop {
         tokio::select! {
             changed = published.changed() => if changed.is_err() { return },
@@ -63,7 +63,8 @@ pub async fn run(
         let mut heard = contacts.heard(boot_millis(), now_millis());
         // What was granted in an earlier term says nothing: another one may have led since.
         heard.leading = heard.leading.filter(|(term, _)| *term == now);
-        heard.preparing = preparing.look(&state, heard.now);
+        since.look(&state, &heard);
+        heard.since = since.clone();
         heard.closed = vault.closed(&state);
         heard.replicas = peers.records();
         let duties = duties(&state, &heard, &leader);
@@ -130,19 +131,4 @@ async fn on_a_thread<T: Send + 'static>(
     let done = tokio::task::spawn_blocking(move || work(logs)).await;
     let done = done.map_err(std::io::Error::other).and_then(|done| done);
     done.inspect_err(|error| tracing::warn!(%error, "cannot sweep log files and bundles"))
-}
-
-/// Since when each attempt has been seen to prepare, on the boot clock.
-#[derive(Default)]
-struct Preparing {
-    since: BTreeMap<String, i64>,
-}
-
-impl Preparing {
-    fn look(&mut self, state: &State, now: i64) -> BTreeMap<String, i64> {
-        let preparing = attempts::live(state).filter(|a| a.phase == Phase::Preparing);
-        let since = preparing.map(|a| (a.id.clone(), *self.since.get(&a.id).unwrap_or(&now)));
-        self.since = since.collect();
-        self.since.clone()
-    }
 }

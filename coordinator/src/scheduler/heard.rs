@@ -8,6 +8,42 @@ use batchai_common::fault;
 use batchai_common::limits::{LEASE_DRIFT, LEASE_MARGIN, SUSPECT_AFTER};
 use batchai_proto::internal::v1::RecordReplica;
 
+use crate::state::State;
+use crate::state::attempts::{self, Phase};
+
+/// Since when attempts are where they shall not be for long: kept from one look at the State to the next, by the boot clock.
+#[derive(Clone, Debug, Default)]
+pub struct Since {
+    /// Each attempt that prepares.
+    pub preparing: BTreeMap<String, i64>,
+    /// Each node, by attempt and name, that is heard of and has not said that it started the processes of an attempt whose nodes all
+    /// were ready. One that falls silent is not among them: its lease decides then.
+    pub launching: BTreeMap<(String, String), i64>,
+}
+
+impl Since {
+    /// Looks at a State: what is as it was keeps its time.
+    pub fn look(&mut self, state: &State, heard: &Heard) {
+        let (mut preparing, mut launching) = (BTreeMap::new(), BTreeMap::new());
+        for attempt in attempts::live(state) {
+            let unstarted = attempt.unstarted();
+            for (_, node) in unstarted.filter(|(_, node)| heard.is_alive(&node.node)) {
+                let key = (attempt.id.clone(), node.node.clone());
+                let since = self.launching.get(&key).copied();
+                launching.insert(key, since.unwrap_or(heard.now));
+            }
+            if attempt.phase == Phase::Preparing {
+                let since = self.preparing.get(&attempt.id).copied();
+                preparing.insert(attempt.id.clone(), since.unwrap_or(heard.now));
+            }
+        }
+        *self = Since {
+            preparing,
+            launching,
+        };
+    }
+}
+
 /// All times are milliseconds of the boot clock of the machine that asks, so that no jump of its wall clock matters;
 /// only `wall` is for people.
 #[derive(Clone, Debug, Default)]
@@ -17,8 +53,8 @@ pub struct Heard {
     pub wall: i64,
     /// When each node was last heard of.
     pub last: BTreeMap<String, i64>,
-    /// Since when each attempt has been seen to prepare.
-    pub preparing: BTreeMap<String, i64>,
+    /// Since when attempts are seen to be where they are, as far as that matters.
+    pub since: Since,
     /// In which term this replica leads and since when, where it does, and when the heartbeats came for which nodes have their leases.
     pub leading: Option<(u64, i64)>,
     pub granted: Arc<BTreeMap<String, i64>>,

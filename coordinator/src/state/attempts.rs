@@ -397,13 +397,14 @@ pub(super) fn lose_node(step: &mut Step<'_>, attempt: &str, node: &str) {
 
 /// Ends an attempt for a reason that none of its nodes gave.
 pub(super) fn fail(step: &mut Step<'_>, command: &FailAttempt) -> Result<(), Rejection> {
-    let preparing = step.state.attempts.get(&command.attempt);
-    if preparing.is_none_or(|a| a.phase != Phase::Preparing) {
-        let why = "it is not preparing any more".to_owned();
-        return Err(Rejection::Overtaken {
-            name: command.attempt.clone(),
-            why,
-        });
+    let holds = match step.state.attempts.get(&command.attempt) {
+        Some(attempt) if command.launching => attempt.unstarted().next().is_some(),
+        found => found.is_some_and(|attempt| attempt.phase == Phase::Preparing),
+    };
+    if !holds {
+        let name = command.attempt.clone();
+        let why = "it has gone on meanwhile".to_owned();
+        return Err(Rejection::Overtaken { name, why });
     }
     decide(
         step,

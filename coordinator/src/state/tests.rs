@@ -3,7 +3,7 @@
 use batchai_proto::agent::v1::{AttemptObservation, Failure, MountsReport, Report};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
-    Command, CreateJobs, DataKey, Delete, InitEnsemble, PutDataKey, RaiseFeatureLevel,
+    Command, CreateJobs, DataKey, Delete, FailAttempt, InitEnsemble, PutDataKey, RaiseFeatureLevel,
     RecordReport, RegisterNode, Replica, RequestKey, SnapshotRecord, TerminateJob, Update, replica,
     snapshot_record,
 };
@@ -191,17 +191,9 @@ impl Ensemble {
 
     /// Performs duties until there are none.
     pub(super) fn settle(&mut self) {
-        let preparing = self
-            .state
-            .attempts
-            .values()
-            .filter(|a| a.phase == attempts::Phase::Preparing);
-        for attempt in preparing {
-            self.heard
-                .preparing
-                .entry(attempt.id.clone())
-                .or_insert(self.heard.now);
-        }
+        let mut since = std::mem::take(&mut self.heard.since);
+        since.look(&self.state, &self.heard);
+        self.heard.since = since;
         let leader = Leader {
             replica: 1,
             ensemble: "unused".into(),
@@ -757,6 +749,77 @@ fn preparation_has_a_deadline_that_names_the_slow_node() {
         "{}",
         error.message
     );
+}
+
+/// Time passes, and of the i-th nodes of an attempt something is heard all the time.
+fn pass(e: &mut Ensemble, attempt: &Attempt, ms: i64, heard: &[usize]) {
+    let end = e.heard.now + ms;
+    while e.heard.now < end {
+        e.heard.now = end.min(e.heard.now + 1_000);
+        for i in heard {
+            let node = attempt.nodes[*i].node.clone();
+            e.heard.last.insert(node, e.heard.now);
+        }
+        e.settle();
+    }
+}
+
+#[test]
+fn a_node_that_does_not_start_its_ranks_is_named_in_time_and_the_job_runs_again() {
+    let deadline = crate::duties::LAUNCH_DEADLINE_MS;
+    let mut e = Ensemble::with_nodes(2, 2);
+    let job = e.run_two(|job| {
+        let settings = job.custom_toolkit_settings.as_mut().unwrap();
+        settings.processes_per_node = 2;
+    });
+    let attempt = e.attempt(&job);
+    let running = |e: &Ensemble| e.attempt(&job).phase == attempts::Phase::Running;
+    e.see(&job, 0, P::Running, &[(0, None), (1, None)]);
+    // One that is silent is a matter of its lease, and is asked anew when it is heard of again.
+    pass(&mut e, &attempt, deadline - 30_000, &[0, 1]);
+    pass(&mut e, &attempt, 20_000, &[0]);
+    pass(&mut e, &attempt, deadline - 1_000, &[0, 1]);
+    assert!(running(&e));
+    pass(&mut e, &attempt, 2_000, &[0, 1]);
+    assert_eq!(e.attempt(&job).phase, attempts::Phase::Ending);
+    let late = FailAttempt {
+        attempt: attempt.id.clone(),
+        failure: None,
+        launching: true,
+    };
+    let refused = e.try_apply(C::FailAttempt(late.clone())).unwrap_err();
+    assert!(refused.to_string().contains("gone on"), "{refused}");
+    e.see_attempt(
+        &attempt,
+        0,
+        P::Ended,
+        &[(0, Some(143)), (1, Some(143))],
+        None,
+    );
+    e.see_attempt(&attempt, 1, P::Ended, &[], None);
+    let error = &e.job(&job).errors[0];
+    assert_eq!(error.code, "JobLaunchTimeout");
+    let name = &attempt.nodes[1].node;
+    let said = format!(": {name} (rank 2, 3)");
+    assert!(error.message.ends_with(&said), "{}", error.message);
+    // It is nobody's fault who wrote the job.
+    let again = e.attempt(&job);
+    assert_ne!(again.id, attempt.id);
+    // Who has said that all of it runs has all the time there is.
+    for i in [0, 1] {
+        e.see(&job, i, P::Ready, &[]);
+    }
+    for i in [0, 1] {
+        let first = 2 * i as i32;
+        e.see(&job, i, P::Running, &[(first, None), (first + 1, None)]);
+    }
+    pass(&mut e, &again, 2 * deadline, &[0, 1]);
+    assert!(running(&e));
+    let late = FailAttempt {
+        attempt: again.id.clone(),
+        ..late
+    };
+    assert!(e.try_apply(C::FailAttempt(late)).is_err());
 }
 
 fn resize(target: i32, option: Dealloc) -> C {

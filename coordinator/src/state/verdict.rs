@@ -8,7 +8,7 @@ use batchai_proto::shared;
 use batchai_proto::v1;
 use batchai_proto::v1::job_attempt_node::Phase as NodePhase;
 
-use super::attempts::{Attempt, AttemptNode, Work};
+use super::attempts::{Attempt, AttemptNode, Phase, Work};
 
 /// Processes of other nodes that an error names.
 const OTHERS_MAX: usize = 5;
@@ -114,6 +114,15 @@ pub fn rank_count(spec: &v1::Job) -> usize {
         (None, _) => 1,
     };
     usize::try_from(count).unwrap_or(1)
+}
+
+impl Attempt {
+    /// Of the nodes of an attempt all of which were ready, those that have not said that they started its processes, with their places.
+    pub fn unstarted(&self) -> impl Iterator<Item = (usize, &AttemptNode)> {
+        let launching = self.phase == Phase::Running;
+        let nodes = self.nodes.iter().enumerate();
+        nodes.filter(move |(_, node)| launching && node.phase < NodePhase::Running)
+    }
 }
 
 /// An error for a job.

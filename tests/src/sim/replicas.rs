@@ -373,16 +373,10 @@ impl Sim {
         let replica = self.replica(id);
         let (boot, wall) = (replica.clock.boot(step), replica.clock.wall(step));
         let state = replica.core.as_ref().expect("it is up").state();
-        let live = attempts::live(state).map(|attempt| attempt.id.clone());
-        let since = live.map(|id| {
-            let since = replica.heard.preparing.get(&id).copied().unwrap_or(boot);
-            (id, since)
-        });
-        let preparing = since.collect();
-        replica.heard = Heard {
-            preparing,
-            ..replica.contacts.heard(boot, wall)
-        };
+        let mut since = std::mem::take(&mut replica.heard.since);
+        let heard = replica.contacts.heard(boot, wall);
+        since.look(state, &heard);
+        replica.heard = Heard { since, ..heard };
         let granted = replica.leases.granted();
         replica.heard.leading = granted.map(|(term, since, _)| (term, since));
         replica.heard.granted = Arc::new(granted.map_or(BTreeMap::new(), |(_, _, g)| g.clone()));

@@ -127,6 +127,7 @@ pub const FAULTS: &[Fault] = &[
         Code,
         &[Coordinator, Simulator],
     ),
+    ("launch_waits_for_ever", Rules, &[Coordinator]),
     ("one_node_too_many", Code, &[Coordinator, Simulator]),
     ("vote_forgotten", Rules, &[Coordinator, Simulator]),
     ("no_check_quorum", Rules, &[Coordinator, Simulator]),
