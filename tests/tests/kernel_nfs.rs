@@ -166,6 +166,13 @@ impl World {
         );
     }
 
+    /// Where what serves is told what to do.
+    fn told(&self) -> PathBuf {
+        let all = self.e.path().join("agents/store/file-servers");
+        let mut all = fs::read_dir(all).unwrap();
+        all.next().unwrap().unwrap().path()
+    }
+
     /// Whom it is shared with changes while it is mounted: a job on two other nodes mounts it, one of them by NFS. Whether that goes well
     /// is for the kernel of this machine to say.
     fn another_node_mounts_it_too(&mut self) {
@@ -189,8 +196,7 @@ impl World {
         let job = ["job", "create", "-n", "both", "-c", "d", "-e", "e", "-f"];
         let file = file.display().to_string();
         self.e.ok(&[&job[..], &[&file], &at].concat());
-        let told = self.e.path().join("agents/store/file-servers");
-        let told = fs::read_dir(told).unwrap().next().unwrap().unwrap().path();
+        let told = self.told();
         until("both to be let in", || {
             let said = fs::read_to_string(told.join("ganesha.conf")).ok()?;
             let both = [ADDRESS, "10.78.0.3"];
@@ -297,7 +303,37 @@ fn a_job_writes_by_nfs_and_goes_on_when_its_file_server_was_cut_down() {
 
 #[test]
 fn a_job_writes_by_ganesha_and_keeps_its_locks_when_that_was_cut_down() {
-    writes_and_goes_on(By::Ganesha, "nfs42", "nfs-server --dir");
+    if let Some(w) = writes_and_goes_on(By::Ganesha, "nfs42", "nfs-server --dir") {
+        only_root_of_those_it_is_told_of_comes(w);
+    }
+}
+
+/// Its agent is gone, and it reads what it is told all the same.
+fn only_root_of_those_it_is_told_of_comes(mut w: World) {
+    let mut agent = w.e.agents.remove("store").unwrap();
+    agent.signal(Signal::SIGTERM);
+    agent.wait();
+    let told = w.told().join("config.json");
+    let config: Value = serde_json::from_slice(&fs::read(&told).unwrap()).unwrap();
+    assert_eq!(config["clients"], json!([]), "nobody mounts it: {config}");
+    let port = config["listen"].as_str().unwrap().rsplit(':').next();
+    let options = format!(
+        "addr=10.78.0.2,clientaddr={ADDRESS},vers=4.2,proto=tcp,port={},sec=sys,soft,timeo=50,retrans=1",
+        port.unwrap()
+    );
+    let mut mount = |more: &str| {
+        let line = format!("batchai-node-agent do-mount 10.78.0.2:/ {options}{more}");
+        w.guest.ok(&line).trim().to_owned()
+    };
+    assert_eq!(mount(""), "Err(EACCES)");
+    let mut let_in = config.clone();
+    let_in["clients"] = json!([ADDRESS, "10.78.0.77"]);
+    let draft = told.with_extension("new");
+    fs::write(&draft, let_in.to_string()).unwrap();
+    fs::rename(&draft, &told).unwrap();
+    until("it to be let in", || (mount("") == "Ok(())").then_some(()));
+    assert_eq!(mount(",noresvport"), "Err(EACCES)");
+    assert_eq!(mount(""), "Ok(())");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use batchai_node_agent::Cli;
 use clap::Parser;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::wait::wait;
 use nix::unistd::{ForkResult, fork, setsid};
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         Some("do-fork") => forks(number(2)),
         Some("do-spin") => spin(number(2)),
         Some("do-hold") => hold(args.get(2).map_or("", String::as_str)),
+        Some("do-mount") => try_mount(&args[2..]),
         _ => batchai_node_agent::main(Agent::parse().agent, &[]),
     }
 }
@@ -117,5 +119,28 @@ fn hold(path: &str) -> ExitCode {
         std::thread::sleep(Duration::from_millis(100));
     }
     println!("held");
+    ExitCode::SUCCESS
+}
+
+/// Mounts a directory of an NFS server with these options for a moment, and says how that went.
+fn try_mount(args: &[String]) -> ExitCode {
+    let [source, options] = args else {
+        panic!("do-mount SOURCE OPTIONS: {args:?}");
+    };
+    let place = "/mounted";
+    std::fs::create_dir_all(place).expect("it is root's");
+    let kind = Some("nfs");
+    let options = Some(options.as_str());
+    let mounted = mount(
+        Some(source.as_str()),
+        place,
+        kind,
+        MsFlags::empty(),
+        options,
+    );
+    println!("{mounted:?}");
+    if mounted.is_ok() {
+        umount(place).expect("nobody uses it");
+    }
     ExitCode::SUCCESS
 }
