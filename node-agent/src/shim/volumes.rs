@@ -148,7 +148,7 @@ impl Shim {
             true => self.cut_off(),
             false => drop(self.tell_to_unmount(true)),
         }
-        loop {
+        let ended = loop {
             if !fenced && self.is_fenced_off() {
                 fenced = true;
                 self.cut_off();
@@ -160,18 +160,21 @@ impl Shim {
                 Ok(None) if boot_time() < until => std::thread::sleep(Duration::from_millis(5)),
                 Ok(Some(status)) if status.success() => {
                     self.log.say("all is unmounted");
-                    break;
+                    break true;
                 }
                 other => {
                     self.log
                         .say(&format!("not everything could be unmounted: {other:?}"));
                     // It may be stuck in the kernel; nobody waits for it.
                     let _ = child.kill();
-                    break;
+                    break false;
                 }
             }
-        }
+        };
         self.volumes = Volumes::None;
+        if !ended {
+            self.kill_servers();
+        }
         self.look_at_the_end();
     }
 
@@ -202,6 +205,7 @@ impl Shim {
         }
     }
 
+    /// What the holder leaves is adopted by this process.
     fn kill_servers(&self) {
         let until = boot_time() + SERVERS_MAX;
         loop {
