@@ -65,7 +65,7 @@ fn server() -> Value {
 }
 
 /// So many volumes, in turn: a tmpfs, a bind mount and a directory of the file server. Each has a file that only it has.
-fn volumes(e: &Ensemble, data: &PathBuf, count: usize) -> Value {
+fn volumes(e: &Ensemble, data: &Path, count: usize) -> Value {
     let (mut servers, mut commands) = (Vec::new(), Vec::new());
     for i in 0..count {
         let path = format!("m{i}");

@@ -1473,7 +1473,10 @@ fn a_server_says_which_right_it_lacks() {
         clients: vec![LOOPBACK],
         squash_uid: NOBODY,
         squash_gid: NOBODY,
+        squash_all: false,
+        linger_s: 0,
         any_port: false,
+        backend: "embedded".to_owned(),
     };
     write_config(&own, &config);
     let fails = |prefix: &[&str]| {

@@ -247,6 +247,8 @@ impl Ganesha {
             clients: vec![LOOPBACK],
             squash_uid: NOBODY,
             squash_gid: NOBODY,
+            squash_all: false,
+            linger_s: 0,
             any_port: false,
             backend: "ganesha".to_owned(),
         };
