@@ -364,7 +364,7 @@ impl Holder<'_> {
             }
         };
         let step = Step::Mount {
-            mount: mount.clone(),
+            mount: Box::new(mount.clone()),
             env: self.plan.env.clone(),
             until: boot_millis() + left().as_millis() as i64,
             key,

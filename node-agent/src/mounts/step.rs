@@ -38,7 +38,7 @@ pub enum Step {
     /// Make the directory that something is mounted on, root's, below one that is root's.
     Make { root: String, path: String },
     Mount {
-        mount: Mount,
+        mount: Box<Mount>,
         env: BTreeMap<String, String>,
         /// Until when it may take, in milliseconds of the boot clock.
         until: i64,
