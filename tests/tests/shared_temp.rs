@@ -80,6 +80,7 @@ impl World {
     }
 
     fn nothing_is_left(&mut self, name: &str) {
+        served_to_the_end(&self.e, name);
         assert!(servers(self.e.path()).is_empty());
         assert!(!self.directory(name).exists());
         let guest = &mut self.guest;
@@ -114,6 +115,15 @@ fn end(e: &Replicas, name: &str) -> Value {
 fn log(e: &Replicas, name: &str, file: &str) -> String {
     let stream = ["job", "file", "stream", "-j", name, "-f", file];
     e.ok(&[&stream[..], &["-g", "g", "-w", "w", "-e", "e"]].concat())
+}
+
+/// The first node served a job's directory, and its server ended when it was told to.
+fn served_to_the_end(e: &Replicas, name: &str) {
+    let said = log(e, name, "execution-first.log");
+    assert!(
+        said.contains("serving ") && !said.contains("killing it"),
+        "{said}"
+    );
 }
 
 /// The processes that serve directories on the nodes that are no guests.
@@ -306,5 +316,6 @@ fn a_node_whose_kernel_mounts_no_nfs_fails_only_the_jobs_that_name_the_directory
             assert!(message.contains(part), "{message}");
         }
         assert!(servers(e.path()).is_empty());
+        served_to_the_end(&e, name);
     }
 }

@@ -51,7 +51,7 @@ use std::time::Duration;
 
 use batchai_common::{limits, shutdown, telemetry};
 use nix::sys::prctl;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::getppid;
 use serde::{Deserialize, Serialize};
 
@@ -268,6 +268,9 @@ pub fn main(dir: &Path, held: Option<i32>) -> ExitCode {
 }
 
 fn serve(dir: &Path, held: Option<i32>) -> Result<(), ServerError> {
+    // A shim blocks what it reads from a descriptor, and who it starts would not hear that it is to end.
+    let none = SigSet::empty();
+    none.thread_set_mask().map_err(io::Error::from)?;
     let _lock = alone(dir)?;
     let config = Config::read(dir)?;
     if !nix::unistd::geteuid().is_root() {

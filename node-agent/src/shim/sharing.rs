@@ -129,6 +129,9 @@ impl Shim {
                 _ => return,
             }
         }
+        self.log
+            .say("what served other nodes does not end by itself: killing it");
+        // It may have ended just now.
         let _ = child.kill();
         let until = boot_time() + DEATH_MAX;
         while boot_time() < until && matches!(child.try_wait(), Ok(None)) {
