@@ -82,10 +82,17 @@ pub async fn alias(command: args::StorageAlias, context: &Context) -> Done {
 
 /// What was given, of which the command line has seen that it is one thing for one thing.
 fn of(given: args::StorageAliasCreate) -> v1::StorageAlias {
+    let region = given.s3_region.unwrap_or_default();
     let bucket = given
         .s3_bucket
         .zip(given.s3_endpoint)
-        .map(|(bucket, endpoint)| Target::S3Bucket(v1::S3Bucket { endpoint, bucket }));
+        .map(|(bucket, endpoint)| {
+            Target::S3Bucket(v1::S3Bucket {
+                endpoint,
+                bucket,
+                region,
+            })
+        });
     let target = given.path.map(Target::Path).or(bucket);
     v1::StorageAlias {
         account_name: given.account,
