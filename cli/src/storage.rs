@@ -95,10 +95,17 @@ fn of(given: args::StorageAliasCreate, context: &Context) -> Result<v1::StorageA
             directory,
         })
     });
+    let region = given.s3_region.unwrap_or_default();
     let bucket = given
         .s3_bucket
         .zip(given.s3_endpoint)
-        .map(|(bucket, endpoint)| Target::S3Bucket(v1::S3Bucket { endpoint, bucket }));
+        .map(|(bucket, endpoint)| {
+            Target::S3Bucket(v1::S3Bucket {
+                endpoint,
+                bucket,
+                region,
+            })
+        });
     let target = given.path.map(Target::Path).or(bucket).or(server);
     Ok(v1::StorageAlias {
         account_name: given.account,

@@ -93,8 +93,8 @@ fn host_and_port(text: &str, usual: u16) -> Option<(String, u16)> {
 pub struct Endpoint {
     pub host: String,
     pub port: u16,
-    /// Whether a path follows.
-    pub path: bool,
+    /// How many parts the path has that follows.
+    pub parts: usize,
     /// The whole of it, without a slash at its end.
     pub url: String,
 }
@@ -120,7 +120,7 @@ pub fn endpoint(url: &str) -> Result<Endpoint, String> {
     Ok(Endpoint {
         host,
         port,
-        path: !path.is_empty(),
+        parts: path.split('/').filter(|part| !part.is_empty()).count(),
         url: url.trim_end_matches('/').to_owned(),
     })
 }
@@ -132,9 +132,13 @@ pub fn endpoint(url: &str) -> Result<Endpoint, String> {
 pub fn blob_endpoint(url: &str) -> Result<Endpoint, String> {
     let endpoint = endpoint(url)?;
     let is_address = endpoint.host.parse::<core::net::IpAddr>().is_ok();
-    match endpoint.path && !is_address {
-        true => Err("must have no path, unless its host is an IP address".to_owned()),
-        false => Ok(endpoint),
+    match (is_address, endpoint.parts) {
+        (true, 1) | (false, 0) => Ok(endpoint),
+        (true, _) => Err(
+            "must have the account as its path, and nothing more: its host is an IP address"
+                .to_owned(),
+        ),
+        (false, _) => Err("must have no path, unless its host is an IP address".to_owned()),
     }
 }
 
@@ -166,6 +170,20 @@ pub fn check_container(name: &str) -> Result<(), String> {
     match legal {
         true => Ok(()),
         false => Err("must be 3 to 63 characters [-a-z0-9.], with no mark at an end".to_owned()),
+    }
+}
+
+/// Checks the region of a bucket; where none is given it is the service's own.
+///
+/// # Errors
+/// Says what it must be.
+pub fn check_region(name: &str) -> Result<(), String> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    match name.len() <= NAME_MAX && name.chars().all(plain) {
+        true => Ok(()),
+        false => Err(format!(
+            "must be at most {NAME_MAX} characters [-a-z0-9], as eu-central-1"
+        )),
     }
 }
 
@@ -347,6 +365,8 @@ mod tests {
         assert!(blob_endpoint("http://127.0.0.1:10000/acc").is_ok());
         assert!(blob_endpoint("https://blobs.lab").is_ok());
         assert!(blob_endpoint("https://blobs.lab/acc").is_err());
+        assert!(blob_endpoint("http://127.0.0.1:10000").is_err());
+        assert!(blob_endpoint("http://127.0.0.1:10000/acc/more").is_err());
         for bad in ["", "minio", "https://", "https://a?b", "https://a\nb = c"] {
             assert!(endpoint(bad).is_err(), "{bad:?}");
         }
@@ -364,6 +384,8 @@ mod tests {
             assert!(check_container(bad).is_err(), "{bad:?}");
         }
         assert_eq!(check_container("data-1"), Ok(()));
+        assert!(check_region("").is_ok() && check_region("eu-central-1").is_ok());
+        assert!(check_region("a\nb").is_err() && check_region("EU").is_err());
         assert!(check_key("a\nb").is_err() && check_key("a+/=").is_ok());
         assert_eq!(
             [mode(""), mode("0640"), mode("750")],

@@ -452,7 +452,15 @@ fn what_stands_in_their_stead_is_mounted_and_the_files_of_the_original_run_as_th
         &["--share", "nas"],
         &["--url", &url],
     );
-    let bucket = ["--s3-bucket", "train", "--s3-endpoint", &buckets.url()];
+    let url = buckets.url();
+    let bucket = [
+        "--s3-bucket",
+        "train",
+        "--s3-endpoint",
+        &url,
+        "--s3-region",
+        "eu-central-1",
+    ];
     alias(
         &e,
         "bucket",

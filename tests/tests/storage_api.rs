@@ -157,6 +157,7 @@ fn storage_aliases_are_administrators_and_stand_for_one_thing_each() {
     let bucket = v1::S3Bucket {
         endpoint: "https://minio.lab:9000".into(),
         bucket: "train".into(),
+        region: "eu-central-1".into(),
     };
     for (alias, expected) in [
         (
@@ -172,6 +173,17 @@ fn storage_aliases_are_administrators_and_stand_for_one_thing_each() {
         (
             for_container(Target::Url("https://blobs.lab/acc".into())),
             vec!["url"],
+        ),
+        (
+            for_container(Target::Url("http://127.0.0.1:10000".into())),
+            vec!["url"],
+        ),
+        (
+            for_container(Target::S3Bucket(v1::S3Bucket {
+                region: "EU west".into(),
+                ..bucket.clone()
+            })),
+            vec!["s3_bucket.region"],
         ),
         (
             for_container(Target::S3Bucket(v1::S3Bucket::default())),

@@ -52,6 +52,9 @@ pub struct StorageAliasCreate {
     /// The URL of that service.
     #[arg(long, value_name = "URL", requires = "s3_bucket")]
     pub s3_endpoint: Option<String>,
+    /// The region of the bucket, for services that must be told.
+    #[arg(long, value_name = "REGION", requires = "s3_bucket")]
+    pub s3_region: Option<String>,
     /// Another share, smb://HOST/SHARE, or another service of blobs, https://HOST.
     #[arg(long, value_name = "URL", group = "stead")]
     pub url: Option<String>,

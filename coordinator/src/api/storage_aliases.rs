@@ -122,6 +122,7 @@ fn check(faults: &mut Faults, given: &StorageAlias) {
             let endpoint = storage::endpoint(&bucket.endpoint);
             must("s3_bucket.endpoint", endpoint.map(drop));
             must("s3_bucket.bucket", storage::check_container(&bucket.bucket));
+            must("s3_bucket.region", storage::check_region(&bucket.region));
         }
         Some(Target::Url(url)) if given.container_name.is_empty() => {
             must("url", storage::share(url).map(drop))

@@ -274,11 +274,12 @@ fn elsewhere(
                 why,
             };
             storage::check_container(&bucket.bucket).map_err(bad)?;
+            storage::check_region(&bucket.region).map_err(bad)?;
             let place = Place::Bucket {
                 endpoint: storage::endpoint(&bucket.endpoint).map_err(bad)?.url,
                 bucket: bucket.bucket.clone(),
                 directory: asked.directory.to_owned(),
-                region: String::new(),
+                region: bucket.region.clone(),
             };
             Ok(remote(place, asked, options))
         }
@@ -422,12 +423,13 @@ mod tests {
         let bucket = Target::S3Bucket(S3Bucket {
             endpoint: "https://minio.lab:9000/".into(),
             bucket: "train".into(),
+            region: "eu-central-1".into(),
         });
         let expected = Place::Bucket {
             endpoint: "https://minio.lab:9000".into(),
             bucket: "train".into(),
             directory: String::new(),
-            region: String::new(),
+            region: "eu-central-1".into(),
         };
         for how in [
             of_share(&share(), &stead("afs", bucket.clone()), (0, 0)),
@@ -459,6 +461,7 @@ mod tests {
         let bucket = at(Target::S3Bucket(S3Bucket {
             endpoint: "https://minio.lab:9000".into(),
             bucket: "train".into(),
+            region: String::new(),
         }));
         let How::Remote(bucket) = bucket else {
             panic!("{bucket:?}")

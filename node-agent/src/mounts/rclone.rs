@@ -50,7 +50,7 @@ pub fn mount(remote: &Remote, key: &str, point: &Point<'_>) -> io::Result<()> {
     let server = remote.server();
     let (host, port) = server.ok_or_else(|| io::Error::other("it is nowhere"))?;
     let address = reach(&host, port)?;
-    if let Some(data) = cifs_options(remote, key, address)
+    if let Some(data) = cifs_options(remote, key, address)?
         && let Some(done) = by_kernel(remote, &data, point.path)
     {
         return done;

@@ -21,6 +21,8 @@ const SIGNED_VERSION: &str = "2018-11-09";
 /// Characters that SMB cannot have in names. A dot at the end is none of them: rclone would make a directory of another name of `.`.
 const SMB_ENCODING: &str =
     "Slash,LtGt,DoubleQuote,Colon,Question,Asterisk,Pipe,BackSlash,Ctl,RightSpace,InvalidUtf8";
+/// A page of the kernel's.
+const DATA_MAX: usize = 4096;
 /// Of what it says.
 const WORDS_MAX: usize = 400;
 /// Settings that begin or end so would be read as something else.
@@ -177,23 +179,27 @@ pub fn arguments(remote: &Remote, point: &Point<'_>) -> Vec<String> {
     arguments
 }
 
-/// What the kernel needs to know of a share; none of what is no share.
-pub fn cifs_options(remote: &Remote, key: &str, address: SocketAddr) -> Option<String> {
+/// What the kernel needs to know of a share; none of what is no share. It reads `DATA_MAX` bytes of it, and says nothing of more.
+pub fn cifs_options(remote: &Remote, key: &str, address: SocketAddr) -> io::Result<Option<String>> {
     let Place::Share { .. } = &remote.place else {
-        return None;
+        return Ok(None);
     };
     let Remote {
         account, uid, gid, ..
     } = remote;
-    Some(format!(
-        "ip={},port={},username={account},password={},uid={uid},gid={gid},forceuid,forcegid,file_mode=0{:o},dir_mode=0{:o}",
+    let data = format!(
+        "ip={},port={},username={account},uid={uid},gid={gid},forceuid,forcegid,file_mode=0{:o},dir_mode=0{:o},password={}",
         address.ip(),
         address.port(),
-        // So is a comma written there.
-        key.replace(',', ",,"),
         remote.file_mode,
         remote.directory_mode,
-    ))
+        // So is a comma written there.
+        key.replace(',', ",,"),
+    );
+    match data.len() < DATA_MAX {
+        true => Ok(Some(data)),
+        false => Err(io::Error::other("its key is too long")),
+    }
 }
 
 /// The last of what rclone says, without times and what it says of itself.
@@ -311,10 +317,13 @@ mod tests {
     #[test]
     fn a_share_is_told_to_the_kernel_with_whose_it_is() {
         let address = "10.0.0.9:1445".parse().unwrap();
+        let options = |key: &str| cifs_options(&share(), key, address);
         assert_eq!(
-            cifs_options(&share(), "k,1", address).unwrap(),
-            "ip=10.0.0.9,port=1445,username=devstoreaccount1,password=k,,1,uid=7,gid=8,forceuid,forcegid,file_mode=0640,dir_mode=0750"
+            options("k,1").unwrap().unwrap(),
+            "ip=10.0.0.9,port=1445,username=devstoreaccount1,uid=7,gid=8,forceuid,forcegid,file_mode=0640,dir_mode=0750,password=k,,1"
         );
+        let long = options(&"k".repeat(DATA_MAX)).unwrap_err().to_string();
+        assert!(long.contains("too long"), "{long}");
         assert_eq!(root(&share()), "r:data/a/b");
     }
 
