@@ -500,35 +500,49 @@ fn shares_and_containers_that_lead_to_a_file_server_are_mounted_from_it() {
     );
     fs::rename(data.join("aside"), data.join("sets")).unwrap();
 
-    // For a cluster too, for as long as it is there; by then neither goes.
-    let file = e.path().join("mounts.json");
-    let properties = json!({ "properties": {
-        "vmSize": SIZE,
-        "scaleSettings": { "manual": { "targetNodeCount": 1 } },
-        "nodeSetup": { "mountVolumes": of_account("-o ro") },
-    } });
-    fs::write(&file, properties.to_string()).unwrap();
-    let file = file.to_string_lossy().into_owned();
-    let cluster = [
-        "cluster", "create", "-g", "g", "-w", "w", "-n", "two", "-f", &file,
+    // For a cluster too, for as long as it is there; by then neither goes. The options of the original's command say the same.
+    let options = [
+        "--storage-account-name",
+        "acc",
+        "--storage-account-key",
+        "bm8ga2V5",
+        "--afs-name",
+        "share",
+        "--bfs-name",
+        "container",
+        "--nfs",
+        "data",
     ];
-    e.ok(&cluster);
+    let cluster = [
+        "cluster", "create", "-g", "g", "-w", "w", "-n", "two", "-s", SIZE, "-t", "1",
+    ];
+    e.ok(&[&cluster[..], &options].concat());
     let job = json!({
         "nodeCount": 1,
         "stdOutErrPathPrefix": e.path().join("out").to_string_lossy(),
-        "customToolkitSettings": { "commandLine": "cat $AZ_BATCHAI_MOUNT_ROOT/afs/result $AZ_BATCHAI_MOUNT_ROOT/bfs/in" },
+        "customToolkitSettings": { "commandLine":
+            "cd $AZ_BATCHAI_MOUNT_ROOT; cat afs/result bfs/in nfs/result; cd $AZ_BATCHAI_JOB_MOUNT_ROOT; cat a/result b/in n/result" },
     });
     let file = e.job_file("second", job).to_string_lossy().into_owned();
     let create = [
         "job", "create", "-g", "g", "-w", "w", "-e", "e", "-c", "two", "-n", "second",
     ];
-    e.ok(&[&create[..], &["-f", &file]].concat());
+    let places = [
+        "--afs-mount-path",
+        "a",
+        "--bfs-mount-path",
+        "b",
+        "--nfs-mount-path",
+        "n",
+    ];
+    e.ok(&[&create[..], &["-f", &file], &options, &places].concat());
     assert_eq!(e.wait("second"), 0, "{}", e.log("second", "stderr.txt"));
-    assert_eq!(e.log("second", "stdout.txt"), "out\ngiven\n");
+    let said = e.log("second", "stdout.txt");
+    assert_eq!(said, "out\ngiven\nout\n".repeat(2));
     let drop_alias = |name: &'static str| ["storage-alias", "delete", "-n", name, "-y"];
     let (_, said) = e.fails(&drop_alias("share"));
     assert!(
-        said.contains("clusters/two mounts a file server by it"),
+        said.contains("clusters/two mounts what it is for"),
         "{said}"
     );
     let refuse = [

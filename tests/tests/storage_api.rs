@@ -5,6 +5,7 @@ use batchai_proto::v1;
 use batchai_proto::v1::storage_alias::Target;
 use batchai_tests::api::{Api, CLUSTER, EXPERIMENT, GROUP, WORKSPACE, connector, job, refusal};
 use batchai_tests::ensemble::{Ensemble, SIZE};
+use batchai_tests::process::until;
 use tonic::Code;
 
 const KEY: &str = "bWFya2VkLWtleS1vZi1zdG9yYWdl";
@@ -303,7 +304,20 @@ fn a_share_leads_to_a_file_server_for_those_who_may_use_it() {
     assert_eq!(status.code(), Code::NotFound);
     assert!(status.message().contains(&absent), "{status}");
     let server = create_server(&api, "f");
-    let made = create("f", for_share(target.clone())).unwrap();
+    // What mounts the share already was not asked whether it may use the file server.
+    let early = api.call(api.clusters().create_cluster(cluster(volumes())));
+    let early = early.unwrap().name;
+    let status = create("f", for_share(target.clone())).unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains(&early), "{status}");
+    let delete = v1::DeleteClusterRequest {
+        name: early,
+        ..Default::default()
+    };
+    api.call(api.clusters().delete_cluster(delete)).unwrap();
+    let made = until("the cluster to be gone", || {
+        create("f", for_share(target.clone())).ok()
+    });
     assert_eq!(made.target, Some(target));
     let Some(Target::FileServer(inside)) = made.target else {
         panic!("another target");

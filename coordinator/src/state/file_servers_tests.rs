@@ -406,14 +406,30 @@ fn an_alias_that_leads_to_nothing_any_more_is_named() {
 }
 
 #[test]
-fn who_may_mount_follows_an_alias_that_is_made_later() {
+fn what_is_mounted_already_does_not_become_a_file_server() {
     let mut e = begun();
     let job = e.submit("j", 1, |job| job.mount_volumes = Some(share()));
-    assert_eq!(e.state_of(&job), JobState::Running);
-    assert!(clients(&e).is_empty());
-    let revision = e.state.nodes[STORE].assigned;
+    let refused = e.try_apply(alias()).unwrap_err().to_string();
+    assert!(
+        refused.contains("jobs/j mounts what it is for"),
+        "{refused}"
+    );
+    // Other shares of the account, and others' targets, are nothing to it.
+    let C::CreateStorageAlias(own) = alias() else {
+        panic!("it makes one");
+    };
+    e.ok(C::CreateStorageAlias(v1::StorageAlias {
+        name: "storageAliases/other".into(),
+        share_name: "other".into(),
+        ..own.clone()
+    }));
+    e.ok(C::CreateStorageAlias(v1::StorageAlias {
+        target: Some(v1::storage_alias::Target::Path("/lab".into())),
+        ..own
+    }));
+    e.ok(delete_alias());
+    e.see(&job, 0, P::Ready, &[]);
+    e.see(&job, 0, P::Ended, &[(0, Some(0))]);
     e.ok(alias());
-    // It may be told to mount it after all: its list is not sent again for that.
-    assert!(e.state.nodes[STORE].assigned > revision);
-    assert_eq!(clients(&e), ["10.0.0.1"]);
+    assert!(clients(&e).is_empty());
 }

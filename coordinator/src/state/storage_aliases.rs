@@ -9,7 +9,7 @@ use batchai_proto::internal::v1::Delete;
 use batchai_proto::v1::storage_alias::Target;
 use batchai_proto::v1::{MountVolumes, StorageAlias};
 
-use super::{Rejection, State, Step, check_etag, check_new, etag, file_servers, nodes, not_found};
+use super::{Rejection, State, Step, check_etag, check_new, etag, file_servers, not_found};
 
 /// What is mounted in the stead of volumes, by their relative mount paths.
 pub fn resolve(state: &State, volumes: Option<&MountVolumes>) -> BTreeMap<String, StorageAlias> {
@@ -24,17 +24,27 @@ fn of_volumes<'a>(
     volumes: Option<&'a MountVolumes>,
 ) -> impl Iterator<Item = (&'a String, &'a StorageAlias)> {
     let volumes = volumes.filter(|_| !state.storage_aliases.is_empty());
+    aliasable(volumes).filter_map(|(path, account, share, container)| {
+        let alias = find(state, (account, &share, container))?;
+        Some((path, alias))
+    })
+}
+
+/// The volumes that there may be aliases for: relative mount path, account, share and container.
+fn aliasable(
+    volumes: Option<&MountVolumes>,
+) -> impl Iterator<Item = (&String, &str, String, &str)> {
     let shares = volumes.into_iter().flat_map(|v| &v.azure_file_shares);
     let shares = shares.filter_map(|share| {
         // The API takes in no other.
         let parsed = storage::share(&share.azure_file_url).ok()?;
-        let alias = find(state, (&share.account_name, &parsed.share, ""))?;
-        Some((&share.relative_mount_path, alias))
+        let (path, account) = (&share.relative_mount_path, share.account_name.as_str());
+        Some((path, account, parsed.share, ""))
     });
     let blobs = volumes.into_iter().flat_map(|v| &v.azure_blob_file_systems);
-    let blobs = blobs.filter_map(|blob| {
-        let alias = find(state, (&blob.account_name, "", &blob.container_name))?;
-        Some((&blob.relative_mount_path, alias))
+    let blobs = blobs.map(|blob| {
+        let (path, account) = (&blob.relative_mount_path, blob.account_name.as_str());
+        (path, account, String::new(), blob.container_name.as_str())
     });
     shares.chain(blobs)
 }
@@ -87,6 +97,12 @@ pub(super) fn create(step: &mut Step<'_>, alias: &StorageAlias) -> Result<(), Re
     }
     if let Some(server) = file_server(alias) {
         file_servers::check_one(state, server)?;
+        // Whether whoever made it may use the file server was not asked then.
+        let already = |volumes| {
+            let mut all = aliasable(volumes);
+            all.any(|(_, account, share, container)| of(alias) == (account, &*share, container))
+        };
+        check_unused(state, &alias.name, already)?;
     }
     let stored = StorageAlias {
         etag: etag(state.revision),
@@ -95,14 +111,22 @@ pub(super) fn create(step: &mut Step<'_>, alias: &StorageAlias) -> Result<(), Re
     };
     state.storage_aliases.insert(name.clone(), Arc::new(stored));
     step.changed(name);
-    if let Some(server) = file_server(alias) {
-        // What mounts the share or the container already will mount it from now on.
-        let server = step.state.file_servers.get(server);
-        if let Some(node) = server.and_then(|server| server.node.clone()) {
-            nodes::assign(step, &node);
-        }
-    }
     Ok(())
+}
+
+/// What mounts something mounts it to its end: what lies behind it does not become a file server meanwhile, nor anything else.
+fn check_unused<'a>(
+    state: &'a State,
+    name: &str,
+    such: impl Fn(Option<&'a MountVolumes>) -> bool,
+) -> Result<(), Rejection> {
+    match file_servers::user(state, such) {
+        Some(user) => Err(Rejection::WrongState {
+            name: name.to_owned(),
+            why: format!("{user} mounts what it is for; delete that first"),
+        }),
+        None => Ok(()),
+    }
 }
 
 pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Rejection> {
@@ -111,13 +135,9 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Reject
     let found = found.ok_or_else(|| not_found(Kind::StorageAlias, name))?;
     check_etag(name, &command.etag, &found.etag)?;
     if file_server(found).is_some() {
-        // Those that mount it would be shut out of it.
+        // What mounts it would be shut out of it.
         let by_it = |v| of_volumes(step.state, v).any(|(_, alias)| alias.name == *name);
-        if let Some(user) = file_servers::user(step.state, by_it) {
-            let why = format!("{user} mounts a file server by it; delete that first");
-            let name = name.clone();
-            return Err(Rejection::WrongState { name, why });
-        }
+        check_unused(step.state, name, by_it)?;
     }
     step.state.storage_aliases.remove(name);
     step.deleted(name);
