@@ -242,8 +242,8 @@ fn seen(context: &Context<'_>) -> Result<(Vec<String>, Vec<String>), LaunchError
 
 /// Whether a path lies in what every container has of the host. Memory that processes share is its own.
 fn comes_by_itself(path: &str) -> bool {
-    let within = |place: &&str| is_within(path, place);
-    HOSTS.iter().any(|place| within(&place)) && !within(&SHARED_MEMORY)
+    let within = |place: &str| is_within(path, place);
+    HOSTS.into_iter().any(within) && !within(SHARED_MEMORY)
 }
 
 /// A path in its plain form, where what is there can be seen in the place that it has in a container: not the root, which would hide the image,

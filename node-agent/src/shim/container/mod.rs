@@ -220,7 +220,9 @@ impl<E: Into<io::Error>> From<E> for Untold {
 }
 
 pub(super) fn failure(mut message: String, infrastructure: bool) -> FailureRecord {
-    message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+    let fits = |at: &usize| message.is_char_boundary(*at);
+    let end = (0..=MESSAGE_BYTES_MAX.min(message.len())).rev().find(fits);
+    message.truncate(end.unwrap_or_default());
     FailureRecord {
         code: FAILED.to_owned(),
         message,
