@@ -58,7 +58,7 @@ const RECIPES: [Recipe; 20] = [
         1,
     ),
     recipe("Caffe-GPU", &["caffe-gpu"], 1),
-    // Its processes meet in a directory that machines do not share by themselves here: on machines of their own it is refused by name.
+    // Its processes meet in a directory that the first node serves to the second.
     recipe("Caffe2-GPU-Distributed", &["caffe2-gpu-distributed"], 1),
     recipe("Chainer-GPU-Distributed", &["chainer-gpu-distributed"], 1),
     recipe(
@@ -123,6 +123,7 @@ fn register(node: usize, one_machine: bool) -> RegisterNode {
             root: format!("/r{node}"),
             first_port: 20_000,
             last_port: 20_099,
+            image_sources: containers().image_sources(),
             ..Default::default()
         }),
         empty: true,
@@ -206,6 +207,18 @@ fn assigned(job: &v1::Job, one_machine: bool) -> Vec<Assignment> {
     all
 }
 
+fn containers() -> Ability {
+    Ability {
+        able: true,
+        engine: Some(Engine::Docker),
+        images: "/data/images".into(),
+        libraries: vec![
+            "/lib64/ld-linux-x86-64.so.2".into(),
+            "/lib/libc.so.6".into(),
+        ],
+    }
+}
+
 fn facts(assignment: &Assignment, gpus: usize) -> HostFacts {
     let own = &assignment.hosts[assignment.host_index as usize];
     HostFacts {
@@ -215,15 +228,7 @@ fn facts(assignment: &Assignment, gpus: usize) -> HostFacts {
         lease: "/data/lease".into(),
         gpu_count: gpus,
         interface: Some("eth0".into()),
-        containers: Ability {
-            able: true,
-            engine: Some(Engine::Docker),
-            images: "/data/images".into(),
-            libraries: vec![
-                "/lib64/ld-linux-x86-64.so.2".into(),
-                "/lib/libc.so.6".into(),
-            ],
-        },
+        containers: containers(),
         base_env: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
         remote_shell: ["/usr/bin/batchai", "node-agent", "remote-shell"]
             .map(str::to_owned)
@@ -263,8 +268,16 @@ fn say_plan(text: &mut String, plan: &Plan, beside: &BTreeMap<String, String>) {
     for mount in &plan.mounts {
         let how = json!(mount.how);
         let (place, account) = (&how["remote"]["place"], &how["remote"]["account"]);
+        let what = match account.as_str() {
+            Some(account) => format!("{place} of {account:?}"),
+            None => how.to_string(),
+        };
         let (path, code) = (&mount.path, &mount.code);
-        writeln!(text, "  mount {path}: {place} of {account}, else {code}").unwrap();
+        writeln!(text, "  mount {path}: {what}, else {code}").unwrap();
+    }
+    if let Some(serve) = &ready.serve {
+        let (what, at, to) = (&serve.directory, serve.listen, &serve.clients);
+        writeln!(text, "  serves {what} at {at} to {to:?}").unwrap();
     }
     if let Some(container) = &ready.container {
         let source = json!(container.source);
