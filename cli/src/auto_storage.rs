@@ -5,6 +5,8 @@
 //! Which one is the default is a matter of its id, and of nothing else: an administrator who wants it on some node, or with more
 //! room, makes it before. It is deleted like any other, and never by a cluster that goes.
 
+use std::time::Duration;
+
 use batchai_proto::v1::data_disks::StorageAccountType;
 use batchai_proto::v1::{self, ProvisioningState};
 use tonic::Code;
@@ -20,6 +22,8 @@ const SERVER: &str = "batchaiautostorage";
 const MOUNTS: [(&str, &str); 2] = [("batchaishare", "autoafs"), ("batchaicontainer", "autobfs")];
 /// What there must be of room on its node. No limit.
 const ROOM_GB: i32 = 1;
+/// How long it may take until it is served.
+const SERVED_MAX: Duration = Duration::from_secs(300);
 
 /// Adds both to what a new cluster of a workspace mounts, when they are there.
 pub async fn add(
@@ -32,7 +36,15 @@ pub async fn add(
         Some(server) => server,
         None => create(client, workspace, cluster).await?,
     };
-    let server = served(&mut client.file_servers(), server).await?;
+    let mut servers = client.file_servers();
+    let served = tokio::time::timeout(SERVED_MAX, served(&mut servers, server)).await;
+    let server = served.map_err(|_| {
+        CliError::Failed(format!(
+            "--use-auto-storage: {name} is not served after {} minutes; delete it, or make it on another node: \
+             batchai file-server create -n {SERVER} --node NODE",
+            SERVED_MAX.as_secs() / 60
+        ))
+    })??;
     if server.provisioning_state() != ProvisioningState::Succeeded {
         let errors = server.errors.iter().map(|error| error.message.as_str());
         let why = errors.collect::<Vec<_>>().join("; ");

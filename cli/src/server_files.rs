@@ -192,18 +192,15 @@ async fn below(client: &Client, server: &str, path: &str, to: &Path) -> Result<F
     Ok(found)
 }
 
-/// The files of this machine, and where each goes there.
+/// The files of this machine, and where each goes there; and the directories that have none.
 fn gather(local: &[PathBuf], path: &str) -> Result<Found, CliError> {
     let (mut found, mut open) = (Found::default(), Vec::new());
     for given in local {
-        // What a link leads to that was named itself is sent, under the link's name.
-        let metadata = fs::metadata(given).map_err(at(given))?;
-        let whole = fs::canonicalize(given).map_err(at(given))?;
-        let name = given.file_name().or(whole.file_name());
-        let name = name.and_then(|name| name.to_str());
-        let unnamed = || CliError::Failed(format!("{}: {UNNAMED}", given.display()));
-        let name = name.ok_or_else(unnamed)?;
-        open.push((whole.clone(), join(path, name), metadata, 0));
+        match begin(given, path) {
+            Ok(begun) => open.push(begun),
+            Err(error) if local.len() == 1 => return Err(error),
+            Err(error) => found.fail(&given.to_string_lossy(), &error.to_string()),
+        }
     }
     open.reverse();
     while let Some((local, path, metadata, depth)) = open.pop() {
@@ -235,6 +232,12 @@ fn gather(local: &[PathBuf], path: &str) -> Result<Found, CliError> {
                 continue;
             }
         };
+        if inside.is_empty() {
+            // A directory's path has a slash at its end.
+            let (path, size) = (format!("{path}/"), 0);
+            found.files.push(Copied { local, path, size });
+            continue;
+        }
         inside.sort();
         for inside in inside.into_iter().rev() {
             let name = inside.file_name().unwrap_or_default();
@@ -247,6 +250,19 @@ fn gather(local: &[PathBuf], path: &str) -> Result<Found, CliError> {
         }
     }
     Ok(found)
+}
+
+type Open = (PathBuf, String, fs::Metadata, usize);
+
+/// What a link leads to that was named itself is sent, under the link's name.
+fn begin(given: &Path, path: &str) -> Result<Open, CliError> {
+    let metadata = fs::metadata(given).map_err(at(given))?;
+    let whole = fs::canonicalize(given).map_err(at(given))?;
+    let name = given.file_name().or(whole.file_name());
+    let name = name.and_then(|name| name.to_str());
+    let unnamed = || CliError::Failed(format!("{}: {UNNAMED}", given.display()));
+    let path = join(path, name.ok_or_else(unnamed)?);
+    Ok((whole, path, metadata, 0))
 }
 
 const UNNAMED: &str = "its name is not UTF-8";

@@ -370,7 +370,7 @@ enum ServeError {
     #[error("more than {CLIENTS_MAX} addresses mount it")]
     TooMany,
     #[error(
-        "what lies on it is not there: {} does not exist; is its disk mounted?", path.display()
+        "what lies on it is not there: {} does not exist; is its disk mounted? If it is lost: batchai file-server delete --force", path.display()
     )]
     Missing { path: PathBuf },
     #[error("{0}")]

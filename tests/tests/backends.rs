@@ -150,7 +150,7 @@ fn a_file_server_stays_with_its_backend_whatever_dies_and_is_installed() {
     let aside = data.with_extension("aside");
     std::fs::rename(&data, &aside).unwrap();
     std::fs::write(&data, "").unwrap();
-    w.cut_and_fail("File exists");
+    w.cut_and_fail("Not a directory");
     std::fs::remove_file(&data).unwrap();
     std::fs::rename(&aside, &data).unwrap();
     w.until_it_is("data", "SUCCEEDED");

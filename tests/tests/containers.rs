@@ -490,7 +490,7 @@ fn an_archive_is_unpacked_layer_by_layer_and_what_is_none_is_refused() {
     fs::write(&bad, packed(&[("a", EntryType::Regular, "x")])).unwrap();
     refused(&e, "other", &named(&bad), "manifest.json is not in it");
     saved(&bad, &layers, |config| {
-        config["rootfs"]["diff_ids"][1] = json!("sha256:00")
+        config["rootfs"]["diff_ids"][1] = json!(format!("sha256:{}", "00".repeat(32)))
     });
     refused(
         &e,
@@ -520,7 +520,7 @@ fn an_archive_is_unpacked_layer_by_layer_and_what_is_none_is_refused() {
     saved(
         &bad,
         &[packed(&[("a", EntryType::Link, "none")])],
-        |config| config["rootfs"]["diff_ids"] = json!(["sha256:00"]),
+        |config| config["rootfs"]["diff_ids"] = json!([format!("sha256:{}", "00".repeat(32))]),
     );
     refused(&e, "before", &named(&bad), "it is not what the image names");
     saved(&bad, &layers[..1], |config| {

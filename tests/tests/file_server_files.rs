@@ -138,6 +138,7 @@ fn files_go_both_ways_and_jobs_see_and_change_them() {
     let (local, back) = (e.path().join("local/set"), e.path().join("back"));
     many(&local);
     symlink("/etc/passwd", local.join("link")).unwrap();
+    fs::create_dir(local.join("nothing")).unwrap();
     let upload = e.run(&verb("upload", &[text(&local), "-p", "sets/a"]));
     let printed = good(&upload);
     assert_eq!(printed.matches(" of them sent").count(), 1002, "{printed}");
@@ -149,6 +150,7 @@ fn files_go_both_ways_and_jobs_see_and_change_them() {
     let expected = tree(&local);
     assert_eq!(expected.len(), 1002);
     assert!(tree(&data.join("sets/a/set")) == expected);
+    assert!(data.join("sets/a/set/nothing").is_dir());
     let own = |path: &Path| {
         let metadata = fs::metadata(path).unwrap();
         (metadata.uid(), metadata.gid(), metadata.mode() & 0o777)
@@ -180,14 +182,15 @@ fn files_go_both_ways_and_jobs_see_and_change_them() {
 
     let listed = e.json(&verb("list", &["-p", "sets/a/set"]));
     let listed = listed.as_array().unwrap();
-    assert_eq!(listed.len(), 12);
+    assert_eq!(listed.len(), 13);
+    assert_eq!(listed[12]["path"], "sets/a/set/nothing");
     assert_eq!(listed[0]["path"], "sets/a/set/0");
     assert_eq!(listed[0]["isDirectory"], true);
     assert_eq!(listed[11]["path"], "sets/a/set/larger");
     assert_eq!(listed[11]["sizeBytes"], "5000000");
     assert!(listed[11]["modifyTime"].is_string());
     let one = e.json(&verb("list", &["-p", "sets/a/set/larger"]));
-    assert_eq!(one.as_array().unwrap()[..], listed[11..]);
+    assert_eq!(one.as_array().unwrap()[..], listed[11..12]);
 
     let job = json!({
         "nodeCount": 1,

@@ -128,6 +128,10 @@ impl Copier {
 
     pub async fn upload(self, file: Copied) -> Result<String, CliError> {
         self.bar.set_message(shown(&file.path));
+        if let Some(directory) = file.path.strip_suffix('/') {
+            make_directory(&self.client, &self.server, directory).await?;
+            return Ok(format!("{}: an empty directory", shown(&file.path)));
+        }
         let local = file.local.clone();
         let looked = tokio::task::spawn_blocking(move || {
             let mut opened = File::open(&local).map_err(at(&local))?;

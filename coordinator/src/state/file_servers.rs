@@ -283,7 +283,8 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete, purge: bool) -> Resu
     let time = step.state.time;
     change(step, name, |server| {
         server.deleting.get_or_insert(time);
-        server.purge |= purge;
+        // One whose disk is lost cannot be purged: then it is let go of by force.
+        server.purge = purge || (server.purge && !command.force);
     });
     nodes::assign(step, node);
     Ok(())

@@ -271,6 +271,15 @@ fn what_is_deleted_goes_when_its_node_has_said_so_or_was_expelled() {
     e.ok(report(STORE, purged));
     assert!(!e.state.file_servers.contains_key(SERVER));
     assert!(assignments(&e.state, STORE).file_servers.is_empty());
+    // One whose disk is lost is let go of.
+    let mut e = begun();
+    e.ok(delete(false, true));
+    e.ok(delete(false, false));
+    assert!(server(&e).purge);
+    e.ok(delete(true, false));
+    assert!(!server(&e).purge);
+    e.ok(report(STORE, gone.clone()));
+    assert!(!e.state.file_servers.contains_key(SERVER));
     // One that is to stay is not gone because its node says so.
     let mut e = begun();
     e.ok(report(STORE, gone));
@@ -466,6 +475,9 @@ fn what_a_storage_alias_leads_to_is_mounted_as_if_it_were_named() {
 fn an_alias_that_leads_to_nothing_any_more_is_named() {
     let mut e = begun();
     e.ok(alias());
+    // One that came in time keeps nobody from mending it.
+    e.submit("waits", 9, |job| job.mount_volumes = Some(share()));
+    assert!(e.try_apply(delete_alias()).is_err());
     e.ok(delete(true, false));
     let job = v1::Job {
         name: format!("{WORKSPACE}/experiments/e/jobs/late"),

@@ -134,7 +134,7 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete) -> Result<(), Reject
     let found = step.state.storage_aliases.get(name);
     let found = found.ok_or_else(|| not_found(Kind::StorageAlias, name))?;
     check_etag(name, &command.etag, &found.etag)?;
-    if file_server(found).is_some() {
+    if file_server(found).is_some_and(|name| step.state.file_servers.contains_key(name)) {
         // What mounts it would be shut out of it.
         let by_it = |v| of_volumes(step.state, v).any(|(_, alias)| alias.name == *name);
         check_unused(step.state, name, by_it)?;

@@ -329,6 +329,7 @@ mod tests {
         let stead: Stead = paths.map(|path| (path.to_owned(), alias.clone())).into();
         let mut source = FileServerSource {
             name: "f".into(),
+            uid: "1".into(),
             place: Some(FileServerPlace {
                 address: "10.0.0.2".into(),
                 port: 2049,

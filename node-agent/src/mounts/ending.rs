@@ -10,7 +10,10 @@ use super::holder::{Holder, HolderError, PAUSE};
 use super::kernel::{self, Mark};
 use super::standing::named;
 use super::step::{Step, within};
-use super::{CACHE, MARKS, PLAN, Phase, Plan, STATUS, Status, UNMOUNT, left, rclone, servers};
+use super::{
+    CACHE, MARKS, PLAN, Phase, Plan, STATUS, Status, UNMOUNT, is_sent_elsewhere, left, rclone,
+    servers,
+};
 use crate::journal::AttemptDir;
 use crate::launch::{How, Mount};
 
@@ -90,13 +93,13 @@ impl Holder<'_> {
 
     /// Unmounts it in order, so that what was written arrives. What that does not do is done by force later.
     pub(super) fn leave(&self, at: usize, mount: &Mount) -> Result<(), String> {
-        let local = matches!(mount.how, How::Local { .. });
+        let elsewhere = is_sent_elsewhere(mount);
         for mark in self.marks_of(at).iter().rev() {
             let known = kernel::mounted().unwrap_or_default();
             let Some(place) = known.place(mark) else {
                 continue;
             };
-            let flush = !local && known.holds_back(mark);
+            let flush = elsewhere && known.holds_back(mark);
             let most = match flush {
                 true => self.plan.write_back_max(),
                 false => UNMOUNT_MAX,

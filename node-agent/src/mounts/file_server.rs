@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use super::kernel;
 
@@ -218,8 +219,17 @@ pub fn local(shared: &Path, directory: &str, options: &str, place: &Path) -> io:
     }
     let none: Option<&str> = None;
     mount(Some(&*source), place, none, MsFlags::MS_BIND, none)?;
-    // A bind mount takes its flags only when it is there.
-    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | SAFE | flags(&options);
+    // A bind mount takes its flags only when it is there; and gives nobody what is forbidden where it comes from.
+    let mut flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | SAFE | flags(&options);
+    let there = fstatvfs(&found)?.flags();
+    for (one, same) in [
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+        (FsFlags::ST_RDONLY, MsFlags::MS_RDONLY),
+    ] {
+        if there.contains(one) {
+            flags.insert(same);
+        }
+    }
     mount(none, place, none, flags, none)?;
     Ok(())
 }
@@ -323,6 +333,34 @@ mod tests {
         assert_eq!(versions(3), "3");
         assert_eq!(versions(4), "4.2 4.1");
         assert!(versions(5).contains("version 5"));
+    }
+
+    #[test]
+    fn what_is_forbidden_there_is_forbidden_here() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        // Its mounts are this thread's alone, and go with it.
+        let thread = std::thread::spawn(|| {
+            use nix::sched::{CloneFlags, unshare};
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let none: Option<&str> = None;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(none, "/", none, private, none).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let [disk, place] = ["disk", "place"].map(|name| dir.path().join(name));
+            std::fs::create_dir(&disk).unwrap();
+            std::fs::create_dir(&place).unwrap();
+            mount(Some("t"), &disk, Some("tmpfs"), MsFlags::MS_NOEXEC, none).unwrap();
+            local(&disk, "", "", &place).unwrap();
+            let flags = nix::sys::statvfs::statvfs(&place).unwrap().flags();
+            let expected = FsFlags::ST_NOEXEC | FsFlags::ST_NOSUID | FsFlags::ST_NODEV;
+            assert!(flags.contains(expected), "{flags:?}");
+            assert!(!flags.contains(FsFlags::ST_RDONLY), "{flags:?}");
+            nix::mount::umount(&place).unwrap();
+            nix::mount::umount(&disk).unwrap();
+        });
+        thread.join().unwrap();
     }
 
     #[test]

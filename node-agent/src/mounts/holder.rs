@@ -249,10 +249,37 @@ impl Holder<'_> {
             if self.is_over() || !self.plan.again {
                 return false;
             }
+            self.forget_what_was_read(at);
             match self.bring_up(at, mount) {
-                Ok(()) => return true,
-                Err(_) => self.detach(at),
+                Ok(()) if self.makes_room(at) => return true,
+                _ => self.detach(at),
             }
+        }
+    }
+
+    /// Whether there is room for what will be written to it. Where there is none, what waits there is written back first, and nobody is told
+    /// meanwhile that it is there.
+    fn makes_room(&self, at: usize) -> bool {
+        let cache = self.cache(at);
+        while room::lacking(&cache).is_some() {
+            if self.is_over() {
+                return false;
+            }
+            if !rclone::unwritten(&cache).is_ok_and(|left| left > 0) {
+                return false;
+            }
+            self.pause(LOOK_MIN);
+        }
+        true
+    }
+
+    /// What was only read takes room as well. Nobody serves it now.
+    fn forget_what_was_read(&self, at: usize) {
+        let cache = self.cache(at);
+        if room::lacking(&cache).is_some() && rclone::unwritten(&cache).is_ok_and(|left| left == 0)
+        {
+            // It need not be there.
+            let _ = std::fs::remove_dir_all(&cache);
         }
     }
 
@@ -359,7 +386,7 @@ impl Holder<'_> {
             if self.is_over() {
                 return None;
             }
-            if full.is_some() {
+            if full.is_some() && !is_read_only(mount) {
                 return full;
             }
             if let How::Remote(remote) = &mount.how
@@ -411,6 +438,11 @@ impl Holder<'_> {
         }
         None
     }
+}
+
+/// Nothing waits on this host then to be written back.
+fn is_read_only(mount: &Mount) -> bool {
+    matches!(&mount.how, How::Remote(remote) if remote.read_only)
 }
 
 fn look(mount: &Mount) -> Step {

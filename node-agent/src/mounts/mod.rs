@@ -81,8 +81,7 @@ pub struct Plan {
 impl Plan {
     /// Whether what is written may still be on this host when who wrote it has ended.
     fn holds_back(&self) -> bool {
-        let local = |mount: &Mount| matches!(mount.how, How::Local { .. });
-        !self.mounts.iter().all(local)
+        self.mounts.iter().any(is_sent_elsewhere)
     }
 
     /// How long what was written may take to be written back.
@@ -92,6 +91,11 @@ impl Plan {
             false => Duration::ZERO,
         }
     }
+}
+
+/// Whether what is written to it goes elsewhere, to stay there. What a job's nodes share for its time (`fresh`) is gone with the job.
+fn is_sent_elsewhere(mount: &Mount) -> bool {
+    !matches!(mount.how, How::Local { .. } | How::Nfs { fresh: true, .. })
 }
 
 /// How far a holder is.

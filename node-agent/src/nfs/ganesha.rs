@@ -155,13 +155,16 @@ pub fn configuration(dir: &Path, config: &Config, modules: &Path) -> Result<Stri
             clients.join(", ")
         ),
     };
+    // Servers of one machine are each their own: a client would take two of one name for one.
+    let own = format!("batchai-{:016x}", config.generation);
     // Others of this machine change files too: what it knows of them is asked for anew each time.
     Ok(format!(
         "NFS_CORE_PARAM {{\n  Bind_addr = {address}; NFS_Port = {port}; Protocols = 4; Plugins_Dir = {modules};\n  \
            Enable_NLM = false; Enable_RQUOTA = false; Enable_UDP = false;\n}}\n\
          NFSV4 {{\n  Minor_Versions = 1, 2; Lease_Lifetime = {LEASE_S}; Grace_Period = {GRACE_S};\n  \
            RecoveryBackend = fs; RecoveryRoot = {state}; Delegations = false;\n  \
-           Allow_Numeric_Owners = true; Only_Numeric_Owners = true;\n}}\n\
+           Allow_Numeric_Owners = true; Only_Numeric_Owners = true;\n  \
+           Server_Owner = \"{own}\"; Server_Scope = \"{own}\";\n}}\n\
          NFS_KRB5 {{ Active_krb5 = false; }}\n\
          MDCACHE {{ Dir_Chunk = 0; }}\n\
          EXPORT {{\n  Export_Id = 1; Path = {root}; Pseudo = \"/\"; Access_Type = None; {rights}\n  \
@@ -269,6 +272,8 @@ impl Server {
             .arg("-p")
             .arg(dir.join("ganesha.pid"))
             .args(["-L", "STDERR"])
+            // By the second when it began two that began together would give clients the same numbers.
+            .args(["-E", &fastrand::u32(1..).to_string()])
             .env_clear()
             .env("PATH", env::var_os("PATH").unwrap_or_default())
             // The bus knows one of that name: that of the machine's administrator, who may have one.
@@ -402,6 +407,8 @@ mod tests {
         let told = |config: &Config| configuration("/d".as_ref(), config, "/m".as_ref());
         let nobody = told(&config("/srv/a b", &[])).unwrap();
         assert!(!nobody.contains("CLIENT"), "{nobody}");
+        let own = "Server_Owner = \"batchai-0000000000000001\"; Server_Scope = \"batchai-0000000000000001\";";
+        assert!(nobody.contains(own), "{nobody}");
         for part in [
             "Bind_addr = 10.0.0.1; NFS_Port = 4000; Protocols = 4;",
             "Path = \"/srv/a b\"; Pseudo = \"/\"; Access_Type = None; Squash = Root_Squash; Anonymous_Uid = 65534; Anonymous_Gid = 65533; PrivilegedPort = true;",

@@ -97,7 +97,8 @@ impl Unstable {
         let _alone = syncing.lock().unwrap_or_else(PoisonError::into_inner);
         let of = |files: &HashMap<u64, Waiting>| {
             let waiting = files.get(&number);
-            let same = waiting.filter(|waiting| Arc::ptr_eq(&waiting.file, &file));
+            // One that came in its stead may have as many.
+            let same = waiting.filter(|waiting| Arc::ptr_eq(&waiting.syncing, &syncing));
             same.map(|waiting| waiting.writes)
         };
         let writes = of(&self.files());

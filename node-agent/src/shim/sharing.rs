@@ -8,6 +8,7 @@ use std::io;
 use std::process::Child;
 use std::time::Duration;
 
+use batchai_common::limits::TERMINATION_GRACE;
 use batchai_common::time::boot_time;
 use batchai_proto::shared::SHARED_JOB_TEMP;
 use nix::sys::signal::{Signal, kill};
@@ -22,8 +23,8 @@ use crate::nfs;
 use crate::status::FailureRecord;
 use crate::user::with_files_of;
 
-/// How long it is waited for other nodes to unmount it: they are told that the job is over when this one is.
-const LINGER: Duration = Duration::from_secs(5);
+/// How long it is waited for other nodes to unmount it: they are told that the job is over when this one is, and have their grace.
+const LINGER: Duration = TERMINATION_GRACE.saturating_add(Duration::from_secs(10));
 /// It does what it is being asked for to its end, which takes less.
 const LAST_CALLS_MAX: Duration = Duration::from_secs(15);
 /// One that is killed has ended by then.

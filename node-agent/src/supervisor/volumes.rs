@@ -283,15 +283,51 @@ fn never(message: String) -> Mounted {
     })
 }
 
-/// Whose they are and what they are: others have another one. What opens them says nothing of that, and is not to be guessed by it; what
-/// is mounted stays when another storage alias is made.
+/// Whose they are, what they are, and where file servers are: others have another one. What opens them says nothing of that, and is not to be
+/// guessed by it; what is mounted stays when another storage alias is made.
 fn key(wanted: &ClusterMounts) -> String {
     let mut what = ClusterMounts {
         cluster: wanted.cluster.clone(),
         uid: wanted.uid.clone(),
         volumes: wanted.volumes.clone(),
+        file_servers: wanted.file_servers.clone(),
         ..ClusterMounts::default()
     };
     secrets::blank(secrets::of_mounts("", what.volumes.as_mut()));
     hex(&Sha256::digest(what.encode_to_vec()))[..32].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use batchai_proto::agent::v1::{FileServerPlace, FileServerSource};
+    use batchai_proto::v1::{AzureFileShare, MountVolumes, StorageCredentials};
+
+    use super::*;
+
+    #[test]
+    fn what_is_mounted_is_another_one_when_a_file_server_has_moved_and_not_with_another_key() {
+        let wanted = |port: i32, account_key: &str| ClusterMounts {
+            uid: "u".into(),
+            volumes: Some(MountVolumes {
+                azure_file_shares: vec![AzureFileShare {
+                    credentials: Some(StorageCredentials {
+                        account_key: account_key.into(),
+                        ..StorageCredentials::default()
+                    }),
+                    ..AzureFileShare::default()
+                }],
+                ..MountVolumes::default()
+            }),
+            file_servers: vec![FileServerSource {
+                place: Some(FileServerPlace {
+                    port,
+                    ..FileServerPlace::default()
+                }),
+                ..FileServerSource::default()
+            }],
+            ..ClusterMounts::default()
+        };
+        assert_eq!(key(&wanted(1, "a")), key(&wanted(1, "b")));
+        assert_ne!(key(&wanted(1, "a")), key(&wanted(2, "a")));
+    }
 }

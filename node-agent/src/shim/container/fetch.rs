@@ -139,6 +139,13 @@ fn had_by_engine(
         let (file, image) = match &saved {
             Some(saved) => saved,
             None => {
+                // What a try that failed has left takes the room of this one.
+                match std::fs::remove_file(&at) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(error.into());
+                    }
+                    _ => {}
+                }
                 // In the file, and unpacked from it.
                 store.leaves_room(bytes.saturating_mul(2))?;
                 ask(&reference.engine.save(digest, &at.to_string_lossy()), false).map_err(

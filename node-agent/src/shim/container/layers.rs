@@ -10,6 +10,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Component, Path, PathBuf};
 
+use batchai_common::images::is_sha256;
 use flate2::read::MultiGzDecoder;
 use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
@@ -69,6 +70,7 @@ struct Settings {
     working_dir: Value,
     shell: Value,
     entrypoint: Value,
+    cmd: Value,
     volumes: Value,
 }
 
@@ -100,6 +102,7 @@ impl Settings {
             ("WORKDIR", &self.working_dir),
             ("SHELL", &self.shell),
             ("ENTRYPOINT", &self.entrypoint),
+            ("CMD", &self.cmd),
             ("VOLUME", &self.volumes),
         ];
         let says = |value: &Value| match value {
@@ -199,9 +202,11 @@ pub fn read(file: &File) -> io::Result<Image> {
     }
     let sections = manifest.layers.iter().map(|name| find(&held, name));
     let sections = sections.collect::<io::Result<Vec<_>>>()?;
-    let ids = ids
-        .iter()
-        .map(|id| id.trim_start_matches("sha256:").to_owned());
+    let ids = ids.iter().map(|id| id.trim_start_matches("sha256:"));
+    let ids: Vec<_> = ids.map(str::to_owned).collect();
+    if !ids.iter().all(|id| is_sha256(id)) {
+        return Err(bad("its configuration names a layer by what is no SHA-256"));
+    }
     let settings = configuration.config.unwrap_or_default();
     Ok(Image {
         digest,
@@ -439,12 +444,21 @@ fn add(layer: impl Read, count: &mut Entries) -> io::Result<()> {
 /// A disk has so much free, and what else is to be left, of files too where it counts them.
 pub fn leave_room(at: &Path, bytes: u64) -> io::Result<()> {
     let disk = statvfs(at)?;
-    let free = (disk.blocks_available() as u64).saturating_mul(disk.fragment_size() as u64);
+    let size = |blocks: u64| blocks.saturating_mul(disk.fragment_size() as u64);
+    let free = size(disk.blocks_available() as u64);
+    let wanted = bytes.saturating_add(SPARE_BYTES);
+    if wanted > size(disk.blocks() as u64) {
+        // No other image need go for it.
+        return Err(bad(format!(
+            "it takes {} MiB, which is more than the disk of the agent's --data has",
+            bytes >> 20
+        )));
+    }
     let full = |what: &str| {
         let why = format!("the disk of the agent's --data {what}");
         Err(io::Error::new(io::ErrorKind::StorageFull, why))
     };
-    if free <= bytes.saturating_add(SPARE_BYTES) {
+    if free <= wanted {
         return full("is full");
     }
     if disk.files() > 0 && disk.files_available() as u64 <= SPARE_FILES {

@@ -339,7 +339,7 @@ pub fn able(images: PathBuf) -> Ability {
         able,
         engine,
         images: images.to_string_lossy().into_owned(),
-        libraries: libraries(&maps.unwrap_or_default()),
+        libraries: with_links(libraries(&maps.unwrap_or_default())),
     }
 }
 
@@ -356,6 +356,29 @@ fn libraries(maps: &str) -> Vec<String> {
     files.sort();
     files.dedup();
     files
+}
+
+/// Libraries with the links beside them that lead there: by those names programs ask for them.
+fn with_links(libraries: Vec<String>) -> Vec<String> {
+    let links = libraries.iter().flat_map(|library| {
+        let library = Path::new(library);
+        let name = library.file_name().unwrap_or_default().to_string_lossy();
+        let stem = name.split(['-', '.']).next().unwrap_or_default().to_owned();
+        let beside = library.parent().and_then(|dir| fs::read_dir(dir).ok());
+        let beside = beside.into_iter().flatten().flatten().filter(move |entry| {
+            let name = entry.file_name();
+            name.to_str()
+                .is_some_and(|name| name.starts_with(&stem) && name.contains(".so"))
+        });
+        let leads = move |path: &PathBuf| path.canonicalize().is_ok_and(|real| real == library);
+        beside.map(|entry| entry.path()).filter(leads)
+    });
+    let links = links.map(|link| link.to_string_lossy().into_owned());
+    let mut all: Vec<_> = links.collect();
+    all.extend(libraries);
+    all.sort();
+    all.dedup();
+    all
 }
 
 fn is_there(program: &str) -> bool {
@@ -388,6 +411,16 @@ mod tests {
             found,
             ["/opt/a b/ld-linux-x86-64.so.2", "/usr/lib/libc.so.6"]
         );
+        // Of systems that name them by their versions programs ask for the links.
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in ["libc-2.31.so", "libcap.so.2", "libc.a"] {
+            fs::write(path(name), "").unwrap();
+        }
+        std::os::unix::fs::symlink("libc-2.31.so", path("libc.so.6")).unwrap();
+        let text = |name: &str| path(name).to_string_lossy().into_owned();
+        let both = with_links(vec![text("libc-2.31.so")]);
+        assert_eq!(both, [text("libc-2.31.so"), text("libc.so.6")]);
         // Of this one: they are there.
         let own = libraries(&fs::read_to_string("/proc/self/maps").unwrap());
         assert!(own.iter().all(|path| Path::new(path).is_file()), "{own:?}");

@@ -40,6 +40,8 @@ const LDCONFIG: [&str; 2] = ["/sbin/ldconfig.real", "/sbin/ldconfig"];
 struct Seen {
     path: PathBuf,
     at: File,
+    /// Of the host itself: nobody changes it there.
+    lent: bool,
 }
 
 /// Makes it, in this process's mount namespace, and puts this process into it.
@@ -188,20 +190,28 @@ fn give_gpu_libraries(line: &[String]) -> Result<(), Trouble> {
 
 fn seen(container: &Container, user: Option<&JobUser>) -> io::Result<Vec<Seen>> {
     let mut seen = Vec::new();
-    let own = container.own.iter().map(|path| (path, path));
-    let lent = container.lent.iter().map(|(from, to)| (from, to));
-    for (from, to) in own.chain(lent) {
+    let own = container.own.iter().map(|path| (path, path, false));
+    let lent = container.lent.iter().map(|(from, to)| (from, to, true));
+    for (from, to, lent) in own.chain(lent) {
         let flags = OFlag::O_PATH.bits();
-        let opened = OpenOptions::new().read(true).custom_flags(flags).open(from);
-        let at = opened.map_err(|e| io::Error::new(e.kind(), format!("{from}: {e}")))?;
+        let at = match OpenOptions::new().read(true).custom_flags(flags).open(from) {
+            Ok(at) => at,
+            // A library that was replaced since the agent began.
+            Err(error) if lent && error.kind() == io::ErrorKind::NotFound => {
+                println!("{from} is not in the container: {error}");
+                continue;
+            }
+            Err(e) => return Err(io::Error::new(e.kind(), format!("{from}: {e}"))),
+        };
         let path = PathBuf::from(to);
-        seen.push(Seen { path, at });
+        seen.push(Seen { path, at, lent });
     }
     for path in &container.wanted {
         match open_as(user, path, OFlag::O_PATH) {
             Ok(at) => seen.push(Seen {
                 path: PathBuf::from(path),
                 at,
+                lent: false,
             }),
             // Without a container it would not be there either.
             Err(error) => println!("{path} is not in the container: {error}"),
@@ -262,6 +272,12 @@ fn furnish(
     for one in seen {
         let from = host.join(format!("proc/self/fd/{}", one.at.as_raw_fd()));
         mount(Some(&from), &one.path, NONE, bind, NONE)?;
+        if one.lent {
+            // It is the host's: who is root here changes it no more than others.
+            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_RDONLY;
+            let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+            mount(NONE, &one.path, NONE, flags, NONE)?;
+        }
     }
     // Last: nothing may lead to processes before.
     for path in kernel {
