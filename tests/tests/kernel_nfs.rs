@@ -69,6 +69,14 @@ struct World {
     data: PathBuf,
 }
 
+fn create(e: &Replicas, name: &str) -> Value {
+    let create = ["file-server", "create", "-n", name, "-s", "test-size"];
+    let disks = ["--disk-count", "1", "--disk-size", "1"];
+    let rest = ["--storage-sku", "Standard_LRS", "-u", "ada", "-p", "pass"];
+    let at = ["-g", "g", "-w", "w"];
+    e.json_at(&e.list(), &[&create[..], &disks, &rest, &at].concat())
+}
+
 impl World {
     /// None where it cannot be: then the test was told so.
     fn start(by: By, test: &str, patience_s: u64) -> Option<World> {
@@ -102,31 +110,7 @@ impl World {
         e.ok(&[
             "cluster", "create", "-g", "g", "-w", "w", "-n", "c", "-s", GUEST_SIZE, "-t", "1",
         ]);
-        let shown = e.json_at(
-            &all,
-            &[
-                "file-server",
-                "create",
-                "-g",
-                "g",
-                "-w",
-                "w",
-                "-n",
-                "data",
-                "-s",
-                "test-size",
-                "--disk-count",
-                "1",
-                "--disk-size",
-                "1",
-                "--storage-sku",
-                "Standard_LRS",
-                "-u",
-                "ada",
-                "-p",
-                "pass",
-            ],
-        );
+        let shown = create(&e, "data");
         assert_eq!(
             shown["mountSettings"]["fileServerInternalIP"], "10.78.0.2",
             "{shown}"
@@ -303,9 +287,67 @@ fn a_job_writes_by_nfs_and_goes_on_when_its_file_server_was_cut_down() {
 
 #[test]
 fn a_job_writes_by_ganesha_and_keeps_its_locks_when_that_was_cut_down() {
-    if let Some(w) = writes_and_goes_on(By::Ganesha, "nfs42", "nfs-server --dir") {
+    if let Some(mut w) = writes_and_goes_on(By::Ganesha, "nfs42", "nfs-server --dir") {
+        two_of_one_machine_are_two(&mut w);
         only_root_of_those_it_is_told_of_comes(w);
     }
+}
+
+/// Also where they begin in one moment, as when their machine does.
+fn two_of_one_machine_are_two(w: &mut World) {
+    let shown = create(&w.e, "more");
+    assert_eq!(shown["backend"], "ganesha", "{shown}");
+    let more: PathBuf = shown["mountSettings"]["mountPoint"]
+        .as_str()
+        .unwrap()
+        .into();
+    let agents = w.e.path().join("agents");
+    let serving = || {
+        let all = processes_of(&agents).into_iter();
+        let own = all.filter(|(_, line)| line.contains("ganesha.nfsd -F"));
+        own.map(|(pid, _)| pid).collect::<Vec<_>>()
+    };
+    let before = serving();
+    assert_eq!(before.len(), 2);
+    for pid in &before {
+        kill(Pid::from_raw(*pid), Signal::SIGKILL).unwrap();
+    }
+    until("both to be served again", || {
+        let now = serving();
+        (now.len() == 2 && now.iter().all(|pid| !before.contains(pid))).then_some(())
+    });
+    let volume = |server: &str, path: &str| {
+        json!({
+            "fileServer": { "id": server },
+            "relativeMountPath": path,
+        })
+    };
+    let other = SERVER.replace("data", "more");
+    w.e.submit_with(
+        "two",
+        json!({
+            "nodeCount": 1,
+            "stdOutErrPathPrefix": "/out",
+            "mountVolumes": { "fileServers": [volume(SERVER, "one"), volume(&other, "two")] },
+            "customToolkitSettings": {
+                "commandLine": "cd $AZ_BATCHAI_JOB_MOUNT_ROOT && echo 1 > one/in-one && echo 2 > two/in-two && ls two",
+            },
+        }),
+    );
+    let job = w.end("two");
+    let said = w.log("two", "stderr.txt");
+    assert_eq!(job["state"], "SUCCEEDED", "{said}: {job}");
+    assert_eq!(w.log("two", "stdout.txt"), "in-two\n");
+    assert!(w.data.join("in-one").exists() && !w.data.join("in-two").exists());
+    assert!(more.join("in-two").exists() && !more.join("in-one").exists());
+    w.nothing_is_mounted();
+    let delete = ["file-server", "delete", "-n", "more", "-y", "--purge"];
+    w.e.ok(&[&delete[..], &["-g", "g", "-w", "w"]].concat());
+    until("it to be gone", || (serving().len() == 1).then_some(()));
+    until("its directory to be gone", || {
+        let all = fs::read_dir(agents.join("store/file-servers")).unwrap();
+        (all.count() == 1).then_some(())
+    });
 }
 
 /// Its agent is gone, and it reads what it is told all the same.
