@@ -96,7 +96,8 @@ fn a_job_in_a_container_has_the_images_files_and_all_that_is_its_own() {
         "set -e; cat /etc/this-is-the-image; ls / | tr '\\n' ' '; echo; id -u; whoami; echo $HOME $SECRET $PLAIN $RANK; \
          cat $AZ_BATCHAI_JOB_MOUNT_ROOT/scratch/prepared; df -k /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2; \
          echo $RANK > $AZ_BATCHAI_OUTPUT_MODEL/of-$RANK; touch /tmp/x /here 2>&1 | sed 's/.*: //'; pwd; echo $PATH; \
-         cat $AZ_BATCHAI_INPUT_MEMORY/given; cat $AZ_BATCHAI_INPUT_DEVICES/null; ls -d $AZ_BATCHAI_INPUT_KERNEL; exit 7",
+         cat $AZ_BATCHAI_INPUT_MEMORY/given; cat $AZ_BATCHAI_INPUT_DEVICES/null; ls -d $AZ_BATCHAI_INPUT_KERNEL; \
+         cd $AZ_BATCHAI_JOB_MOUNT_ROOT/scratch; touch done-$RANK; until test -e done-0 -a -e done-1; do sleep 1; done; exit 7",
     );
     whole["customToolkitSettings"]["processesPerNode"] = json!(2);
     whole["containerSettings"]["shmSize"] = json!("4m");
@@ -674,10 +675,13 @@ fn a_full_disk_takes_images_that_nobody_uses_and_is_never_the_jobs_fault() {
     let (code, message) = failure(&e, "j5");
     assert_eq!(code, "FailedStartingContainer");
     assert!(
-        message.contains("the disk of the agent's --data is full"),
+        message.contains("more than the disk of the agent's --data has"),
         "{message}"
     );
     assert_eq!(e.job("j5")["infrastructureRetryCount"], 3);
+    // Nothing went for what could never fit.
+    again_with(&e, "j6", &one);
+    assert!(!unpacked("j6"));
     e.assert_nothing_left();
 }
 
@@ -933,7 +937,7 @@ fn an_image_is_pulled_by_who_may_and_nobody_sees_how() {
     let (code, message) = failure(&e, "large");
     assert_eq!(code, "FailedStartingContainer");
     assert!(
-        message.contains("the disk of the agent's --data is full"),
+        message.contains("more than the disk of the agent's --data has"),
         "{message}"
     );
     assert_eq!(e.job("large")["infrastructureRetryCount"], 3);

@@ -38,12 +38,13 @@ pub enum Trouble {
 }
 
 impl Trouble {
-    /// What went wrong with an image for what it is, unless it was the disk.
+    /// What went wrong with an image for what it is, unless it was the disk, which is full or too small for it.
     pub fn of_image(error: &io::Error) -> Trouble {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Trouble::Full(error.to_string())
             }
+            io::ErrorKind::FileTooLarge => Trouble::Node(error.to_string()),
             io::ErrorKind::OutOfMemory => Trouble::Image(GREEDY.to_owned()),
             _ => Trouble::Image(error.to_string()),
         }
@@ -91,6 +92,7 @@ pub fn apart<T: Serialize + DeserializeOwned>(
                 Ok(Err(error)) => (UNABLE, error.to_string().into_bytes()),
                 Err(error) => match Trouble::of_image(&error) {
                     Trouble::Full(why) => (FULL, why.into_bytes()),
+                    Trouble::Node(why) => (UNABLE, why.into_bytes()),
                     trouble => (FAULTY, trouble.to_string().into_bytes()),
                 },
             },
@@ -152,6 +154,7 @@ mod tests {
         let kinds = [
             (io::ErrorKind::StorageFull, "full", "full"),
             (io::ErrorKind::QuotaExceeded, "full", "full"),
+            (io::ErrorKind::FileTooLarge, "node", "node"),
             (io::ErrorKind::OutOfMemory, "image", "node"),
             (io::ErrorKind::InvalidData, "image", "node"),
         ];

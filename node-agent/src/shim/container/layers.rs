@@ -448,11 +448,12 @@ pub fn leave_room(at: &Path, bytes: u64) -> io::Result<()> {
     let free = size(disk.blocks_available() as u64);
     let wanted = bytes.saturating_add(SPARE_BYTES);
     if wanted > size(disk.blocks() as u64) {
-        // No other image need go for it.
-        return Err(bad(format!(
+        // No other image need go for it; another node may have a larger one.
+        let why = format!(
             "it takes {} MiB, which is more than the disk of the agent's --data has",
             bytes >> 20
-        )));
+        );
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
     }
     let full = |what: &str| {
         let why = format!("the disk of the agent's --data {what}");
