@@ -127,8 +127,9 @@ impl World {
         let guest = &mut self.guest;
         until("what ran for jobs to be gone", || {
             let now = commands(guest);
-            let groups = guest.ok("find /sys/fs/cgroup -name 'batchai-*'");
-            if now == idle && groups.is_empty() {
+            // One that goes while it is looked at fails the search.
+            let (groups, code) = guest.run("find /sys/fs/cgroup -name 'batchai-*'");
+            if now == idle && groups.is_empty() && code == 0 {
                 return Some(());
             }
             std::thread::sleep(Duration::from_millis(100));
