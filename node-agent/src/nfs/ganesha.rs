@@ -155,7 +155,7 @@ pub fn configuration(dir: &Path, config: &Config, modules: &Path) -> Result<Stri
             clients.join(", ")
         ),
     };
-    // Servers of one machine are each their own: a client would take two of one name for one.
+    // By the protocol clients may take servers of one owner for one: each is its own.
     let own = format!("batchai-{:016x}", config.generation);
     // Others of this machine change files too: what it knows of them is asked for anew each time.
     Ok(format!(
@@ -272,7 +272,7 @@ impl Server {
             .arg("-p")
             .arg(dir.join("ganesha.pid"))
             .args(["-L", "STDERR"])
-            // By the second when it began two that began together would give clients the same numbers.
+            // Else by the second when it began, which is the same for two that begin together.
             .args(["-E", &fastrand::u32(1..).to_string()])
             .env_clear()
             .env("PATH", env::var_os("PATH").unwrap_or_default())
