@@ -11,8 +11,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use batchai_common::parts;
+use batchai_common::{executable, parts};
 use batchai_proto::v1;
+use batchai_proto::v1::file_server_file::FileType;
 
 use crate::args;
 use crate::client::{Client, Retry, request};
@@ -27,8 +28,6 @@ pub use copy::make_directory;
 
 /// Directories below each other that are copied.
 const DEPTH_MAX: usize = 100;
-/// The sizes of what cannot be read.
-const NO_FILE: i64 = -1;
 
 const FILE: View<v1::FileServerFile> = View {
     message: "FileServerFile",
@@ -36,13 +35,14 @@ const FILE: View<v1::FileServerFile> = View {
     row: |f| {
         let whole = |time: prost_types::Timestamp| prost_types::Timestamp { nanos: 0, ..time };
         let modified = f.modify_time.map(|time| whole(time).to_string());
-        let kind = match f.size_bytes {
-            _ if f.is_directory => "directory",
-            0.. => "file",
-            NO_FILE => "other",
-            _ => "unreadable",
+        let (kind, has_size) = match f.file_type() {
+            FileType::Directory => ("directory", false),
+            FileType::File if f.executable => ("program", true),
+            FileType::File => ("file", true),
+            FileType::Other => ("other", false),
+            FileType::Unreadable | FileType::Unspecified => ("unreadable", false),
         };
-        let size = (f.size_bytes >= 0).then(|| f.size_bytes.to_string());
+        let size = has_size.then(|| f.size_bytes.to_string());
         vec![
             f.path.clone(),
             kind.to_owned(),
@@ -114,6 +114,7 @@ struct Copied {
     local: PathBuf,
     path: String,
     size: u64,
+    executable: bool,
 }
 
 /// What is to be copied, and how much cannot be, which was said.
@@ -171,18 +172,19 @@ async fn below(client: &Client, server: &str, path: &str, to: &Path) -> Result<F
                 true => to.clone(),
                 false => to.join(safe(&file.path)?),
             };
-            match u64::try_from(file.size_bytes) {
-                _ if file.is_directory => open.push((file.path, local, depth + 1)),
-                Ok(size) => found.files.push(Copied {
+            match file.file_type() {
+                FileType::Directory => open.push((file.path, local, depth + 1)),
+                FileType::File => found.files.push(Copied {
                     local,
                     path: file.path,
-                    size,
+                    size: u64::try_from(file.size_bytes).unwrap_or_default(),
+                    executable: file.executable,
                 }),
-                Err(_) if file.size_bytes == NO_FILE => {
+                FileType::Other => {
                     let path = shown(&file.path);
                     say!("batchai: {path}: not copied: it is a link, or no file");
                 }
-                Err(_) => {
+                FileType::Unreadable | FileType::Unspecified => {
                     let why = "it may not be looked at, or its name is not UTF-8";
                     found.fail(&file.path, why);
                 }
@@ -206,8 +208,12 @@ fn gather(local: &[PathBuf], path: &str) -> Result<Found, CliError> {
     while let Some((local, path, metadata, depth)) = open.pop() {
         let is_part = path.rsplit('/').next().is_some_and(parts::is_part);
         if metadata.is_file() && !is_part {
-            let size = metadata.len();
-            found.files.push(Copied { local, path, size });
+            found.files.push(Copied {
+                local,
+                path,
+                size: metadata.len(),
+                executable: executable::is(&metadata),
+            });
             continue;
         }
         if !metadata.is_dir() {
@@ -234,8 +240,12 @@ fn gather(local: &[PathBuf], path: &str) -> Result<Found, CliError> {
         };
         if inside.is_empty() {
             // A directory's path has a slash at its end.
-            let (path, size) = (format!("{path}/"), 0);
-            found.files.push(Copied { local, path, size });
+            found.files.push(Copied {
+                local,
+                path: format!("{path}/"),
+                size: 0,
+                executable: false,
+            });
             continue;
         }
         inside.sort();

@@ -4,6 +4,7 @@
 
 pub mod attempt;
 pub mod error;
+pub mod executable;
 pub mod faults;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

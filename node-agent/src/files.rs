@@ -297,6 +297,7 @@ fn of_server(
                 user: wanted.user,
                 size: u64::try_from(question.size_bytes).unwrap_or_default(),
                 sha256: question.sha256.clone(),
+                executable: question.executable,
             };
             let mut putting = parts.starter.put(&wanted)?;
             let put = putting.write(wanted.size, data, send);

@@ -33,6 +33,7 @@ pub mod status;
 mod supervisor;
 mod user;
 mod watch;
+mod words;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

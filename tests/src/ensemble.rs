@@ -30,6 +30,31 @@ pub fn create_cluster(nodes: usize, ok: impl Fn(&[&str]) -> String) {
     ]);
 }
 
+/// The arguments that create a file server of one gigabyte in the workspace `w`.
+pub fn create_file_server<'a>(name: &'a str, size: &'a str) -> [&'a str; 19] {
+    [
+        "file-server",
+        "create",
+        "-g",
+        "g",
+        "-w",
+        "w",
+        "-n",
+        name,
+        "-s",
+        size,
+        "--disk-count",
+        "1",
+        "--disk-size",
+        "1",
+        "--storage-sku",
+        "Standard_LRS",
+        "-u",
+        "ada",
+        "-ppass",
+    ]
+}
+
 /// What an agent is told whose directories lie below one.
 pub fn agent_args(below: &Path, coordinator: &str, name: &str, user: &str) -> Vec<String> {
     let dir = |what: &str| below.join(what).join(name).to_string_lossy().into_owned();

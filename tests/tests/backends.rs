@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use batchai_tests::ensemble::{SIZE, create_file_server};
 use batchai_tests::ganesha;
 use batchai_tests::network::Network;
 use batchai_tests::process::{processes_of, until};
@@ -63,10 +64,7 @@ impl World {
     }
 
     fn create(&self, name: &str) -> Value {
-        let create = ["file-server", "create", "-n", name, "-s", "test-size"];
-        let disks = ["--disk-count", "1", "--disk-size", "1"];
-        let rest = ["--storage-sku", "Standard_LRS", "-u", "ada", "-p", "pass"];
-        self.json(&[&create[..], &disks, &rest, &AT].concat())
+        self.json(&create_file_server(name, SIZE))
     }
 
     fn show(&self, name: &str) -> Value {

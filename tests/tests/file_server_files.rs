@@ -14,7 +14,7 @@ use std::time::Instant;
 use batchai_common::names::hex;
 use batchai_common::parts;
 use batchai_common::tls::Identity;
-use batchai_tests::ensemble::{Ensemble, SIZE};
+use batchai_tests::ensemble::{Ensemble, SIZE, create_file_server};
 use batchai_tests::process::{Background, processes_of, until};
 use batchai_tests::replicas::Replicas;
 use batchai_tests::requirement;
@@ -27,29 +27,6 @@ const USER: &str = "54321:54322";
 const DATA: &str = "resourceGroups/g/workspaces/w/fileServers/data";
 /// Large enough to be cut off amid it.
 const LARGE: usize = 256 << 20;
-const CREATE: &[&str] = &[
-    "file-server",
-    "create",
-    "-g",
-    "g",
-    "-w",
-    "w",
-    "-n",
-    "data",
-    "-s",
-    SIZE,
-    "--disk-count",
-    "1",
-    "--disk-size",
-    "1",
-    "--storage-sku",
-    "Standard_LRS",
-    "-u",
-    "ada",
-    "-p",
-    "pass",
-];
-
 /// A node that offers storage and works, and a file server `data` on it.
 fn ensemble() -> Option<(Ensemble, PathBuf)> {
     if !nix::unistd::geteuid().is_root() {
@@ -70,7 +47,7 @@ fn ensemble() -> Option<(Ensemble, PathBuf)> {
     e.start_agent_as("store", USER);
     e.until_alive(1);
     e.create_cluster(1);
-    let shown = e.json(CREATE);
+    let shown = e.json(&create_file_server("data", SIZE));
     let data = shown["mountSettings"]["mountPoint"].as_str();
     let data = data.unwrap_or_else(|| panic!("{shown}")).into();
     Some((e, data))
@@ -139,6 +116,7 @@ fn files_go_both_ways_and_jobs_see_and_change_them() {
     many(&local);
     symlink("/etc/passwd", local.join("link")).unwrap();
     fs::create_dir(local.join("nothing")).unwrap();
+    mode(&local.join("larger"), 0o700);
     let upload = e.run(&verb("upload", &[text(&local), "-p", "sets/a"]));
     let printed = good(&upload);
     assert_eq!(printed.matches(" of them sent").count(), 1002, "{printed}");
@@ -156,13 +134,14 @@ fn files_go_both_ways_and_jobs_see_and_change_them() {
         (metadata.uid(), metadata.gid(), metadata.mode() & 0o777)
     };
     assert_eq!(own(&data.join("sets/a/set")), (54_321, 54_322, 0o755));
-    assert_eq!(
-        own(&data.join("sets/a/set/larger")),
-        (54_321, 54_322, 0o644)
-    );
+    // A program is one there, for whoever may read it.
+    let of_larger = || own(&data.join("sets/a/set/larger"));
+    assert_eq!(of_larger(), (54_321, 54_322, 0o755));
+    assert_eq!(own(&data.join("sets/a/set/empty")).2, 0o644);
 
     // Once more there is nothing to send; another content replaces the file.
     fs::write(local.join("empty"), "no more").unwrap();
+    mode(&local.join("larger"), 0o600);
     let larger = [
         text(&local).to_owned() + "/larger",
         text(&local).to_owned() + "/empty",
@@ -180,12 +159,15 @@ fn files_go_both_ways_and_jobs_see_and_change_them() {
         "{printed}"
     );
 
+    assert_eq!(of_larger(), (54_321, 54_322, 0o644));
+
     let listed = e.json(&verb("list", &["-p", "sets/a/set"]));
     let listed = listed.as_array().unwrap();
     assert_eq!(listed.len(), 13);
     assert_eq!(listed[12]["path"], "sets/a/set/nothing");
     assert_eq!(listed[0]["path"], "sets/a/set/0");
-    assert_eq!(listed[0]["isDirectory"], true);
+    assert_eq!(listed[0]["fileType"], "DIRECTORY");
+    assert_eq!(listed[11]["fileType"], "FILE");
     assert_eq!(listed[11]["path"], "sets/a/set/larger");
     assert_eq!(listed[11]["sizeBytes"], "5000000");
     assert!(listed[11]["modifyTime"].is_string());
@@ -199,7 +181,8 @@ fn files_go_both_ways_and_jobs_see_and_change_them() {
             "relativeMountPath": "d",
         }] },
         "customToolkitSettings": { "commandLine": "cd $AZ_BATCHAI_JOB_MOUNT_ROOT/d/sets/a/set && \
-            stat -c '%u:%g' larger && wc -c < larger && echo more >> empty && echo new > from-job" },
+            stat -c '%u:%g' larger && wc -c < larger && \
+            echo more >> empty && echo new > from-job && chmod +x from-job" },
     });
     e.submit("j", job);
     assert_eq!(e.wait("j"), 0, "{}", e.log("j", "stderr.txt"));
@@ -211,6 +194,18 @@ fn files_go_both_ways_and_jobs_see_and_change_them() {
     expected.insert("empty".into(), b"no moremore\n".to_vec());
     expected.insert("from-job".into(), b"new\n".to_vec());
     assert!(tree(&back.join("a/set")) == expected);
+    let is_program = |path: &str| own(&back.join(path)).2 & 0o100 != 0;
+    assert!(is_program("a/set/from-job") && !is_program("a/set/larger"));
+    let one = e.json(&verb("list", &["-p", "sets/a/set/from-job"]));
+    assert_eq!(one[0]["executable"], true);
+    // Also where the content is there already.
+    mode(&back.join("a/set/from-job"), 0o600);
+    let printed = good(&e.run(&download));
+    assert!(
+        printed.contains("from-job: 4 bytes, all there already"),
+        "{printed}"
+    );
+    assert!(is_program("a/set/from-job"));
     let single = verb(
         "download",
         &["-p", "sets/a/set/from-job", "-d", text(&back)],
@@ -440,7 +435,7 @@ fn whichever_replica_is_asked_files_come_from_the_node() {
     let all = r.list();
     r.start_agent_by(&["env".to_owned(), storage], "store", &all);
     r.create_cluster(1);
-    let shown: Value = serde_json::from_str(&r.ok(CREATE)).unwrap();
+    let shown: Value = serde_json::from_str(&r.ok(&create_file_server("data", SIZE))).unwrap();
     let data: PathBuf = shown["mountSettings"]["mountPoint"]
         .as_str()
         .unwrap()
@@ -501,11 +496,14 @@ fn what_cannot_be_copied_is_said_by_its_name_and_the_rest_is_copied() {
     let of = |name: &str| {
         let path = format!("set/{name}");
         let found = listed.iter().find(|file| file["path"] == path.as_str());
-        found.map(|file| file["sizeBytes"].as_str().unwrap_or("0").to_owned())
+        let found = found.unwrap_or_else(|| panic!("{path} is not listed"));
+        let text = |key: &str| found[key].as_str().unwrap_or_default().to_owned();
+        (text("fileType"), text("sizeBytes"))
     };
-    assert_eq!(of("model").unwrap(), "9");
-    assert_eq!(of("link").unwrap(), "-1");
-    assert_eq!(of("bad\u{fffd}").unwrap(), "-2");
+    let is = |kind: &str, size: &str| (kind.to_owned(), size.to_owned());
+    assert_eq!(of("model"), is("FILE", "9"));
+    assert_eq!(of("link"), is("OTHER", ""));
+    assert_eq!(of("bad\u{fffd}"), is("UNREADABLE", ""));
     assert_eq!(listed.len(), 11);
     let table = e.ok(&[&verb("list", &["-p", "set"])[..], &["-o", "table"]].concat());
     assert!(!table.contains('\u{1b}') && table.contains("unreadable") && table.contains("other"));

@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use batchai_common::tls::Identity;
-use batchai_tests::ensemble::{Ensemble, SIZE, mounts_below};
+use batchai_tests::ensemble::{Ensemble, SIZE, create_file_server, mounts_below};
 use batchai_tests::process::{Background, processes_of, until};
 use batchai_tests::requirement;
 use nix::sys::signal::{Signal, kill};
@@ -45,32 +45,8 @@ fn start_store(e: &mut Ensemble) {
     e.start_agent_as("store", USER);
 }
 
-fn creating(name: &str) -> [&str; 19] {
-    [
-        "file-server",
-        "create",
-        "-g",
-        "g",
-        "-w",
-        "w",
-        "-n",
-        name,
-        "-s",
-        STORE_SIZE,
-        "--disk-count",
-        "1",
-        "--disk-size",
-        "1",
-        "--storage-sku",
-        "Standard_LRS",
-        "-u",
-        "ada",
-        "-ppass",
-    ]
-}
-
 fn create(e: &Ensemble, name: &str) -> Value {
-    e.json(&creating(name))
+    e.json(&create_file_server(name, STORE_SIZE))
 }
 
 fn show(e: &Ensemble, name: &str) -> Value {
@@ -763,7 +739,7 @@ fn who_waits_for_a_new_file_server_waits_on_while_the_coordinator_is_away() {
     e.create_cluster(0);
     // It is not served before its node works again.
     e.agents["store"].signal(Signal::SIGSTOP);
-    let running = Background::start(&mut e.command(&creating("data")));
+    let running = Background::start(&mut e.command(&create_file_server("data", STORE_SIZE)));
     until("the file server to be there", || {
         (show(&e, "data")["provisioningState"] == "CREATING").then_some(())
     });

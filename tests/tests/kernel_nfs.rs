@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use batchai_tests::ensemble::{agent_args, job_file};
+use batchai_tests::ensemble::{SIZE, agent_args, create_file_server, job_file};
 use batchai_tests::ganesha;
 use batchai_tests::guest::{Guest, image};
 use batchai_tests::network::Network;
@@ -70,11 +70,7 @@ struct World {
 }
 
 fn create(e: &Replicas, name: &str) -> Value {
-    let create = ["file-server", "create", "-n", name, "-s", "test-size"];
-    let disks = ["--disk-count", "1", "--disk-size", "1"];
-    let rest = ["--storage-sku", "Standard_LRS", "-u", "ada", "-p", "pass"];
-    let at = ["-g", "g", "-w", "w"];
-    e.json_at(&e.list(), &[&create[..], &disks, &rest, &at].concat())
+    e.json_at(&e.list(), &create_file_server(name, SIZE))
 }
 
 impl World {

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use batchai_tests::ensemble::{Ensemble, SIZE, mounts_below};
+use batchai_tests::ensemble::{Ensemble, SIZE, create_file_server, mounts_below};
 use batchai_tests::process::until;
 use batchai_tests::requirement;
 use nix::sys::signal::Signal;
@@ -40,21 +40,7 @@ fn ensemble() -> Option<(Ensemble, PathBuf)> {
     e.start_agent_as("a1", USER);
     e.until_alive(1);
     e.create_cluster(1);
-    let create = [
-        "file-server",
-        "create",
-        "-g",
-        "g",
-        "-w",
-        "w",
-        "-n",
-        "data",
-        "-s",
-        SIZE,
-    ];
-    let disks = ["--disk-count", "1", "--disk-size", "1"];
-    let rest = ["--storage-sku", "Standard_LRS", "-u", "ada", "-p", "pass"];
-    let shown = e.json(&[&create[..], &disks, &rest].concat());
+    let shown = e.json(&create_file_server("data", SIZE));
     let data = shown["mountSettings"]["mountPoint"].as_str();
     let data = data.unwrap_or_else(|| panic!("{shown}")).into();
     Some((e, data))

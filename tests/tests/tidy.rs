@@ -68,7 +68,7 @@ const COORDINATOR: [&[&str]; 14] = [
     &["lib", "main"],
 ];
 const NODE_AGENT: [&[&str]; 12] = [
-    &["cgroups", "memory", "status"],
+    &["cgroups", "memory", "status", "words"],
     &["launch", "lease", "reconcile"],
     &["config"],
     &["hardware", "journal", "share", "user"],

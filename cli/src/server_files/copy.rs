@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io::{self, IsTerminal as _, Read as _, Seek as _, SeekFrom, Write as _};
 
+use batchai_common::executable;
 use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
 use batchai_common::names::hex;
 use batchai_proto::v1;
@@ -35,6 +36,7 @@ pub async fn make_directory(client: &Client, name: &str, path: &str) -> Result<(
         path: format!("{path}/"),
         size_bytes: 0,
         sha256: hex(&Sha256::digest(b"")),
+        executable: false,
     };
     let make = async || {
         let start = v1::WriteFileServerFileRequest {
@@ -145,6 +147,7 @@ impl Copier {
             path: file.path.clone(),
             size_bytes: size as i64,
             sha256,
+            executable: file.executable,
         };
         let (mut retry, mut sent, mut furthest) = (Retry::patient(), 0, None);
         let there = loop {
@@ -239,7 +242,7 @@ impl Copier {
                 return Err(error);
             }
         };
-        part.whole(&file.local)?;
+        part.whole(&file.local, file.executable)?;
         self.bar.inc(size.saturating_sub(came));
         Ok(format!("{path}: {size} bytes, {came} of them received"))
     }
@@ -269,16 +272,20 @@ impl Copier {
         let (local, size) = (file.local.clone(), file.size);
         let looked = tokio::task::spawn_blocking(move || part::digest_of(&local, size));
         // What cannot be read is fetched, and it turns out then whether it can be replaced.
-        let Ok(Some(sha256)) = looked.await.map_err(io::Error::other)? else {
+        let Ok(Some((opened, sha256))) = looked.await.map_err(io::Error::other)? else {
             return Ok(false);
         };
         let mut retry = Retry::patient();
-        loop {
+        let same = loop {
             match self.compare(file, &sha256).await {
-                Ok(same) => return Ok(same),
+                Ok(same) => break same,
                 Err(status) => retry.again(status).await?,
             }
+        };
+        if same {
+            executable::set(&opened, file.executable).map_err(at(&file.local))?;
         }
+        Ok(same)
     }
 
     /// Whether a file has this content there. Behind its end there is nothing but its digest.

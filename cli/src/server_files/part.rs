@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use batchai_common::names::hex;
-use batchai_common::parts;
+use batchai_common::{executable, parts};
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use sha2::{Digest as _, Sha256};
 
@@ -66,8 +66,9 @@ impl Part {
     }
 
     /// All of it is there: it gets the file's name.
-    pub fn whole(self, local: &Path) -> Result<(), CliError> {
+    pub fn whole(self, local: &Path, executable: bool) -> Result<(), CliError> {
         let failed = at(&self.path);
+        executable::set(&self.file, executable).map_err(&failed)?;
         self.file.sync_all().map_err(&failed)?;
         if !self.has_its_name().map_err(&failed)? {
             let why = "something else was put there while it came: fetch it again";
@@ -94,8 +95,8 @@ impl Part {
     }
 }
 
-/// The digest of a regular file of this size, in hexadecimal digits; none where that does not lie there.
-pub fn digest_of(path: &Path, size: u64) -> io::Result<Option<String>> {
+/// A regular file of this size with its digest, in hexadecimal digits; none where that does not lie there.
+pub fn digest_of(path: &Path, size: u64) -> io::Result<Option<(File, String)>> {
     let mut open = File::options();
     let mut opened = open.read(true).custom_flags(FLAGS.bits()).open(path)?;
     let metadata = opened.metadata()?;
@@ -104,7 +105,7 @@ pub fn digest_of(path: &Path, size: u64) -> io::Result<Option<String>> {
     }
     let mut hash = Sha256::new();
     read_all(&mut opened, &mut hash)?;
-    Ok(Some(hex(&hash.finalize())))
+    Ok(Some((opened, hex(&hash.finalize()))))
 }
 
 /// Takes all of a file into a digest; how much that is. It stands at its end then.
@@ -146,7 +147,7 @@ mod tests {
         fs::rename(&at, dir.path().join("aside")).unwrap();
         fs::write(&at, "planted").unwrap();
         assert!(
-            part.whole(&local)
+            part.whole(&local, false)
                 .unwrap_err()
                 .to_string()
                 .contains("something else")
@@ -155,7 +156,7 @@ mod tests {
         // What it is of stays with it.
         fs::rename(dir.path().join("aside"), &at).unwrap();
         let part = Part::open(&local, "server/x").unwrap();
-        part.whole(&local).unwrap();
+        part.whole(&local, false).unwrap();
         assert_eq!(fs::read(&local).unwrap(), b"content");
         assert_eq!(fs::read(&other).unwrap(), b"another file");
         // Nobody is written through.
@@ -177,7 +178,7 @@ mod tests {
         let long = dir.path().join("x".repeat(255));
         Part::open(&long, "server/long")
             .unwrap()
-            .whole(&long)
+            .whole(&long, false)
             .unwrap();
         assert!(long.exists());
     }
@@ -188,9 +189,9 @@ mod tests {
         let (file, link) = (dir.path().join("file"), dir.path().join("link"));
         fs::write(&file, "content").unwrap();
         symlink(&file, &link).unwrap();
-        let digest = digest_of(&file, 7).unwrap();
-        assert_eq!(digest, Some(hex(&Sha256::digest(b"content"))));
-        assert_eq!(digest_of(&file, 6).unwrap(), None);
+        let (_, digest) = digest_of(&file, 7).unwrap().unwrap();
+        assert_eq!(digest, hex(&Sha256::digest(b"content")));
+        assert!(digest_of(&file, 6).unwrap().is_none());
         assert!(digest_of(&link, 7).is_err());
         assert!(digest_of(dir.path(), 7).is_ok_and(|digest| digest.is_none()));
     }

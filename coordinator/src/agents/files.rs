@@ -11,11 +11,10 @@ use batchai_common::limits::{CALL_TIMEOUT, FILE_CHUNK_BYTES_MAX};
 use batchai_common::names::{Kind, Name};
 use batchai_proto::agent::v1::answer_file_request::Part as Message;
 use batchai_proto::agent::v1::{
-    AnswerFileRequest, AnswerFileResponse, ExecRequest, FileDone, FileFault, FileRequest,
+    AnswerFileRequest, AnswerFileResponse, ExecRequest, FileDone, FileEntry, FileFault, FileRequest,
 };
-use batchai_proto::v1::JobFile;
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
 /// Questions that an agent has not taken yet.
@@ -24,15 +23,16 @@ pub const QUESTIONS_MAX: usize = 16;
 const PARTS_MAX: usize = 4;
 /// How long an answer may take to begin, or to go on.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Files of file servers that go through one replica at once.
+/// Files of file servers that go through one replica at once, and those of one caller: a node takes more than that.
 const TRANSFERS_MAX: usize = 128;
+const TRANSFERS_OF_ONE_MAX: usize = 16;
 /// Pieces to write that an agent has not taken yet.
 pub const PIECES_MAX: usize = 8;
 
 /// A part of an answer.
 #[derive(Debug)]
 pub enum Part {
-    Entries(Vec<JobFile>),
+    Entries(Vec<FileEntry>),
     Data(Bytes),
     /// What is to be written goes there, from that offset on.
     Begun(i64, Pieces),
@@ -59,18 +59,28 @@ pub type Questions = mpsc::Sender<(String, Question)>;
 type Parts = mpsc::Sender<Result<Part, FileFault>>;
 
 /// Who can be asked, and what was asked and is not answered.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct FileDesk {
     inner: Arc<Mutex<Inner>>,
-    transfers: Arc<Semaphore>,
+    /// How many whole files each caller has on their way; nobody has none.
+    transfers: Arc<Mutex<BTreeMap<String, usize>>>,
 }
 
-impl Default for FileDesk {
-    fn default() -> FileDesk {
-        FileDesk {
-            inner: Arc::default(),
-            transfers: Arc::new(Semaphore::new(TRANSFERS_MAX)),
-        }
+/// A whole file on its way, until it is dropped.
+pub struct Transfer {
+    desk: FileDesk,
+    caller: String,
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        let transfers = self.desk.transfers.lock();
+        let mut transfers = transfers.unwrap_or_else(PoisonError::into_inner);
+        let left = transfers.get(&self.caller).map_or(0, |open| open - 1);
+        match left {
+            0 => transfers.remove(&self.caller),
+            left => transfers.insert(self.caller.clone(), left),
+        };
     }
 }
 
@@ -141,11 +151,25 @@ impl FileDesk {
     /// A place among the whole files that go through this replica.
     ///
     /// # Errors
-    /// There is none now.
-    pub fn transfer(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        let permit = self.transfers.clone().try_acquire_owned();
-        permit.map_err(|_| ApiError::Busy {
-            what: "this replica's room for files of file servers",
+    /// There is none now, or none for this caller.
+    pub fn transfer(&self, caller: &str) -> Result<Transfer, ApiError> {
+        let transfers = self.transfers.lock();
+        let mut transfers = transfers.unwrap_or_else(PoisonError::into_inner);
+        if transfers.values().sum::<usize>() >= TRANSFERS_MAX {
+            return Err(ApiError::Busy {
+                what: "this replica's room for files of file servers",
+            });
+        }
+        let open = transfers.entry(caller.to_owned()).or_default();
+        if *open >= TRANSFERS_OF_ONE_MAX {
+            return Err(ApiError::Busy {
+                what: "your share of files of file servers at once",
+            });
+        }
+        *open += 1;
+        Ok(Transfer {
+            desk: self.clone(),
+            caller: caller.to_owned(),
         })
     }
 
@@ -311,6 +335,33 @@ fn invalid(field: &str, why: &str) -> Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_caller_has_his_share_of_transfers_and_leaves_the_others_theirs() {
+        let desk = FileDesk::default();
+        let share = |caller: &str| {
+            (0..TRANSFERS_OF_ONE_MAX)
+                .map(|_| desk.transfer(caller))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        let mut held = vec![share("ada").unwrap()];
+        let refused = desk.transfer("ada").err().unwrap();
+        assert!(refused.to_string().contains("your share"), "{refused}");
+        held.extend(
+            (1..TRANSFERS_MAX / TRANSFERS_OF_ONE_MAX)
+                .map(|other| share(&other.to_string()).unwrap()),
+        );
+        let refused = desk.transfer("grace").err().unwrap();
+        assert!(
+            refused.to_string().contains("this replica's room"),
+            "{refused}"
+        );
+        held[0].pop();
+        drop(desk.transfer("grace").unwrap());
+        assert!(desk.transfer("ada").is_ok());
+        drop(held);
+        assert!(desk.transfers.lock().unwrap().is_empty());
+    }
 
     #[test]
     fn a_node_is_asked_where_it_was_attended_last_until_that_is_over() {

@@ -7,7 +7,7 @@ use batchai_common::limits::MESSAGE_BYTES_MAX;
 use batchai_common::names::{Kind as Noun, Name};
 use batchai_common::time::from_millis;
 use batchai_proto::agent::v1::file_request::Kind;
-use batchai_proto::agent::v1::{FileFault, FileRequest};
+use batchai_proto::agent::v1::{FileEntry, FileFault, FileRequest, file_entry};
 use batchai_proto::v1::job_file::FileType;
 use batchai_proto::v1::stream_job_logs_response::End;
 use batchai_proto::v1::{
@@ -172,7 +172,7 @@ impl Api {
         while let Some(part) = answer.next().await? {
             match part {
                 Ok(Part::Entries(entries)) => {
-                    files.extend(entries);
+                    files.extend(entries.into_iter().map(|entry| of(entry, &node)));
                     let size = files.iter().map(prost::Message::encoded_len).sum::<usize>();
                     if files.len() > most || size > MESSAGE_BYTES_MAX {
                         return Err(internal("more came than was asked for"));
@@ -181,9 +181,6 @@ impl Api {
                 Ok(_) => return Err(internal("something else than entries came for a list")),
                 Err(fault) => return Err(refused(place, &path, fault)),
             }
-        }
-        for file in &mut files {
-            file.node.clone_from(&node);
         }
         Ok(files)
     }
@@ -286,6 +283,21 @@ impl Api {
             true => Ok(Sent::Range),
             false => Ok(Sent::Rest),
         }
+    }
+}
+
+/// An entry of a node's directory.
+fn of(entry: FileEntry, node: &str) -> JobFile {
+    let file_type = match entry.kind() {
+        file_entry::Kind::Directory => FileType::Directory,
+        _ => FileType::File,
+    };
+    JobFile {
+        name: entry.name,
+        file_type: file_type as i32,
+        content_length: entry.length,
+        last_modified: entry.last_modified,
+        node: node.to_owned(),
     }
 }
 

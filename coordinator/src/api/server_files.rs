@@ -5,12 +5,15 @@ use std::time::Duration;
 use batchai_common::error::{ApiError, Fault};
 use batchai_common::limits::{CALL_TIMEOUT, FILE_CHUNK_BYTES_MAX, MESSAGE_BYTES_MAX};
 use batchai_common::names::{Kind as Noun, Name};
+use batchai_proto::agent::v1::file_entry;
 use batchai_proto::agent::v1::file_request::Kind;
-use batchai_proto::agent::v1::{AnswerFileResponse, FileFault, FileRequest, FileServerTarget};
-use batchai_proto::v1::job_file::FileType;
+use batchai_proto::agent::v1::{
+    AnswerFileResponse, FileEntry, FileFault, FileRequest, FileServerTarget,
+};
+use batchai_proto::v1::file_server_file::FileType;
 use batchai_proto::v1::write_file_server_file_request::Message;
 use batchai_proto::v1::{
-    FileServerFile, JobFile, ListFileServerFilesRequest, ListFileServerFilesResponse,
+    FileServerFile, ListFileServerFilesRequest, ListFileServerFilesResponse,
     ReadFileServerFileRequest, ReadFileServerFileResponse, WriteFileServerFileRequest,
     WriteFileServerFileResponse, WriteFileServerFileStart,
 };
@@ -24,6 +27,7 @@ use super::log_request::number;
 use super::page::{decode, encode, page_size};
 use super::{Api, Replies, draining, internal, not_found};
 use crate::agents::files::{Answer, Part, Pieces};
+use crate::call::caller;
 use crate::state::State;
 use crate::state::keys::workspace_of;
 
@@ -118,7 +122,7 @@ impl Api {
             server: name.to_string(),
             path: request.path,
         };
-        let permit = self.desk.transfer()?;
+        let permit = self.desk.transfer(&caller().label())?;
         let question = FileRequest {
             kind: Kind::Read as i32,
             offset: offset as i64,
@@ -156,11 +160,12 @@ impl Api {
             server: name.to_string(),
             path: start.path,
         };
-        let permit = self.desk.transfer()?;
+        let permit = self.desk.transfer(&caller().label())?;
         let question = FileRequest {
             kind: Kind::Write as i32,
             size_bytes: start.size_bytes,
             sha256: start.sha256,
+            executable: start.executable,
             ..FileRequest::default()
         };
         let answer = self.ask_server(&name, &place, question).await?;
@@ -226,7 +231,7 @@ async fn entries(
     answer: &mut Answer,
     place: &Place,
     most: usize,
-) -> Result<Vec<JobFile>, ApiError> {
+) -> Result<Vec<FileEntry>, ApiError> {
     let mut files = Vec::new();
     while let Some(part) = answer.next().await? {
         match part {
@@ -243,17 +248,25 @@ async fn entries(
 }
 
 /// An entry with all of its path; one without a name is what was asked for itself.
-fn of(place: &Place, file: JobFile) -> FileServerFile {
+fn of(place: &Place, file: FileEntry) -> FileServerFile {
     let path = match (place.path.as_str(), file.name.as_str()) {
         ("", name) => name.to_owned(),
         (path, "") => path.to_owned(),
         (path, name) => format!("{path}/{name}"),
     };
+    let file_type = match file.kind() {
+        file_entry::Kind::File => FileType::File,
+        file_entry::Kind::Directory => FileType::Directory,
+        file_entry::Kind::Other => FileType::Other,
+        // One of an agent that knows more is read by nobody either.
+        file_entry::Kind::Unreadable | file_entry::Kind::Unspecified => FileType::Unreadable,
+    };
     FileServerFile {
         path,
-        is_directory: file.file_type() == FileType::Directory,
-        size_bytes: file.content_length,
+        file_type: file_type as i32,
+        size_bytes: file.length,
         modify_time: file.last_modified,
+        executable: file.executable,
     }
 }
 
@@ -386,6 +399,12 @@ fn check(start: &WriteFileServerFileStart) -> Result<Name, ApiError> {
         let why = "must have 64 hexadecimal digits in lower case";
         faults.invalid("start.sha256", why);
     }
+    if start.executable && start.path.ends_with('/') {
+        faults.invalid(
+            "start.executable",
+            "is for files: the path is a directory's",
+        );
+    }
     faults.finish(name)
 }
 
@@ -419,6 +438,7 @@ mod tests {
             path: "sets/one".to_owned(),
             size_bytes: 0,
             sha256: "0a".repeat(32),
+            executable: false,
         };
         assert!(check(&good).is_ok());
         let directory = |path: &str, size_bytes| WriteFileServerFileStart {
@@ -430,11 +450,19 @@ mod tests {
         for (path, size) in [("sets/one/", 1), ("/", 0), ("sets/./", 0)] {
             assert!(check(&directory(path, size)).is_err(), "{path}");
         }
+        for (path, is_good) in [("sets/one", true), ("sets/one/", false)] {
+            let start = WriteFileServerFileStart {
+                executable: true,
+                ..directory(path, 0)
+            };
+            assert_eq!(check(&start).is_ok(), is_good, "{path}");
+        }
         let bad = WriteFileServerFileStart {
             name: "jobs/f".to_owned(),
             path: "../x".to_owned(),
             size_bytes: -1,
             sha256: "0A".repeat(32),
+            executable: false,
         };
         let Err(ApiError::Invalid(faults)) = check(&bad) else {
             panic!("it must be refused");

@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use batchai_common::parts;
+use batchai_common::{executable, parts};
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
@@ -66,6 +66,8 @@ pub struct Entry {
     pub what: What,
     pub length: u64,
     pub modified_ms: i64,
+    /// It is a file that its owner may execute.
+    pub executable: bool,
 }
 
 /// The process: the question comes on standard input, the answer goes to standard output.
@@ -242,6 +244,7 @@ fn entry_of(base: Base<'_>, prefix: &str, name: Name, served: bool) -> Option<En
             what: What::Unreadable,
             length: 0,
             modified_ms: 0,
+            executable: false,
         },
     };
     // What leads out, dangles or is neither file nor directory is not shown.
@@ -255,15 +258,13 @@ fn entry(name: String, metadata: &Metadata) -> Entry {
         dir if dir.is_dir() => What::Directory,
         _ => What::Other,
     };
+    let is_file = what == What::File;
     Entry {
         name,
         what,
-        length: if what == What::File {
-            metadata.len()
-        } else {
-            0
-        },
+        length: if is_file { metadata.len() } else { 0 },
         modified_ms: metadata.mtime() * 1000 + metadata.mtime_nsec() / 1_000_000,
+        executable: is_file && executable::is(metadata),
     }
 }
 

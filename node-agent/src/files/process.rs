@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 use batchai_common::limits::FILE_CHUNK_BYTES_MAX;
 use batchai_common::names::hex;
 use batchai_proto::agent::v1::answer_file_request::Part;
-use batchai_proto::agent::v1::{FileAlive, FileBegun, FileDone, FileEntries, FileFault};
-use batchai_proto::v1::JobFile;
-use batchai_proto::v1::job_file::FileType;
+use batchai_proto::agent::v1::file_entry::Kind;
+use batchai_proto::agent::v1::{FileAlive, FileBegun, FileDone, FileEntries, FileEntry, FileFault};
 use bytes::Bytes;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -52,10 +51,6 @@ impl Pulse {
         due
     }
 }
-
-/// The sizes that say of what is in a file server that it cannot be read.
-const OTHER: i64 = -1;
-const UNREADABLE: i64 = -2;
 
 /// Starts processes that look.
 #[derive(Clone)]
@@ -310,19 +305,19 @@ impl Drop for Looking {
     }
 }
 
-fn entry(found: &look::Entry) -> JobFile {
-    let (file_type, length) = match found.what {
-        What::File => (FileType::File, found.length as i64),
-        What::Directory => (FileType::Directory, 0),
-        What::Other => (FileType::Unspecified, OTHER),
-        What::Unreadable => (FileType::Unspecified, UNREADABLE),
+fn entry(found: &look::Entry) -> FileEntry {
+    let kind = match found.what {
+        What::File => Kind::File,
+        What::Directory => Kind::Directory,
+        What::Other => Kind::Other,
+        What::Unreadable => Kind::Unreadable,
     };
-    JobFile {
+    FileEntry {
         name: found.name.clone(),
-        file_type: file_type as i32,
-        content_length: length,
+        kind: kind as i32,
+        length: found.length as i64,
         last_modified: Some(batchai_common::time::from_millis(found.modified_ms)),
-        node: String::new(),
+        executable: found.executable,
     }
 }
 

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use batchai_common::names::hex;
-use batchai_common::parts;
+use batchai_common::{executable, parts};
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, Flock, FlockArg, OFlag, openat, renameat};
@@ -55,6 +55,8 @@ pub struct Wanted {
     pub size: u64,
     /// The digest of all of it.
     pub sha256: String,
+    /// Who may read it may execute it, else nobody may.
+    pub executable: bool,
     /// As whom; the agent's own user where it is none.
     pub user: Option<JobUser>,
 }
@@ -145,6 +147,7 @@ fn put(
             ),
         });
     }
+    executable::set(&file, wanted.executable)?;
     renameat(&dir, part.as_str(), &dir, name)?;
     nix::unistd::fsync(&dir)?;
     Ok(())
@@ -260,9 +263,11 @@ fn is_there(dir: &OwnedFd, name: &str, wanted: &Wanted, out: &mut impl Write) ->
     let Ok(opened) = beneath(base, name, OFlag::O_RDONLY | OFlag::O_NONBLOCK) else {
         return Ok(false);
     };
-    let mut hash = Sha256::new();
-    read_all(&mut File::from(opened), &mut hash, out)?;
-    Ok(hex(&hash.finalize()) == wanted.sha256)
+    let (mut file, mut hash) = (File::from(opened), Sha256::new());
+    read_all(&mut file, &mut hash, out)?;
+    // What has another owner is written anew where its mode is another one.
+    let same = hex(&hash.finalize()) == wanted.sha256;
+    Ok(same && executable::set(&file, wanted.executable).is_ok())
 }
 
 /// What is not whole yet is called after its file and its content.
@@ -357,6 +362,7 @@ mod tests {
             path: path.to_owned(),
             size: content.len() as u64,
             sha256: hex(&Sha256::digest(content)),
+            executable: false,
             user: None,
         }
     }

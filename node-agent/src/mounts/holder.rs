@@ -25,10 +25,10 @@ use super::ending::{clean_up, detach};
 use super::kernel::{self, Mark};
 use super::standing::{self, State};
 use super::step::{Step, StepError, within};
-use super::words::Words;
 use super::{CACHE, MARKS, PLAN, Phase, Plan, STATUS, Status, UNMOUNT, rclone, room};
 use crate::journal::{self, AttemptDir, JournalError};
 use crate::launch::{How, Keys, Mount};
+use crate::words::Words;
 use crate::{memory, status};
 
 /// How soon it is seen that it is told to unmount.

@@ -26,7 +26,6 @@ mod room;
 mod servers;
 mod standing;
 mod step;
-mod words;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use batchai_common::time;
@@ -21,6 +21,7 @@ use serde::Deserialize;
 use super::{kernel, room};
 use crate::launch::{Place, Remote};
 use crate::memory;
+use crate::words::Words;
 pub use settings::plain;
 use settings::{arguments, cifs_options, root, settings};
 
@@ -146,11 +147,10 @@ fn obscured(password: &str, env: &BTreeMap<String, String>) -> io::Result<String
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(password.as_bytes())?;
     }
+    let words = Words::of(&mut child);
     let output = child.wait_with_output()?;
-    match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
-        false => Err(failed(&output)),
-    }
+    ended_well(output.status, &words)?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn rclone(settings: &str, env: &BTreeMap<String, String>) -> io::Result<Command> {
@@ -171,21 +171,23 @@ fn check(remote: &Remote, settings: &str, env: &BTreeMap<String, String>) -> io:
     if !matches!(remote.place, Place::Share { .. }) {
         look = format!("{look}/{NOTHING}");
     }
-    let output = rclone(settings, env)?
+    let mut child = rclone(settings, env)?
         .args(["lsf", "--retries", "1", "--low-level-retries", "1", &look])
-        .output()?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(failed(&output)),
-    }
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let words = Words::of(&mut child);
+    ended_well(child.wait()?, &words)
 }
 
-fn failed(output: &Output) -> io::Error {
-    let words = plain(&String::from_utf8_lossy(&output.stderr));
-    io::Error::other(match words.as_str() {
-        "" => format!("rclone: {}", output.status),
+fn ended_well(status: ExitStatus, words: &Words) -> io::Result<()> {
+    if status.success() {
+        return Ok(());
+    }
+    let words = plain(&words.last());
+    Err(io::Error::other(match words.as_str() {
+        "" => format!("rclone: {status}"),
         words => format!("rclone: {words}"),
-    })
+    }))
 }
 
 /// Starts what serves it, and waits until it is mounted.

@@ -20,10 +20,10 @@ use nix::sys::statfs::statfs;
 use nix::unistd::{Pid, fchdir, getppid, setsid, syncfs};
 use serde::{Deserialize, Serialize};
 
-use super::words::{Words, redacted};
 use super::{file_server, rclone};
 use crate::launch::{How, Mount};
 use crate::share;
+use crate::words::{Words, redacted};
 
 /// Between two looks at whether it has ended.
 const PAUSE_MAX: Duration = Duration::from_millis(20);

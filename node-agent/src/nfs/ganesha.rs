@@ -15,13 +15,10 @@
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use batchai_common::shutdown;
@@ -32,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use super::backend::Backend;
 use super::export::Export;
 use super::{Config, ServerError, Status, follow, sys, tell};
+use crate::words::Words;
 
 /// What it is told.
 pub const CONFIGURATION: &str = "ganesha.conf";
@@ -50,11 +48,6 @@ const PORT_MAX: Duration = Duration::from_secs(5);
 const END_MAX: Duration = Duration::from_secs(4);
 const PAUSE: Duration = Duration::from_millis(20);
 const LOOK: Duration = Duration::from_millis(200);
-/// Of what it says so much is passed on, and the end is kept.
-const SAID_BYTES_MAX: usize = 1 << 20;
-const KEPT_BYTES_MAX: usize = 4 << 10;
-/// How long its last words are waited for.
-const WORDS_MAX: Duration = Duration::from_millis(500);
 
 /// NFS-Ganesha.
 pub struct Ganesha;
@@ -257,9 +250,7 @@ async fn is_free(address: SocketAddr) -> Result<(), ServerError> {
 /// The process.
 struct Server {
     child: Child,
-    /// The end of what it says.
-    kept: Arc<Mutex<Vec<u8>>>,
-    listener: Option<JoinHandle<()>>,
+    words: Words,
 }
 
 impl Server {
@@ -284,15 +275,8 @@ impl Server {
             .stderr(Stdio::piped());
         sys::end_together(&mut command);
         let mut child = command.spawn()?;
-        let kept = Arc::new(Mutex::new(Vec::new()));
-        let its = Arc::clone(&kept);
-        let said = child.stderr.take();
-        let listener = said.map(|said| std::thread::spawn(move || listen(said, &its)));
-        Ok(Server {
-            child,
-            kept,
-            listener,
-        })
+        let words = Words::passed_on(&mut child);
+        Ok(Server { child, words })
     }
 
     /// An error with its last words where it does not run any more.
@@ -304,16 +288,10 @@ impl Server {
     }
 
     fn last_words(&self, status: ExitStatus) -> String {
-        let end = Instant::now() + WORDS_MAX;
-        let listens = || self.listener.as_ref().is_some_and(|it| !it.is_finished());
-        while listens() && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = String::from_utf8_lossy(&kept);
+        let said = self.words.last();
         // Time, epoch, host, process, function, component, how bad it is, and what.
         let fatal = |line: &&str| line.contains(":FATAL :");
-        let mut lines = kept.lines().rev();
+        let mut lines = said.lines().rev();
         let line = lines.clone().find(fatal).or_else(|| lines.next());
         let words = line.and_then(|line| line.rsplit(" :").next());
         format!("{status}: {}", words.unwrap_or_default().trim())
@@ -336,24 +314,6 @@ impl Server {
             std::thread::sleep(PAUSE);
         }
         Ok(())
-    }
-}
-
-/// Passes on what it says, within bounds, and keeps the end.
-fn listen(mut said: ChildStderr, kept: &Mutex<Vec<u8>>) {
-    let mut left = SAID_BYTES_MAX;
-    let mut buffer = [0; 1024];
-    while let Ok(count @ 1..) = said.read(&mut buffer) {
-        let part = &buffer[..count];
-        if left >= count {
-            left -= count;
-            // It goes to a file; where that is full it is not kept.
-            let _ = io::stderr().write_all(part);
-        }
-        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.extend_from_slice(part);
-        let surplus = kept.len().saturating_sub(KEPT_BYTES_MAX);
-        kept.drain(..surplus);
     }
 }
 

@@ -1,9 +1,10 @@
 //! Benchmarks: `cargo run --release -p batchai-tests --bin bench -- smoke`, or `tls`, `failover --kills N`, `writes`,
-//! `logs [--ranks N] [--lines N]`, `spawn`, `files`.
+//! `logs [--ranks N] [--lines N]`, `spawn`, `files`, `copy`.
 //!
 //! Each measure is a JSON line on standard output; what is for people goes to standard error. This program is the
 //! `batchai` command too, for every other first argument: what is measured is what was built.
 
+mod copy;
 mod failover;
 mod files;
 mod logs;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         Some("writes") => writes::run(),
         Some("logs") => logs::run(number("--ranks", 100), number("--lines", 100)),
         Some("spawn") => spawn::run(),
+        Some("copy") => copy::run(),
         Some("files") => files::run(),
         // The same in namespaces of its own.
         Some("files-within") => files::within(),
@@ -37,7 +39,7 @@ fn main() -> ExitCode {
         }
         None => {
             eprintln!(
-                "usage: bench smoke|tls|failover [--kills N]|writes|logs [--ranks N] [--lines N]|spawn|files"
+                "usage: bench smoke|tls|failover [--kills N]|writes|logs [--ranks N] [--lines N]|spawn|files|copy"
             );
             return ExitCode::from(2);
         }

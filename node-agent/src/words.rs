@@ -1,16 +1,18 @@
-//! What the processes say that mount things, and what of it may be passed on.
+//! What the processes say that mount and share things, and what of it may be passed on.
 //!
 //! What opens a container is a part of URLs, and programs quote those in their errors: none of that gets to an error of a job, a
 //! log or a reader.
 
-use std::io::Read as _;
+use std::io::{self, Read as _, Write as _};
 use std::process::{Child, ChildStderr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Of what it says the end is kept.
-const BYTES_MAX: usize = 2048;
+const BYTES_MAX: usize = 4 << 10;
+/// So much is passed on.
+const PASSED_ON_MAX: usize = 1 << 20;
 /// Its last words are read by then.
 const WAIT_MAX: Duration = Duration::from_millis(500);
 const HIDDEN: &str = "[hidden]";
@@ -32,11 +34,23 @@ struct Kept {
 impl Words {
     /// Keeps the end of what a child says. What serves a mount may go on saying things: somebody must listen, or it waits.
     pub fn of(child: &mut Child) -> Words {
+        Words::heard(child, 0)
+    }
+
+    /// The same, and passes on to standard error what it says, within bounds.
+    pub fn passed_on(child: &mut Child) -> Words {
+        Words::heard(child, PASSED_ON_MAX)
+    }
+
+    fn heard(child: &mut Child, passed_on: usize) -> Words {
         let kept = Arc::default();
         let its = Arc::clone(&kept);
         let listener = child.stderr.take();
-        let listener = listener.map(|stderr| std::thread::spawn(move || listen(stderr, &its)));
-        Words { kept, listener }
+        let listen = |stderr| std::thread::spawn(move || listen(stderr, passed_on, &its));
+        Words {
+            kept,
+            listener: listener.map(listen),
+        }
     }
 
     /// All of it, but for its beginning where that is long. What the child has left behind may go on saying things: nobody waits for
@@ -63,9 +77,14 @@ impl Words {
     }
 }
 
-fn listen(mut stderr: ChildStderr, kept: &Mutex<Kept>) {
-    let mut buffer = [0; 512];
+fn listen(mut stderr: ChildStderr, mut passed_on: usize, kept: &Mutex<Kept>) {
+    let mut buffer = [0; 1024];
     while let Ok(count @ 1..) = stderr.read(&mut buffer) {
+        if passed_on >= count {
+            passed_on -= count;
+            // It goes to a file; where that is full it is not kept.
+            let _ = io::stderr().write_all(&buffer[..count]);
+        }
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.bytes.extend_from_slice(&buffer[..count]);
         let surplus = kept.bytes.len().saturating_sub(BYTES_MAX);
