@@ -9,12 +9,12 @@
 //! DIR/config.json                 what to serve to whom; written here
 //! DIR/status.json                 where it is served, or why not; written by the process
 //! DIR/nfs.log                     what the process said
-//! DIR/purge                       all that is shared is being taken away
+//! DIR/purged                      all that was shared was taken away
 //! ```
 //! STORAGE is the agent's `--storage-root`, DIR a directory of the journal. What was shared once and is not there is missed, and never made
 //! anew: its disk may not be mounted.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io::{self, Read as _, Seek as _};
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -25,11 +25,11 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use batchai_common::names::{Kind, check_id, last_id};
+use batchai_common::names::{Kind, check_id};
 use batchai_proto::agent::v1::{
     AssignmentList, FileServerPlace, FileServerReport, ServedFileServer,
 };
-use batchai_proto::v1::{NameValuePair, NodeFacts, ResourceError};
+use batchai_proto::v1::NodeFacts;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -37,6 +37,7 @@ use crate::journal::{AttemptDir, Journal, JournalError};
 use crate::launch::data_name;
 use crate::mounts::is_mounted_below;
 use crate::nfs::{self, CLIENTS_MAX, CONFIG, Config, LOG, STATUS, Status, start};
+use crate::serving::{Found, PORTS, Todo, port, report, todo};
 
 /// One that ends at once is not started more often than this.
 const STARTS_EVERY: Duration = Duration::from_secs(1);
@@ -46,10 +47,8 @@ const END_MAX: Duration = Duration::from_secs(5);
 const PURGES_EVERY: Duration = Duration::from_secs(30);
 /// Whose root on those who mount it is: nobody's.
 const NOBODY: u32 = 65_534;
-/// The ports that they listen at: none that the kernel gives away, for each keeps its own over restarts.
-const PORTS: std::ops::Range<u16> = 19_000..20_000;
 const SHARES: &str = "file-servers";
-const PURGE: &str = "purge";
+const PURGED: &str = "purged";
 
 /// The file servers of a node.
 pub struct FileServers {
@@ -79,7 +78,8 @@ struct Seen {
     failure: Option<String>,
     /// How it ended the last time.
     end: Option<String>,
-    gone: bool,
+    /// What was to be done about it at the latest look.
+    todo: Todo,
 }
 
 impl FileServers {
@@ -106,27 +106,94 @@ impl FileServers {
         self.wanted = list.file_servers.iter().filter(named).cloned().collect();
         self.reap();
         for server in self.wanted.clone() {
-            let done = match (server.ending, list.restored) {
-                (false, restored) => self.serve(&server, restored),
-                (true, false) => self.finish(&server),
-                (true, true) => Ok(()),
-            };
+            let done = self.look_at(&server, list.restored);
             self.seen(&server.uid).failure = done.err().map(|error| error.to_string());
-        }
-        if list.restored {
-            return Ok(());
         }
         let wanted = |uid: &str| list.file_servers.iter().any(|server| server.uid == uid);
         for dir in self.journal.file_servers()? {
             let uid = dir.id();
-            if !wanted(&uid) && self.end(&dir)? {
-                dir.remove()?;
-                self.seen.remove(&uid);
+            if wanted(&uid) {
+                continue;
+            }
+            let found = Found {
+                runs: self.runs(&dir)?,
+                ..Found::default()
+            };
+            match todo(None, list.restored, &found) {
+                Todo::End => self.end(&dir)?,
+                Todo::Forget => {
+                    dir.remove()?;
+                    self.seen.remove(&uid);
+                }
+                _ => {}
             }
         }
         self.seen
             .retain(|uid, seen| wanted(uid) || seen.child.is_some());
         Ok(())
+    }
+
+    /// Does what is to be done about one that is wanted.
+    fn look_at(&mut self, server: &ServedFileServer, restored: bool) -> Result<(), ServeError> {
+        let dir = self.journal.file_server(&server.uid);
+        let known: Option<Config> = dir.read(CONFIG)?;
+        let found = self.find(server, &dir, known.as_ref())?;
+        let todo = todo(Some(server), restored, &found);
+        self.seen(&server.uid).todo = todo.clone();
+        match todo {
+            Todo::Serve { clients, make } => self.serve(server, known, &clients, make),
+            Todo::Miss => Err(ServeError::Missing {
+                path: self.kept(server, known.as_ref())?,
+            }),
+            Todo::End => Ok(self.end(&dir)?),
+            Todo::Purge => self.purge(&dir, server, self.kept(server, known.as_ref())?),
+            // The directory of one that is gone goes when nobody asks for it any more.
+            Todo::Gone | Todo::Nothing | Todo::Forget => Ok(()),
+        }
+    }
+
+    /// What there is of one that is wanted. What is served is not looked at: its disk may not answer.
+    fn find(
+        &self,
+        server: &ServedFileServer,
+        dir: &AttemptDir,
+        known: Option<&Config>,
+    ) -> Result<Found, ServeError> {
+        let mut found = Found {
+            clients: known.map(|known| known.clients.iter().map(IpAddr::to_string).collect()),
+            runs: self.runs(dir)?,
+            purged: dir.has(PURGED),
+            ..Found::default()
+        };
+        let unseen = match server.ending {
+            true => server.purge,
+            false => known.is_none(),
+        };
+        if unseen {
+            let data = self.kept(server, known)?;
+            found.data = data.try_exists()?;
+            found.rest = aside(&data).try_exists()?;
+        }
+        Ok(found)
+    }
+
+    /// Where what lies on one lies, or lay when it was served last.
+    fn kept(
+        &self,
+        server: &ServedFileServer,
+        known: Option<&Config>,
+    ) -> Result<PathBuf, ServeError> {
+        match known {
+            Some(known) => Ok(known.root.clone()),
+            None => self.data(server),
+        }
+    }
+
+    /// What serves one is there, or was started just now.
+    fn runs(&self, dir: &AttemptDir) -> Result<bool, JournalError> {
+        let started = self.seen.get(&dir.id());
+        let started = started.is_some_and(|seen| seen.child.is_some());
+        Ok(started || dir.shim()?.is_some())
     }
 
     fn seen(&mut self, uid: &str) -> &mut Seen {
@@ -155,21 +222,15 @@ impl FileServers {
     pub fn report(&self) -> Vec<FileServerReport> {
         let nothing = Seen::default();
         let seen = |uid: &str| self.seen.get(uid).unwrap_or(&nothing);
-        let reports = self.wanted.iter().map(|server| {
-            let seen = seen(&server.uid);
-            let (place, why) = match (server.ending, self.place(server)) {
-                (true, _) => (None, seen.failure.clone()),
-                (false, Ok(Some(place))) => (Some(place), seen.failure.clone()),
-                (false, Ok(None)) => (None, seen.failure.clone().or_else(|| seen.end.clone())),
-                (false, Err(error)) => (None, Some(error.to_string())),
+        let reports = self.wanted.iter().map(|wanted| {
+            let seen = seen(&wanted.uid);
+            let (place, why) = match self.place(wanted) {
+                _ if wanted.ending => (None, seen.failure.clone()),
+                Ok(Some(place)) => (Some(place), seen.failure.clone()),
+                Ok(None) => (None, seen.failure.clone().or_else(|| seen.end.clone())),
+                Err(error) => (None, Some(error.to_string())),
             };
-            FileServerReport {
-                uid: server.uid.clone(),
-                place,
-                failure: why.map(|why| failure(server, &why)),
-                gone: seen.gone,
-                purged: seen.gone && server.purge,
-            }
+            report(wanted, &seen.todo, place, why.as_deref())
         });
         reports.collect()
     }
@@ -208,25 +269,28 @@ impl FileServers {
         Ok(shares.join(data))
     }
 
-    /// Has one served, to those who may mount it. Where the State is a backup's, also to those it does not know of.
-    fn serve(&mut self, server: &ServedFileServer, restored: bool) -> Result<(), ServeError> {
+    /// Has one served, to those who may mount it.
+    fn serve(
+        &mut self,
+        server: &ServedFileServer,
+        known: Option<Config>,
+        clients: &BTreeSet<String>,
+        make: bool,
+    ) -> Result<(), ServeError> {
         let data = self.data(server)?;
         let dir = self.journal.file_server(&server.uid);
         dir.create()?;
-        let known: Option<Config> = dir.read(CONFIG)?;
-        let clients = server.clients.iter().filter_map(|c| c.parse().ok());
-        let mut clients: Vec<IpAddr> = clients.collect();
-        if let Some(known) = known.as_ref().filter(|_| restored) {
-            clients.extend(&known.clients);
-        }
-        clients.sort();
-        clients.dedup();
+        let clients: BTreeSet<IpAddr> = clients.iter().filter_map(|c| c.parse().ok()).collect();
         if clients.len() > CLIENTS_MAX {
             return Err(ServeError::TooMany);
         }
+        let clients = clients.into_iter().collect();
         let address = self.address.parse().map_err(|_| ServeError::Address {
             address: self.address.clone(),
         })?;
+        if make {
+            make_data(&data)?;
+        }
         let config = match &known {
             Some(known) => Config {
                 root: data,
@@ -235,14 +299,7 @@ impl FileServers {
                 clients,
                 ..known.clone()
             },
-            None => {
-                match server.existing {
-                    true if !data.is_dir() => return Err(ServeError::Missing { path: data }),
-                    true => {}
-                    false => make_data(&data)?,
-                }
-                self.new_config(data, address, clients)?
-            }
+            None => self.new_config(data, address, clients)?,
         };
         if known.as_ref() != Some(&config) {
             dir.write(CONFIG, &config, true)?;
@@ -264,19 +321,14 @@ impl FileServers {
         address: IpAddr,
         clients: Vec<IpAddr>,
     ) -> Result<Config, ServeError> {
-        let mut taken = Vec::new();
+        let mut taken = BTreeSet::new();
         for dir in self.journal.file_servers()? {
             let other: Option<Config> = dir.read(CONFIG)?;
             taken.extend(other.map(|other| other.listen.port()));
         }
-        let free = |port: &u16| {
-            !taken.contains(port)
-                && !self.jobs_ports.contains(&i32::from(*port))
-                && TcpListener::bind(SocketAddr::new(address, *port)).is_ok()
-        };
+        let free = |port| TcpListener::bind(SocketAddr::new(address, port)).is_ok();
         let first = fastrand::u16(PORTS);
-        let mut ports = (first..PORTS.end).chain(PORTS.start..first);
-        let port = ports.find(free).ok_or(ServeError::NoPort)?;
+        let port = port(first, &taken, &self.jobs_ports, free).ok_or(ServeError::NoPort)?;
         Ok(Config {
             root,
             listen: SocketAddr::new(address, port),
@@ -291,8 +343,8 @@ impl FileServers {
         })
     }
 
-    /// Has the process of one end; whether it has.
-    fn end(&mut self, dir: &AttemptDir) -> Result<bool, JournalError> {
+    /// Has the process of one end.
+    fn end(&mut self, dir: &AttemptDir) -> Result<(), JournalError> {
         let runs = dir.shim()?;
         let seen = self.seen(&dir.id());
         let since = *seen.ending.get_or_insert_with(Instant::now);
@@ -304,45 +356,27 @@ impl FileServers {
             // It may have ended just now.
             let _ = kill(Pid::from_raw(pid), signal);
         }
-        Ok(runs.is_none() && seen.child.is_none())
-    }
-
-    /// Has one be gone.
-    fn finish(&mut self, server: &ServedFileServer) -> Result<(), ServeError> {
-        let dir = self.journal.file_server(&server.uid);
-        if !self.end(&dir)? || (server.purge && !self.purge(&dir, server)?) {
-            return Ok(());
-        }
-        // Its directory goes when nobody asks for it any more.
-        self.seen(&server.uid).gone = true;
         Ok(())
     }
 
-    /// Has all that is shared be taken away; whether it is.
-    fn purge(&mut self, dir: &AttemptDir, server: &ServedFileServer) -> Result<bool, ServeError> {
-        let data = match dir.read::<Config>(CONFIG)? {
-            Some(config) => config.root,
-            None => self.data(server)?,
-        };
+    /// Has all that is shared be taken away.
+    fn purge(
+        &mut self,
+        dir: &AttemptDir,
+        server: &ServedFileServer,
+        data: PathBuf,
+    ) -> Result<(), ServeError> {
         let seen = self.seen(&server.uid);
         if let Some(purge) = seen.purge.take_if(|purge| purge.is_finished()) {
             seen.failure = match purge.join() {
-                Ok(done) => done.err().map(|error| error.to_string()),
+                // What is left, if anything, the next look sees.
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => Some(error.to_string()),
                 Err(_) => Some("what purges it has panicked".to_owned()),
             };
         }
         if seen.purge.is_some() {
-            return Ok(false);
-        }
-        if !dir.has(PURGE) {
-            if server.existing && !data.try_exists()? {
-                return Err(ServeError::Missing { path: data });
-            }
-            dir.create()?;
-            dir.write(PURGE, &true, true)?;
-        }
-        if !data.try_exists()? && !purged(&data).try_exists()? {
-            return Ok(true);
+            return Ok(());
         }
         if let Some(why) = &seen.failure
             && seen.purged.is_some_and(|at| at.elapsed() < PURGES_EVERY)
@@ -351,8 +385,13 @@ impl FileServers {
         }
         // It may be large. Whoever waits for it waits for the disk.
         seen.purged = Some(Instant::now());
-        seen.purge = Some(std::thread::spawn(move || purge(&data)));
-        Ok(false)
+        dir.create()?;
+        let dir = dir.clone();
+        seen.purge = Some(std::thread::spawn(move || {
+            purge(&data)?;
+            dir.write(PURGED, &true, true).map_err(io::Error::other)
+        }));
+        Ok(())
     }
 }
 
@@ -383,22 +422,6 @@ enum ServeError {
     System(#[from] io::Error),
 }
 
-fn failure(server: &ServedFileServer, why: &str) -> ResourceError {
-    let name = last_id(&server.name);
-    let code = match server.ending {
-        true => "FileServerNotPurged",
-        false => "FileServerNotServed",
-    };
-    ResourceError {
-        code: code.to_owned(),
-        message: format!("{name}: {why}"),
-        details: vec![NameValuePair {
-            name: "error".to_owned(),
-            value: why.to_owned(),
-        }],
-    }
-}
-
 /// Where file servers lie below the agent's `--storage-root`.
 pub fn shares(storage_root: &Path) -> PathBuf {
     storage_root.join(SHARES)
@@ -422,14 +445,14 @@ fn make_data(data: &Path) -> io::Result<()> {
     fs::File::open(shares)?.sync_all()
 }
 
-fn purged(data: &Path) -> PathBuf {
+fn aside(data: &Path) -> PathBuf {
     let name = data.file_name().unwrap_or_default().to_string_lossy();
     data.with_file_name(format!(".purged-{name}"))
 }
 
 /// Out of the way first: what is half gone is nobody's any more.
 fn purge(data: &Path) -> io::Result<()> {
-    let gone = purged(data);
+    let gone = aside(data);
     for path in [data, &gone] {
         // What an administrator has mounted there was never part of it.
         if is_mounted_below(path).unwrap_or(true) {

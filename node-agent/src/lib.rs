@@ -1,9 +1,9 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `{status, cgroups, memory} <- {launch, lease, reconcile} <- config <- {hardware, journal, share, user} <- {mounts, nfs} <- {shim, watch} <- session <- {join, logs, bundles, execs, files, file_servers} <- peers <- supervisor <- agent`.
+//! `{status, cgroups, memory} <- {launch, lease, reconcile, serving} <- config <- {hardware, journal, share, user} <- {mounts, nfs} <- {shim, watch} <- session <- {join, logs, bundles, execs, files, file_servers} <- peers <- supervisor <- agent`.
 //!
-//! `cgroups`, `launch`, `lease`, `reconcile` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
+//! `cgroups`, `launch`, `lease`, `reconcile`, `serving` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
 
 mod agent;
@@ -26,6 +26,7 @@ mod mounts;
 pub mod nfs;
 mod peers;
 pub mod reconcile;
+pub mod serving;
 mod session;
 mod share;
 mod shim;

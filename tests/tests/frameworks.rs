@@ -315,3 +315,75 @@ fn a_port_that_somebody_holds_is_nobodys_fault_and_another_one_does() {
     assert_eq!(e.log("free", "stdout-0.txt"), format!("at {port}\n"));
     e.assert_nothing_left();
 }
+
+/// Listens where its framework would, until all the others do; then it ends.
+const HOLDS: &str = r#"
+import json, os, pathlib, socket, sys, time
+name, here = sys.argv[1], pathlib.Path(__file__).parent
+if "TF_CONFIG" in os.environ:
+    config = json.loads(os.environ["TF_CONFIG"])
+    task = config["task"]
+    at = config["cluster"][task["type"]][task["index"]]
+    role = task["type"] + str(task["index"])
+else:
+    at = os.environ["MASTER_ADDR"] + ":" + os.environ["MASTER_PORT"]
+    role = os.environ["RANK"]
+if role != "1":
+    host, port = at.rsplit(":", 1)
+    held = socket.socket()
+    held.bind((host, int(port)))
+    held.listen()
+    (here / ("held." + name + "." + role)).write_text(port)
+while not (here / "go").exists():
+    time.sleep(0.2)
+"#;
+
+/// Two nodes each: ten jobs of PyTorch, whose masters listen, and ten of TensorFlow, with two workers and a server that do.
+#[test]
+fn forty_nodes_of_one_machine_have_ports_of_their_own_for_all_their_jobs_at_once() {
+    const JOBS: usize = 20;
+    let mut e = Ensemble::with_cluster(2 * JOBS);
+    let script = e.path().join("holds.py");
+    std::fs::write(&script, HOLDS).unwrap();
+    let script = script.to_string_lossy().into_owned();
+    let names: Vec<_> = (0..JOBS).map(|number| format!("j{number}")).collect();
+    for (number, name) in names.iter().enumerate() {
+        let settings = match number % 2 {
+            0 => json!({
+                "nodeCount": 2,
+                "pyTorchSettings": { "pythonScriptFilePath": script, "commandLineArgs": name },
+            }),
+            _ => json!({
+                "nodeCount": 2,
+                "tensorFlowSettings": {
+                    "pythonScriptFilePath": script,
+                    "pythonInterpreterPath": "python3",
+                    "masterCommandLineArgs": name,
+                    "workerCommandLineArgs": name,
+                    "parameterServerCommandLineArgs": name,
+                    "workerCount": 2,
+                    "parameterServerCount": 1,
+                },
+            }),
+        };
+        e.submit(name, settings);
+    }
+    let held = || -> Vec<String> {
+        let files = std::fs::read_dir(e.path()).unwrap().flatten();
+        let held = files.filter(|file| file.file_name().to_string_lossy().starts_with("held."));
+        let held = held.map(|file| std::fs::read_to_string(file.path()).unwrap());
+        held.filter(|port| !port.is_empty()).collect()
+    };
+    // One that found its port taken has ended, and is waited for in vain.
+    let ports = until("all of them to listen at once", || {
+        let held = held();
+        (held.len() == 4 * JOBS / 2).then_some(held)
+    });
+    let unique: BTreeSet<_> = ports.iter().collect();
+    assert_eq!(unique.len(), ports.len(), "{ports:?}");
+    std::fs::write(e.path().join("go"), "").unwrap();
+    for name in &names {
+        assert_eq!(e.wait(name), 0, "{:#}", e.job(name));
+    }
+    e.assert_nothing_left();
+}

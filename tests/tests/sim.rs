@@ -14,22 +14,32 @@ use batchai_tests::sim::{Outcome, outage, play};
 const SEEDS: u64 = 200;
 
 /// What must come up among the seeds, else they do not try what they are for.
-const SOMETIMES: [&str; 38] = [
+const SOMETIMES: [&str; 50] = [
     "a backup is restored",
     "an ensemble has been written to for long",
+    "a cluster mounts a file server",
     "a creation is asked for again",
     "a disk is slow",
+    "a disk of file servers is away",
     "a failed run is tried again",
+    "a file server fails",
+    "a file server is being deleted",
+    "a file server is gone with all that lay on it",
+    "a file server is served",
+    "a file server waits for room",
     "a follower gets a snapshot",
     "a follower has a report recorded",
     "a follower is cut off together with agents",
     "a follower passes on a grant",
     "a lease is over amid a job",
     "a lease is over while its node is cut off",
+    "a job mounts a file server",
+    "a job mounts what an alias leads to",
     "a leader is lost while an attempt prepares",
     "a leader refuses a session",
     "a leader stands still",
     "a machine reboots amid a job",
+    "a machine with file servers has another address",
     "a node has a live session already",
     "a read is answered",
     "a removed replica is told so",
@@ -52,7 +62,9 @@ const SOMETIMES: [&str; 38] = [
     "the clock of a leader jumps back",
     "the leader changes",
     "the replicas agree on what they hold",
+    "what lay on a file server is missed",
     "what became of a proposal is not known",
+    "what serves a file server dies",
 ];
 
 fn number(name: &str) -> Option<u64> {

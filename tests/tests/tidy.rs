@@ -26,7 +26,7 @@ const IMPURE: [&str; 14] = [
 ];
 
 /// These must be PURE.
-const PURE: [&str; 15] = [
+const PURE: [&str; 16] = [
     "node-agent/src/cgroups.rs",
     "coordinator/src/agents/lease.rs",
     "coordinator/src/agents/upward.rs",
@@ -41,6 +41,7 @@ const PURE: [&str; 15] = [
     "coordinator/src/api/job_spec.rs",
     "node-agent/src/launch/",
     "node-agent/src/reconcile.rs",
+    "node-agent/src/serving.rs",
     "node-agent/src/status.rs",
 ];
 
@@ -69,7 +70,7 @@ const COORDINATOR: [&[&str]; 14] = [
 ];
 const NODE_AGENT: [&[&str]; 12] = [
     &["cgroups", "memory", "status", "words"],
-    &["launch", "lease", "reconcile"],
+    &["launch", "lease", "reconcile", "serving"],
     &["config"],
     &["hardware", "journal", "share", "user"],
     &["mounts", "nfs"],

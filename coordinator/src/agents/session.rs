@@ -29,7 +29,9 @@ use crate::replica::hub::Topic;
 use crate::replica::{Handle, ReplicaError};
 use crate::secrets::Vault;
 use crate::state::keys::workspace_of;
-use crate::state::{Rejection, State, assignments::assignments, file_servers, restore, setup};
+use crate::state::{
+    Rejection, State, assignments::assignments, file_servers, nodes, restore, setup,
+};
 
 /// What a session may have to send and the agent has not taken: it reads at once or is cut off.
 pub const OUTBOX_MAX: usize = 16;
@@ -87,7 +89,7 @@ impl Session {
             facts: Some(facts),
             empty: hello.empty,
         };
-        if !is_registered(&state, &register) {
+        if !nodes::is_registered(&state, &register) {
             let registered = uplink.propose(Kind::RegisterNode(register)).await;
             registered.map_err(|error| status(&replica, error))?;
         }
@@ -343,15 +345,6 @@ fn second(name: &str) -> Status {
 }
 
 /// Whether the State knows all that a node says of itself.
-fn is_registered(state: &State, register: &RegisterNode) -> bool {
-    let known = state.nodes.get(&register.name);
-    known.is_some_and(|known| {
-        known.uid == register.uid
-            && known.incarnation == register.incarnation
-            && Some(&*known.facts) == register.facts.as_ref()
-    })
-}
-
 /// As long as every later leader will wait.
 fn longest_lease(state: &State) -> Duration {
     Duration::from_millis(u64::try_from(state.longest_lease_ms).unwrap_or_default())

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use batchai_common::fault;
 use batchai_proto::agent::v1::assignment::Desired;
 use batchai_proto::agent::v1::{
     Assignment, AssignmentList, ClusterMounts, FileServerSource, Host, ServedFileServer,
@@ -50,7 +51,9 @@ fn cluster_mounts(state: &State, node: &Node) -> Option<ClusterMounts> {
 fn served(state: &State, node: &str) -> Vec<ServedFileServer> {
     let served = file_servers::of_node(state, node).map(|server| {
         let name = &server.spec.name;
-        let clients = file_servers::mounting(state, name);
+        let all = state.nodes.iter().filter(|_| fault!("exported_to_all"));
+        let all = all.map(|(id, node)| (id, &**node));
+        let clients = file_servers::mounting(state, name).chain(all);
         let clients: BTreeSet<_> = clients.flat_map(|(_, n)| &n.facts.addresses).collect();
         ServedFileServer {
             name: name.clone(),
@@ -58,7 +61,7 @@ fn served(state: &State, node: &str) -> Vec<ServedFileServer> {
             clients: clients.into_iter().cloned().collect(),
             ending: server.deleting.is_some(),
             purge: server.purge,
-            existing: server.place.is_some(),
+            existing: server.place.is_some() && !fault!("existing_not_said"),
         }
     });
     served.collect()

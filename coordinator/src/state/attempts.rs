@@ -156,8 +156,9 @@ fn check_plan(state: &State, job: &Job, plan: &Place) -> Result<(), Rejection> {
     }
     if job.state != v1::job::State::Queued
         || (job.revision != plan.job_revision && !fault!("plan_of_an_older_job"))
+        || file_servers::awaited(state, job.spec.mount_volumes.as_ref()).is_some()
     {
-        return Err(overtaken(&plan.job, "it changed since the plan was made"));
+        return Err(overtaken(&plan.job, "it, or what it mounts, has changed"));
     }
     if plan.nodes.len() != usize::try_from(job.spec.node_count).unwrap_or_default() {
         return Err(overtaken(&plan.job, "the plan has another number of nodes"));

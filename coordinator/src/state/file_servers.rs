@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use batchai_common::fault;
 use batchai_common::names::Kind;
 use batchai_proto::agent::v1::{FileServerPlace, FileServerReport};
 use batchai_proto::internal::v1::{Delete, PlaceFileServer};
@@ -104,7 +105,7 @@ fn why_awaited(state: &State, name: &str) -> Option<&'static str> {
         Some("it is being deleted")
     } else if server.node.is_some() && node.is_none_or(|node| node.expelled) {
         Some("the node that served it was expelled")
-    } else if server.place.is_none() {
+    } else if server.place.is_none() && !fault!("placed_before_its_server") {
         Some("it is not served yet; batchai file-server show says why")
     } else {
         None
@@ -150,7 +151,8 @@ impl Load {
 
     /// Whether a node can bear it.
     pub fn fits(self, node: &Node) -> bool {
-        self.count <= OF_NODE_MAX && self.bytes <= node.facts.storage_bytes
+        self.count <= OF_NODE_MAX
+            && (self.bytes <= node.facts.storage_bytes || fault!("room_not_counted"))
     }
 }
 
@@ -284,7 +286,7 @@ pub(super) fn delete(step: &mut Step<'_>, command: &Delete, purge: bool) -> Resu
     change(step, name, |server| {
         server.deleting.get_or_insert(time);
         // One whose disk is lost cannot be purged: then it is let go of by force.
-        server.purge = purge || (server.purge && !command.force);
+        server.purge = purge || (server.purge && !command.force) || fault!("purged_unasked");
     });
     nodes::assign(step, node);
     Ok(())
@@ -315,7 +317,10 @@ fn remove(step: &mut Step<'_>, name: &str) {
 pub fn is_news(state: &State, node: &str, said: &FileServerReport) -> bool {
     let server = of_node(state, node).find(|server| server.spec.uid == said.uid);
     server.is_some_and(|server| match said.gone {
-        true => server.deleting.is_some() && (said.purged || !server.purge),
+        true => {
+            server.deleting.is_some()
+                && (said.purged || !server.purge || fault!("gone_before_purged"))
+        }
         false => {
             server.failure != said.failure || (said.place.is_some() && server.place != said.place)
         }
@@ -344,7 +349,7 @@ pub(super) fn take_in(step: &mut Step<'_>, node: &str, said: &FileServerReport) 
             server.place.clone_from(&said.place);
         }
     });
-    if !moved {
+    if !moved || fault!("moved_place_not_told") {
         return;
     }
     let mounting: Vec<_> = mounting(step.state, name)
@@ -386,7 +391,7 @@ pub(super) fn expelled(step: &mut Step<'_>, node: &str) {
 
 /// Whom a file server is shared with follows from what nodes are assigned: where that has changed, its own node is told.
 pub(super) fn follow(before: &State, step: &mut Step<'_>) {
-    if step.state.file_servers.is_empty() {
+    if step.state.file_servers.is_empty() || fault!("exports_not_renewed") {
         return;
     }
     let mut serving = BTreeSet::new();

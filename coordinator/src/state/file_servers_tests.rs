@@ -3,12 +3,13 @@
 use batchai_proto::agent::v1::{FileServerPlace, FileServerReport, Report};
 use batchai_proto::internal::v1::command::Kind as C;
 use batchai_proto::internal::v1::{
-    Delete, DeleteFileServer, ExpelNode, PlaceFileServer, RecordReport, RegisterNode,
+    AcceptRestore, Delete, DeleteFileServer, ExpelNode, PlaceFileServer, RecordReport, RegisterNode,
 };
 use batchai_proto::v1::job::State as JobState;
 use batchai_proto::v1::job_attempt_node::Phase as P;
 
 use crate::scheduler::explain::pending_reason;
+use crate::scheduler::schedule;
 use crate::state::assignments::assignments;
 use crate::state::tests::{Ensemble, through_a_snapshot};
 use crate::state::*;
@@ -186,6 +187,34 @@ fn a_job_waits_for_what_it_mounts_and_its_nodes_may_mount_it_while_it_runs() {
     e.see(&job, 0, P::Ended, &[(0, Some(0))]);
     assert!(e.state.nodes[STORE].assigned > revision);
     assert!(clients(&e).is_empty());
+}
+
+#[test]
+fn what_was_planned_is_not_placed_when_its_file_server_has_gone_meanwhile() {
+    let mut e = begun();
+    let job = e.queue("j", 1, |job| job.mount_volumes = Some(mounts()));
+    let mut plans = schedule(&e.state, &e.heard, 1);
+    assert_eq!(plans.len(), 1);
+    e.ok(delete(true, false));
+    let placed = e.try_apply(C::Place(plans.remove(0)));
+    assert!(placed.is_err(), "{placed:?}");
+    assert_eq!(e.state_of(&job), JobState::Queued);
+    let reason = pending_reason(&e.state, &e.heard, e.job(&job));
+    assert!(reason.contains("is being deleted"), "{reason}");
+}
+
+#[test]
+fn nodes_are_told_when_a_restore_is_accepted() {
+    let mut e = begun();
+    e.ok(delete(false, true));
+    let mut state = e.state.clone();
+    state.restored = true;
+    e.become_state(state);
+    let list = assignments(&e.state, STORE);
+    assert!(list.restored && list.file_servers[0].ending);
+    e.ok(C::AcceptRestore(AcceptRestore { force: true }));
+    let told = assignments(&e.state, STORE);
+    assert!(!told.restored && told.revision > list.revision);
 }
 
 #[test]

@@ -87,6 +87,16 @@ pub(super) fn assign(step: &mut Step<'_>, name: &str) {
     }
 }
 
+/// Whether it is known as it registers: that need not be recorded again.
+pub fn is_registered(state: &State, register: &RegisterNode) -> bool {
+    let known = state.nodes.get(&register.name);
+    known.is_some_and(|known| {
+        known.uid == register.uid
+            && known.incarnation == register.incarnation
+            && Some(&*known.facts) == register.facts.as_ref()
+    })
+}
+
 pub(super) fn register(step: &mut Step<'_>, command: &RegisterNode) -> Result<(), Rejection> {
     let name = &command.name;
     let facts = Arc::new(command.facts.clone().unwrap_or_default());

@@ -88,6 +88,11 @@ pub(super) fn accept(step: &mut Step<'_>, command: &AcceptRestore) -> Result<(),
         ));
     }
     step.state.restored = false;
+    // Until now nothing of file servers was ended, nor anybody cut off from them.
+    let nodes: Vec<_> = step.state.nodes.keys().cloned().collect();
+    for node in nodes {
+        nodes::assign(step, &node);
+    }
     Ok(())
 }
 

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use batchai_coordinator::state::State;
 use batchai_coordinator::state::assignments::assignments;
 use batchai_node_agent::lease::{Fence, Held, Lease};
 use batchai_node_agent::reconcile::{Action, Local, actions, observations, strays};
-use batchai_node_agent::status::{Phase, RankStatus, Status};
+use batchai_node_agent::status::{FailureRecord, Phase, RankStatus, Status};
 use batchai_proto::agent::v1::{
-    Assignment, AssignmentList, AttemptObservation, Host, Report, Stray, StrayList,
+    Assignment, AssignmentList, AttemptObservation, FileServerSource, Host, MountsReport, Report,
+    Stray, StrayList,
 };
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RecordReport, RegisterNode};
@@ -15,6 +17,7 @@ use batchai_proto::v1;
 
 use super::Sim;
 use super::clocks::Clock;
+use super::storage::{Exports, Storage};
 
 /// What an agent is doing with a coordinator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +33,8 @@ enum Talk {
 pub struct Agent {
     number: usize,
     boot: u64,
+    /// How often its address changed.
+    moves: u64,
     /// The agent is not there until then; the processes of its jobs are.
     down_until: u64,
     /// It reaches nobody until then.
@@ -50,6 +55,9 @@ pub struct Agent {
     /// Of the attempts that are bound to it, as their shims count.
     pub fences: BTreeMap<String, Fence>,
     list: Option<AssignmentList>,
+    pub storage: Storage,
+    /// What its attempts mount, and whether all of that is there.
+    mounts: BTreeMap<String, (Vec<FileServerSource>, bool)>,
     /// The journal: attempts, and whose each is.
     pub local: BTreeMap<String, (Local, Stray)>,
     /// What was reported, and whether that is on its way.
@@ -62,6 +70,7 @@ impl Agent {
         Agent {
             number,
             boot: 1,
+            moves: 0,
             down_until: 0,
             cut_until: 0,
             isolated: (0, 0),
@@ -74,6 +83,9 @@ impl Agent {
             written: None,
             fences: BTreeMap::new(),
             list: None,
+            // Not all machines offer any.
+            storage: Storage::new(number.is_multiple_of(2)),
+            mounts: BTreeMap::new(),
             local: BTreeMap::new(),
             reported: None,
             reporting: None,
@@ -84,6 +96,30 @@ impl Agent {
         format!("nodes/n{}", self.number)
     }
 
+    /// Where it is reached.
+    pub fn address(&self) -> String {
+        format!("10.{}.0.{}", self.number, self.moves)
+    }
+
+    /// Whether it knows what a State has for it.
+    pub fn has_list_of(&self, state: &State) -> bool {
+        let node = state.nodes.get(&self.name());
+        let list = self.list.as_ref();
+        node.zip(list)
+            .is_some_and(|(node, list)| (list.epoch, list.revision) == (state.epoch, node.assigned))
+    }
+
+    /// What runs here, and what it mounts.
+    pub fn mounting(&self) -> impl Iterator<Item = (&str, &[FileServerSource])> {
+        self.running().filter_map(|(id, _)| {
+            let (sources, _) = self.mounts.get(id)?;
+            self.local[id]
+                .0
+                .launch_written
+                .then_some((id, &sources[..]))
+        })
+    }
+
     fn uid(&self) -> String {
         format!("uid-{}", self.number)
     }
@@ -92,7 +128,7 @@ impl Agent {
         format!("journal/boot-{}", self.boot)
     }
 
-    /// The attempts whose processes may run here, and of which job they are.
+    /// The attempts whose processes may run here, and of which job they are; set-ups are of none but themselves.
     pub fn running(&self) -> impl Iterator<Item = (&str, &str)> {
         let live = self.local.values().filter(|(local, _)| {
             let ended = local
@@ -101,7 +137,10 @@ impl Agent {
                 .is_some_and(|s| s.phase == Phase::Ended);
             local.started && local.shim && !ended
         });
-        live.map(|(local, of)| (local.attempt.as_str(), of.job.as_str()))
+        live.map(|(local, of)| {
+            let work = if of.set_up { &local.attempt } else { &of.job };
+            (local.attempt.as_str(), work.as_str())
+        })
     }
 
     /// Processes of a job that was launched run here.
@@ -183,7 +222,10 @@ impl Agent {
                 boot_id: format!("{}-{}", self.number, self.boot),
                 first_port: 20_000,
                 last_port: 20_099,
-                addresses: vec!["10.0.0.1".into()],
+                addresses: vec![self.address()],
+                storage_root: if self.storage.offered { "/srv" } else { "" }.into(),
+                storage_bytes: self.storage.bytes.0,
+                storage_free_bytes: self.storage.bytes.1,
                 ..Default::default()
             }),
             empty: self.local.is_empty(),
@@ -191,8 +233,14 @@ impl Agent {
     }
 
     /// What the processes of its attempts do by themselves.
-    fn work(&mut self, random: &mut fastrand::Rng) {
+    fn work(&mut self, step: u64, random: &mut fastrand::Rng, exports: &Exports) {
+        self.storage.work(step, random);
+        let address = self.address();
         for (local, _) in self.local.values_mut().filter(|(local, _)| local.shim) {
+            let mounts = self.mounts.get(&local.attempt);
+            let mounted = mounts.is_none_or(|(sources, all)| {
+                *all && self.storage.reaches(sources, &address, exports, step)
+            });
             let mut status = local.status.take().unwrap_or_default();
             let soon = random.f64() < 0.1;
             match status.phase {
@@ -201,7 +249,16 @@ impl Agent {
                 }
                 // Whoever is to stop does nothing else any more.
                 _ if local.stop_written => {}
-                Phase::Preparing if soon => status.phase = Phase::Ready,
+                Phase::Preparing if soon && mounted => status.phase = Phase::Ready,
+                // What is not there is waited for, and not for ever.
+                Phase::Preparing if soon && random.f64() < 0.2 => {
+                    status.failure = Some(FailureRecord {
+                        code: "MountFailed".into(),
+                        infrastructure: true,
+                        ..FailureRecord::default()
+                    });
+                    status.phase = Phase::Ended;
+                }
                 Phase::Running if soon && !self.busy => {
                     if let Some(rank) = status.ranks.first_mut() {
                         rank.exit_code = Some(i32::from(random.f64() < 0.2));
@@ -216,6 +273,37 @@ impl Agent {
             }
             local.status = Some(status);
         }
+    }
+
+    /// What an attempt mounts, and whether the coordinator says of all of it where it is.
+    fn sources(&self, wanted: &Assignment) -> (Vec<FileServerSource>, bool) {
+        let of_cluster = self.list.iter().filter_map(|list| list.mounts.as_ref());
+        let of_cluster = of_cluster.flat_map(|mounts| &mounts.file_servers);
+        if wanted.set_up {
+            return (of_cluster.cloned().collect(), true);
+        }
+        let job = wanted.job.as_ref();
+        let volumes = job.and_then(|job| job.mount_volumes.as_ref());
+        let mut named = volumes
+            .into_iter()
+            .flat_map(|volumes| &volumes.file_servers);
+        let known = |name: &str| wanted.file_servers.iter().any(|source| source.name == name);
+        let all = named.all(|mount| known(&mount.file_server));
+        (wanted.file_servers.clone(), all)
+    }
+
+    /// What is the matter with what its cluster mounts.
+    fn mounts_report(&self, exports: &Exports, step: u64) -> Option<MountsReport> {
+        let mounts = self.list.as_ref()?.mounts.as_ref()?;
+        let (address, sources) = (self.address(), &mounts.file_servers);
+        let reaches = self.storage.reaches(sources, &address, exports, step);
+        Some(MountsReport {
+            cluster_uid: mounts.uid.clone(),
+            failure: (!reaches).then(|| v1::ResourceError {
+                code: "MountUnavailable".into(),
+                ..Default::default()
+            }),
+        })
     }
 
     fn act(&mut self, action: &Action) {
@@ -234,6 +322,7 @@ impl Agent {
                 if wanted.fenced {
                     self.fences.insert(id.clone(), Fence::default());
                 }
+                self.mounts.insert(id.clone(), self.sources(wanted));
                 self.local.insert(id.clone(), (local, origin(wanted)));
             }
             Action::Launch(id) => {
@@ -266,6 +355,7 @@ impl Agent {
             Action::Forget(id) => {
                 self.local.remove(id);
                 self.fences.remove(id);
+                self.mounts.remove(id);
             }
         }
     }
@@ -290,6 +380,7 @@ fn origin(assignment: &Assignment) -> Stray {
 
 impl Sim {
     pub(super) fn fail_agents(&mut self) {
+        self.fail_storage();
         let i = self.random.usize(..self.agents.len());
         let step = self.step;
         if self.random.f64() < self.options.agent_crash {
@@ -299,6 +390,7 @@ impl Sim {
             agent.down_until = until;
             agent.lease = Lease::new(agent.clock.boot(step));
             agent.leased_until = 0;
+            agent.storage.begin(step);
             if agent.running().next().is_some() {
                 self.checks.saw("an agent is killed amid a job");
             }
@@ -313,6 +405,15 @@ impl Sim {
             (agent.leased_until, agent.written) = (0, None);
             // What ran is gone, and what lay on the disk of the journal is not: what had ended is known still.
             agent.boot += 1;
+            agent.storage.stop_all();
+            agent.storage.begin(step);
+            if self.random.u32(..4) == 0 {
+                agent.moves += 1;
+                if !agent.storage.kept.is_empty() {
+                    self.checks
+                        .saw("a machine with file servers has another address");
+                }
+            }
             for (local, _) in agent.local.values_mut() {
                 local.shim = false;
             }
@@ -324,6 +425,9 @@ impl Sim {
             self.agents[i].cut_off(until);
         }
         if self.random.f64() < self.options.crash {
+            if self.agents[i].storage.stop_one(&mut self.random) {
+                self.checks.saw("what serves a file server dies");
+            }
             // A shim dies, and its processes with it.
             let running: Vec<_> = self.agents[i]
                 .running()
@@ -338,23 +442,41 @@ impl Sim {
         }
     }
 
+    fn fail_storage(&mut self) {
+        if self.random.f64() < self.options.storage {
+            let until = self.step + self.random.u64(1..400);
+            let i = self.random.usize(..self.agents.len());
+            let storage = &mut self.agents[i].storage;
+            if storage.serves() {
+                self.checks.saw("a disk of file servers is away");
+            }
+            storage.take_away(until);
+        }
+    }
+
     pub(super) fn heal_agents(&mut self) {
+        let back = self.step + 1;
         for agent in &mut self.agents {
+            agent.storage.take_away(back);
             (agent.down_until, agent.cut_until) = (0, 0);
             agent.isolated = (0, 0);
         }
     }
 
-    pub(super) fn step_agents(&mut self) {
+    pub(super) fn step_agents(&mut self) -> Result<(), String> {
         let step = self.step;
+        let mut exports = Exports::new();
+        for agent in &self.agents {
+            agent.storage.exports(&agent.address(), &mut exports);
+        }
         for i in 0..self.agents.len() {
-            self.agents[i].work(&mut self.random);
+            self.agents[i].work(step, &mut self.random, &exports);
             let agent = &self.agents[i];
             if agent.down_until > self.step {
                 continue;
             }
             if agent.cut_until <= self.step {
-                self.talk(i);
+                self.talk(i, &exports);
             }
             // Also where nobody is reached: what is wanted is known.
             let agent = &mut self.agents[i];
@@ -370,10 +492,13 @@ impl Sim {
             for action in actions(&list, &local, leased) {
                 agent.act(&action);
             }
+            let deeds = agent.storage.look(&list, step, &mut self.random);
+            self.judge_deeds(deeds)?;
         }
+        Ok(())
     }
 
-    fn talk(&mut self, i: usize) {
+    fn talk(&mut self, i: usize, exports: &Exports) {
         let (name, step) = (self.agents[i].name(), self.step);
         match self.agents[i].talk {
             Talk::None => {
@@ -411,12 +536,13 @@ impl Sim {
                 if known.is_none_or(|known| assigned > known) {
                     agent.list = Some(assignments(&state, &name));
                 }
-                self.report(i, id);
+                self.report(i, id, exports);
             }
         }
     }
 
-    fn report(&mut self, i: usize, id: u64) {
+    fn report(&mut self, i: usize, id: u64, exports: &Exports) {
+        let step = self.step;
         let agent = &mut self.agents[i];
         if agent.reporting.is_some() {
             return;
@@ -442,8 +568,8 @@ impl Sim {
         let seen = Report {
             attempts: observations(&list, &local),
             strays: agent.list.is_some().then_some(strays),
-            file_servers: Vec::new(),
-            mounts: None,
+            file_servers: agent.storage.report(&agent.address()),
+            mounts: agent.mounts_report(exports, step),
         };
         if agent.reported.as_ref() == Some(&seen) {
             return;

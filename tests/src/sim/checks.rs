@@ -13,6 +13,7 @@ use batchai_proto::v1;
 use super::agents::Agent;
 use super::disk::Disk;
 use super::replicas::Replica;
+use super::servers::Servers;
 
 /// Entries of the log after which all of the State is compared, what follows from the rest included, and its digest; else the revision
 /// of everything in it.
@@ -29,6 +30,7 @@ pub struct Checks {
     /// Jobs whose creation, and whose deletion, was acknowledged.
     pub jobs: BTreeSet<String>,
     pub deleted: BTreeSet<String>,
+    pub servers: Servers,
     /// Who led in a term, and who asked for votes in those that nobody led yet.
     leaders: BTreeMap<u64, u64>,
     candidates: BTreeMap<u64, BTreeSet<u64>>,
@@ -61,6 +63,7 @@ impl Checks {
     /// Everything begins anew with the State of a backup: what came after it is forgotten, and nothing of it is used again.
     pub fn restored(&mut self, state: &State) -> Result<(), String> {
         invariants::check(state)?;
+        self.servers.restored(state);
         if state.revision <= self.latest {
             return Err(format!("revisions_are_used_once: {}", state.revision));
         }
@@ -126,6 +129,10 @@ impl Checks {
                 self.saw("a failed run is tried again");
             }
             self.terminal_states_never_leave(state)?;
+            if state.revision == self.latest {
+                let saw = self.servers.applied(state)?;
+                self.sometimes.extend(saw);
+            }
         }
         match index.is_multiple_of(WHOLE_EVERY) {
             true => node_counts_add_up(state, heard),

@@ -59,11 +59,9 @@ impl Sim {
             if self.clients[i].wants.is_none() && !self.healed && self.random.f64() < 0.2 {
                 self.clients[i].wants = self.wish(i);
             }
-            // At the end the cluster has all nodes again, so that every job fits; what others still want of it comes before.
             let idle = !self.clients.iter().any(Client::is_busy);
-            if self.healed && !self.grown && idle {
-                self.grown = true;
-                self.clients[i].wants = Some((resize(self.options.agents), self.clients[i].key()));
+            if self.healed && idle {
+                self.clients[i].wants = self.last(i);
             }
             if self.clients[i].sent || self.clients[i].wants.is_none() {
                 continue;
@@ -77,6 +75,17 @@ impl Sim {
             self.clients[i].sent = self.propose(leader, kind, Some(key), Asked::Client(i));
         }
         self.read_somewhere();
+    }
+
+    /// At the end the cluster has all nodes again, so that every job fits; what others still want of it comes before.
+    fn last(&mut self, i: usize) -> Option<(Kind, RequestKey)> {
+        let state = self.latest()?.clone();
+        let kind = self.last_wish(&state);
+        let kind = kind.or_else(|| {
+            let grow = !std::mem::replace(&mut self.grown, true);
+            grow.then(|| resize(self.options.agents))
+        })?;
+        Some((kind, self.clients[i].key()))
     }
 
     /// Asks any replica for a State that has everything that was acknowledged until now.
@@ -146,7 +155,8 @@ impl Sim {
                 Kind::CreateJob(v1::Job {
                     uid: name.clone(),
                     name,
-                    cluster: CLUSTER.into(),
+                    cluster: self.any_cluster(&state).into(),
+                    mount_volumes: self.volumes(&state),
                     node_count: self.random.i32(1..=self.options.agents as i32),
                     custom_toolkit_settings: Some(v1::CustomToolkitSettings::default()),
                     // Most are to run again.
@@ -167,6 +177,10 @@ impl Sim {
                 ..Default::default()
             }),
             14 => resize(self.random.usize(1..=self.options.agents)),
+            15..=16 => {
+                let id = format!("u{i}-{}", self.clients[i].made);
+                self.wish_for_storage(&id, &state)?
+            }
             _ => Kind::Update(Update {
                 name: any(&mut self.random)?,
                 labels: Some(Labels {

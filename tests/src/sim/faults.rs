@@ -40,6 +40,8 @@ pub struct Options {
     /// An agent is killed, or its machine reboots.
     pub agent_crash: f64,
     pub reboot: f64,
+    /// The disk of file servers is not mounted for some time, and what serves them dies.
+    pub storage: f64,
     /// Everything that the replicas have is lost, and a backup is restored.
     pub restore: f64,
     /// It begins as one that has been written to for long.
@@ -64,6 +66,7 @@ impl Options {
         let mut apart = random.clone().fork();
         let restore = now_and_then(&mut apart, 0.001);
         let old = apart.u32(..OLD_ONE_IN) == 0;
+        let storage = now_and_then(&mut apart, 0.01);
         Options {
             replicas: [1, 3, 3, 3, 5][random.usize(..5)],
             agents: random.usize(2..6),
@@ -81,6 +84,7 @@ impl Options {
             change,
             agent_crash,
             reboot,
+            storage,
             restore,
             old,
         }
@@ -105,6 +109,7 @@ impl Options {
             change: 0.0,
             agent_crash: 0.0,
             reboot: 0.0,
+            storage: 0.0,
             restore: 0.0,
             old: false,
         }

@@ -18,7 +18,10 @@ mod registers;
 mod relay;
 mod replicas;
 mod restores;
+mod servers;
 mod sessions;
+mod storage;
+mod volumes;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -201,7 +204,7 @@ impl Sim {
             }
         }
         self.step_leases();
-        self.step_agents();
+        self.step_agents()?;
         self.step_clients();
         self.step_users();
         self.step_admin();
@@ -211,6 +214,7 @@ impl Sim {
                 self.settle(id)?;
             }
         }
+        self.judge_servers()?;
         self.checks.step(&self.agents)
     }
 
@@ -244,6 +248,9 @@ impl Sim {
         }
         if first.jobs.values().any(|job| !job.ended()) {
             return self.why_jobs_wait(first);
+        }
+        if let Some(why) = self.why_servers_wait(first) {
+            return why;
         }
         let busy = self.clients.iter().any(Client::is_busy) || self.registers.is_busy();
         match !self.grown || busy {

@@ -4,6 +4,7 @@
 use batchai_coordinator::agents::contacts::Live;
 use batchai_coordinator::replica::ReplicaError;
 use batchai_coordinator::replica::core::Core;
+use batchai_coordinator::state::nodes;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{RelayedCommand, relayed_command};
 
@@ -185,8 +186,13 @@ impl Sim {
         let replica = self.replicas.get_mut(&id).expect("it is one of them");
         if let Some(serving) = replica.sessions.get_mut(&node) {
             serving.stage = Stage::Open;
-            let register = self.agents[serving.agent].registration();
-            self.say_for(id, &node, Kind::RegisterNode(register));
+            let agent = serving.agent;
+            let register = self.agents[agent].registration();
+            if nodes::is_registered(self.core(id).state(), &register) {
+                self.agents[agent].recorded(conversation);
+            } else {
+                self.say_for(id, &node, Kind::RegisterNode(register));
+            }
         }
     }
 
