@@ -1,5 +1,6 @@
 //! Machines that are network namespaces, and a network between them that breaks.
 
+use std::path::Path;
 use std::process::Command;
 
 use crate::replicas::Replicas;
@@ -76,6 +77,16 @@ impl Network {
         let named = ["unshare", "-u", "sh", "-c", script, name];
         let mut words = self.on(id);
         words.extend(named.map(str::to_owned));
+        words
+    }
+
+    /// The same, where names lead to what this file of hosts says. What is mounted there is seen there only.
+    pub fn on_named_by(&self, id: u64, name: &str, hosts: &Path) -> Vec<String> {
+        let script = "mount --bind \"$1\" /etc/hosts && shift && hostname \"$0\" && exec \"$@\"";
+        let named = ["unshare", "-um", "sh", "-c", script, name];
+        let mut words = self.on(id);
+        words.extend(named.map(str::to_owned));
+        words.push(hosts.display().to_string());
         words
     }
 

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::ensemble::{IN, agent_args, create_cluster, job_file};
-use crate::process::{Process, command_by, free_port, sweep, under_test, until};
+use crate::process::{PATIENCE, Process, command_by, free_port, sweep, under_test, until};
 
 /// Several coordinators.
 pub struct Replicas {
@@ -293,6 +294,19 @@ impl Replicas {
         let mut args = vec!["job", "show", "-n", name];
         args.extend(IN);
         self.json_at(&self.list(), &args)
+    }
+
+    /// Waits for the end of a job, with more patience than else: what is large takes long to load where other tests run as well.
+    pub fn end(&self, name: &str) -> Value {
+        let end = Instant::now() + 10 * PATIENCE;
+        loop {
+            let job = self.job(name);
+            if job["state"] == "SUCCEEDED" || job["state"] == "FAILED" {
+                return job;
+            }
+            assert!(Instant::now() < end, "{name} does not end: {job:#}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Ends an agent or a replica as an administrator does; returns whether it ended well.

@@ -151,6 +151,15 @@ fn a_job_in_a_container_has_the_images_files_and_all_that_is_its_own() {
         json!({ "pythonScriptFilePath": "/t.py", "pythonInterpreterPath": "/no/python" });
     e.submit("none", script);
     assert_eq!(e.wait("none"), 127, "{}", e.job("none"));
+    // An image of a time when python was Python 2.
+    fs::write(root.join("bin/python"), "#!/bin/sh\necho python \"$@\"\n").unwrap();
+    fs::set_permissions(root.join("bin/python"), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut script = of(&format!("rootfs:{}", root.display()), json!({}));
+    script["pyTorchSettings"] =
+        json!({ "pythonScriptFilePath": "/t.py", "commandLineArgs": "'two words'" });
+    e.submit("old", script);
+    assert_eq!(e.wait("old"), 0, "{}", e.job("old"));
+    assert_eq!(e.log("old", "stdout-0.txt"), "python /t.py two words\n");
     e.assert_nothing_left();
 }
 

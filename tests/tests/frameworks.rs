@@ -1,6 +1,7 @@
 //! Frameworks for real: each trains an example on two nodes, which are machines with addresses of their own, and what its processes print
 //! proves that they talked: all know how many they are, each has other data, the loss falls, and all end with the same
-//! parameters. PyTorch is Debian's; TensorFlow and Caffe2 are what `.ci/full` installs, and are tried with `BATCHAI_TEST_FULL=1` only.
+//! parameters. PyTorch is Debian's; that of today, TensorFlow and Caffe2 are what `.ci/full` installs, and are tried with
+//! `BATCHAI_TEST_FULL=1` only. What MPI starts, and Horovod, is in `mpi`.
 
 use std::collections::BTreeSet;
 use std::net::TcpListener;
@@ -27,7 +28,8 @@ impl World {
         let mut e = network.replica(3);
         let list = e.list();
         for machine in 1..=2 {
-            e.start_agent_by(&network.on(machine), &format!("n{machine}"), &list);
+            let name = format!("n{machine}");
+            e.start_agent_by(&network.on_named(machine, &name), &name, &list);
         }
         until("the nodes to be in contact", || {
             let nodes = e.json_at(&list, &["node", "list"]);
@@ -43,16 +45,22 @@ impl World {
     }
 
     /// Submits an example, run by this interpreter.
-    fn submit(&self, example: &str, python: &Path, change: impl FnOnce(&mut Value)) {
+    fn submit(&self, example: &str, python: &Path) {
+        self.submit_changed(example, |properties| {
+            let properties = properties.as_object_mut().unwrap();
+            let settings = properties
+                .iter_mut()
+                .find(|(name, _)| name.ends_with("Settings"));
+            settings.unwrap().1["pythonInterpreterPath"] = json!(python);
+        });
+    }
+
+    /// Submits an example as this makes it.
+    fn submit_changed(&self, example: &str, change: impl FnOnce(&mut Value)) {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
         let dir = dir.join(example);
         let file = std::fs::read(dir.join("job.json")).unwrap();
         let mut file: Value = serde_json::from_slice(&file).unwrap();
-        let properties = file["properties"].as_object_mut().unwrap();
-        let settings = properties
-            .iter_mut()
-            .find(|(name, _)| name.ends_with("Settings"));
-        settings.unwrap().1["pythonInterpreterPath"] = json!(python);
         change(&mut file["properties"]);
         let path = self.e.path().join(format!("{example}.json"));
         std::fs::write(&path, file.to_string()).unwrap();
@@ -61,25 +69,6 @@ impl World {
             "job", "create", "-n", example, "-c", "c", "-f", &path, "--dir", &dir,
         ];
         self.e.ok(&[&create[..], &IN].concat());
-    }
-
-    /// Waits for its end.
-    fn end(&self, job: &str) -> Value {
-        let list = self.e.list();
-        let show = [&["job", "show", "-n", job][..], &IN].concat();
-        // Frameworks take long to load where other tests run as well.
-        for _ in 0..20 {
-            let wait = [&["job", "wait", "-n", job][..], &IN].concat();
-            let _ = self.e.command_at(&list, &wait).output();
-            let shown = self.e.json_at(&list, &show);
-            if ["SUCCEEDED", "FAILED"]
-                .iter()
-                .any(|state| shown["state"] == *state)
-            {
-                return shown;
-            }
-        }
-        panic!("{job} does not end");
     }
 
     fn logs(&self, job: &str, of: &[&str]) -> String {
@@ -94,7 +83,7 @@ impl World {
 
     /// Asserts that it succeeded and that its ranks trained together; returns what they printed.
     fn trained(&self, job: &str, ranks: usize) -> Vec<String> {
-        let shown = self.end(job);
+        let shown = self.e.end(job);
         let said: Vec<_> = (0..ranks).map(|rank| self.rank(job, rank)).collect();
         for rank in &said {
             println!("{rank}");
@@ -150,9 +139,56 @@ fn pytorch_trains_on_two_machines() {
     let Some(world) = World::new("torch") else {
         return;
     };
-    world.submit("pytorch", python, |_| {});
+    world.submit("pytorch", python);
     let said = world.trained("pytorch", 2);
     assert!(said[0].contains("by gloo: 512 of 1024"), "{}", said[0]);
+}
+
+#[test]
+fn pytorch_of_today_trains_on_two_machines() {
+    let Some((python, world)) = tool("torch").zip(World::new("torch2")) else {
+        return;
+    };
+    world.submit("pytorch", &python);
+    let said = world.trained("pytorch", 2);
+    assert!(said[0].contains("by gloo: 512 of 1024"), "{}", said[0]);
+}
+
+#[test]
+fn torchrun_starts_two_ranks_on_each_of_two_machines() {
+    let Some((python, world)) = tool("torch").zip(World::new("torchrun")) else {
+        return;
+    };
+    let path = format!("{}:/usr/bin:/bin", python.parent().unwrap().display());
+    world.submit_changed("torchrun", |properties| {
+        properties["environmentVariables"] = json!([{ "name": "PATH", "value": path }]);
+    });
+    let shown = world.e.end("torchrun");
+    // One torchrun on each node, whose file has what its two ranks print.
+    let said = [0, 1].map(|node| world.rank("torchrun", node));
+    println!("{}\n{}", said[0], said[1]);
+    assert_eq!(shown["state"], "SUCCEEDED", "{shown:#}");
+    for (node, said) in (1..).zip(&said) {
+        for local in 0..2 {
+            let rank = 2 * (node - 1) + local;
+            let whole = format!("rank {rank} of 4 on n{node}, shard ");
+            assert_eq!(said.matches(&whole).count(), 1, "{said}");
+            let place = format!("rank {rank} is {local} of 2 there, torch 2.");
+            assert_eq!(said.matches(&place).count(), 1, "{said}");
+        }
+    }
+    let all = said.concat();
+    let after = |what: &str| -> Vec<&str> {
+        let rest = all.split(what).skip(1);
+        rest.map(|rest| rest.split_whitespace().next().unwrap())
+            .collect()
+    };
+    let distinct = |what: &str| BTreeSet::from_iter(after(what)).len();
+    assert_eq!((distinct("shard "), after("parameters ").len()), (4, 4));
+    assert_eq!(distinct("parameters "), 1, "all end with the same");
+    let losses = after("loss ").into_iter().map(|loss| loss.parse().unwrap());
+    let losses: Vec<f64> = losses.collect();
+    assert!(losses[losses.len() - 1] < 0.8 * losses[0], "{losses:?}");
 }
 
 #[test]
@@ -160,7 +196,7 @@ fn tensorflow_2_mirrors_its_workers_on_two_machines() {
     let Some((python, world)) = tool("tensorflow-2").zip(World::new("tf2")) else {
         return;
     };
-    world.submit("tensorflow", &python, |_| {});
+    world.submit("tensorflow", &python);
     world.trained("tensorflow", 2);
 }
 
@@ -169,7 +205,7 @@ fn tensorflow_1_trains_with_a_parameter_server_that_ends_with_the_workers() {
     let Some((python, world)) = tool("tensorflow-1").zip(World::new("tf1")) else {
         return;
     };
-    world.submit("tensorflow-ps", &python, |_| {});
+    world.submit("tensorflow-ps", &python);
     let said = world.trained("tensorflow-ps", 2);
     for worker in &said {
         assert!(worker.contains("the weights are on /job:ps"), "{worker}");
@@ -191,7 +227,7 @@ fn caffe2_trains_on_two_machines() {
     let Some((python, world)) = tool("caffe2").zip(World::new("caffe2")) else {
         return;
     };
-    world.submit("caffe2", &python, |_| {});
+    world.submit("caffe2", &python);
     world.trained("caffe2", 2);
 }
 

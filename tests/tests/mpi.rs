@@ -88,6 +88,8 @@ fn submit(e: &Ensemble, name: &str, of: &str, more: Value) {
 struct Pair {
     e: Replicas,
     network: Network,
+    /// Where their names lead to, if anywhere.
+    hosts: Option<PathBuf>,
 }
 
 const NODES: [&str; 2] = ["n2", "n3"];
@@ -100,6 +102,15 @@ impl Pair {
 
     /// The same; their jobs run as a user.
     fn new_as(test: &str, user: &str) -> Option<Pair> {
+        Pair::made(test, user, false)
+    }
+
+    /// The same, whose names lead to their addresses.
+    fn new_known(test: &str) -> Option<Pair> {
+        Pair::made(test, "self", true)
+    }
+
+    fn made(test: &str, user: &str, known: bool) -> Option<Pair> {
         open_mpi()?;
         requirement::program("unshare", "util-linux has it")?;
         let network = Network::new(test, 3)?;
@@ -108,7 +119,11 @@ impl Pair {
         let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(e.path(), open).unwrap();
         let all = e.list();
-        let mut pair = Pair { e, network };
+        let hosts = known.then(|| e.path().join("hosts"));
+        if let Some(hosts) = &hosts {
+            std::fs::write(hosts, "127.0.0.1 localhost\n10.78.0.2 n2\n10.78.0.3 n3\n").unwrap();
+        }
+        let mut pair = Pair { e, network, hosts };
         for name in NODES {
             pair.start_agent(name);
         }
@@ -124,7 +139,10 @@ impl Pair {
     fn start_agent(&mut self, name: &str) {
         let id = (2..).zip(NODES).find(|(_, node)| *node == name).unwrap().0;
         let all = self.e.list();
-        let machine = self.network.on_named(id, name);
+        let machine = match &self.hosts {
+            Some(hosts) => self.network.on_named_by(id, name, hosts),
+            None => self.network.on_named(id, name),
+        };
         self.e.start_agent_by(&machine, name, &all);
     }
 
@@ -150,11 +168,7 @@ impl Pair {
 
     /// Waits for its end; returns it with what mpirun and its processes printed.
     fn end(&self, name: &str) -> (Value, String, String) {
-        let job = until("the job to end", || {
-            let job = self.e.job(name);
-            let over = job["state"] == "SUCCEEDED" || job["state"] == "FAILED";
-            over.then_some(job)
-        });
+        let job = self.e.end(name);
         let log = |file: &str| {
             let mut args = vec!["job", "file", "stream", "-j", name, "-f", file];
             args.extend(IN);
@@ -418,6 +432,280 @@ fn an_mpi_job_trains_on_two_machines_by_mpich() {
     let (job, log, errors) = pair.end("tells");
     assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
     assert_told(&log, pair.e.path(), &[(0, "n2"), (1, "n3")]);
+}
+
+/// A python that `.ci/full` makes, where what is heavy is tried.
+fn heavy_python_of(framework: &str) -> Option<String> {
+    is_full().then(|| python_of(framework)).flatten()
+}
+
+/// Asserts that a job ended well, and that each of two nodes had one of its ranks, which trained one model; returns what they printed.
+fn assert_both_trained(pair: &Pair, name: &str) -> String {
+    let (job, log, errors) = pair.end(name);
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    assert_trained(&log, 2);
+    for (rank, node) in [(0, "n2"), (1, "n3")] {
+        let line = format!("rank {rank} of 2 on {node}, shard ");
+        assert!(log.contains(&line), "{log}");
+    }
+    println!("{name}:\n{log}");
+    log
+}
+
+#[test]
+fn an_mpi_job_trains_on_two_machines_by_intel_mpi() {
+    let Some((python, pair)) = heavy_python_of("intel-mpi").zip(Pair::new("intel")) else {
+        return;
+    };
+    let root = python.strip_suffix("/bin/python").unwrap();
+    // Ranks are no shells of somebody who logs in, though their standard input is a socket.
+    let home = pair.e.path().join("home");
+    std::fs::create_dir(&home).unwrap();
+    std::fs::write(home.join(".bashrc"), "echo this is read\n").unwrap();
+    // Debian has Open MPI first, and mpi4py of PyPI is to take what is beside it.
+    let variables = json!([
+        { "name": "PATH", "value": format!("{root}/bin:{PATH}") },
+        { "name": "LD_LIBRARY_PATH", "value": format!("{root}/lib") },
+        { "name": "I_MPI_ROOT", "value": root },
+        { "name": "HOME", "value": home },
+        { "name": "OWN", "value": "$AZ_BATCHAI_JOB_TEMP/own" },
+    ]);
+    let settings = json!({ "commandLine": "python train.py", "processCount": 4 });
+    let more = json!({ "customMpiSettings": settings, "environmentVariables": variables });
+    pair.submit("line", "mpi", more);
+    let (job, log, errors) = pair.end("line");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    assert_trained(&log, 4);
+    for (rank, node) in [(0, "n2"), (1, "n2"), (2, "n3"), (3, "n3")] {
+        assert!(
+            log.contains(&format!("rank {rank} of 4 on {node},")),
+            "{log}"
+        );
+    }
+    assert!(!log.contains("this is read"), "{log}");
+    println!("{log}");
+    let tell = "python -c 'from mpi4py import MPI; print(MPI.Get_library_version())'";
+    let cores = "echo cores $(grep -c 'Cpus_allowed_list.*[-,]' /proc/self/status)";
+    let settings = json!({ "commandLine": format!("{tell}\n{cores}\n{TELL}"), "processCount": 4 });
+    let properties = json!({
+        "nodeCount": 2,
+        "customMpiSettings": settings,
+        "inputDirectories": [{ "id": "DATA", "path": "$AZ_BATCHAI_MOUNT_ROOT/data" }],
+        "environmentVariables": variables,
+        "secrets": [{ "name": "SECRET", "value": "do-not-show-it" }],
+    });
+    pair.e.submit_with("tells", properties);
+    let (job, log, errors) = pair.end("tells");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    assert_eq!(log.matches("Intel(R) MPI Library").count(), 4, "{log}");
+    let several = std::thread::available_parallelism().unwrap().get() > 1;
+    let line = format!("cores {}\n", usize::from(several));
+    assert_eq!(log.matches(&line).count(), 4, "all cores of a node: {log}");
+    let ranks = [(0, "n2"), (1, "n2"), (2, "n3"), (3, "n3")];
+    assert_told(&log, pair.e.path(), &ranks);
+}
+
+#[test]
+fn horovod_trains_on_two_machines_over_mpi_and_over_gloo() {
+    let Some((python, pair)) = heavy_python_of("horovod").zip(Pair::new_known("horovod")) else {
+        return;
+    };
+    // Where ssh is, and no mpirun: a node without MPI.
+    let bare = pair.e.path().join("bare");
+    std::fs::create_dir(&bare).unwrap();
+    for program in ["bash", "sh", "env", "cat", "uname"] {
+        let found = Path::new("/usr/bin").join(program);
+        std::os::unix::fs::symlink(found, bare.join(program)).unwrap();
+    }
+    let without_mpi = python.replace("horovod/bin/python", "horovod-gloo");
+    let variable = |name: &str, value: &str| json!({ "name": name, "value": value });
+    let bare = bare.display().to_string();
+    for (name, over, variables) in [
+        ("both", "MPI", vec![variable("PATH", PATH)]),
+        (
+            "asked",
+            "gloo",
+            vec![
+                variable("PATH", PATH),
+                variable("HOROVOD_CONTROLLER", "gloo"),
+            ],
+        ),
+        ("no-mpirun", "gloo", vec![variable("PATH", &bare)]),
+        (
+            "no-mpi",
+            "gloo",
+            vec![variable("PATH", PATH), variable("PYTHONPATH", &without_mpi)],
+        ),
+    ] {
+        let settings =
+            json!({ "pythonScriptFilePath": "train.py", "pythonInterpreterPath": python });
+        let more = json!({ "horovodSettings": settings, "environmentVariables": variables });
+        pair.submit(name, "horovod", more);
+        let log = assert_both_trained(&pair, name);
+        for rank in 0..2 {
+            let line = format!("rank {rank} is 0 of 1 there, over {over}\n");
+            assert!(log.contains(&line), "{name}: {log}");
+        }
+        let mut args = vec!["job", "file", "list", "-j", name, "-d", "MODEL"];
+        args.extend(IN);
+        let files = pair.e.json_at(&pair.e.list(), &args);
+        assert_eq!(files[0]["name"], "line.pt", "{name}");
+    }
+}
+
+#[test]
+fn a_rank_of_horovod_over_gloo_is_told_where_the_name_of_its_node_leads_nowhere() {
+    let Some((python, pair)) = heavy_python_of("horovod").zip(Pair::new("nameless")) else {
+        return;
+    };
+    let settings = json!({ "pythonScriptFilePath": "train.py", "pythonInterpreterPath": python });
+    let variables = json!([
+        { "name": "PATH", "value": PATH },
+        { "name": "HOROVOD_CONTROLLER", "value": "gloo" },
+    ]);
+    let more = json!({ "horovodSettings": settings, "environmentVariables": variables });
+    pair.submit("nameless", "horovod", more);
+    let (job, _, errors) = pair.end("nameless");
+    assert_eq!(job["state"], "FAILED", "{job}");
+    for (rank, node, address) in [(0, "n2", "10.78.0.2"), (1, "n3", "10.78.0.3")] {
+        let said = format!("batchai: rank {rank}: the name of this node, {node}, leads to ''.");
+        assert!(errors.contains(&said), "{errors}");
+        assert!(
+            errors.contains(&format!("let that be {address}")),
+            "{errors}"
+        );
+    }
+}
+
+/// Each rank runs a script of the shell; then rank 1 ends with a code, and all sleep where one is given.
+const HOROVOD_TELLS: &str = r#"
+import os, subprocess, sys, time
+import torch
+import horovod.torch as hvd
+hvd.init()
+os.write(1, subprocess.check_output(["bash", sys.argv[1]]))
+hvd.allreduce(torch.ones(1))
+for code in map(int, sys.argv[2:]):
+    if hvd.rank() == 1 and code:
+        sys.exit(code)
+    time.sleep(600)
+"#;
+
+#[test]
+fn ranks_of_horovod_over_gloo_have_their_environment_and_end_with_each_other() {
+    let Some((python, pair)) = heavy_python_of("horovod").zip(Pair::new_known("tells")) else {
+        return;
+    };
+    let script = pair.e.path().join("tell.py");
+    std::fs::write(&script, HOROVOD_TELLS).unwrap();
+    let tell = pair.e.path().join("tell.sh").display().to_string();
+    std::fs::write(&tell, TELL).unwrap();
+    let variables = json!([
+        { "name": "PATH", "value": PATH },
+        { "name": "HOROVOD_CONTROLLER", "value": "gloo" },
+        { "name": "OWN", "value": "$AZ_BATCHAI_JOB_TEMP/own" },
+    ]);
+    let submit = |name: &str, count: i32, arguments: &str| {
+        let settings = json!({
+            "pythonScriptFilePath": script,
+            "pythonInterpreterPath": python,
+            "commandLineArgs": format!("{tell} {arguments}"),
+            "processCount": count,
+        });
+        let properties = json!({
+            "nodeCount": 2,
+            "horovodSettings": settings,
+            "inputDirectories": [{ "id": "DATA", "path": "$AZ_BATCHAI_MOUNT_ROOT/data" }],
+            "environmentVariables": variables,
+            "secrets": [{ "name": "SECRET", "value": "do-not-show-it" }],
+        });
+        pair.e.submit_with(name, properties);
+    };
+    submit("tells", 3, "");
+    let (job, log, errors) = pair.end("tells");
+    assert_eq!(job["state"], "SUCCEEDED", "{job} {log} {errors}");
+    assert_told(&log, pair.e.path(), &[(0, "n2"), (1, "n2"), (2, "n3")]);
+    // The rank on the other machine fails, and it is that which ends the one that sleeps.
+    submit("fails", 2, "7");
+    let (job, _, errors) = pair.end("fails");
+    assert_eq!(
+        (&job["state"], &job["exitCode"]),
+        (&json!("FAILED"), &json!(7)),
+        "{job} {errors}"
+    );
+    let said = "batchai: rank 1 on 10.78.0.3 ended with 7, and so ends the job";
+    assert!(errors.contains(said), "{errors}");
+    pair.until_gone("tell.py");
+    submit("ended", 2, "0");
+    until("both ranks to sleep", || {
+        let all = processes_of(pair.e.path());
+        let ranks = all.iter().filter(|(_, line)| {
+            line.starts_with(&python) && line.trim_end().ends_with("tell.sh 0")
+        });
+        (ranks.count() == 2).then_some(())
+    });
+    let mut terminate = vec!["job", "terminate", "-n", "ended", "-y"];
+    terminate.extend(IN);
+    pair.e.ok(&terminate);
+    let (job, ..) = pair.end("ended");
+    assert_eq!(job["state"], "FAILED", "{job}");
+    pair.until_gone("tell.py");
+    pair.until_gone("remote-shell");
+}
+
+#[test]
+fn pytorch_goes_by_the_backend_mpi_on_two_machines() {
+    let Some(pair) = Pair::new("torchmpi") else {
+        return;
+    };
+    pair.submit("mpi", "pytorch-mpi", json!({}));
+    let log = assert_both_trained(&pair, "mpi");
+    // No package of torch has MPI: this shows what starts the ranks, and not torch's backend.
+    for rank in 0..2 {
+        let line = format!("rank {rank} goes by mpi4py, index {rank}\n");
+        assert!(log.contains(&line), "{log}");
+    }
+}
+
+#[test]
+fn what_stands_in_for_the_cntk_program_gets_a_brainscript_job_on_two_machines() {
+    let Some((python, pair)) = heavy_python_of("cntk").zip(Pair::new("brain")) else {
+        return;
+    };
+    // No package has the program: this stands for it, and trains by CNTK's library what the example does.
+    let bin = pair.e.path().join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    let program = format!(
+        "#!{python}\nimport runpy, sys\nfrom cntk.train.distributed import Communicator\n\
+         config = open(sys.argv[1].partition('configFile=')[2]).read().split()\n\
+         sys.stdout.write('stand-in %d gets %s %s\\n' % (Communicator.rank(), config, sys.argv[2:]))\n\
+         runpy.run_path('train.py')\n"
+    );
+    std::fs::write(bin.join("cntk"), program).unwrap();
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(bin.join("cntk"), open).unwrap();
+    let config = pair.e.path().join("fit.cntk");
+    std::fs::write(&config, "command = train\n").unwrap();
+    let variables = json!([
+        { "name": "PATH", "value": format!("{}:{PATH}", bin.display()) },
+        { "name": "LD_LIBRARY_PATH", "value": python.replace("/bin/python", "/mpi") },
+    ]);
+    let settings = json!({
+        "languageType": "BrainScript",
+        "configFilePath": config,
+        "commandLineArgs": "parallelTrain=true OutputDir=$AZ_BATCHAI_JOB_TEMP",
+        "processCount": 2,
+    });
+    let more = json!({ "cntkSettings": settings, "environmentVariables": variables });
+    pair.submit("brain", "cntk", more);
+    let log = assert_both_trained(&pair, "brain");
+    for (rank, node) in [(0, "n2"), (1, "n3")] {
+        let temp = format!("{}/nodes/{node}/jobs/w/e/brain", pair.e.path().display());
+        let line = format!(
+            "stand-in {rank} gets ['command', '=', 'train'] ['parallelTrain=true', 'OutputDir={temp}']\n"
+        );
+        assert!(log.contains(&line), "{line} in {log}");
+    }
 }
 
 #[test]

@@ -297,12 +297,24 @@ fn say_plan(text: &mut String, plan: &Plan, beside: &BTreeMap<String, String>) {
         ready.ports, ready.wall_clock_s
     )
     .unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../node-agent/src/launch/mpirun.sh");
-    let script = std::fs::read_to_string(script).unwrap();
+    let launch = Path::new(env!("CARGO_MANIFEST_DIR")).join("../node-agent/src/launch");
+    let scripts = ["mpirun.sh", "horovod.sh", "horovod_gloo.py"].map(|name| {
+        let script = std::fs::read_to_string(launch.join(name)).unwrap();
+        (format!("{{{name}}}"), script)
+    });
     let words = |argv: &[String]| {
-        let word = |word: &String| match *word == script {
-            true => "{mpirun.sh}".to_owned(),
-            false => format!("{word:?}"),
+        let word = |word: &String| {
+            let mut word = word.clone();
+            for (name, script) in &scripts {
+                // One may stand in another's quotes.
+                for text in [&script.replace('\'', r"'\''"), script] {
+                    word = word.replace(text, name);
+                }
+            }
+            match scripts.iter().any(|(name, _)| *name == word) {
+                true => word,
+                false => format!("{word:?}"),
+            }
         };
         argv.iter().map(word).collect::<Vec<_>>().join(" ")
     };

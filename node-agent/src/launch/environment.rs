@@ -27,6 +27,14 @@ const STARTERS: [(&str, &str); 8] = [
     ("I_MPI_HYDRA_BOOTSTRAP_EXEC", "{ssh}"),
 ];
 
+/// gloo's as PyTorch and as Horovod name it, that by which Intel's mpirun is come back to (else by its host's name), and NCCL's.
+const INTERFACES: [&str; 4] = [
+    "GLOO_SOCKET_IFNAME",
+    "HOROVOD_GLOO_IFACE",
+    "I_MPI_HYDRA_IFACE",
+    "NCCL_SOCKET_IFNAME",
+];
+
 type Env = BTreeMap<String, String>;
 
 /// What every process of the job has, before the user's own variables.
@@ -88,8 +96,7 @@ pub fn common(
     Ok(env)
 }
 
-/// The environment of a rank, before the user's own variables. gloo and nccl are told which interface has the host's
-/// address.
+/// The environment of a rank, before the user's own variables.
 pub fn of_rank(
     context: &Context<'_>,
     rank: usize,
@@ -110,11 +117,17 @@ pub fn of_rank(
     ] {
         env.insert(name.to_owned(), value);
     }
-    if let Some(interface) = &context.facts.interface {
-        env.insert("GLOO_SOCKET_IFNAME".into(), interface.clone());
-        env.insert("NCCL_SOCKET_IFNAME".into(), interface.clone());
-    }
+    tell_interface(context, &mut env);
     Ok(env)
+}
+
+/// Who talks over sockets is told which interface has the host's address, where that is known.
+pub fn tell_interface(context: &Context<'_>, env: &mut Env) {
+    for name in INTERFACES {
+        if let Some(interface) = &context.facts.interface {
+            env.insert(name.to_owned(), interface.clone());
+        }
+    }
 }
 
 /// What only ranks have: a user's variable that names one of them is not set for the preparation command.

@@ -3,24 +3,26 @@
 //! Which mpirun that is, Open MPI, MPICH or Intel MPI, is found out where it starts (`mpirun.sh`), because only there the job's PATH
 //! leads anywhere; the rest is known here. Every rank is bash with a command line: `$AZ_BATCHAI_*` in it is that of the rank's own
 //! host, and so is all of its environment. A rank finds its place in `AZ_BATCHAI_TASK_INDEX`, `RANK`, `WORLD_SIZE`, `LOCAL_RANK` and
-//! `LOCAL_WORLD_SIZE` beside what its MPI sets, and `MASTER_ADDR` and `MASTER_PORT` are of the master. Ranks are numbered over the hosts in
-//! their order and are bound to no cores: what trains has threads of its own. Log files are `stdout.txt` and `stderr.txt`, those of mpirun. The
-//! job is over when mpirun is; it ends all ranks when one fails.
+//! `LOCAL_WORLD_SIZE` beside what its MPI sets, and `MASTER_ADDR` and `MASTER_PORT` are of the master; gloo, nccl and Intel MPI are told the
+//! interface of the host's address. Ranks are numbered over the hosts in their order and are bound to no cores: what trains has threads of its
+//! own. Log files are `stdout.txt` and `stderr.txt`, those of mpirun. The job is over when mpirun is; it ends all ranks when one fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use batchai_proto::v1::Job;
 
 use super::expand::quote;
-use super::{Context, LaunchError, ProcessPlan, environment, pytorch};
+use super::{Context, LaunchError, ProcessPlan, environment, pytorch, script};
 
-const SCRIPT: &str = include_str!("mpirun.sh");
+/// What starts them: `$1` is how many there are, `$2` what bash runs in each.
+pub const STARTER: &str = include_str!("mpirun.sh");
 
-/// Found by mpirun's own variables, which differ; begins where jobs begin.
+/// Found by the own variables of what started it, which differ; begins where jobs begin.
 const PLACE: &str = concat!(
-    r#"export RANK="${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}" WORLD_SIZE="${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-1}}""#,
-    r#" LOCAL_RANK="${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-0}}""#,
-    r#" LOCAL_WORLD_SIZE="${OMPI_COMM_WORLD_LOCAL_SIZE:-${MPI_LOCALNRANKS:-1}}""#,
+    r#"export RANK="${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-${HOROVOD_RANK:-0}}}""#,
+    r#" WORLD_SIZE="${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-${HOROVOD_SIZE:-1}}}""#,
+    r#" LOCAL_RANK="${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-${HOROVOD_LOCAL_RANK:-0}}}""#,
+    r#" LOCAL_WORLD_SIZE="${OMPI_COMM_WORLD_LOCAL_SIZE:-${MPI_LOCALNRANKS:-${HOROVOD_LOCAL_SIZE:-1}}}""#,
     "\n",
     r#"export AZ_BATCHAI_TASK_INDEX="$RANK""#,
     "\n",
@@ -33,6 +35,8 @@ const PLACE: &str = concat!(
 const EXCLUDED: &str = "docker0,lo";
 const INTERFACES: [&str; 2] = ["OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_btl_tcp_if_exclude"];
 
+type Variables = BTreeMap<String, String>;
+
 /// A python script, with what it is run by and given.
 pub struct Script<'a> {
     pub interpreter: &'a str,
@@ -40,9 +44,23 @@ pub struct Script<'a> {
     pub arguments: &'a str,
 }
 
-const PYTHON: &str = "python3";
 /// The backend of PyTorch that is MPI.
 pub const BACKEND: &str = "mpi";
+
+impl Script<'_> {
+    /// What runs it, as a word of a shell.
+    pub fn interpreter(&self, known: &Variables) -> Result<String, LaunchError> {
+        match self.interpreter {
+            "" => Ok(script::PYTHON.to_owned()),
+            path => quote("python_interpreter_path", path, known),
+        }
+    }
+
+    pub fn command_line(&self, known: &Variables) -> Result<String, LaunchError> {
+        let path = quote("python_script_file_path", self.path, known)?;
+        command_line(vec![self.interpreter(known)?, path], self.arguments, known)
+    }
+}
 
 /// So many processes of a bash command line.
 pub fn processes(
@@ -50,20 +68,28 @@ pub fn processes(
     count: i32,
     command_line: &str,
 ) -> Result<Vec<ProcessPlan>, LaunchError> {
+    started_by(STARTER, context, count, command_line)
+}
+
+/// The same, by a script of which the last part is the above.
+pub fn started_by(
+    starter: &str,
+    context: &Context<'_>,
+    count: i32,
+    command_line: &str,
+) -> Result<Vec<ProcessPlan>, LaunchError> {
     if context.assignment.host_index > 0 {
         return Ok(Vec::new());
     }
-    let script = [SCRIPT, PLACE, command_line];
-    let [script, place, command_line] = script.map(str::to_owned);
     Ok(vec![ProcessPlan {
         rank: 0,
         argv: vec![
             "/bin/bash".to_owned(),
             "-c".to_owned(),
-            script,
+            starter.to_owned(),
             "mpirun".to_owned(),
             count.to_string(),
-            place + &command_line,
+            format!("{PLACE}{command_line}"),
         ],
         env: environment(context)?,
         cwd: context.paths.job_temp.clone(),
@@ -78,15 +104,7 @@ pub fn of_script(
     count: i32,
     script: &Script<'_>,
 ) -> Result<Vec<ProcessPlan>, LaunchError> {
-    let interpreter = match script.interpreter {
-        "" => PYTHON,
-        path => path,
-    };
-    let program = [
-        ("python_interpreter_path", interpreter),
-        ("python_script_file_path", script.path),
-    ];
-    of_program(context, count, &program, script.arguments)
+    processes(context, count, &script.command_line(&known(context)?)?)
 }
 
 /// So many processes of a program: its words, each with the field that it is of, and arguments in shell quoting.
@@ -96,16 +114,32 @@ pub fn of_program(
     program: &[(&str, &str)],
     arguments: &str,
 ) -> Result<Vec<ProcessPlan>, LaunchError> {
+    let known = known(context)?;
+    let words = program.iter().map(|(what, word)| quote(what, word, &known));
+    let words = words.collect::<Result<_, _>>()?;
+    processes(context, count, &command_line(words, arguments, &known)?)
+}
+
+/// The variables that a command line may name: their values are those of each rank.
+pub fn known(context: &Context<'_>) -> Result<Variables, LaunchError> {
     let mut known = environment(context)?;
     known.insert("AZ_BATCHAI_TASK_INDEX".to_owned(), String::new());
+    Ok(known)
+}
+
+/// Words for a shell, and arguments in shell quoting.
+fn command_line(
+    mut words: Vec<String>,
+    arguments: &str,
+    known: &Variables,
+) -> Result<String, LaunchError> {
     let arguments = shlex::split(arguments).ok_or_else(|| LaunchError::Quoting {
         what: "command_line_args".into(),
     })?;
-    let arguments = arguments.iter().map(|word| ("command_line_args", &**word));
-    let words = program.iter().copied().chain(arguments);
-    let words = words.map(|(what, word)| quote(what, word, &known));
-    let words = words.collect::<Result<Vec<_>, _>>()?;
-    processes(context, count, &format!("exec {}", words.join(" ")))
+    for argument in arguments {
+        words.push(quote("command_line_args", &argument, known)?);
+    }
+    Ok(format!("exec {}", words.join(" ")))
 }
 
 /// Whether it is mpirun that starts a job's processes.
@@ -120,7 +154,7 @@ pub fn starts(job: &Job) -> bool {
 }
 
 /// What all of its processes have, on whatever host of it.
-pub fn environment(context: &Context<'_>) -> Result<BTreeMap<String, String>, LaunchError> {
+pub fn environment(context: &Context<'_>) -> Result<Variables, LaunchError> {
     let master = context.assignment.hosts.first();
     let master = master.ok_or(LaunchError::Incomplete { what: "master" })?;
     let mut env = context.env.clone();
@@ -131,6 +165,9 @@ pub fn environment(context: &Context<'_>) -> Result<BTreeMap<String, String>, La
     }
     env.insert("MASTER_ADDR".to_owned(), address);
     env.insert("MASTER_PORT".to_owned(), port);
+    environment::tell_interface(context, &mut env);
+    // Intel MPI binds ranks to cores, and asks each host whether it shall.
+    env.insert("I_MPI_PIN".to_owned(), "off".to_owned());
     let mut env = environment::with_user(context, env)?;
     if !INTERFACES.iter().any(|name| env.contains_key(*name)) {
         env.insert(INTERFACES[1].to_owned(), EXCLUDED.to_owned());

@@ -1,5 +1,4 @@
-//! What mpirun is told, for every toolkit of MPI, number of hosts and of processes, and each of the mpiruns there are. That which is for
-//! Intel MPI was not run with it.
+//! What mpirun is told, for every toolkit of MPI, number of hosts and of processes, and each of the mpiruns there are.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -210,7 +209,7 @@ fn mpirun_is_told_hosts_processes_and_the_command_by_each_toolkit() {
                 }
                 let number = count.to_string();
                 let command = process.argv.last().unwrap().as_str();
-                let ranks = ["/bin/bash", "-c", command];
+                let ranks = ["/bin/bash", "--norc", "-c", command];
                 let file = "/r/jobs/w/e/j/hostfile";
                 let given = ["mpirun", "--hostfile", file, "-n", &number];
                 let bound = ["--map-by", "slot", "--bind-to", "none", "--wdir", "/"];
@@ -380,4 +379,97 @@ fn what_runs_on_another_host_has_the_environment_that_the_job_has_there() {
         ..facts()
     };
     assert_eq!(file(2, &no_way), None);
+}
+
+#[test]
+fn horovod_goes_by_gloo_where_it_has_no_mpi_or_the_job_wants_that() {
+    let [(_, job, expected), ..] = jobs(2);
+    let process = &plan_of(2, 0, with_input(job)).processes[0];
+    let command = process.argv.last().unwrap();
+    let gloo = include_str!("horovod_gloo.py");
+    let by_gloo = ["python3", "-c", gloo, "2", command];
+    // What mpi_built() leads to: not known, yes, no.
+    for (code, mpirun, controller, over_gloo) in [
+        (1, true, "", false),
+        (0, true, "", false),
+        (3, true, "", true),
+        (0, true, "gloo", true),
+        (0, false, "", true),
+        (0, true, "mpi", false),
+    ] {
+        let what = format!("{code}, {mpirun}, {controller}");
+        let programs = Programs::new(OPEN_MPI);
+        let python = format!(
+            "[[ $2 != *mpi_built* ]] || exit {code}\nfor word in \"${{0##*/}}\" \"$@\"; do printf '%s\\0' \"$word\"; done"
+        );
+        programs.add("python3", &python);
+        let mut argv = process.argv.clone();
+        if !mpirun {
+            argv[2] = argv[2].replace("command -v mpirun", "command -v no-such-program");
+        }
+        let mut env = process.env.clone();
+        env.insert("HOROVOD_CONTROLLER".into(), controller.into());
+        let told = programs.told(&argv, &env);
+        match over_gloo {
+            true => assert_eq!(told, by_gloo, "{what}"),
+            false => assert_eq!(told[..2], ["mpirun", "--hostfile"], "{what}"),
+        }
+    }
+    // A rank of gloo's has its place in Horovod's own variables.
+    let place = command.rsplit_once("exec ").unwrap().0;
+    let tell = format!("{place} echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE");
+    let output = Command::new("/bin/bash")
+        .args(["-c", &tell])
+        .envs([
+            ("HOROVOD_RANK", "2"),
+            ("HOROVOD_SIZE", "4"),
+            ("HOROVOD_LOCAL_RANK", "0"),
+            ("HOROVOD_LOCAL_SIZE", "3"),
+            ("AZ_BATCHAI_JOB_TEMP", "/"),
+        ])
+        .output()
+        .unwrap();
+    assert_eq!(output.stdout, b"2/4 0/3\n");
+    assert_eq!(expected[0], "python3");
+}
+
+#[test]
+fn python_is_python3_or_else_what_there_is_of_it() {
+    let [(_, mpi, _), ..] = jobs(1);
+    let torch = Job {
+        py_torch_settings: Some(v1::PyTorchSettings {
+            python_script_file_path: "t.py".into(),
+            process_count: 1,
+            ..Default::default()
+        }),
+        ..Job::default()
+    };
+    let by_mpi = plan_of(1, 0, with_input(mpi)).processes[0].argv[5].clone();
+    let alone = plan_of(1, 0, torch).processes[0].argv.clone();
+    for (there, expected) in [
+        (&["python", "python3"][..], "python3"),
+        (&["python"], "python"),
+        (&[], ""),
+    ] {
+        let programs = Programs(tempfile::tempdir().unwrap());
+        for name in there {
+            programs.add(name, &format!("echo {name}"));
+        }
+        let by_mpi = ["/bin/bash", "-c", &by_mpi].map(str::to_owned);
+        for argv in [&alone, &by_mpi.to_vec()] {
+            let output = Command::new(&argv[0])
+                .args(&argv[1..])
+                .env_clear()
+                .envs([("AZ_BATCHAI_JOB_TEMP", "/")])
+                .env("PATH", programs.0.path())
+                .output()
+                .unwrap();
+            let said = String::from_utf8(output.stdout).unwrap();
+            assert_eq!(said.trim(), expected, "{argv:?}");
+            let error = String::from_utf8(output.stderr).unwrap();
+            let code = if there.is_empty() { 127 } else { 0 };
+            assert_eq!(output.status.code(), Some(code), "{error}");
+            assert!(!there.is_empty() || error.contains("python3"), "{error}");
+        }
+    }
 }

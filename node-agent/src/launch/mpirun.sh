@@ -20,4 +20,5 @@ case $version in
     exit 126
     ;;
 esac
-exec mpirun "${given[@]}" /bin/bash -c "$2"
+# Ranks have sockets for their standard input with some of them, and bash would take itself for one that somebody logged in by.
+exec mpirun "${given[@]}" /bin/bash --norc -c "$2"

@@ -1,12 +1,15 @@
 //! PURE. The command line of a python script: interpreter, script and arguments, with the service's variables expanded.
+//!
+//! Where no interpreter is named it is the `python3` on the process's PATH, and `python` where there is none, as in images of Python 2: only the
+//! node knows, and there a shell finds it.
 
 use std::collections::BTreeMap;
 
-use super::LaunchError;
 use super::expand::expand;
+use super::{LaunchError, bash};
 
-/// Where none is named.
-const PYTHON: &str = "python3";
+/// Where none is named: as a word of a shell. It is python3 that is not found where there is neither.
+pub const PYTHON: &str = r#""$(command -v python3 || command -v python || echo python3)""#;
 
 /// What is started for a script and an interpreter, with these arguments in shell quoting, of a field with this name.
 pub fn argv(
@@ -14,14 +17,15 @@ pub fn argv(
     (field, arguments): (&str, &str),
     env: &BTreeMap<String, String>,
 ) -> Result<Vec<String>, LaunchError> {
-    let interpreter = match interpreter {
-        "" => PYTHON,
-        path => path,
+    let mut argv = match interpreter {
+        "" => [
+            bash(&format!("exec {PYTHON} \"$@\"")),
+            vec!["python".into()],
+        ]
+        .concat(),
+        path => vec![expand("python_interpreter_path", path, env)?],
     };
-    let mut argv = vec![
-        expand("python_interpreter_path", interpreter, env)?,
-        expand("python_script_file_path", script, env)?,
-    ];
+    argv.push(expand("python_script_file_path", script, env)?);
     let quoting = || LaunchError::Quoting { what: field.into() };
     for argument in shlex::split(arguments).ok_or_else(quoting)? {
         argv.push(expand(field, &argument, env)?);
