@@ -344,7 +344,6 @@ fn second(name: &str) -> Status {
     ApiError::WrongState { name, why }.into()
 }
 
-/// Whether the State knows all that a node says of itself.
 /// As long as every later leader will wait.
 fn longest_lease(state: &State) -> Duration {
     Duration::from_millis(u64::try_from(state.longest_lease_ms).unwrap_or_default())
