@@ -1,4 +1,6 @@
 //! PURE. A Horovod job: the script in every process that mpirun starts; Horovod finds its ranks by MPI.
+//!
+//! A process sees all GPUs of its host, and takes that of `hvd.local_rank()`.
 
 use batchai_proto::v1::HorovodSettings;
 

@@ -4,7 +4,8 @@
 //! leads anywhere; the rest is known here. Every rank is bash with a command line: `$AZ_BATCHAI_*` in it is that of the rank's own
 //! host, and so is all of its environment. A rank finds its place in `AZ_BATCHAI_TASK_INDEX`, `RANK`, `WORLD_SIZE`, `LOCAL_RANK` and
 //! `LOCAL_WORLD_SIZE` beside what its MPI sets, and `MASTER_ADDR` and `MASTER_PORT` are of the master. Ranks are numbered over the hosts in
-//! their order and are bound to no cores: what trains has threads of its own. Log files are `stdout.txt` and `stderr.txt`, those of mpirun. The
+//! their order and are bound to no cores: what trains has threads of its own. A rank sees all
+//! GPUs of its host, and takes the one that `LOCAL_RANK`, `hvd.local_rank()` or `intra_rank` says. Log files are `stdout.txt` and `stderr.txt`, those of mpirun. The
 //! job is over when mpirun is; it ends all ranks when one fails.
 
 use std::collections::{BTreeMap, BTreeSet};
