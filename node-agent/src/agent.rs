@@ -30,7 +30,7 @@ use crate::files::Answerer;
 use crate::hardware::{self, HardwareError};
 use crate::join::{self, JoinError, Shows};
 use crate::journal::{Identity, Journal, JournalError, STOP};
-use crate::launch::{Ability, HostFacts, JobLimit, JobUsers, LogLimit};
+use crate::launch::{Ability, Device, HostFacts, JobLimit, JobUsers, LogLimit};
 use crate::lease::Lease;
 use crate::logs::{Shipped, Shipper};
 use crate::mounts::UNMOUNT;
@@ -101,10 +101,8 @@ pub async fn run(
     let shown = shows.as_ref();
     let way = shown.map(|shows| way(&config, shows, &journal, &mut identity));
     let way = way.transpose()?;
-    let facts = NodeFacts {
-        agent_port: way.as_ref().map_or(0, |_| i32::from(identity.agent_port)),
-        ..hardware::facts(&config, &isolation, &containers)?
-    };
+    let (mut facts, gpus) = hardware::facts(own, &config, &isolation, &containers)?;
+    facts.agent_port = way.as_ref().map_or(0, |_| i32::from(identity.agent_port));
     let (uid, vm_size, image) = (&identity.uid, &facts.vm_size, &facts.image);
     let (ends, limits) = (&facts.isolation, &facts.enforced_limits);
     tracing::info!(node = node_id, uid, vm_size, image, ends, ?limits, "node");
@@ -123,6 +121,7 @@ pub async fn run(
         node_id,
         identity,
         facts,
+        gpus,
         journal: Arc::new(journal),
         watch,
         remote_shell: remote_shell(own),
@@ -211,6 +210,7 @@ struct Parts {
     node_id: String,
     identity: Identity,
     facts: NodeFacts,
+    gpus: Vec<Device>,
     journal: Arc<Journal>,
     watch: Arc<Watch>,
     remote_shell: Vec<String>,
@@ -300,7 +300,7 @@ impl Parts {
         HostFacts {
             log_limit: self.log_limit,
             containers: self.containers.clone(),
-            ..hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs)
+            ..hardware::host_facts(&self.facts, &self.identity.uid, paths, jobs, &self.gpus)
         }
     }
 

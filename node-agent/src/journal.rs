@@ -15,7 +15,7 @@
 //!     lock                       held by the living shim
 //!     started                    made once, by the shim that began
 //!     status.json                what it does; written by the shim
-//!     setup-failed.json          why directories could not be made; written by a child of the shim
+//!     setup-failed.json          why directories could not be made, or GPUs not be had; written by a child of the shim
 //!     container.json             how processes come into its container; written by the shim
 //!     logs/                      what its processes print; written by the shim
 //!     shared/                    of the server of what the job's nodes share (see `nfs`), where this node serves that

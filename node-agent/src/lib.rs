@@ -73,6 +73,9 @@ enum Part {
         #[arg(long)]
         clean: bool,
     },
+    /// Tells of NVIDIA's GPUs.
+    #[command(hide = true)]
+    Gpus,
     /// Mounts, unmounts, or looks at what is mounted.
     #[command(hide = true)]
     MountStep,
@@ -104,6 +107,7 @@ pub fn main(cli: Cli, own: &'static [&'static str]) -> ExitCode {
         Some(Part::Shim { dir }) => shim::main(&dir, own),
         Some(Part::Mounts { dir, held, clean }) => mounts::main(&dir, held, clean, own),
         Some(Part::MountStep) => mounts::step(),
+        Some(Part::Gpus) => hardware::gpus(),
         Some(Part::Exec { dir }) => shim::exec(&dir),
         Some(Part::RemoteShell { arguments }) => peers::shell::main(&arguments),
         Some(Part::Look) => files::look(),

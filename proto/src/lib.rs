@@ -3,6 +3,7 @@
 //! The `.proto` files beside this crate are the manual of the API; what is added to them here is how secrets are treated, and what both
 //! ends must read alike.
 
+pub mod rdma;
 pub mod reflect;
 pub mod secrets;
 pub mod shared;

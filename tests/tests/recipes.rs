@@ -12,7 +12,7 @@ use batchai::descriptors::{from_json, to_json};
 use batchai_coordinator::duties::{Heard, Leader, duties};
 use batchai_coordinator::state::assignments::assignments;
 use batchai_coordinator::state::{State, apply};
-use batchai_node_agent::launch::{Ability, Engine, HostFacts, Plan, beside, plan};
+use batchai_node_agent::launch::{Ability, Device, Engine, HostFacts, Maker, Plan, beside, plan};
 use batchai_proto::agent::v1::Assignment;
 use batchai_proto::internal::v1::command::Kind;
 use batchai_proto::internal::v1::{Command as Entry, RegisterNode};
@@ -110,7 +110,7 @@ fn submit(e: &Ensemble, name: &str) -> v1::Job {
 }
 
 /// The nodes of a State, each a machine of its own or all on one.
-fn register(node: usize, one_machine: bool) -> RegisterNode {
+fn register(node: usize, one_machine: bool, infiniband: bool) -> RegisterNode {
     let machine = if one_machine { 0 } else { node };
     RegisterNode {
         name: format!("nodes/n{node}"),
@@ -124,14 +124,24 @@ fn register(node: usize, one_machine: bool) -> RegisterNode {
             first_port: 20_000,
             last_port: 20_099,
             image_sources: containers().image_sources(),
+            rdma_devices: infiniband.then(rdma).into_iter().collect(),
             ..Default::default()
         }),
         empty: true,
     }
 }
 
+fn rdma() -> v1::RdmaDevice {
+    v1::RdmaDevice {
+        name: "mlx5_0/1".into(),
+        link_layer: "InfiniBand".into(),
+        port_state: "ACTIVE".into(),
+        rate: "56 Gb/sec (4X FDR)".into(),
+    }
+}
+
 /// What each node of a job is told, by the State and the scheduler of a coordinator.
-fn assigned(job: &v1::Job, one_machine: bool) -> Vec<Assignment> {
+fn assigned(job: &v1::Job, one_machine: bool, infiniband: bool) -> Vec<Assignment> {
     let count = usize::try_from(job.node_count).unwrap();
     let named = |name: &str| name.to_owned();
     let cluster = v1::Cluster {
@@ -161,7 +171,7 @@ fn assigned(job: &v1::Job, one_machine: bool) -> Vec<Assignment> {
         }),
         Kind::CreateCluster(cluster),
     ];
-    let nodes = (0..count).map(|node| Kind::RegisterNode(register(node, one_machine)));
+    let nodes = (0..count).map(|node| Kind::RegisterNode(register(node, one_machine, infiniband)));
     given.extend(nodes);
     given.push(Kind::CreateJob(job.clone()));
     given.reverse();
@@ -226,7 +236,18 @@ fn facts(assignment: &Assignment, gpus: usize) -> HostFacts {
         root: own.root.clone(),
         bundles: "/data/bundles".into(),
         lease: "/data/lease".into(),
-        gpu_count: gpus,
+        gpus: (0..gpus as u32)
+            .map(|number| Device {
+                maker: Maker::Nvidia,
+                number,
+                uuid: format!("GPU-{number}"),
+            })
+            .collect(),
+        infiniband: own
+            .infiniband
+            .then(|| "mlx5_0:1".into())
+            .into_iter()
+            .collect(),
         interface: Some("eth0".into()),
         containers: containers(),
         base_env: BTreeMap::from([("PATH".into(), "/usr/bin:/bin".into())]),
@@ -293,8 +314,10 @@ fn say_plan(text: &mut String, plan: &Plan, beside: &BTreeMap<String, String>) {
     writeln!(text, "  logs to {copies}, {log} among them").unwrap();
     writeln!(
         text,
-        "  listens at {:?}, for {} s at most",
-        ready.ports, ready.wall_clock_s
+        "  listens at {:?}, has {} GPUs, for {} s at most",
+        ready.ports,
+        ready.gpus.len(),
+        ready.wall_clock_s
     )
     .unwrap();
     let launch = Path::new(env!("CARGO_MANIFEST_DIR")).join("../node-agent/src/launch");
@@ -338,7 +361,7 @@ fn say_plan(text: &mut String, plan: &Plan, beside: &BTreeMap<String, String>) {
 }
 
 /// What becomes of a job on nodes that are machines of their own; where that is refused, also on nodes of one machine.
-fn golden(job: &v1::Job, gpus: usize) -> String {
+fn golden(job: &v1::Job, gpus: usize, infiniband: bool) -> String {
     let shown = to_json("Job", job);
     let settings = shown.as_object().unwrap().iter();
     let settings = settings.filter(|(name, _)| name.ends_with("Settings"));
@@ -354,7 +377,7 @@ fn golden(job: &v1::Job, gpus: usize) -> String {
         };
         writeln!(text, "on {where_it_is}").unwrap();
         let mut refused = false;
-        for assignment in assigned(job, one_machine) {
+        for assignment in assigned(job, one_machine, infiniband) {
             let own = &assignment.hosts[assignment.host_index as usize];
             writeln!(text, "{} at {}", own.node, own.address).unwrap();
             let facts = facts(&assignment, gpus);
@@ -379,7 +402,8 @@ fn every_recipe_leads_to_what_its_nodes_are_to_start() {
     let mut wrong = String::new();
     for recipe in &RECIPES {
         for name in recipe.files {
-            let text = golden(&submit(&e, name), recipe.gpus);
+            let infiniband = recipe.name.contains("Infiniband");
+            let text = golden(&submit(&e, name), recipe.gpus, infiniband);
             let path = dir().join(format!("{name}.txt"));
             if std::env::var("BATCHAI_TEST_GOLDEN").is_ok_and(|word| word == "write") {
                 std::fs::write(&path, &text).unwrap();

@@ -1,4 +1,5 @@
-//! PURE. Where a job fits: whole nodes, all of its nodes at once or none, and ports on each.
+//! PURE. Where a job fits: whole nodes, all of its nodes at once or none, and ports on each. What a node could not run goes to the ones behind it
+//! first, so that its few tries by infrastructure do not all end where the first did.
 
 use batchai_common::fault;
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,7 +9,7 @@ use batchai_proto::internal::v1::{Place, PlaceNode};
 
 use crate::scheduler::heard::Heard;
 use crate::scheduler::images;
-use crate::state::attempts::{port_count, ports_by_machine};
+use crate::state::attempts::{Verdict, port_count, ports_by_machine};
 use crate::state::{Cluster, Job, Node, State};
 use crate::state::{restore, setup};
 
@@ -55,6 +56,18 @@ impl Free {
     }
 }
 
+/// The node that the latest try of a job failed on, where the job was not to blame.
+fn failed_on<'a>(state: &'a State, job: &Job) -> Option<&'a str> {
+    let latest = state.attempts.get(job.attempt.as_ref()?)?;
+    let outcome = latest.outcome.as_ref()?;
+    if outcome.verdict != Verdict::InfrastructureFailed {
+        return None;
+    }
+    let mut details = outcome.errors.iter().flat_map(|error| &error.details);
+    let node = details.find(|detail| detail.name == "node")?;
+    Some(&node.value)
+}
+
 /// Takes the job's nodes out of `free`, or leaves it alone where they do not suffice.
 pub fn place(
     state: &State,
@@ -64,7 +77,10 @@ pub fn place(
     log_home: i64,
 ) -> Option<Place> {
     let count = usize::try_from(job.spec.node_count).ok()?;
-    let chosen: Vec<_> = free.able(job).take(count).collect();
+    let last = failed_on(state, job);
+    let is_behind = |at: &usize| last.is_some_and(|last| *free.nodes[*at].0 > *last);
+    let (behind, before): (Vec<_>, Vec<_>) = free.able(job).partition(is_behind);
+    let chosen: Vec<_> = behind.into_iter().chain(before).take(count).collect();
     if count == 0 || chosen.len() < count {
         return None;
     }
@@ -82,10 +98,8 @@ pub fn place(
         })
         .collect();
     let nodes = nodes?;
-    // The last first: the others stay where they were.
-    for at in chosen.into_iter().rev() {
-        free.nodes.remove(at);
-    }
+    let taken: BTreeSet<_> = nodes.iter().map(|node| &node.node).collect();
+    free.nodes.retain(|(name, _)| !taken.contains(name));
     Some(Place {
         job: job.spec.name.clone(),
         job_revision: job.revision,

@@ -7,7 +7,7 @@ use batchai_proto::agent::v1::assignment::Desired;
 use batchai_proto::agent::v1::{
     Assignment, AssignmentList, ClusterMounts, FileServerSource, Host, ServedFileServer,
 };
-use batchai_proto::{secrets, v1};
+use batchai_proto::{rdma, secrets, v1};
 
 use super::attempts::{Attempt, Phase, Work};
 use super::keys::workspace_of;
@@ -142,6 +142,7 @@ fn host(node: Option<&std::sync::Arc<Node>>, placed: &super::attempts::AttemptNo
         root: facts.root.clone(),
         port: placed.port,
         agent_port: facts.agent_port,
+        infiniband: facts.rdma_devices.iter().any(rdma::is_infiniband),
         uid: node.map(|node| node.uid.clone()).unwrap_or_default(),
     }
 }

@@ -393,3 +393,44 @@ fn a_job_whose_work_is_lost_has_not_succeeded_though_all_of_it_ended_well() {
         assert_eq!((e.state_of(&job), codes(&e, &job)), (state, expected));
     }
 }
+
+#[test]
+fn what_a_node_could_not_run_goes_to_the_ones_behind_it_and_comes_round() {
+    let nodes_of = |e: &Ensemble, job: &str| -> Vec<String> {
+        let attempt = e.attempt(job);
+        let nodes = attempt.nodes.iter();
+        nodes.map(|node| node.node.clone()).collect()
+    };
+    let fails = |e: &mut Ensemble, job: &str, node: usize, infrastructure| {
+        let attempt = e.attempt(job);
+        let failure = Failure {
+            error: Some(attempts::error("GpuInUse", "why", &[])),
+            infrastructure,
+            ..Default::default()
+        };
+        e.see_attempt(&attempt, node, P::Ended, &[], Some(failure));
+        for other in (0..attempt.nodes.len()).filter(|other| *other != node) {
+            e.see_attempt(&attempt, other, P::Ended, &[], None);
+        }
+    };
+    let mut e = Ensemble::with_nodes(3, 3);
+    let job = e.submit("j", 1, |_| {});
+    for expected in ["nodes/n0", "nodes/n1", "nodes/n2", "nodes/n0"] {
+        assert_eq!(nodes_of(&e, &job), [expected]);
+        fails(&mut e, &job, 0, true);
+    }
+    assert_eq!(e.state_of(&job), JobState::Failed);
+    // Of a gang it is the one that failed which counts.
+    let job = e.submit("gang", 2, |_| {});
+    assert_eq!(nodes_of(&e, &job), ["nodes/n0", "nodes/n1"]);
+    fails(&mut e, &job, 0, true);
+    assert_eq!(nodes_of(&e, &job), ["nodes/n1", "nodes/n2"]);
+    fails(&mut e, &job, 0, true);
+    assert_eq!(nodes_of(&e, &job), ["nodes/n2", "nodes/n0"]);
+    fails(&mut e, &job, 0, false);
+    // A run that the job itself made fail says nothing of its node.
+    let job = e.submit("own", 1, retries(1));
+    assert_eq!(nodes_of(&e, &job), ["nodes/n0"]);
+    fails(&mut e, &job, 0, false);
+    assert_eq!(nodes_of(&e, &job), ["nodes/n0"]);
+}

@@ -11,12 +11,14 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use batchai_proto::v1::NodeFacts;
+use batchai_proto::rdma;
+use batchai_proto::v1::{Gpu, NodeFacts};
 
 use crate::cgroups::{Isolation, PROCESS_TREE};
 use crate::config::Config;
-use crate::launch::{Ability, HostFacts, JobLimit, JobUsers, LogLimit};
+use crate::launch::{Ability, Device, HostFacts, JobLimit, JobUsers, LogLimit, Maker};
 
+pub use gpu::{ANSWER_MAX, answer_in_time, main as gpus};
 use sysfs::Sysfs;
 
 /// Why the machine cannot be described.
@@ -44,15 +46,23 @@ pub enum HardwareError {
 /// What jobs inherit from the agent's own environment; everything else is cleared.
 const INHERITED: [&str; 7] = ["PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ"];
 
-/// Describes the machine for its registration.
+/// A GPU, as jobs are given it and as the node tells of it.
+pub struct Found {
+    device: Device,
+    gpu: Gpu,
+}
+
+/// Describes the machine for its registration, and says which GPUs jobs are given. `own` are the arguments that lead to this program's own
+/// subcommands.
 pub fn facts(
+    own: &[&str],
     config: &Config,
     isolation: &Isolation,
     containers: &Ability,
-) -> Result<NodeFacts, HardwareError> {
+) -> Result<(NodeFacts, Vec<Device>), HardwareError> {
     let sysfs = Sysfs::of_this_machine();
-    let mut gpus = gpu::gpus();
-    gpus.extend(sysfs.amd_gpus());
+    let found = gpu::registered(own).into_iter().chain(sysfs.amd_gpus());
+    let (devices, gpus): (_, Vec<_>) = found.map(|found| (found.device, found.gpu)).unzip();
     let cpu_cores = std::thread::available_parallelism().map_or(1, usize::from) as i32;
     let memory_mib = os::memory_mib()?;
     let vm_size = vm_size(
@@ -62,7 +72,7 @@ pub fn facts(
     );
     let storage = config.storage_root.as_deref();
     let (storage_free_bytes, storage_bytes) = storage.map_or(Ok((0, 0)), room)?;
-    Ok(NodeFacts {
+    let facts = NodeFacts {
         vm_size,
         storage_root: storage
             .map(|path| path.to_string_lossy().into_owned())
@@ -97,7 +107,22 @@ pub fn facts(
             .map(|seat| seat.controller.name().to_owned())
             .collect(),
         image_sources: containers.image_sources(),
-    })
+    };
+    Ok((facts, devices))
+}
+
+/// Which processes compute on these GPUs. Whoever asks may be kept waiting (see `answer_in_time`).
+///
+/// # Errors
+/// Says which driver does not tell.
+pub fn used(devices: &[Device]) -> Result<Vec<(&Device, i32)>, String> {
+    let of = |maker| devices.iter().filter(move |device| device.maker == maker);
+    let nvidia: Vec<_> = of(Maker::Nvidia).collect();
+    let used = gpu::used(&nvidia).map_err(|error| format!("the NVIDIA driver: {error}"));
+    let amd: Vec<_> = of(Maker::Amd).collect();
+    let mut used = used?;
+    used.extend(Sysfs::of_this_machine().amd_used(&amd));
+    Ok(used)
 }
 
 /// How much room there is where file servers may lie, and how large that is in all. Who may write there could put anything in their stead.
@@ -143,6 +168,7 @@ pub fn host_facts(
     node_uid: &str,
     (bundles, lease): (&Path, &Path),
     (users, limits, isolation): (JobUsers, Vec<JobLimit>, Isolation),
+    gpus: &[Device],
 ) -> HostFacts {
     let base = INHERITED
         .iter()
@@ -152,7 +178,14 @@ pub fn host_facts(
         root: facts.root.clone(),
         bundles: bundles.to_string_lossy().into_owned(),
         lease: lease.to_string_lossy().into_owned(),
-        gpu_count: facts.gpus.len(),
+        gpus: gpus.to_vec(),
+        infiniband: facts
+            .rdma_devices
+            .iter()
+            .filter(|port| rdma::is_infiniband(port))
+            // mlx5_0/1 is mlx5_0:1 to those who are told of it.
+            .map(|port| port.name.replace('/', ":"))
+            .collect(),
         interface: facts
             .addresses
             .first()

@@ -5,9 +5,13 @@ use std::path::{Path, PathBuf};
 
 use batchai_proto::v1::{Disk, Gpu, NumaNode, RdmaDevice};
 
+use super::Found;
+use crate::launch::{Device, Maker};
+
 const LIST_MAX: usize = 64;
 const SECTOR_BYTES: i64 = 512;
-const AMD: &str = "0x1002";
+/// Memory of AMD's GPUs that the host sees, and that it does not.
+const AMD_HEAPS: [u64; 2] = [1, 2];
 /// The maker whose product names are sizes by themselves.
 const EC2: &str = "Amazon EC2";
 /// What product names begin with that say nothing of a machine.
@@ -122,27 +126,96 @@ impl Sysfs {
         ports.take(LIST_MAX).collect()
     }
 
+    /// What the driver of AMD's GPUs shows for computing, in its order: numbers are by it.
+    fn amd_nodes(&self) -> Vec<PathBuf> {
+        let all = Path::new("class/kfd/kfd/topology/nodes");
+        let mut names: Vec<u32> = self
+            .names(all)
+            .iter()
+            .filter_map(|n| n.parse().ok())
+            .collect();
+        names.sort_unstable();
+        let nodes = names.into_iter().map(|name| all.join(name.to_string()));
+        // Processors are nodes as well.
+        let computes = |at: &PathBuf| self.property(at.join("properties"), "simd_count") > Some(0);
+        nodes.filter(computes).take(LIST_MAX).collect()
+    }
+
+    /// Of a file of lines with a name and a number.
+    fn property(&self, path: impl AsRef<Path>, name: &str) -> Option<u64> {
+        let text = self.text(path)?;
+        let mut pairs = text.lines().filter_map(|line| line.split_once(' '));
+        pairs
+            .find(|(known, _)| *known == name)?
+            .1
+            .trim()
+            .parse()
+            .ok()
+    }
+
     /// AMD's GPUs, as their driver shows them.
-    pub fn amd_gpus(&self) -> Vec<Gpu> {
-        let all = Path::new("class/drm");
-        let gpu = |name: String| {
-            // card0, and not card0-DP-1, which is a connector of it.
-            name.strip_prefix("card")?.parse::<u32>().ok()?;
-            let at = all.join(&name).join("device");
-            (self.text(at.join("vendor"))? == AMD).then_some(())?;
-            let memory = self.number(at.join("mem_info_vram_total"))?;
-            let product = self.text(at.join("product_name"));
-            let model = product.or_else(|| self.text(at.join("device")));
-            Some(Gpu {
-                uuid: self.text(at.join("unique_id")).unwrap_or_default(),
-                model: model.unwrap_or_default(),
-                memory_mib: memory >> 20,
-                vendor: "AMD".to_owned(),
-                nv_link_count: 0,
-            })
-        };
-        let names = self.names(all).into_iter();
-        names.filter_map(gpu).take(LIST_MAX).collect()
+    pub fn amd_gpus(&self) -> Vec<Found> {
+        let nodes = self.amd_nodes().into_iter().enumerate();
+        let found = nodes.map(|(number, at)| {
+            let id = self.property(at.join("properties"), "unique_id");
+            // As AMD's own programs write it.
+            let uuid = id.filter(|id| *id > 0).map(|id| format!("GPU-{id:016x}"));
+            let uuid = uuid.unwrap_or_default();
+            let minor = self.property(at.join("properties"), "drm_render_minor");
+            let card = minor.map(|minor| format!("class/drm/renderD{minor}/device/product_name"));
+            let product = card.and_then(|card| self.text(card));
+            let model = product.or_else(|| self.text(at.join("name")));
+            Found {
+                device: Device {
+                    maker: Maker::Amd,
+                    number: number as u32,
+                    uuid: uuid.clone(),
+                },
+                gpu: Gpu {
+                    uuid,
+                    model: model.unwrap_or_default(),
+                    memory_mib: self.amd_memory_mib(&at),
+                    vendor: Maker::Amd.name().to_owned(),
+                    nv_link_count: 0,
+                },
+            }
+        });
+        found.collect()
+    }
+
+    /// The memory on a GPU, whether the host sees all of it or not.
+    fn amd_memory_mib(&self, node: &Path) -> i64 {
+        let banks = node.join("mem_banks");
+        let sizes = self.names(&banks).into_iter().filter_map(|bank| {
+            let at = banks.join(bank).join("properties");
+            let heap = self.property(&at, "heap_type");
+            heap.is_some_and(|heap| AMD_HEAPS.contains(&heap))
+                .then_some(())?;
+            self.property(&at, "size_in_bytes")
+        });
+        let bytes = sizes.fold(0, u64::saturating_add);
+        (bytes >> 20) as i64
+    }
+
+    /// Which processes have memory on these of them.
+    pub fn amd_used<'a>(&self, devices: &[&'a Device]) -> Vec<(&'a Device, i32)> {
+        let nodes = self.amd_nodes();
+        let mut used = Vec::new();
+        for device in devices {
+            let at = nodes.get(device.number as usize);
+            let Some(id) = at.and_then(|at| self.text(at.join("gpu_id"))) else {
+                continue;
+            };
+            let all = Path::new("class/kfd/kfd/proc");
+            let holds = |pid: &i32| {
+                let bytes = self.number(all.join(pid.to_string()).join(format!("vram_{id}")));
+                bytes > Some(0)
+            };
+            let names = self.names(all);
+            let pids = names.iter().filter_map(|name| name.parse().ok());
+            used.extend(pids.filter(holds).map(|pid| (*device, pid)));
+        }
+        used
     }
 
     /// A name for the machine's size: the maker's name of the machine in front of what it has, where it has one.
@@ -241,25 +314,75 @@ mod tests {
         assert_eq!(rdma, [expected]);
     }
 
+    /// A processor and two GPUs, of which the first is known by all that there can be and the second by little.
+    fn machine_of_amd() -> (tempfile::TempDir, Sysfs) {
+        let nodes = "class/kfd/kfd/topology/nodes";
+        let at = |path: &str| format!("{nodes}/{path}");
+        let first = "cpu_cores_count 0\nsimd_count 416\nunique_id 23067\ndrm_render_minor 128\n";
+        let held = "class/kfd/kfd/proc";
+        twin(&[
+            (&at("0/properties"), "cpu_cores_count 64\nsimd_count 0\n"),
+            (&at("0/gpu_id"), "0\n"),
+            (&at("2/properties"), first),
+            (&at("2/gpu_id"), "33743\n"),
+            (&at("2/name"), "gfx90a\n"),
+            (
+                &at("2/mem_banks/0/properties"),
+                "heap_type 1\nsize_in_bytes 68702699520\n",
+            ),
+            (
+                &at("2/mem_banks/1/properties"),
+                "heap_type 4\nsize_in_bytes 65536\n",
+            ),
+            // Its number is by the number of the node, and not by its name.
+            (&at("10/properties"), "simd_count 256\nunique_id 0\n"),
+            (&at("10/gpu_id"), "55\n"),
+            (&at("10/name"), "vega20\n"),
+            (
+                &at("10/mem_banks/0/properties"),
+                "heap_type 2\nsize_in_bytes 1048576\n",
+            ),
+            (
+                "class/drm/renderD128/device/product_name",
+                "AMD Instinct MI210",
+            ),
+            (&format!("{held}/7/vram_33743"), "0\n"),
+            (&format!("{held}/7/vram_55"), "4096\n"),
+            (&format!("{held}/8/pasid"), "1\n"),
+        ])
+    }
+
     #[test]
-    fn gpus_of_amd_are_cards_of_amd() {
-        let (_dir, sysfs) = twin(&[
-            ("class/drm/card0/device/vendor", "0x1002\n"),
-            ("class/drm/card0/device/mem_info_vram_total", "68702699520"),
-            ("class/drm/card0/device/unique_id", "5a1b"),
-            ("class/drm/card0/device/product_name", "AMD Instinct MI210"),
-            ("class/drm/card0-DP-1/device/vendor", "0x1002"),
-            ("class/drm/card1/device/vendor", "0x10de"),
-            ("class/drm/renderD128/device/vendor", "0x1002"),
-        ]);
+    fn gpus_of_amd_are_what_their_driver_shows_for_computing() {
+        let (_dir, sysfs) = machine_of_amd();
+        let found = sysfs.amd_gpus();
+        let numbers: Vec<_> = found.iter().map(|found| found.device.number).collect();
+        assert_eq!(numbers, [0, 1]);
+        let gpus: Vec<_> = found.into_iter().map(|found| found.gpu).collect();
         let expected = Gpu {
-            uuid: "5a1b".into(),
+            uuid: "GPU-0000000000005a1b".into(),
             model: "AMD Instinct MI210".into(),
             memory_mib: 65_520,
             vendor: "AMD".into(),
             nv_link_count: 0,
         };
-        assert_eq!(sysfs.amd_gpus(), [expected]);
+        let plain = Gpu {
+            uuid: String::new(),
+            model: "vega20".into(),
+            memory_mib: 1,
+            ..expected.clone()
+        };
+        assert_eq!(gpus, [expected, plain]);
+        assert!(twin(&[]).1.amd_gpus().is_empty());
+    }
+
+    #[test]
+    fn who_has_memory_on_a_gpu_of_amd_uses_it() {
+        let (_dir, sysfs) = machine_of_amd();
+        let devices: Vec<_> = sysfs.amd_gpus().into_iter().map(|it| it.device).collect();
+        let all: Vec<_> = devices.iter().collect();
+        assert_eq!(sysfs.amd_used(&all), [(&devices[1], 7)]);
+        assert!(sysfs.amd_used(&all[..1]).is_empty());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! The job's arguments follow, such as `--gpu=all` or `--snapshot=`. More than one process of `caffe train` is for builds of Caffe that have
 //! MPI; the others would each train alone.
+//! A process sees all GPUs of its host, and takes those that `--gpu` says.
 
 use batchai_proto::v1::CaffeSettings;
 

@@ -2,7 +2,7 @@
 //!
 //! A process finds its node's number in `AZ_BATCHAI_TASK_INDEX`, and meets the others in files below `AZ_BATCHAI_SHARED_JOB_TEMP`, which the
 //! original's recipes pass as `--shard_id` and `--file_store_path`. Nodes of other machines mount that directory (see `shared`): such files are
-//! made by renaming, and so seen whole. gloo is told the interface of the node's address. Files are `stdout-{i}.txt` and
+//! made by renaming, and so seen whole. The one process of a node sees all of its GPUs. gloo is told the interface of the node's address. Files are `stdout-{i}.txt` and
 //! `stderr-{i}.txt`. The job is over when all processes are, or one fails.
 
 use batchai_proto::v1::Caffe2Settings;

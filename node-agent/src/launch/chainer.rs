@@ -1,4 +1,6 @@
 //! PURE. A Chainer job: the script in every process that mpirun starts, for ChainerMN.
+//!
+//! A process sees all GPUs of its host, and takes that of `comm.intra_rank`.
 
 use batchai_proto::v1::ChainerSettings;
 

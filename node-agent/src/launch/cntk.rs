@@ -1,6 +1,7 @@
 //! PURE. A CNTK job: under mpirun, the script, or the `cntk` program with a BrainScript configuration.
 //!
 //! The program gets `configFile=` and then the job's arguments, which are `name=value` as a rule: `parallelTrain=true` is the user's to say.
+//! A process sees all GPUs of its host; CNTK takes one that no other process has (`deviceId=auto`).
 
 use batchai_proto::v1::CntkSettings;
 

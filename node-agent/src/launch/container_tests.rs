@@ -211,12 +211,15 @@ fn variables_are_the_images_where_the_job_has_none_and_never_the_hosts() {
         ("PATH", "/opt/bin:/bin"),
         ("LD_LIBRARY_PATH", "/opt/lib"),
         ("HOME", "/root"),
+        ("CUDA_VISIBLE_DEVICES", "7"),
     ]);
     for process in plan.processes.iter().chain(&plan.preparation.command) {
         let env = inside(&process.env, &image);
         assert_eq!(env["PATH"], "/r/jobs/w/e/j/.bin:/opt/bin:/bin");
         assert_eq!(env["LD_LIBRARY_PATH"], "/opt/lib");
         assert_eq!(env["HOME"], "/r/jobs/w/e/j");
+        // Whatever the image says of them.
+        assert_eq!(env["CUDA_VISIBLE_DEVICES"], "0,1,2,3");
         let without = inside(&process.env, &BTreeMap::new());
         assert_eq!(
             without["PATH"],

@@ -3,7 +3,7 @@
 //!
 //! Once on the master it has the original's file names, `stdout.txt` and `stderr.txt`. On every host each process finds its
 //! place in `RANK`, `WORLD_SIZE` and their kin, and writes to `stdout-{rank}.txt`. The job is over when all processes are,
-//! or one fails.
+//! or one fails. Each process sees all GPUs of its host.
 
 use batchai_common::names::last_id;
 use batchai_proto::v1::CustomToolkitSettings;

@@ -1,4 +1,4 @@
-//! PURE. A custom MPI job: a bash command line in every process that mpirun starts.
+//! PURE. A custom MPI job: a bash command line in every process that mpirun starts. Each sees all GPUs of its host.
 
 use batchai_proto::v1::CustomMpiSettings;
 

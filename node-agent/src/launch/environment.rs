@@ -6,10 +6,9 @@ use batchai_proto::agent::v1::Assignment;
 use batchai_proto::shared::SHARED_JOB_TEMP;
 use batchai_proto::v1::{Job, NameValuePair};
 
-use super::container;
 use super::expand::expand;
 use super::paths::Paths;
-use super::{Context, HostFacts, JobUser, LaunchError};
+use super::{Context, HostFacts, JobUser, LaunchError, container, gpus, infiniband};
 
 /// Every process of an attempt, and whatever it starts, carries this variable: `{node uid}/{attempt}`. Stray processes
 /// are found by it.
@@ -72,7 +71,7 @@ pub fn common(
     }
     set("AZ_BATCHAI_STDOUTERR_DIR", paths.stdouterr.clone());
     set("AZ_BATCHAI_MPI_HOST_FILE", paths.hostfile.clone());
-    set("AZ_BATCHAI_NUM_GPUS", facts.gpu_count.to_string());
+    set("AZ_BATCHAI_NUM_GPUS", facts.gpus.len().to_string());
     set("AZ_BATCH_HOST_LIST", addresses.join(","));
     set("AZ_BATCHAI_ATTEMPT", assignment.number.to_string());
     for (id, path) in &paths.inputs {
@@ -87,6 +86,9 @@ pub fn common(
             settings.communication_backend.clone(),
         );
     }
+    env.extend(gpus::variables(&facts.gpus, &facts.gpus));
+    env.extend(infiniband::variables(&assignment.hosts, &facts.infiniband));
+    let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
     // Who follows a log wants lines as they are printed, and python holds them back from a pipe.
     set("PYTHONUNBUFFERED", "1".to_owned());
     set(

@@ -479,3 +479,119 @@ proptest! {
         }
     }
 }
+
+const GPUS: [&str; 3] = [
+    "CUDA_DEVICE_ORDER",
+    "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+];
+
+#[test]
+fn workers_of_tensorflow_share_gpus_out_and_servers_see_none() {
+    let mut job = tensorflow(3, 1);
+    let settings = job.tensor_flow_settings.as_mut().unwrap();
+    settings.master_command_line_args.clear();
+    settings.worker_command_line_args.clear();
+    settings.parameter_server_command_line_args.clear();
+    let expected = "
+        host 0 listens at [2222, 2223, 2224]
+        rank 3 to stdout-ps-0.txt: python3 /r/jobs/w/e/j/t.py
+        CUDA_DEVICE_ORDER=PCI_BUS_ID
+        CUDA_VISIBLE_DEVICES=
+        ROCR_VISIBLE_DEVICES=-
+        rank 0 to stdout-wk-0.txt: python3 /r/jobs/w/e/j/t.py
+        CUDA_DEVICE_ORDER=PCI_BUS_ID
+        CUDA_VISIBLE_DEVICES=0,1
+        ROCR_VISIBLE_DEVICES=-
+        rank 1 to stdout-wk-1.txt: python3 /r/jobs/w/e/j/t.py
+        CUDA_DEVICE_ORDER=PCI_BUS_ID
+        CUDA_VISIBLE_DEVICES=2,3
+        ROCR_VISIBLE_DEVICES=-
+        host 1 listens at [2322]
+        rank 2 to stdout-wk-2.txt: python3 /r/jobs/w/e/j/t.py
+        CUDA_DEVICE_ORDER=PCI_BUS_ID
+        CUDA_VISIBLE_DEVICES=0,1,2,3
+        ROCR_VISIBLE_DEVICES=-";
+    same(&golden(&job, 2, &GPUS), expected);
+}
+
+#[test]
+fn ranks_see_all_gpus_of_their_host_unless_the_job_says_otherwise() {
+    let seen = |job: &Job, name: &str| -> Vec<Option<String>> {
+        let plans = plans(job, 2, true);
+        let processes = plans.iter().flat_map(|plan| &plan.processes);
+        processes.map(|it| it.env.get(name).cloned()).collect()
+    };
+    let all = Some("0,1,2,3".to_owned());
+    for (job, ranks) in [
+        (pytorch(4), 4),
+        (custom(2), 4),
+        (custom(0), 1),
+        (caffe2(), 2),
+    ] {
+        assert_eq!(seen(&job, GPUS[1]), vec![all.clone(); ranks]);
+        assert_eq!(seen(&job, GPUS[2]), vec![None; ranks]);
+    }
+    let mut own = pytorch(4);
+    own.job_preparation = Some(v1::JobPreparation {
+        command_line: "true".into(),
+    });
+    own.environment_variables = vec![v1::NameValuePair {
+        name: GPUS[1].into(),
+        value: "$AZ_BATCHAI_TASK_INDEX".into(),
+    }];
+    let expected = ["0", "1", "2", "3"].map(|rank| Some(rank.to_owned()));
+    assert_eq!(seen(&own, GPUS[1]), expected);
+}
+
+#[test]
+fn a_host_without_gpus_says_nothing_of_them() {
+    let none = HostFacts {
+        gpus: Vec::new(),
+        ..facts()
+    };
+    for job in [pytorch(2), custom(0), tensorflow(2, 1), caffe2()] {
+        let plan = plan(&assignment(1, 0, job), &none).unwrap();
+        assert!(plan.preparation.gpus.is_empty());
+        for process in &plan.processes {
+            assert_eq!(process.env["AZ_BATCHAI_NUM_GPUS"], "0");
+            assert!(GPUS.iter().all(|name| !process.env.contains_key(*name)));
+        }
+    }
+}
+
+/// Golden: no program that reads these was run with such a device.
+#[test]
+fn infiniband_is_told_of_where_all_hosts_have_it() {
+    let names = ["I_MPI_FABRICS", "NCCL_IB_HCA", "UCX_NET_DEVICES"];
+    let told = |ports: &[&str], hosts: [bool; 2], own: &[(&str, &str)]| -> Vec<String> {
+        let facts = HostFacts {
+            infiniband: ports.iter().map(|port| (*port).to_owned()).collect(),
+            ..facts()
+        };
+        let own = own.iter().map(|(name, value)| v1::NameValuePair {
+            name: (*name).to_owned(),
+            value: (*value).to_owned(),
+        });
+        let mut assignment = assignment(2, 0, custom(1));
+        let job = assignment.job.as_mut().unwrap();
+        job.environment_variables = own.collect();
+        for (host, has) in assignment.hosts.iter_mut().zip(hosts) {
+            host.infiniband = has;
+        }
+        let plan = plan(&assignment, &facts).unwrap();
+        let env = &plan.processes[0].env;
+        let values = names.iter().filter_map(|name| env.get(*name));
+        values.cloned().collect()
+    };
+    let one = ["shm:ofi", "=mlx5_0:1", "mlx5_0:1"];
+    assert_eq!(told(&["mlx5_0:1"], [true, true], &[]), one);
+    let two = ["shm:ofi", "=mlx5_0:1,mlx5_2:1", "mlx5_0:1,mlx5_2:1"];
+    assert_eq!(told(&["mlx5_0:1", "mlx5_2:1"], [true, true], &[]), two);
+    let own = [("I_MPI_FABRICS", "dapl"), ("NCCL_IB_HCA", "mlx5_9")];
+    let expected = ["dapl", "mlx5_9", "mlx5_0:1"];
+    assert_eq!(told(&["mlx5_0:1"], [true, true], &own), expected);
+    // By TCP, all of them.
+    assert!(told(&["mlx5_0:1"], [true, false], &[]).is_empty());
+    assert!(told(&[], [true, true], &[]).is_empty());
+}

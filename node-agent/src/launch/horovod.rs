@@ -8,7 +8,7 @@
 //! address, but Horovod 0.28 forgets it on the way: hosts' own names must lead to addresses by which the others reach them, and a rank whose
 //! does not is told so.
 //!
-//! Horovod's elastic jobs are not started.
+//! A process sees all GPUs of its host, and takes that of `hvd.local_rank()`. Horovod's elastic jobs are not started.
 
 use batchai_proto::v1::HorovodSettings;
 

@@ -12,7 +12,9 @@ mod custom;
 mod custom_mpi;
 mod environment;
 pub mod expand;
+mod gpus;
 mod horovod;
+mod infiniband;
 mod mpi;
 mod paths;
 mod preparation;
@@ -38,6 +40,7 @@ pub use container::{
     login_names, with_shell,
 };
 pub use environment::ATTEMPT_TAG;
+pub use gpus::{Device, Maker};
 use paths::Paths;
 pub use storage::{Keys, Place, Remote, keys};
 pub use users::{JobLimit, JobUser, JobUsers, Limited};
@@ -131,6 +134,9 @@ pub struct Preparation {
     /// Ports that its processes will listen to on this host: nobody else may.
     #[serde(default)]
     pub ports: Vec<u16>,
+    /// GPUs of this host that are its own for the time: nobody else may use them.
+    #[serde(default)]
+    pub gpus: Vec<Device>,
     /// From the beginning of preparation.
     pub wall_clock_s: u64,
     /// Between SIGTERM and SIGKILL.
@@ -148,7 +154,10 @@ pub struct HostFacts {
     pub bundles: String,
     /// Where the agent keeps the lease of the node.
     pub lease: String,
-    pub gpu_count: usize,
+    /// The GPUs that jobs are given.
+    pub gpus: Vec<Device>,
+    /// Its ports of InfiniBand that are up, as `device:port`.
+    pub infiniband: Vec<String>,
     /// The network interface that has the host's address.
     pub interface: Option<String>,
     /// Whom jobs run as.

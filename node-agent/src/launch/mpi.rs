@@ -5,7 +5,8 @@
 //! host, and so is all of its environment. A rank finds its place in `AZ_BATCHAI_TASK_INDEX`, `RANK`, `WORLD_SIZE`, `LOCAL_RANK` and
 //! `LOCAL_WORLD_SIZE` beside what its MPI sets, and `MASTER_ADDR` and `MASTER_PORT` are of the master; gloo, nccl and Intel MPI are told the
 //! interface of the host's address. Ranks are numbered over the hosts in their order and are bound to no cores: what trains has threads of its
-//! own. Log files are `stdout.txt` and `stderr.txt`, those of mpirun. The job is over when mpirun is; it ends all ranks when one fails.
+//! own. A rank sees all GPUs of its host, and takes the one that `LOCAL_RANK`, `hvd.local_rank()` or `intra_rank` says. Log files are
+//! `stdout.txt` and `stderr.txt`, those of mpirun. The job is over when mpirun is; it ends all ranks when one fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -6,8 +6,8 @@ use batchai_common::limits::TERMINATION_GRACE;
 use batchai_proto::agent::v1::Assignment;
 
 use super::{
-    Context, LaunchError, Paths, Preparation, ProcessPlan, bash, container, environment, expand,
-    host_number, layout, mpi, own_host, rank_count, ranks, shared,
+    Context, Device, LaunchError, Paths, Preparation, ProcessPlan, bash, container, environment,
+    expand, host_number, layout, mpi, own_host, rank_count, ranks, shared,
 };
 use crate::cgroups::{Bound, asked};
 
@@ -67,6 +67,7 @@ pub(super) fn preparation(context: &Context<'_>) -> Result<Preparation, LaunchEr
         wait_for: shared::wait_for(context)?,
         fence: assignment.fenced.then(|| context.facts.lease.clone()),
         ports: ports(context)?,
+        gpus: gpus(context),
         wall_clock_s: u64::try_from(limit.seconds).unwrap_or_default(),
         grace_s: TERMINATION_GRACE.as_secs(),
     })
@@ -95,6 +96,14 @@ fn ports(context: &Context<'_>) -> Result<Vec<u16>, LaunchError> {
     let row = (first..).take(count).map(u16::try_from);
     row.collect::<Result<_, _>>()
         .map_err(|_| LaunchError::Incomplete { what: "port" })
+}
+
+/// A job has all GPUs of the node; what sets a node up needs none.
+fn gpus(context: &Context<'_>) -> Vec<Device> {
+    match context.assignment.set_up {
+        true => Vec::new(),
+        false => context.facts.gpus.clone(),
+    }
 }
 
 /// What the job asks to be limited, and what is counted of it in any case.

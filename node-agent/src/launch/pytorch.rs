@@ -3,7 +3,8 @@
 //! A rank finds its place in the original's variables (`AZ_BATCHAI_TASK_INDEX`, `AZ_BATCHAI_PYTORCH_INIT_METHOD`, here
 //! `tcp://` to rank 0's host) and in those that `env://` reads today (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, ...). A job that wants to meet in a
 //! file says `file://$AZ_BATCHAI_SHARED_JOB_TEMP/NAME` in its arguments instead; PyTorch locks that file, and locks do not reach to other machines
-//! (see `shared`): there it is to take one of the former. Log files are `stdout-{rank}.txt` and `stderr-{rank}.txt`. The job is over when all ranks are,
+//! (see `shared`): there it is to take one of the former. Every rank sees all GPUs of its node, and takes the one that `LOCAL_RANK` says, as
+//! under torchrun. Log files are `stdout-{rank}.txt` and `stderr-{rank}.txt`. The job is over when all ranks are,
 //! or one fails. With the backend `mpi` it is mpirun that starts the ranks, and all that is as for the toolkits of MPI.
 
 use batchai_proto::v1::PyTorchSettings;

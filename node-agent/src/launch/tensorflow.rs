@@ -14,6 +14,9 @@
 //! role), and `TF_CONFIG` as the original gave it, which `tf.distribute` takes: the first worker is its chief. A role without
 //! processes is left out of it, since TensorFlow takes no empty one. The original's documentation also has a role `master`; no dump of it had.
 //!
+//! **GPUs.** TensorFlow takes all memory of every GPU that it sees. So the workers of a node share its GPUs out, as evenly as can be and side
+//! by side: the second of two workers on four GPUs sees the last two. A parameter server sees none. The only process of the first form sees all.
+//!
 //! **Files** are `stdout-wk-{i}.txt`, `stderr-wk-{i}.txt`, and `-ps-{i}` for servers, also of the one process of the first form.
 //!
 //! **End.** The job is over when its workers are, or anything fails: a server as well. Servers, which do not end by themselves, are then ended
@@ -23,7 +26,7 @@ use batchai_common::ranks::Layout;
 use batchai_proto::v1::TensorFlowSettings;
 use serde_json::{Value, json};
 
-use super::{Context, LaunchError, ProcessPlan, environment, host_number, layout, script};
+use super::{Context, LaunchError, ProcessPlan, environment, gpus, host_number, layout, script};
 
 /// A role and the number in it.
 #[derive(Clone, Copy)]
@@ -62,6 +65,13 @@ fn process(
 ) -> Result<ProcessPlan, LaunchError> {
     let (servers, workers) = addresses(context, layout);
     let mut env = context.env.clone();
+    let own = layout.workers_of(host_number(context));
+    let all = &context.facts.gpus;
+    let seen = match task.server {
+        true => &[],
+        false => gpus::share(all, task.rank - own.start, own.len()),
+    };
+    env.extend(gpus::variables(all, seen));
     for (name, value) in [
         ("AZ_BATCHAI_PS_HOSTS", servers.join(",")),
         ("AZ_BATCHAI_WORKER_HOSTS", workers.join(",")),

@@ -44,7 +44,8 @@ pub fn facts() -> HostFacts {
         root: "/r".into(),
         bundles: "/data/bundles".into(),
         lease: "/data/lease".into(),
-        gpu_count: 4,
+        gpus: gpus(4),
+        infiniband: Vec::new(),
         interface: Some("eth0".into()),
         containers: Ability {
             able: true,
@@ -55,6 +56,16 @@ pub fn facts() -> HostFacts {
         base_env: BTreeMap::from([("PATH".into(), "/bin".into())]),
         remote_shell: vec!["/it's/batchai".into(), "remote-shell".into()],
     }
+}
+
+/// So many of NVIDIA's.
+pub fn gpus(count: u32) -> Vec<Device> {
+    let device = |number| Device {
+        maker: Maker::Nvidia,
+        number,
+        uuid: format!("GPU-{number}"),
+    };
+    (0..count).map(device).collect()
 }
 
 pub fn custom() -> Job {

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::logs::last_words;
-use super::run::{CONTAINER, Ending, PREPARATION, Running, SETUP, Shim};
+use super::run::{CONTAINER, Ending, GPUS, PREPARATION, Running, SETUP, Shim};
 use super::volumes::Volumes;
 use super::{ShimError, system};
 use crate::cgroups::Bound;
@@ -81,6 +81,8 @@ impl Shim {
             match rank {
                 SETUP => self.set_up(exit)?,
                 CONTAINER => self.furnished(exit, &stderr),
+                GPUS if !matches!(self.ending, Ending::No) => {}
+                GPUS => self.looked_at_gpus(exit.code, &exit.to_string())?,
                 PREPARATION => self.prepared(exit, &stderr),
                 rank => self.rank_ended(rank, exit, &stderr),
             }

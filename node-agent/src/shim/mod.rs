@@ -10,6 +10,7 @@ mod container;
 mod copier;
 mod ending;
 mod exec;
+mod gpus;
 mod group;
 mod logs;
 mod ports;

@@ -40,6 +40,8 @@ pub(super) const SETUP: i32 = -2;
 pub(super) const PREPARATION: i32 = -1;
 /// That of the process that makes the container.
 pub(super) const CONTAINER: i32 = -3;
+/// That of the process that sees whether the GPUs are free.
+pub(super) const GPUS: i32 = -4;
 /// Kept free for the records of the attempt, should its logs fill the disk.
 pub(super) const RESERVE: &str = "reserve";
 const RESERVE_BYTES: usize = 64 << 10;
@@ -320,11 +322,9 @@ impl Shim {
         match self.dir.read::<bool>(STOP)? {
             Some(true) => self.stopped(),
             Some(false) => self.end("it was told to end"),
-            None if self.status.phase == Phase::Ready && !self.launched => {
-                if let Some(processes) = self.dir.read::<Vec<ProcessPlan>>(LAUNCH)? {
-                    self.launched = true;
-                    self.launch(&processes);
-                }
+            None if self.status.phase == Phase::Ready && !self.launched && self.dir.has(LAUNCH) => {
+                self.launched = true;
+                self.launch_with_gpus()?;
             }
             None => {}
         }
@@ -343,10 +343,12 @@ impl Shim {
         }
     }
 
-    fn launch(&mut self, processes: &[ProcessPlan]) {
+    pub(super) fn launch(&mut self) -> Result<(), ShimError> {
+        let processes: Vec<ProcessPlan> = self.dir.read(LAUNCH)?.unwrap_or_default();
         self.status.phase = Phase::Running;
         if let Some(port) = ports::in_use(&self.plan.ports) {
-            return self.fail(ports::clash(port));
+            self.fail(ports::clash(port));
+            return Ok(());
         }
         let mut buffer = Vec::new();
         for (at, plan) in processes.iter().enumerate() {
@@ -367,7 +369,10 @@ impl Shim {
                     };
                     self.status.ranks.push(rank);
                 }
-                Err(error) => return self.fail(start_failure("JobFailed", plan, error)),
+                Err(error) => {
+                    self.fail(start_failure("JobFailed", plan, error));
+                    return Ok(());
+                }
             }
         }
         if processes.is_empty() {
@@ -377,6 +382,7 @@ impl Shim {
         crash_point!("shim_launched");
         self.publish();
         crash_point!("shim_said_it_launched");
+        Ok(())
     }
 
     pub(super) fn start(&mut self, plan: &ProcessPlan) -> Result<i32, StartError> {
