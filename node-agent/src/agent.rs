@@ -37,6 +37,7 @@ use crate::mounts::UNMOUNT;
 use crate::peers::{self, Key, Peers};
 use crate::session::Session;
 use crate::shim::{self, Root, RootError};
+use crate::storage::{self, StorageError};
 use crate::supervisor::{MOUNTS_TAG, Supervisor, Volumes};
 use crate::user::{self, UserError};
 use crate::watch::Watch;
@@ -56,6 +57,8 @@ pub enum AgentError {
     Journal(#[from] JournalError),
     #[error(transparent)]
     Root(#[from] RootError),
+    #[error(transparent)]
+    Storage(#[from] StorageError),
     #[error(transparent)]
     Hardware(#[from] HardwareError),
     #[error(transparent)]
@@ -86,6 +89,8 @@ pub async fn run(
     let (journal, mut identity) = Journal::open(&config.data)?;
     let _root = Root::claim(&config.root, &identity.uid)?;
     let users = users(&config)?;
+    let unwanted = || shutdown.is_cancelled();
+    let (config, storage_failure) = storage::prepare(config, &journal, &unwanted)?;
     let shows = tokio::select! {
         shows = join::shows(&config, &journal, &node_id, &mut identity) => shows?,
         () = shutdown.cancelled() => return Ok(()),
@@ -103,6 +108,7 @@ pub async fn run(
     let way = way.transpose()?;
     let (mut facts, gpus) = hardware::facts(own, &config, &isolation, &containers)?;
     facts.agent_port = way.as_ref().map_or(0, |_| i32::from(identity.agent_port));
+    facts.storage_failure = storage_failure;
     let (uid, vm_size, image) = (&identity.uid, &facts.vm_size, &facts.image);
     let (ends, limits) = (&facts.isolation, &facts.enforced_limits);
     tracing::info!(node = node_id, uid, vm_size, image, ends, ?limits, "node");
@@ -124,7 +130,7 @@ pub async fn run(
         gpus,
         journal: Arc::new(journal),
         watch,
-        remote_shell: remote_shell(own),
+        remote_shell: peers::shell::words(own),
     };
     let ended = parts.run(own, way, shutdown).await;
     if let Some(fresh) = fresh {
@@ -181,18 +187,6 @@ fn way(
         credentials,
         tls,
     })
-}
-
-/// This program as jobs start it; nothing where it does not know its own file.
-fn remote_shell(own: &[&str]) -> Vec<String> {
-    let program = std::env::current_exe().ok();
-    let program = program.and_then(|path| path.into_os_string().into_string().ok());
-    let Some(program) = program else {
-        return Vec::new();
-    };
-    let own = own.iter().map(|word| (*word).to_owned());
-    let words = std::iter::once(program).chain(own);
-    words.chain(["remote-shell".to_owned()]).collect()
 }
 
 /// What the agent's tasks are made of.

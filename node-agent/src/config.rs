@@ -77,6 +77,16 @@ pub struct Config {
         value_name = "DIR"
     )]
     pub storage_root: Option<PathBuf>,
+    /// A blank disk to make that of, once for each; several are RAID 0.
+    #[arg(
+        long = "storage-disk",
+        env = "BATCHAI_STORAGE_DISKS",
+        hide_env = true,
+        value_delimiter = ',',
+        requires = "storage_root",
+        value_name = "DEVICE"
+    )]
+    pub storage_disks: Vec<PathBuf>,
     /// Seconds that a mount may take, or not answer.
     #[arg(long, env = "BATCHAI_MOUNT_PATIENCE", hide_env = true, default_value_t = 60, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub mount_patience: u64,
@@ -120,7 +130,7 @@ pub struct Config {
     /// For tests: the one way to end all that a job started at once that is tried, as nodes name it in `isolation`.
     #[arg(long, hide = true, value_name = "METHOD")]
     pub isolation: Option<String>,
-    /// End all jobs of this node when the agent ends. Without it they go on, and the next agent takes them over.
+    /// End this node's jobs with the agent; else the next takes them over.
     #[arg(long)]
     pub end_jobs_on_stop: bool,
     /// End when the process with this pid, which started this one, ends.
@@ -132,10 +142,12 @@ impl Config {
     /// Its paths are what they are wherever they are used.
     pub fn absolute(self) -> io::Result<Config> {
         let storage_root = self.storage_root.as_deref().map(std::path::absolute);
+        let disks = self.storage_disks.iter().map(std::path::absolute);
         Ok(Config {
             root: std::path::absolute(&self.root)?,
             data: std::path::absolute(&self.data)?,
             storage_root: storage_root.transpose()?,
+            storage_disks: disks.collect::<io::Result<_>>()?,
             ..self
         })
     }

@@ -56,6 +56,8 @@ pub struct FileServers {
     own: &'static [&'static str],
     /// Where they lie; none where this node offers no storage.
     shares: Option<PathBuf>,
+    /// Why it offers none.
+    no_storage: String,
     /// Where they are reached.
     address: String,
     /// The ports of jobs.
@@ -93,6 +95,10 @@ impl FileServers {
             journal,
             own,
             shares: storage.map(|root| shares(Path::new(root))),
+            no_storage: match facts.storage_failure.as_str() {
+                "" => "its agent was given no --storage-root".to_owned(),
+                failure => failure.to_owned(),
+            },
             address: facts.addresses.first().cloned().unwrap_or_default(),
             jobs_ports: facts.first_port..=facts.last_port,
             wanted: Vec::new(),
@@ -262,7 +268,8 @@ impl FileServers {
 
     /// Where a file server lies.
     fn data(&self, server: &ServedFileServer) -> Result<PathBuf, ServeError> {
-        let shares = self.shares.as_ref().ok_or(ServeError::NoStorage)?;
+        let shares = self.shares.as_ref();
+        let shares = shares.ok_or_else(|| ServeError::NoStorage(self.no_storage.clone()))?;
         let data = data_name(&server.name, &server.uid).ok_or_else(|| ServeError::Name {
             name: server.name.clone(),
         })?;
@@ -398,8 +405,8 @@ impl FileServers {
 /// Why a file server is not served, or not gone.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
-    #[error("this node offers no storage any more: its agent was given no --storage-root")]
-    NoStorage,
+    #[error("this node offers no storage any more: {0}")]
+    NoStorage(String),
     #[error("{name} is no name of a file server")]
     Name { name: String },
     #[error("{address} is no address to listen at")]

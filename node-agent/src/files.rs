@@ -268,7 +268,7 @@ fn tell(
             .and_then(|()| looking.finish())
             .map(|()| FileDone::default());
     };
-    let absent = || fault("this node offers no storage: its agent was given no --storage-root");
+    let absent = || fault("this node offers no storage now: file-server show says why");
     wanted.base = data_name(&server.name, &server.uid).ok_or_else(absent)?;
     if parts.storage.is_empty() {
         return Err(absent());

@@ -4,6 +4,7 @@
 //! DATA/node.json                 who this node is
 //! DATA/lock                      one agent per directory
 //! DATA/lease                    since when and until when fenced work runs, in milliseconds of the boot clock; read by shims
+//! DATA/storage.json              of which disks the storage root is made (see `storage`)
 //! DATA/bundles/                  what was fetched of bundles
 //! DATA/images/                   images of containers, unpacked
 //! DATA/mounts/{digest}/           what is mounted for a cluster (see `mounts`)
@@ -56,6 +57,7 @@ pub const SHARED: &str = "shared";
 const LOCK: &str = "lock";
 const CLUSTER_MOUNTS: &str = "mounts";
 const FILE_SERVERS: &str = "file-servers";
+const STORAGE: &str = "storage.json";
 const LEASE_READS_MAX: u32 = 10;
 const LEASE_READ_PAUSE: Duration = Duration::from_millis(2);
 /// What the names of removed attempts begin with.
@@ -106,6 +108,25 @@ pub struct Origin {
     /// The nodes with their ports, the master first.
     pub hosts: Vec<(String, i32)>,
     pub set_up: bool,
+}
+
+/// Of which disks the storage root is made. Their signatures are its own: whatever holds them was made for this record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageRecord {
+    pub disks: Vec<DiskRecord>,
+    /// The UUIDs of the array, and of the file system.
+    pub array: String,
+    pub file_system: String,
+    /// The file system is whole. Until then there is nothing on the disks that anybody wants.
+    pub made: bool,
+}
+
+/// A disk, by what does not change when the machine starts again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRecord {
+    /// Its maker's number; empty where it has none.
+    pub id: String,
+    pub bytes: u64,
 }
 
 /// Since when and until when a node holds its lease. What is being written over is read again.
@@ -197,6 +218,16 @@ impl Journal {
     /// Remembers who this node is.
     pub fn keep(&self, identity: &Identity) -> Result<(), JournalError> {
         write_json(&self.root.join("node.json"), identity, true)
+    }
+
+    /// Of which disks the storage root is made.
+    pub fn storage(&self) -> Result<Option<StorageRecord>, JournalError> {
+        read_json(&self.root.join(STORAGE))
+    }
+
+    /// Remembers that, before anything is written to them.
+    pub fn keep_storage(&self, record: &StorageRecord) -> Result<(), JournalError> {
+        write_json(&self.root.join(STORAGE), record, true)
     }
 
     /// Where the lease is written down.

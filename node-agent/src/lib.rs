@@ -1,7 +1,7 @@
 //! The node agent: registers a machine with the coordinator and runs its part of jobs.
 //!
 //! Arrows only point down:
-//! `{status, cgroups, memory} <- {launch, lease, reconcile, serving} <- config <- {hardware, journal, share, user} <- {mounts, nfs} <- {shim, watch} <- session <- {join, logs, bundles, execs, files, file_servers} <- peers <- supervisor <- agent`.
+//! `{status, cgroups, memory, words} <- {launch, lease, reconcile, serving} <- config <- {hardware, journal, share, user} <- {mounts, nfs, storage} <- {shim, watch} <- session <- {join, logs, bundles, execs, files, file_servers} <- peers <- supervisor <- agent`.
 //!
 //! `cgroups`, `launch`, `lease`, `reconcile`, `serving` and `status` are pure. The `shim` is a process of its own, one per attempt, that holds the
 //! attempt's processes and outlives the agent.
@@ -31,6 +31,7 @@ mod session;
 mod share;
 mod shim;
 pub mod status;
+mod storage;
 mod supervisor;
 mod user;
 mod watch;

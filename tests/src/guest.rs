@@ -35,22 +35,32 @@ pub struct Guest {
 impl Guest {
     /// Boots one; what it needs lies in a directory of the test's.
     pub fn boot(image: &Image, dir: &Path) -> Guest {
-        Guest::boot_by(&["env".to_owned()], image, dir, "user,id=n0")
+        Guest::boot_with(image, dir, &[])
+    }
+
+    /// The same with disks, each an image in a file: `/dev/vda` and so on. `load disks` makes them known.
+    pub fn boot_with(image: &Image, dir: &Path, disks: &[&Path]) -> Guest {
+        Guest::boot_by(&["env".to_owned()], image, dir, "user,id=n0", disks)
     }
 
     /// Boots one at a network of machines, where it has this address.
     pub fn boot_at(image: &Image, dir: &Path, network: &Network, address: &str) -> Guest {
         let (by, tap) = network.tap();
         let line = format!("tap,id=n0,ifname={tap},script=no,downscript=no");
-        let mut guest = Guest::boot_by(&by, image, dir, &line);
+        let mut guest = Guest::boot_by(&by, image, dir, &line, &[]);
         guest.ok("ip addr flush dev eth0");
         guest.ok(&format!("ip addr add {address}/24 dev eth0"));
         guest
     }
 
-    fn boot_by(by: &[String], image: &Image, dir: &Path, line: &str) -> Guest {
+    fn boot_by(by: &[String], image: &Image, dir: &Path, line: &str, disks: &[&Path]) -> Guest {
         let (console, socket) = (dir.join("console.log"), dir.join("control"));
         let network = ["-netdev", line, "-device", "virtio-net-pci,netdev=n0"];
+        let disks = disks.iter().enumerate().flat_map(|(i, path)| {
+            let drive = format!("file={},format=raw,if=none,id=d{i}", path.display());
+            let device = format!("virtio-blk-pci,drive=d{i}");
+            ["-drive".to_owned(), drive, "-device".to_owned(), device]
+        });
         let child = Command::new(&by[0])
             .args(&by[1..])
             .arg(&image.qemu)
@@ -63,6 +73,7 @@ impl Guest {
             .arg(&image.initramfs)
             .args(["-append", KERNEL_ARGS])
             .args(network)
+            .args(disks)
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .arg("-serial")

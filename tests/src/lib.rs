@@ -5,6 +5,7 @@ pub mod alone;
 pub mod api;
 pub mod arbitrary;
 pub mod damage;
+pub mod disks;
 pub mod ensemble;
 pub mod etcd;
 pub mod ganesha;

@@ -73,7 +73,7 @@ const NODE_AGENT: [&[&str]; 12] = [
     &["launch", "lease", "reconcile", "serving"],
     &["config"],
     &["hardware", "journal", "share", "user"],
-    &["mounts", "nfs"],
+    &["mounts", "nfs", "storage"],
     &["shim", "watch"],
     &["session"],
     &["bundles", "execs", "file_servers", "join", "logs"],

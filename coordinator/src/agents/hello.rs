@@ -165,6 +165,7 @@ fn check_facts(facts: &NodeFacts, faults: &mut Vec<Fault>) {
         &facts.boot_id,
         &facts.root,
         &facts.storage_root,
+        &facts.storage_failure,
         &facts.agent_version,
         &facts.isolation,
     ];

@@ -211,8 +211,11 @@ pub(super) fn create(step: &mut Step<'_>, spec: &v1::FileServer) -> Result<(), R
         let node = state.nodes.get(&spec.node);
         let node = node.ok_or_else(|| not_found(Kind::Node, &spec.node))?;
         if node.facts.storage_root.is_empty() {
-            let why = "it offers no storage: its agent was given no --storage-root".to_owned();
-            return Err(wrong(&spec.node, why));
+            let why = match node.facts.storage_failure.as_str() {
+                "" => "its agent was given no --storage-root",
+                failure => failure,
+            };
+            return Err(wrong(&spec.node, format!("it offers no storage: {why}")));
         }
     }
     let server = FileServer {

@@ -79,6 +79,8 @@ pub fn facts(
             .unwrap_or_default(),
         storage_free_bytes,
         storage_bytes,
+        // Known by who makes it of disks.
+        storage_failure: String::new(),
         image: config.image.clone().map_or_else(os::image, Ok)?,
         cpu_cores,
         memory_mib,

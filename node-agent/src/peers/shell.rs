@@ -40,6 +40,18 @@ struct Asked {
     input: bool,
 }
 
+/// This program as jobs start it; nothing where it does not know its own file.
+pub fn words(own: &[&str]) -> Vec<String> {
+    let program = std::env::current_exe().ok();
+    let program = program.and_then(|path| path.into_os_string().into_string().ok());
+    let Some(program) = program else {
+        return Vec::new();
+    };
+    let own = own.iter().map(|word| (*word).to_owned());
+    let words = std::iter::once(program).chain(own);
+    words.chain(["remote-shell".to_owned()]).collect()
+}
+
 /// The process. It is given what ssh is.
 pub fn main(arguments: &[String]) -> ExitCode {
     let asked = asked(arguments);

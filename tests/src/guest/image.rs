@@ -1,7 +1,7 @@
 //! Makes what a guest boots, in `target/kernel`: once per checkout the kernel and its modules, out of Debian's package, which is
 //! downloaded and not installed; and each time the file system with the agent as it is now.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::process::under_test;
 use crate::requirement;
 
 /// Modules of the kernel, by the list that `load` is given; each after those that it needs.
-const MODULES: [(&str, &[&str]); 2] = [
+const MODULES: [(&str, &[&str]); 4] = [
     (
         "net",
         &[
@@ -44,6 +44,36 @@ const MODULES: [(&str, &[&str]); 2] = [
             "nfsv3",
         ],
     ),
+    (
+        "disks",
+        &[
+            "virtio_blk",
+            "md_mod",
+            "raid0",
+            "crc16",
+            "mbcache",
+            "crc32c_generic",
+            "jbd2",
+            "ext4",
+        ],
+    ),
+    // After `nfs`, of which it needs some.
+    (
+        "cifs",
+        &[
+            "sha512_generic",
+            "cmac",
+            "ecb",
+            "ctr",
+            "ccm",
+            "gf128mul",
+            "ghash_generic",
+            "gcm",
+            "cifs_md4",
+            "cifs_arc4",
+            "cifs",
+        ],
+    ),
 ];
 /// What `tests/kernel` has, and where it goes.
 const SCRIPTS: [(&str, &str); 6] = [
@@ -65,6 +95,56 @@ pub struct Image {
     pub qemu: PathBuf,
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
+}
+
+impl Image {
+    /// The same with programs of this machine, and the libraries that they need. `None` where one is missing.
+    pub fn with(&self, programs: &[(&str, &str)], dir: &Path) -> Option<Image> {
+        let mut more = Archive::default();
+        let mut libraries = BTreeSet::new();
+        for (name, package) in programs {
+            let path = requirement::program(name, &format!("apt-get install {package}"))?;
+            let program = fs::read(&path).expect("a program can be read");
+            more.program(&format!("bin/{name}"), &program);
+            let needed = Command::new("ldd").arg(&path).output();
+            let needed = needed.expect("ldd comes with the libraries").stdout;
+            let needed = String::from_utf8_lossy(&needed).into_owned();
+            let words = needed.split_whitespace();
+            libraries.extend(
+                words
+                    .filter(|word| word.starts_with('/'))
+                    .map(PathBuf::from),
+            );
+        }
+        let above = |path: &PathBuf| path.ancestors().skip(1).map(Path::to_owned).collect();
+        let above: BTreeSet<PathBuf> = libraries
+            .iter()
+            .flat_map(|it| -> Vec<_> { above(it) })
+            .collect();
+        for path in above.iter().filter(|path| *path != Path::new("/")) {
+            more.directory(inside(path));
+        }
+        for path in &libraries {
+            let library = fs::read(path).expect("a program needs it");
+            more.program(inside(path), &library);
+        }
+        // The kernel unpacks one archive after the other.
+        let mut bytes = fs::read(&self.initramfs).expect("it was made");
+        bytes.extend(more.finish());
+        let initramfs = dir.join("initramfs");
+        write(&initramfs, &bytes);
+        Some(Image {
+            qemu: self.qemu.clone(),
+            kernel: self.kernel.clone(),
+            initramfs,
+        })
+    }
+}
+
+/// A path as an archive has it.
+fn inside(path: &Path) -> &str {
+    let path = path.to_str().expect("paths of libraries are text");
+    path.trim_start_matches('/')
 }
 
 /// The image of this run. `None` where something is missing of which it is made: then the test was told so.
@@ -92,7 +172,8 @@ fn make() -> Option<Image> {
     let lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error);
     let _lock = lock.expect("it waits until it has it");
     let kernel = dir.join("vmlinux");
-    if !kernel.exists() {
+    let mut modules = MODULES.iter().flat_map(|(_, names)| *names);
+    if !kernel.exists() || !modules.all(|name| dir.join("modules").join(name).exists()) {
         unpack(&dir)?;
     }
     let initramfs = dir.join("initramfs");
