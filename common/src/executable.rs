@@ -18,16 +18,15 @@ pub fn is(metadata: &Metadata) -> bool {
 /// # Errors
 /// It is somebody else's, or its file system does not take it.
 pub fn set(file: &File, executable: bool) -> io::Result<()> {
-    let metadata = file.metadata()?;
-    if is(&metadata) == executable {
-        return Ok(());
-    }
-    let mode = metadata.permissions().mode();
-    let mode = match executable {
+    let mode = file.metadata()?.permissions().mode();
+    let wanted = match executable {
         true => mode | (mode & READ) >> 2,
         false => mode & !OF_ANYONE,
     };
-    file.set_permissions(Permissions::from_mode(mode))?;
+    if wanted == mode {
+        return Ok(());
+    }
+    file.set_permissions(Permissions::from_mode(wanted))?;
     file.sync_all()
 }
 
@@ -43,6 +42,8 @@ mod tests {
             (0o640, true, 0o750),
             (0o644, true, 0o755),
             (0o700, true, 0o700),
+            (0o744, true, 0o755),
+            (0o655, false, 0o644),
             (0o755, false, 0o644),
             (0o600, false, 0o600),
         ] {

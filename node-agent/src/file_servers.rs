@@ -14,11 +14,12 @@
 //! STORAGE is the agent's `--storage-root`, DIR a directory of the journal. What was shared once and is not there is missed, and never made
 //! anew: its disk may not be mounted.
 
+mod data;
+
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io::{self, Read as _, Seek as _};
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
@@ -35,7 +36,6 @@ use nix::unistd::Pid;
 
 use crate::journal::{AttemptDir, Journal, JournalError};
 use crate::launch::data_name;
-use crate::mounts::is_mounted_below;
 use crate::nfs::{self, CLIENTS_MAX, CONFIG, Config, LOG, STATUS, Status, start};
 use crate::serving::{Found, PORTS, Todo, port, report, todo};
 
@@ -141,9 +141,16 @@ impl FileServers {
 
     /// Does what is to be done about one that is wanted.
     fn look_at(&mut self, server: &ServedFileServer, restored: bool) -> Result<(), ServeError> {
+        let seen = self.seen(&server.uid);
+        // Where it cannot be seen nothing is said of it.
+        seen.todo = Todo::Nothing;
+        let is_purged_now = |purge: &JoinHandle<_>| !purge.is_finished();
+        if server.ending && seen.purge.as_ref().is_some_and(is_purged_now) {
+            return Ok(());
+        }
         let dir = self.journal.file_server(&server.uid);
         let known: Option<Config> = dir.read(CONFIG)?;
-        let found = self.find(server, &dir, known.as_ref())?;
+        let found = self.find(server, restored, &dir, known.as_ref())?;
         let todo = todo(Some(server), restored, &found);
         self.seen(&server.uid).todo = todo.clone();
         match todo {
@@ -158,10 +165,11 @@ impl FileServers {
         }
     }
 
-    /// What there is of one that is wanted. What is served is not looked at: its disk may not answer.
+    /// What there is of one that is wanted. The disk is looked at where that matters only, and not while it is served: it may not answer.
     fn find(
         &self,
         server: &ServedFileServer,
+        restored: bool,
         dir: &AttemptDir,
         known: Option<&Config>,
     ) -> Result<Found, ServeError> {
@@ -171,14 +179,14 @@ impl FileServers {
             purged: dir.has(PURGED),
             ..Found::default()
         };
-        let unseen = match server.ending {
-            true => server.purge,
+        let matters = match server.ending {
+            true => server.purge && !restored && !found.runs,
             false => known.is_none(),
         };
-        if unseen {
+        if matters {
             let data = self.kept(server, known)?;
             found.data = data.try_exists()?;
-            found.rest = aside(&data).try_exists()?;
+            found.rest = data::aside(&data).try_exists()?;
         }
         Ok(found)
     }
@@ -296,7 +304,11 @@ impl FileServers {
             address: self.address.clone(),
         })?;
         if make {
-            make_data(&data)?;
+            data::make(&data)?;
+        }
+        if dir.has(PURGED) {
+            // What is served again was purged once, and is not any more.
+            fs::remove_file(dir.path.join(PURGED))?;
         }
         let config = match &known {
             Some(known) => Config {
@@ -376,8 +388,8 @@ impl FileServers {
         let seen = self.seen(&server.uid);
         if let Some(purge) = seen.purge.take_if(|purge| purge.is_finished()) {
             seen.failure = match purge.join() {
-                // What is left, if anything, the next look sees.
-                Ok(Ok(())) => return Ok(()),
+                // Something has come there since, or what was left of it stayed.
+                Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(error.to_string()),
                 Err(_) => Some("what purges it has panicked".to_owned()),
             };
@@ -395,8 +407,10 @@ impl FileServers {
         dir.create()?;
         let dir = dir.clone();
         seen.purge = Some(std::thread::spawn(move || {
-            purge(&data)?;
-            dir.write(PURGED, &true, true).map_err(io::Error::other)
+            data::purge(&data)?;
+            dir.write(PURGED, &true, true).map_err(io::Error::other)?;
+            // It has served its time: whoever dies before sees it, and purges again.
+            data::forget(&data)
         }));
         Ok(())
     }
@@ -432,45 +446,6 @@ enum ServeError {
 /// Where file servers lie below the agent's `--storage-root`.
 pub fn shares(storage_root: &Path) -> PathBuf {
     storage_root.join(SHARES)
-}
-
-/// Everybody may write there, as on a disk of one's own; what belongs to whom the server sees to.
-fn make_data(data: &Path) -> io::Result<()> {
-    let at = |path: &Path, error: io::Error| {
-        let why = format!("{} cannot be made: {error}", path.display());
-        io::Error::new(error.kind(), why)
-    };
-    let make = |path: &Path| match fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        made => made.map_err(|error| at(path, error)),
-    };
-    let shares = data.parent().expect("it lies below the shares");
-    make(shares)?;
-    fs::set_permissions(shares, fs::Permissions::from_mode(0o700))?;
-    make(data)?;
-    fs::set_permissions(data, fs::Permissions::from_mode(0o1777))?;
-    fs::File::open(shares)?.sync_all()
-}
-
-fn aside(data: &Path) -> PathBuf {
-    let name = data.file_name().unwrap_or_default().to_string_lossy();
-    data.with_file_name(format!(".purged-{name}"))
-}
-
-/// Out of the way first: what is half gone is nobody's any more.
-fn purge(data: &Path) -> io::Result<()> {
-    let gone = aside(data);
-    for path in [data, &gone] {
-        // What an administrator has mounted there was never part of it.
-        if is_mounted_below(path).unwrap_or(true) {
-            let why = format!("something is mounted below {}: unmount it", path.display());
-            return Err(io::Error::other(why));
-        }
-    }
-    if data.try_exists()? && !gone.try_exists()? {
-        fs::rename(data, &gone)?;
-    }
-    fs::remove_dir_all(&gone)
 }
 
 fn last_line(log: &Path) -> io::Result<String> {

@@ -22,7 +22,7 @@ pub struct Found {
     pub runs: bool,
     /// What lies on it is there.
     pub data: bool,
-    /// Something is left of what is being taken away, out of the way.
+    /// What is being taken away is there, out of the way: at last an empty directory.
     pub rest: bool,
     /// It was written down that all of it was taken away.
     pub purged: bool,
@@ -73,8 +73,10 @@ fn end(wanted: &ServedFileServer, found: &Found) -> Todo {
     let made = wanted.existing || found.clients.is_some();
     match () {
         () if found.runs && !fault!("purged_while_served") => Todo::End,
-        () if !wanted.purge || found.purged => Todo::Gone,
+        () if !wanted.purge => Todo::Gone,
+        // Whatever was written down: it may have come there since.
         () if found.data || found.rest => Todo::Purge,
+        () if found.purged => Todo::Gone,
         // That it is not seen says nothing: its disk may be away, also amid the purge.
         () if made && !fault!("purged_because_unseen") => Todo::Miss,
         () => Todo::Gone,
@@ -248,6 +250,15 @@ mod tests {
             assert_eq!(todo(Some(&purge), false, &gone), Todo::Miss);
             assert_eq!(todo(Some(&purge), false, &half), Todo::Purge);
             assert_eq!(todo(Some(&purge), false, &purged), Todo::Gone);
+            // What is there again is not what was purged.
+            for (data, rest) in [(true, false), (false, true), (true, true)] {
+                let again = Found {
+                    data,
+                    rest,
+                    ..purged.clone()
+                };
+                assert_eq!(todo(Some(&purge), false, &again), Todo::Purge);
+            }
         }
         let purge = wanted(true, true, false);
         let never = todo(Some(&purge), false, &Found::default());

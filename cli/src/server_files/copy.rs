@@ -242,9 +242,15 @@ impl Copier {
                 return Err(error);
             }
         };
-        part.whole(&file.local, file.executable)?;
+        let is_set = part.whole(&file.local, file.executable)?;
         self.bar.inc(size.saturating_sub(came));
-        Ok(format!("{path}: {size} bytes, {came} of them received"))
+        let but = match is_set {
+            true => "",
+            false => "; whether it is a program cannot be set here",
+        };
+        Ok(format!(
+            "{path}: {size} bytes, {came} of them received{but}"
+        ))
     }
 
     /// Fetches what is missing of a file until it is whole; its size, and how much of that came.
@@ -282,10 +288,8 @@ impl Copier {
                 Err(status) => retry.again(status).await?,
             }
         };
-        if same {
-            executable::set(&opened, file.executable).map_err(at(&file.local))?;
-        }
-        Ok(same)
+        // Where its mode may not be changed another one is put in its place.
+        Ok(same && executable::set(&opened, file.executable).is_ok())
     }
 
     /// Whether a file has this content there. Behind its end there is nothing but its digest.

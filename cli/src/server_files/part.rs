@@ -65,16 +65,17 @@ impl Part {
         &mut self.file
     }
 
-    /// All of it is there: it gets the file's name.
-    pub fn whole(self, local: &Path, executable: bool) -> Result<(), CliError> {
+    /// All of it is there: it gets the file's name. Whether it could be made a program, or none: some file systems have modes of their own.
+    pub fn whole(self, local: &Path, executable: bool) -> Result<bool, CliError> {
         let failed = at(&self.path);
-        executable::set(&self.file, executable).map_err(&failed)?;
+        let is_set = executable::set(&self.file, executable).is_ok();
         self.file.sync_all().map_err(&failed)?;
         if !self.has_its_name().map_err(&failed)? {
             let why = "something else was put there while it came: fetch it again";
             return Err(failed(io::Error::other(why)));
         }
-        fs::rename(&self.path, local).map_err(at(local))
+        fs::rename(&self.path, local).map_err(at(local))?;
+        Ok(is_set)
     }
 
     /// It is for the next download to go on with, where anything came.

@@ -264,7 +264,10 @@ fn of(place: &Place, file: FileEntry) -> FileServerFile {
     FileServerFile {
         path,
         file_type: file_type as i32,
-        size_bytes: file.length,
+        size_bytes: match file_type {
+            FileType::File => file.length,
+            _ => 0,
+        },
         modify_time: file.last_modified,
         executable: file.executable,
     }

@@ -51,9 +51,7 @@ fn cluster_mounts(state: &State, node: &Node) -> Option<ClusterMounts> {
 fn served(state: &State, node: &str) -> Vec<ServedFileServer> {
     let served = file_servers::of_node(state, node).map(|server| {
         let name = &server.spec.name;
-        let all = state.nodes.iter().filter(|_| fault!("exported_to_all"));
-        let all = all.map(|(id, node)| (id, &**node));
-        let clients = file_servers::mounting(state, name).chain(all);
+        let clients = file_servers::mounting(state, name);
         let clients: BTreeSet<_> = clients.flat_map(|(_, n)| &n.facts.addresses).collect();
         ServedFileServer {
             name: name.clone(),

@@ -125,7 +125,7 @@ pub fn mounted<'a>(state: &'a State, node: &Node) -> BTreeSet<&'a str> {
 /// The nodes that mount one.
 pub fn mounting<'a>(state: &'a State, name: &str) -> impl Iterator<Item = (&'a String, &'a Node)> {
     let nodes = state.nodes.iter().map(|(id, node)| (id, &**node));
-    nodes.filter(move |(_, node)| mounted(state, node).contains(name))
+    nodes.filter(move |(_, node)| mounted(state, node).contains(name) || fault!("exported_to_all"))
 }
 
 /// What a node serves: how many, and what they were promised in all.

@@ -148,7 +148,7 @@ fn put(
         });
     }
     executable::set(&file, wanted.executable)?;
-    renameat(&dir, part.as_str(), &dir, name)?;
+    renameat(&dir, part.as_str(), &dir, name).map_err(|error| at(name, error.into()))?;
     nix::unistd::fsync(&dir)?;
     Ok(())
 }
@@ -265,9 +265,11 @@ fn is_there(dir: &OwnedFd, name: &str, wanted: &Wanted, out: &mut impl Write) ->
     };
     let (mut file, mut hash) = (File::from(opened), Sha256::new());
     read_all(&mut file, &mut hash, out)?;
-    // What has another owner is written anew where its mode is another one.
     let same = hex(&hash.finalize()) == wanted.sha256;
-    Ok(same && executable::set(&file, wanted.executable).is_ok())
+    // What has another owner is written anew where its mode is another one, and so is what has other names.
+    let as_wanted = executable::is(&file.metadata()?) == wanted.executable;
+    let may_be = found.st_nlink == 1 && same && executable::set(&file, wanted.executable).is_ok();
+    Ok(same && (as_wanted || may_be))
 }
 
 /// What is not whole yet is called after its file and its content.

@@ -213,10 +213,13 @@ impl Sim {
                         return Err(format!("what_was_served_is_never_made_anew: {uid}"));
                     }
                 }
-                Deed::Purged(uid) if !self.checks.servers.purges.contains(&uid) => {
+                Deed::Purged(uid, true) => {
+                    return Err(format!("what_is_served_is_not_purged: {uid}"));
+                }
+                Deed::Purged(uid, _) if !self.checks.servers.purges.contains(&uid) => {
                     return Err(format!("purged_where_it_was_asked_for: {uid}"));
                 }
-                Deed::Purged(_) => {}
+                Deed::Purged(..) => {}
                 Deed::Missed => missed = true,
             }
         }

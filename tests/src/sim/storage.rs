@@ -38,7 +38,8 @@ pub struct Kept {
 #[derive(Debug)]
 pub enum Deed {
     Made(String),
-    Purged(String),
+    /// And whether it was served meanwhile.
+    Purged(String, bool),
     Missed,
 }
 
@@ -196,7 +197,7 @@ impl Storage {
                     why = Some("it is missed");
                 }
                 Todo::Purge if self.purge(uid, step, random) => {
-                    deeds.push(Deed::Purged(uid.clone()));
+                    deeds.push(Deed::Purged(uid.clone(), found.runs));
                 }
                 Todo::End => self.end(uid, random),
                 Todo::Purge | Todo::Nothing | Todo::Gone | Todo::Forget => {}
@@ -237,6 +238,7 @@ impl Storage {
             kept.port = port(first, &others, &(20_000..=20_099), |_| true)?;
         }
         kept.clients.clone_from(clients);
+        kept.purged = false;
         kept.runs |= readable;
         (!readable).then_some("it cannot be read")
     }
@@ -254,11 +256,15 @@ impl Storage {
         if random.f64() > 0.2 {
             return false;
         }
+        // Out of the way, and away; that is written down; what it lay in goes last.
+        let purged = self.kept.get(uid).is_some_and(|kept| kept.purged);
         let disk = self.disk(step);
         if disk.data.remove(uid) {
             disk.rest.insert(uid.to_owned());
-        } else {
+            self.kept.entry(uid.to_owned()).or_default().purged = false;
+        } else if purged {
             disk.rest.remove(uid);
+        } else {
             self.kept.entry(uid.to_owned()).or_default().purged = true;
         }
         true
