@@ -363,7 +363,9 @@ fn unstarted(heard: &Heard, attempt: &Attempt) -> Option<Kind> {
     let overdue = attempt
         .unstarted()
         .filter(|(_, node)| is_overdue(&node.node));
+    let mut first = None;
     let overdue = overdue.map(|(index, node)| {
+        first.get_or_insert(node.node.as_str());
         let ranks = named(layout.of(index).map(|rank| rank.to_string()));
         match ranks.as_str() {
             "" => node.node.clone(),
@@ -378,7 +380,11 @@ fn unstarted(heard: &Heard, attempt: &Attempt) -> Option<Kind> {
     let message = format!(
         "all nodes were ready, and {minutes} minutes later these had not started their processes: {overdue}"
     );
-    let details = [("nodes", overdue.as_str()), ("minutes", minutes.as_str())];
+    let details = [
+        ("node", first.unwrap_or_default()),
+        ("nodes", overdue.as_str()),
+        ("minutes", minutes.as_str()),
+    ];
     let error = attempts::error("JobLaunchTimeout", &message, &details);
     Some(failed(attempt, error, true))
 }

@@ -306,10 +306,7 @@ impl FileServers {
         if make {
             data::make(&data)?;
         }
-        if dir.has(PURGED) {
-            // What is served again was purged once, and is not any more.
-            fs::remove_file(dir.path.join(PURGED))?;
-        }
+        forget_purge(&dir)?;
         let config = match &known {
             Some(known) => Config {
                 root: data,
@@ -405,6 +402,7 @@ impl FileServers {
         // It may be large. Whoever waits for it waits for the disk.
         seen.purged = Some(Instant::now());
         dir.create()?;
+        forget_purge(dir)?;
         let dir = dir.clone();
         seen.purge = Some(std::thread::spawn(move || {
             data::purge(&data)?;
@@ -446,6 +444,14 @@ enum ServeError {
 /// Where file servers lie below the agent's `--storage-root`.
 pub fn shares(storage_root: &Path) -> PathBuf {
     storage_root.join(SHARES)
+}
+
+/// What lies there came after it was purged, if it ever was.
+fn forget_purge(dir: &AttemptDir) -> io::Result<()> {
+    match fs::remove_file(dir.path.join(PURGED)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 fn last_line(log: &Path) -> io::Result<String> {

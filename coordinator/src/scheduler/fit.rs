@@ -60,7 +60,10 @@ impl Free {
 fn failed_on<'a>(state: &'a State, job: &Job) -> Option<&'a str> {
     let latest = state.attempts.get(job.attempt.as_ref()?)?;
     let outcome = latest.outcome.as_ref()?;
-    if outcome.verdict != Verdict::InfrastructureFailed {
+    if !matches!(
+        outcome.verdict,
+        Verdict::InfrastructureFailed | Verdict::Requeue
+    ) {
         return None;
     }
     let mut details = outcome.errors.iter().flat_map(|error| &error.details);

@@ -401,10 +401,10 @@ fn what_a_node_could_not_run_goes_to_the_ones_behind_it_and_comes_round() {
         let nodes = attempt.nodes.iter();
         nodes.map(|node| node.node.clone()).collect()
     };
-    let fails = |e: &mut Ensemble, job: &str, node: usize, infrastructure| {
+    let fails_by = |e: &mut Ensemble, job: &str, node: usize, infrastructure, code: &str| {
         let attempt = e.attempt(job);
         let failure = Failure {
-            error: Some(attempts::error("GpuInUse", "why", &[])),
+            error: Some(attempts::error(code, "why", &[])),
             infrastructure,
             ..Default::default()
         };
@@ -413,6 +413,9 @@ fn what_a_node_could_not_run_goes_to_the_ones_behind_it_and_comes_round() {
             e.see_attempt(&attempt, other, P::Ended, &[], None);
         }
     };
+    let fails = |e: &mut Ensemble, job: &str, node, infrastructure| {
+        fails_by(e, job, node, infrastructure, "GpuUnavailable");
+    };
     let mut e = Ensemble::with_nodes(3, 3);
     let job = e.submit("j", 1, |_| {});
     for expected in ["nodes/n0", "nodes/n1", "nodes/n2", "nodes/n0"] {
@@ -420,6 +423,15 @@ fn what_a_node_could_not_run_goes_to_the_ones_behind_it_and_comes_round() {
         fails(&mut e, &job, 0, true);
     }
     assert_eq!(e.state_of(&job), JobState::Failed);
+    // Waiting for a GPU that a stranger uses is no try, however often.
+    let job = e.submit("waits", 1, |_| {});
+    for number in 0..7 {
+        assert_eq!(nodes_of(&e, &job), [format!("nodes/n{}", number % 3)]);
+        fails_by(&mut e, &job, 0, true, "GpuInUse");
+    }
+    assert_eq!(e.job(&job).infrastructure_retries, 0);
+    assert_eq!(nodes_of(&e, &job), ["nodes/n1"]);
+    fails_by(&mut e, &job, 0, false, "Own");
     // Of a gang it is the one that failed which counts.
     let job = e.submit("gang", 2, |_| {});
     assert_eq!(nodes_of(&e, &job), ["nodes/n0", "nodes/n1"]);

@@ -138,10 +138,15 @@ pub fn error(code: &str, message: &str, details: &[(&str, &str)]) -> v1::Resourc
     }
 }
 
+/// Something uses a GPU that is no job: it may be done with it, and waiting for that is no try.
+const WAITS: &str = "GpuInUse";
+
 /// What is said to have gone wrong, by a node where one says it. A run that failed is taken for one that is tried again: who decides
 /// knows how often.
 pub(super) fn failed(failure: &Failure, node: Option<&str>) -> Outcome {
+    let waits = failure.error.as_ref().is_some_and(|it| it.code == WAITS);
     let verdict = match (failure.infrastructure, failure.ends_job) {
+        (true, _) if waits => Verdict::Requeue,
         (true, _) => Verdict::InfrastructureFailed,
         (false, true) => Verdict::Failed,
         (false, false) => Verdict::Retry,

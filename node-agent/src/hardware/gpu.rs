@@ -200,7 +200,11 @@ pub fn used<'a>(devices: &[&'a Device]) -> Result<Vec<(&'a Device, i32)>, Driver
         }
         let processes = match handle.running_compute_processes() {
             // Nothing is known of who uses it then, and nothing held against anybody.
-            Err(NvmlError::NotSupported | NvmlError::FailedToLoadSymbol(_)) => Vec::new(),
+            Err(
+                NvmlError::NotSupported
+                | NvmlError::NoPermission
+                | NvmlError::FailedToLoadSymbol(_),
+            ) => Vec::new(),
             processes => processes.map_err(of)?,
         };
         let pids = processes.into_iter();

@@ -123,7 +123,8 @@ pub fn used(devices: &[Device]) -> Result<Vec<(&Device, i32)>, String> {
     let used = gpu::used(&nvidia).map_err(|error| format!("the NVIDIA driver: {error}"));
     let amd: Vec<_> = of(Maker::Amd).collect();
     let mut used = used?;
-    used.extend(Sysfs::of_this_machine().amd_used(&amd));
+    let of_amd = Sysfs::of_this_machine().amd_used(&amd);
+    used.extend(of_amd.map_err(|error| format!("the AMD driver: {error}"))?);
     Ok(used)
 }
 

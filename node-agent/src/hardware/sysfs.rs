@@ -198,13 +198,25 @@ impl Sysfs {
     }
 
     /// Which processes have memory on these of them.
-    pub fn amd_used<'a>(&self, devices: &[&'a Device]) -> Vec<(&'a Device, i32)> {
+    ///
+    /// # Errors
+    /// One is not what was registered.
+    pub fn amd_used<'a>(&self, devices: &[&'a Device]) -> Result<Vec<(&'a Device, i32)>, String> {
+        if devices.is_empty() {
+            return Ok(Vec::new());
+        }
+        let now = self.amd_gpus();
         let nodes = self.amd_nodes();
         let mut used = Vec::new();
         for device in devices {
-            let at = nodes.get(device.number as usize);
+            let number = device.number as usize;
+            let same = now.get(number).is_some_and(|now| now.device == **device);
+            let at = nodes.get(number).filter(|_| same);
             let Some(id) = at.and_then(|at| self.text(at.join("gpu_id"))) else {
-                continue;
+                let uuid = &device.uuid;
+                return Err(format!(
+                    "GPU {number} was {uuid} when the agent started, and is not now: restart it"
+                ));
             };
             let all = Path::new("class/kfd/kfd/proc");
             let holds = |pid: &i32| {
@@ -215,7 +227,7 @@ impl Sysfs {
             let pids = names.iter().filter_map(|name| name.parse().ok());
             used.extend(pids.filter(holds).map(|pid| (*device, pid)));
         }
-        used
+        Ok(used)
     }
 
     /// A name for the machine's size: the maker's name of the machine in front of what it has, where it has one.
@@ -381,8 +393,13 @@ mod tests {
         let (_dir, sysfs) = machine_of_amd();
         let devices: Vec<_> = sysfs.amd_gpus().into_iter().map(|it| it.device).collect();
         let all: Vec<_> = devices.iter().collect();
-        assert_eq!(sysfs.amd_used(&all), [(&devices[1], 7)]);
-        assert!(sysfs.amd_used(&all[..1]).is_empty());
+        assert_eq!(sysfs.amd_used(&all).unwrap(), [(&devices[1], 7)]);
+        assert!(sysfs.amd_used(&all[..1]).unwrap().is_empty());
+        let mut other = devices[0].clone();
+        other.uuid = "GPU-other".to_owned();
+        assert!(sysfs.amd_used(&[&other]).is_err());
+        other.number = 7;
+        assert!(sysfs.amd_used(&[&other]).is_err());
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! that takes the memory of whatever it sees gets a share instead (see `tensorflow`). A job's own variables come later and win.
 //!
 //! NVIDIA's GPUs are named by their numbers in the order of the bus, which is that of their driver's library too, and not by their UUIDs, which no
-//! other GPU could ever have: much that reads the variable by itself takes numbers only. That a number is still that of the GPU which was
+//! other GPU could ever have: much that reads the variable by itself takes numbers only. Where one of the numbers is missing nobody knows how
+//! others count, and they are named by their UUIDs. That a number is still that of the GPU which was
 //! registered is seen to before a job's processes start (see `gpus` of the shim). AMD's are named by their numbers among those that
 //! their driver shows for computing. A host without GPUs of a maker does not set that maker's variable at all.
 
@@ -33,7 +34,7 @@ impl Maker {
     }
 
     /// The variable that says which of its GPUs a process sees.
-    fn variable(self) -> &'static str {
+    pub fn variable(self) -> &'static str {
         match self {
             Maker::Nvidia => "CUDA_VISIBLE_DEVICES",
             Maker::Amd => "ROCR_VISIBLE_DEVICES",
@@ -62,9 +63,19 @@ pub fn variables(all: &[Device], seen: &[Device]) -> BTreeMap<String, String> {
         if !all.iter().any(|device| of(&device)) {
             continue;
         }
-        let numbers = seen.iter().filter(of);
-        let numbers: Vec<_> = numbers.map(|device| device.number.to_string()).collect();
-        env.insert(maker.variable().to_owned(), numbers.join(","));
+        // Where one of them could not be described, CUDA may not count it, or the driver may.
+        let known = all.iter().filter(of).enumerate();
+        let is_whole = known.fold(true, |whole, (at, device)| {
+            whole && at == device.number as usize
+        });
+        let names = seen.iter().filter(of).map(|device| match is_whole {
+            true => device.number.to_string(),
+            false => device.uuid.clone(),
+        });
+        env.insert(
+            maker.variable().to_owned(),
+            names.collect::<Vec<_>>().join(","),
+        );
         if maker == Maker::Nvidia {
             env.insert(ORDER.0.to_owned(), ORDER.1.to_owned());
         }
@@ -120,8 +131,12 @@ mod tests {
         let expected = [order, "CUDA_VISIBLE_DEVICES=0", "ROCR_VISIBLE_DEVICES="];
         assert_eq!(said(&both, &both[..1]), expected);
         // One in the middle could not be described.
-        let some = [nvidia[0].clone(), devices(3, 0)[2].clone()];
-        assert_eq!(said(&some, &some), [order, "CUDA_VISIBLE_DEVICES=0,2"]);
+        let mut some = [nvidia[0].clone(), devices(3, 0)[2].clone()];
+        for device in &mut some {
+            device.uuid = format!("GPU-{}", device.number);
+        }
+        let named = "CUDA_VISIBLE_DEVICES=GPU-0,GPU-2";
+        assert_eq!(said(&some, &some), [order, named]);
     }
 
     proptest! {

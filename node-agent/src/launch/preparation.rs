@@ -98,12 +98,19 @@ fn ports(context: &Context<'_>) -> Result<Vec<u16>, LaunchError> {
         .map_err(|_| LaunchError::Incomplete { what: "port" })
 }
 
-/// A job has all GPUs of the node; what sets a node up needs none.
+/// A job has all GPUs of the node, unless it hides those of a maker from itself; what sets a node up needs none.
 fn gpus(context: &Context<'_>) -> Vec<Device> {
-    match context.assignment.set_up {
-        true => Vec::new(),
-        false => context.facts.gpus.clone(),
+    if context.assignment.set_up {
+        return Vec::new();
     }
+    let mut gpus = context.facts.gpus.clone();
+    let variables = &context.job.environment_variables;
+    gpus.retain(|gpu| {
+        let mut own = variables.iter();
+        let own = own.find(|variable| variable.name == gpu.maker.variable());
+        own.is_none_or(|variable| !variable.value.is_empty())
+    });
+    gpus
 }
 
 /// What the job asks to be limited, and what is counted of it in any case.

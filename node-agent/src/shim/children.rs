@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::logs::last_words;
-use super::run::{CONTAINER, Ending, GPUS, PREPARATION, Running, SETUP, Shim};
+use super::run::{CONTAINER, Ending, PREPARATION, Running, SETUP, Shim};
 use super::volumes::Volumes;
 use super::{ShimError, system};
 use crate::cgroups::Bound;
@@ -66,6 +66,9 @@ impl Shim {
                 self.log
                     .say(&format!("log files are not copied to {to} any more"));
             }
+            if self.looker.as_ref().is_some_and(|looker| looker.pid == pid) {
+                self.looked_at_gpus(exit.code, &exit.to_string())?;
+            }
             if self.volumes.holder() == Some(pid) {
                 self.mounts_lost()?;
             }
@@ -81,8 +84,6 @@ impl Shim {
             match rank {
                 SETUP => self.set_up(exit)?,
                 CONTAINER => self.furnished(exit, &stderr),
-                GPUS if !matches!(self.ending, Ending::No) => {}
-                GPUS => self.looked_at_gpus(exit.code, &exit.to_string())?,
                 PREPARATION => self.prepared(exit, &stderr),
                 rank => self.rank_ended(rank, exit, &stderr),
             }
@@ -145,14 +146,14 @@ impl Shim {
                 }
                 crash_point!("shim_forked_the_preparation");
             }
-            None => self.ready(),
+            None => self.ready_with_gpus(),
         }
     }
 
     fn prepared(&mut self, exit: Exit, stderr: &str) {
         self.log.say(&format!("the preparation command {exit}"));
         match (exit.code, self.ending) {
-            (0, Ending::No) => self.ready(),
+            (0, Ending::No) => self.ready_with_gpus(),
             (code, Ending::No) => {
                 let mut details = vec![("exitCode".to_owned(), code.to_string())];
                 let signal = exit.signal.and_then(signals::name);

@@ -111,11 +111,12 @@ impl Shim {
 
     /// Everything that the attempt started and that has not ended.
     pub(super) fn tree(&self) -> Vec<i32> {
-        // They serve what runs to its end, and end after it.
+        // They serve what runs to its end, and end after it; who looks at GPUs may never end.
         let copier = self.copier.as_ref().map(|copier| copier.pid);
         let server = self.server.as_ref().map(|server| server.id() as i32);
-        let holder = self.volumes.holder();
-        let serve: Vec<_> = copier.into_iter().chain(holder).chain(server).collect();
+        let looker = self.looker.as_ref().map(|looker| looker.pid);
+        let holder = self.volumes.holder().into_iter().chain(looker);
+        let serve: Vec<_> = holder.chain(copier).chain(server).collect();
         let mut tree = tree::descendants(std::process::id() as i32, &serve);
         // Known by themselves, should the kernel not tell whose child is whose.
         let known = self.running.iter().map(|running| running.pid);

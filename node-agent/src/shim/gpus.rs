@@ -1,7 +1,7 @@
 //! Whether the GPUs that a job was given on this host are free there: what is no job may use them too, and then both fail in ways that say
 //! nothing of it.
 //!
-//! Looked at once, before the job's processes start, by a process of its own: a driver may not answer. What computes there and is no
+//! Looked at once, when the host is prepared and before it says that it is ready, by a process of its own: a driver may not answer. What computes there and is no
 //! process of a job keeps the job from beginning; what only draws does not, nor does what serves all who compute (CUDA's MPS). Jobs of
 //! other agents on this machine do not count either: whoever runs several there has them share its GPUs. Nothing is held against what comes later.
 
@@ -9,8 +9,10 @@ use std::fs;
 use std::time::Duration;
 
 use batchai_common::time::boot_time;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use super::run::{GPUS, Running, Shim};
+use super::run::{Ending, Shim};
 use super::{ShimError, process, tree};
 use crate::cgroups::Group;
 use crate::hardware;
@@ -21,15 +23,31 @@ use crate::status::FailureRecord;
 /// What has just ended, or is about to, may have a GPU for a moment.
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(250);
+/// Whom the kernel is to end has ended by then, or is stuck in it.
+const END_MAX: Duration = Duration::from_secs(2);
 /// What the kernel calls the server of MPS: it has no room for more.
 const MPS: &str = "nvidia-cuda-mps";
 
+/// Who looks at the GPUs. It may be stuck in the driver, where no signal ends it: nobody waits for it longer than until then.
+pub struct Looker {
+    pub pid: i32,
+    until: Duration,
+    given_up: bool,
+}
+
+impl Looker {
+    /// How long it is waited for still.
+    pub fn left(&self) -> Option<Duration> {
+        (!self.given_up).then(|| self.until.saturating_sub(boot_time()))
+    }
+}
+
 impl Shim {
-    /// Launches, once the GPUs are free.
-    pub(super) fn launch_with_gpus(&mut self) -> Result<(), ShimError> {
+    /// Is ready, once the GPUs are free: when all nodes are, all of theirs have been.
+    pub(super) fn ready_with_gpus(&mut self) {
         let gpus = self.plan.gpus.clone();
         if gpus.is_empty() {
-            return self.launch();
+            return self.ready();
         }
         let (dir, group) = (self.dir.clone(), self.plan.group.clone());
         let shim = std::process::id() as i32;
@@ -50,30 +68,55 @@ impl Shim {
             }
             1
         };
-        match process::helper((self.plan.group.as_ref(), &[]), work) {
-            Ok(pid) => self.running.push(Running {
-                rank: GPUS,
-                pid,
-                stderr: String::new(),
-            }),
+        // Not in the job's group: that is to be empty some day.
+        match process::helper((None, &[]), work) {
+            Ok(pid) => {
+                self.looker = Some(Looker {
+                    pid,
+                    until: boot_time() + PATIENCE + hardware::ANSWER_MAX + END_MAX,
+                    given_up: false,
+                });
+            }
             Err(error) => self.fail(unknown(&format!("no process can be started: {error}"))),
         }
-        Ok(())
     }
 
     /// Who looked at them has ended: with a code that is not 0, or by a signal, where they are not free or nobody can tell.
     pub(super) fn looked_at_gpus(&mut self, code: i32, how: &str) -> Result<(), ShimError> {
+        let looker = self.looker.take();
+        if looker.is_none_or(|looker| looker.given_up) || !matches!(self.ending, Ending::No) {
+            return Ok(());
+        }
         if code == 0 {
-            return self.launch();
+            self.ready();
+            return Ok(());
         }
         let said = self.dir.read(SETUP_FAILED)?;
-        let s = hardware::ANSWER_MAX.as_secs();
-        let why = format!(
-            "whoever asks gets no answer within {s} s, or breaks: the process that did {how}"
-        );
+        let why = format!("{}: the process that asks {how}", no_answer());
         self.fail(said.unwrap_or_else(|| unknown(&why)));
         Ok(())
     }
+
+    /// Waits no longer for who has had its time, or looks for an attempt that ends.
+    pub(super) fn watch_looker(&mut self) {
+        let ends = !matches!(self.ending, Ending::No);
+        let Some(looker) = &mut self.looker else {
+            return;
+        };
+        if looker.left().is_some_and(|left| ends || left.is_zero()) {
+            looker.given_up = true;
+            let _ = kill(Pid::from_raw(looker.pid), Signal::SIGKILL);
+            if !ends {
+                let why = format!("{}, and whoever asks does not end", no_answer());
+                self.fail(unknown(&why));
+            }
+        }
+    }
+}
+
+fn no_answer() -> String {
+    let s = hardware::ANSWER_MAX.as_secs();
+    format!("a driver gives no answer within {s} s, or breaks")
 }
 
 /// Waits until nobody else uses them, a little.

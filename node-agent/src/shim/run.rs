@@ -23,6 +23,7 @@ use nix::sys::signalfd::SignalFd;
 use super::children::{StartError, start_failure};
 use super::container::{Coming, Room};
 use super::copier::{self, Copier};
+use super::gpus::Looker;
 use super::logs::{Drained, ExecutionLog, Stream};
 use super::process::Rights;
 use super::secrets::{Handed, Secrets};
@@ -40,8 +41,6 @@ pub(super) const SETUP: i32 = -2;
 pub(super) const PREPARATION: i32 = -1;
 /// That of the process that makes the container.
 pub(super) const CONTAINER: i32 = -3;
-/// That of the process that sees whether the GPUs are free.
-pub(super) const GPUS: i32 = -4;
 /// Kept free for the records of the attempt, should its logs fill the disk.
 pub(super) const RESERVE: &str = "reserve";
 const RESERVE_BYTES: usize = 64 << 10;
@@ -99,6 +98,7 @@ pub struct Shim {
     pub(super) unsaid: bool,
     pub(super) copier: Option<Copier>,
     pub(super) volumes: Volumes,
+    pub(super) looker: Option<Looker>,
     /// Who serves what the job's nodes share, where this node does.
     pub(super) server: Option<Child>,
     /// By it the job's image is pulled.
@@ -147,6 +147,7 @@ impl Shim {
             launched: false,
             unsaid: false,
             copier: None,
+            looker: None,
             volumes: Volumes::None,
             server: None,
             own,
@@ -172,6 +173,7 @@ impl Shim {
                 self.stopped();
             }
             self.reap(&mut buffer)?;
+            self.watch_looker();
             self.obey()?;
             self.watch_the_clock();
             self.drive_ending();
@@ -245,7 +247,11 @@ impl Shim {
                 .map(|s| PollFd::new(s.fd(), PollFlags::POLLIN)),
         );
         let timeout = match self.ending {
-            Ending::No => self.deadline.saturating_sub(boot_time()),
+            Ending::No => {
+                let looker = self.looker.as_ref().and_then(Looker::left);
+                let deadline = self.deadline.saturating_sub(boot_time());
+                looker.map_or(deadline, |left| left.min(deadline))
+            }
             _ if !self.status.stuck.is_empty() => WRITE_AGAIN,
             _ => ENDING_STEP,
         };
@@ -324,7 +330,7 @@ impl Shim {
             Some(false) => self.end("it was told to end"),
             None if self.status.phase == Phase::Ready && !self.launched && self.dir.has(LAUNCH) => {
                 self.launched = true;
-                self.launch_with_gpus()?;
+                self.launch()?;
             }
             None => {}
         }

@@ -20,6 +20,8 @@ struct Disk {
     data: BTreeSet<String>,
     /// Of what is being taken away.
     rest: BTreeSet<String>,
+    /// What that lay in, when all of it is gone.
+    shells: BTreeSet<String>,
 }
 
 /// One in the journal, and its process.
@@ -157,7 +159,8 @@ impl Storage {
 
     fn find(&mut self, uid: &str, step: u64) -> Found {
         let disk = self.disk(step);
-        let (data, rest) = (disk.data.contains(uid), disk.rest.contains(uid));
+        let data = disk.data.contains(uid);
+        let rest = disk.rest.contains(uid) || disk.shells.contains(uid);
         let kept = self.kept.get(uid);
         Found {
             clients: kept
@@ -262,8 +265,10 @@ impl Storage {
         if disk.data.remove(uid) {
             disk.rest.insert(uid.to_owned());
             self.kept.entry(uid.to_owned()).or_default().purged = false;
+        } else if disk.rest.remove(uid) {
+            disk.shells.insert(uid.to_owned());
         } else if purged {
-            disk.rest.remove(uid);
+            disk.shells.remove(uid);
         } else {
             self.kept.entry(uid.to_owned()).or_default().purged = true;
         }
