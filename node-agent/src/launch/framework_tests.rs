@@ -89,7 +89,7 @@ fn golden(job: &Job, hosts: usize, variables: &[&str]) -> String {
     for (host, plan) in plans(job, hosts, true).iter().enumerate() {
         writeln!(text, "host {host} listens at {:?}", plan.preparation.ports).unwrap();
         for process in &plan.processes {
-            let found = format!("/bin/bash -c exec {} \"$@\" python ", script::PYTHON);
+            let found = format!("/bin/bash -c exec {} \"$@\" python ", script::python(false));
             let argv = process.argv.join(" ").replace(&found, "python3 ");
             let rank = process.rank;
             writeln!(text, "  rank {rank} to {}: {argv}", process.stdout).unwrap();

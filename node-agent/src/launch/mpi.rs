@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use batchai_proto::agent::v1::Host;
 use batchai_proto::v1::Job;
 
 use super::expand::quote;
@@ -50,16 +51,25 @@ pub const BACKEND: &str = "mpi";
 
 impl Script<'_> {
     /// What runs it, as a word of a shell.
-    pub fn interpreter(&self, known: &Variables) -> Result<String, LaunchError> {
+    pub fn interpreter(
+        &self,
+        context: &Context<'_>,
+        known: &Variables,
+    ) -> Result<String, LaunchError> {
         match self.interpreter {
-            "" => Ok(script::PYTHON.to_owned()),
+            "" => Ok(script::python(context.job.container_settings.is_some()).to_owned()),
             path => quote("python_interpreter_path", path, known),
         }
     }
 
-    pub fn command_line(&self, known: &Variables) -> Result<String, LaunchError> {
+    pub fn command_line(
+        &self,
+        context: &Context<'_>,
+        known: &Variables,
+    ) -> Result<String, LaunchError> {
         let path = quote("python_script_file_path", self.path, known)?;
-        command_line(vec![self.interpreter(known)?, path], self.arguments, known)
+        let interpreter = self.interpreter(context, known)?;
+        command_line(vec![interpreter, path], self.arguments, known)
     }
 }
 
@@ -105,7 +115,11 @@ pub fn of_script(
     count: i32,
     script: &Script<'_>,
 ) -> Result<Vec<ProcessPlan>, LaunchError> {
-    processes(context, count, &script.command_line(&known(context)?)?)
+    processes(
+        context,
+        count,
+        &script.command_line(context, &known(context)?)?,
+    )
 }
 
 /// So many processes of a program: its words, each with the field that it is of, and arguments in shell quoting.
@@ -154,10 +168,15 @@ pub fn starts(job: &Job) -> bool {
         || job.caffe_settings.is_some()
 }
 
+/// The host that starts them.
+pub fn master<'a>(context: &Context<'a>) -> Result<&'a Host, LaunchError> {
+    let master = context.assignment.hosts.first();
+    master.ok_or(LaunchError::Incomplete { what: "master" })
+}
+
 /// What all of its processes have, on whatever host of it.
 pub fn environment(context: &Context<'_>) -> Result<Variables, LaunchError> {
-    let master = context.assignment.hosts.first();
-    let master = master.ok_or(LaunchError::Incomplete { what: "master" })?;
+    let master = master(context)?;
     let mut env = context.env.clone();
     let (address, port) = (master.address.clone(), master.port.to_string());
     if context.job.py_torch_settings.is_some() {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use batchai_proto::v1;
@@ -213,9 +214,11 @@ fn mpirun_is_told_hosts_processes_and_the_command_by_each_toolkit() {
                 let file = "/r/jobs/w/e/j/hostfile";
                 let given = ["mpirun", "--hostfile", file, "-n", &number];
                 let bound = ["--map-by", "slot", "--bind-to", "none", "--wdir", "/"];
+                let by_open_mpi =
+                    [&given[..3], root_option(), &bound, &given[3..], &ranks].concat();
                 assert_eq!(
                     open_mpi.told(&process.argv, &process.env),
-                    [&given[..], &bound, root_option(), &ranks].concat(),
+                    by_open_mpi,
                     "{what}"
                 );
                 let file = "/r/jobs/w/e/j/.hostfile.hydra";
@@ -232,6 +235,9 @@ fn mpirun_is_told_hosts_processes_and_the_command_by_each_toolkit() {
                 let hydra = [&given[..], &["-n", &number], &ranks].concat();
                 assert_eq!(mpich.told(&process.argv, &process.env), hydra, "{what}");
                 assert_eq!(intel.told(&process.argv, &process.env), hydra, "{what}");
+                let in_sh = with_shell(&process.argv, "/bin/sh");
+                assert_eq!(open_mpi.told(&in_sh, &process.env), by_open_mpi, "{what}");
+                assert_eq!(intel.told(&in_sh, &process.env), hydra, "{what}");
                 assert_eq!(
                     open_mpi.of_a_rank(command, &process.env),
                     expected,
@@ -381,56 +387,427 @@ fn what_runs_on_another_host_has_the_environment_that_the_job_has_there() {
     assert_eq!(file(2, &no_way), None);
 }
 
+/// Names that a launcher might have for itself.
+const OWN: [&str; 9] = [
+    "asked", "given", "gloo", "hosts", "leads", "over", "port", "python", "version",
+];
+
 #[test]
 fn horovod_goes_by_gloo_where_it_has_no_mpi_or_the_job_wants_that() {
-    let [(_, job, expected), ..] = jobs(2);
+    let [(_, job, _), ..] = jobs(2);
     let process = &plan_of(2, 0, with_input(job)).processes[0];
     let command = process.argv.last().unwrap();
     let gloo = include_str!("horovod_gloo.py");
-    let by_gloo = ["python3", "-c", gloo, "2", command];
-    // What mpi_built() leads to: not known, yes, no.
-    for (code, mpirun, controller, over_gloo) in [
-        (1, true, "", false),
-        (0, true, "", false),
-        (3, true, "", true),
-        (0, true, "gloo", true),
-        (0, false, "", true),
-        (0, true, "mpi", false),
-    ] {
-        let what = format!("{code}, {mpirun}, {controller}");
+    let by_gloo = ["python3", "-c", gloo, "2", command, "20000"];
+    let (none, asked, built) = (
+        "there is no mpirun on the PATH",
+        "the job's HOROVOD_CONTROLLER is ",
+        "it was built without MPI",
+    );
+    let cases = [
+        // What mpi_built() leads to: not known, yes, no.
+        (1, true, "", None),
+        (0, true, "", None),
+        (3, true, "", Some(built)),
+        (0, true, "gloo", Some(asked)),
+        (0, true, "Gloo", Some(asked)),
+        (0, false, "GLOO", Some(asked)),
+        (0, false, "", Some(none)),
+        (0, true, "mpi", None),
+        (3, true, "MPI", None),
+        (0, false, "mpi", None),
+    ];
+    for (shell, (code, mpirun, controller, over_gloo)) in SHELLS
+        .iter()
+        .flat_map(|shell| cases.map(|case| (*shell, case)))
+    {
+        let what = format!("{shell}, {code}, {mpirun}, {controller}");
         let programs = Programs::new(OPEN_MPI);
-        let python = format!(
-            "[[ $2 != *mpi_built* ]] || exit {code}\nfor word in \"${{0##*/}}\" \"$@\"; do printf '%s\\0' \"$word\"; done"
+        let tell = "printf '%s\\0' \"${0##*/}\" \"$@\"; env -0 >\"${0%/*}/env\"";
+        programs.add(
+            "python3",
+            &format!("[[ $2 != *mpi_built* ]] || exit {code}\n{tell}"),
         );
-        programs.add("python3", &python);
-        let mut argv = process.argv.clone();
+        programs.add(
+            "mpirun",
+            &format!("[ \"$1\" != --version ] || {{ echo '{OPEN_MPI}'; exit; }}\n{tell}"),
+        );
+        let mut argv = with_shell(&process.argv, shell);
         if !mpirun {
             argv[2] = argv[2].replace("command -v mpirun", "command -v no-such-program");
         }
-        let mut env = process.env.clone();
-        env.insert("HOROVOD_CONTROLLER".into(), controller.into());
-        let told = programs.told(&argv, &env);
+        let output = Command::new(&argv[0])
+            .args(&argv[1..])
+            .env_clear()
+            .envs(&process.env)
+            .envs(OWN.map(|name| (name, "the job's")))
+            .env("HOROVOD_CONTROLLER", controller)
+            .env("PATH", programs.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        if !mpirun && over_gloo.is_none() {
+            assert_eq!(output.status.code(), Some(127), "{what}: {said}");
+            assert!(said.contains(none) && !said.contains("gloo"), "{said}");
+            continue;
+        }
+        let told = String::from_utf8(output.stdout).unwrap();
+        let told: Vec<_> = told.split_terminator('\0').collect();
         match over_gloo {
-            true => assert_eq!(told, by_gloo, "{what}"),
-            false => assert_eq!(told[..2], ["mpirun", "--hostfile"], "{what}"),
+            Some(why) => {
+                let line = format!("batchai: Horovod's ranks are started over gloo: {why}");
+                assert!(said.starts_with(&line), "{what}: {said}");
+                assert_eq!(said.lines().count(), 1, "{what}: {said}");
+                assert_eq!(told, by_gloo, "{what}");
+            }
+            None => {
+                assert_eq!(told[..2], ["mpirun", "--hostfile"], "{what}: {said}");
+                assert_eq!(said, "", "{what}");
+            }
+        }
+        let env = fs::read_to_string(programs.0.path().join("env")).unwrap();
+        for name in OWN {
+            let own = format!("{name}=the job's");
+            assert!(env.split('\0').any(|line| line == own), "{what}: {name}");
         }
     }
-    // A rank of gloo's has its place in Horovod's own variables.
+}
+
+#[test]
+fn ranks_of_horovod_know_what_started_them() {
+    let [(_, job, _), ..] = jobs(2);
+    let process = &plan_of(2, 0, with_input(job)).processes[0];
+    let place = process.argv.last().unwrap().rsplit_once("exec ").unwrap().0;
+    let tell =
+        format!("{place} echo $HOROVOD_CONTROLLER $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE");
+    // By mpirun the job's word holds; a rank of gloo's has its place in Horovod's own variables.
+    for (controller, expected) in [("", "mpi"), ("MPI", "MPI"), ("gloo", "gloo")] {
+        let output = Command::new("/bin/bash")
+            .args(["-c", &tell])
+            .env_clear()
+            .envs([
+                ("HOROVOD_CONTROLLER", controller),
+                ("HOROVOD_RANK", "2"),
+                ("HOROVOD_SIZE", "4"),
+                ("HOROVOD_LOCAL_RANK", "0"),
+                ("HOROVOD_LOCAL_SIZE", "3"),
+                ("AZ_BATCHAI_JOB_TEMP", "/"),
+            ])
+            .output()
+            .unwrap();
+        let told = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(told, format!("{expected} 2/4 0/3\n"));
+    }
+}
+
+#[test]
+fn ranks_are_of_sh_in_an_image_without_bash() {
+    let [.., (_, custom, _)] = jobs(2);
+    let process = &plan_of(1, 0, custom).processes[0];
+    let mut argv = with_shell(&process.argv, "/bin/sh");
+    argv[2] = argv[2].replace("-x /bin/bash", "-x /no/bash");
+    for version in [OPEN_MPI, MPICH] {
+        let told = Programs::new(version).told(&argv, &process.env);
+        let ranks = ["-n", "2", "/bin/sh", "-c", process.argv.last().unwrap()];
+        assert_eq!(told[told.len() - 5..], ranks);
+    }
+}
+
+const GLOO: &str = include_str!("horovod_gloo.py");
+
+/// As much of Horovod as is asked by what starts its ranks over gloo.
+const HOROVOD: [(&str, &str); 3] = [
+    (
+        "common/util.py",
+        "import os\ndef gloo_built():\n    return 'NO_GLOO' not in os.environ\n",
+    ),
+    (
+        "runner/common/util/hosts.py",
+        r#"
+from types import SimpleNamespace
+class HostInfo:
+    def __init__(self, hostname, slots):
+        self.hostname, self.slots = hostname, slots
+def get_host_assignments(hosts, least, most):
+    of = [(i, j, host) for i, host in enumerate(hosts) for j in range(host.slots)]
+    assert least == most == len(of)
+    return [SimpleNamespace(hostname=host.hostname, rank=rank, size=len(of), local_rank=j, local_size=host.slots, cross_rank=i,
+        cross_size=sum(other.slots > j for other in hosts)) for rank, (i, j, host) in enumerate(of)]
+"#,
+    ),
+    (
+        "runner/http/http_server.py",
+        r#"
+import socketserver
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+class RendezvousHandler(SimpleHTTPRequestHandler):
+    def do_PUT(self):
+        self.server.kept[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.server.kept[self.path])
+    def log_message(self, *_):
+        pass
+class RendezvousHTTPServer(socketserver.ThreadingMixIn, HTTPServer):
+    def __init__(self, address, handler, verbose):
+        super().__init__(address, handler)
+        self.kept = None
+    def init(self, slots):
+        self.kept = {}
+"#,
+    ),
+];
+
+/// What asks the server of a rendezvous, and tells what it answers.
+const PROBE: &str = r#"
+import http.client, os, socket
+at = os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"], int(os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"])
+print("at", *at)
+def ask(method, source, body=None, headers={}, at=at):
+    try:
+        line = http.client.HTTPConnection(*at, timeout=20, source_address=(source, 0))
+        line.request(method, "/global/1", body, headers)
+        answer = line.getresponse()
+        print(method, answer.status, answer.read()[:9] if method == "GET" else "")
+    except OSError as error:
+        print(method, "from", source, "to", at[0], "refused")
+ask("PUT", "127.0.0.1", b"here")
+ask("GET", "127.0.0.2")
+ask("PUT", "127.0.0.1", None, {"Content-Length": "16777217"})
+ask("PUT", "127.0.0.1", None, {"Content-Length": "-1"})
+ask("HEAD", "127.0.0.1")
+ask("GET", "127.0.0.3")
+ask("GET", "127.0.0.3")
+ask("GET", "127.0.0.1", at=("127.0.0.2", at[1]))
+"#;
+
+/// A directory of a job of Horovod's, in which its ranks are started over gloo.
+struct Gloo {
+    programs: Programs,
+    env: Vec<(&'static str, &'static str)>,
+}
+
+impl Gloo {
+    /// Hosts with their numbers of processes.
+    fn of(hosts: &[(&str, usize)]) -> Gloo {
+        let programs = Programs(tempfile::tempdir().unwrap());
+        let dir = programs.0.path();
+        for (path, module) in HOROVOD {
+            let path = dir.join("modules/horovod").join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, module).unwrap();
+        }
+        let (file, _) = mpi::host_files(hosts.iter().copied());
+        fs::write(dir.join("hostfile"), file).unwrap();
+        fs::write(dir.join("probe.py"), PROBE).unwrap();
+        // The job's own, of which nothing is asked.
+        fs::write(dir.join("shutil.py"), "raise SystemExit('the job s')").unwrap();
+        programs.add("ssh", "[ $# = 2 ] && BY_SSH=$1 exec /bin/sh -c \"$2\"");
+        programs.add("getent", "echo \"${NAMED:-$HOROVOD_HOSTNAME} STREAM n\"");
+        let env = Vec::new();
+        Gloo { programs, env }
+    }
+
+    fn with(mut self, name: &'static str, value: &'static str) -> Gloo {
+        self.env.push((name, value));
+        self
+    }
+
+    /// With which code it ends, and what was printed. Nothing of it is left.
+    fn run(&self, launcher: &str, count: usize, command: &str, port: u16) -> (i32, String, String) {
+        let dir = self.programs.0.path();
+        let file = |name: &str| fs::File::create(dir.join(name)).unwrap();
+        // Ranks that are left would hold pipes.
+        let mut child = Command::new("/usr/bin/timeout")
+            .args(["60", "/usr/bin/python3", "-c", launcher, &count.to_string()])
+            .args([command, &port.to_string()])
+            .current_dir(dir)
+            .env_clear()
+            .env("PATH", self.programs.path())
+            .env("PYTHONPATH", dir.join("modules"))
+            .env("AZ_BATCHAI_MPI_HOST_FILE", dir.join("hostfile"))
+            .envs(self.env.iter().copied())
+            .stdout(file("out"))
+            .stderr(file("err"))
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let group = nix::unistd::Pid::from_raw(child.id() as i32);
+        let status = child.wait().unwrap();
+        // The ranks that its end leaves, which are ended by the node.
+        let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+        let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap();
+        (status.code().unwrap(), read("out"), read("err"))
+    }
+}
+
+#[test]
+fn an_early_end_of_a_rank_over_gloo_is_not_missed() {
+    let job = Gloo::of(&[("127.0.0.1", 20)]);
+    let (code, _, said) = job.run(GLOO, 20, "[ $HOROVOD_RANK != 0 ] || exit 7; sleep 5", 0);
+    let line = "batchai: rank 0 on 127.0.0.1 ended with 7, and so ends the job\n";
+    assert_eq!((code, &*said), (7, line));
+    let (code, _, said) = job.run(GLOO, 20, "[ $HOROVOD_RANK = 0 ] || sleep 1", 0);
+    assert_eq!((code, &*said), (0, ""));
+    let (code, _, said) = job.run(GLOO, 20, "[ $HOROVOD_RANK != 9 ] || kill -9 $$; sleep 1", 0);
+    assert_eq!(code, 137, "{said}");
+}
+
+#[test]
+fn ranks_of_gloo_meet_at_the_jobs_port_where_nobody_else_is_let() {
+    let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = held.local_addr().unwrap().port();
+    let job = Gloo::of(&[("127.0.0.1", 1), ("127.0.0.2", 1)]);
+    let command = "[ $HOROVOD_RANK != 0 ] || exec /usr/bin/python3 probe.py";
+    let taken = job.run(GLOO, 2, command, port);
+    drop(held);
+    let (code, told, said) = job.run(GLOO, 2, command, port);
+    let refused = "batchai: 127.0.0.3, which is no address of the job's nodes, is not let to where its ranks meet\n";
+    assert_eq!((code, &*said), (0, refused), "{told}");
+    let expected = format!(
+        "at 127.0.0.1 {port}\nPUT 200 \nGET 200 b'here'\nPUT 413 \nPUT 413 \nHEAD 501 \n\
+         GET from 127.0.0.3 to 127.0.0.1 refused\nGET from 127.0.0.3 to 127.0.0.1 refused\n\
+         GET from 127.0.0.1 to 127.0.0.2 refused\n"
+    );
+    assert_eq!(told, expected);
+    let (code, told, said) = taken;
+    let line =
+        format!("batchai: port {port} of 127.0.0.1 is in use: the ranks meet at a free one\n");
+    assert_eq!((code, &*said), (0, &*format!("{line}{refused}")));
+    let after = |text: &str| text.split_once('\n').map(|(_, after)| after.to_owned());
+    assert_eq!(after(&told), after(&expected));
+    assert!(
+        !told.starts_with(&format!("at 127.0.0.1 {port}\n")),
+        "{told}"
+    );
+}
+
+#[test]
+fn ranks_of_gloo_have_their_place_whatever_the_job_sets() {
+    let [(_, job, _), ..] = jobs(4);
+    let command = plan_of(2, 0, with_input(job)).processes[0]
+        .argv
+        .last()
+        .unwrap()
+        .clone();
     let place = command.rsplit_once("exec ").unwrap().0;
-    let tell = format!("{place} echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE");
-    let output = Command::new("/bin/bash")
-        .args(["-c", &tell])
-        .envs([
-            ("HOROVOD_RANK", "2"),
-            ("HOROVOD_SIZE", "4"),
-            ("HOROVOD_LOCAL_RANK", "0"),
-            ("HOROVOD_LOCAL_SIZE", "3"),
-            ("AZ_BATCHAI_JOB_TEMP", "/"),
-        ])
-        .output()
-        .unwrap();
-    assert_eq!(output.stdout, b"2/4 0/3\n");
-    assert_eq!(expected[0], "python3");
+    let tell = format!(
+        "{place} sleep 0.$RANK; echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $HOROVOD_CROSS_RANK/$HOROVOD_CROSS_SIZE \
+         $HOROVOD_CONTROLLER $HOROVOD_CPU_OPERATIONS $HOROVOD_HOSTNAME at $HOROVOD_GLOO_RENDEZVOUS_ADDR \
+         in $HOROVOD_GLOO_TIMEOUT_SECONDS by $BY_SSH$leads"
+    );
+    let of = || {
+        let job = Gloo::of(&[("127.0.0.1", 2), ("127.0.0.2", 2)]).with("AZ_BATCHAI_JOB_TEMP", "/");
+        let job = job.with("MASTER_ADDR", "10.9.9.9").with("leads", "-");
+        OF_RANK_1
+            .iter()
+            .fold(job, |job, (name, value)| job.with(name, value))
+    };
+    let expected = |seconds: &str| {
+        let line = |rank: usize, local: usize, cross: usize| {
+            let host = format!("127.0.0.{}", cross + 1);
+            let by = if cross == 0 {
+                "-".to_owned()
+            } else {
+                format!("{host}-")
+            };
+            format!(
+                "{rank}/4 {local}/2 {cross}/2 gloo gloo {host} at 127.0.0.1 in {seconds} by {by}\n"
+            )
+        };
+        [line(0, 0, 0), line(1, 1, 0), line(2, 0, 1), line(3, 1, 1)].concat()
+    };
+    let lines = |text: &str| {
+        let mut lines: Vec<_> = text.lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    let (code, told, said) = of().run(GLOO, 4, &tell, 0);
+    assert_eq!((code, &*said), (0, ""), "{told}");
+    assert_eq!(lines(&told), lines(&expected("600")));
+    // The job's own word holds; and the first rank of each host tells where its name leads.
+    let job = of().with("HOROVOD_GLOO_TIMEOUT_SECONDS", "30");
+    let (code, told, said) = job.with("NAMED", "127.0.1.1").run(GLOO, 4, &tell, 0);
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(lines(&told), lines(&expected("30")));
+    assert_eq!(said.lines().count(), 2, "{said}");
+    for (rank, address) in [(0, "127.0.0.1"), (2, "127.0.0.2")] {
+        let begin = format!("batchai: rank {rank}: the name of this node, ");
+        let line = said.lines().find(|line| line.starts_with(&begin)).unwrap();
+        assert!(line.contains(", leads to '127.0.1.1'."), "{line}");
+        assert!(line.contains(&format!("let that be {address}")), "{line}");
+    }
+    // One host has nobody who would find it by its name.
+    let alone = Gloo::of(&[("127.0.0.1", 2)]).with("NAMED", "127.0.1.1");
+    assert_eq!(
+        alone.run(GLOO, 2, "true", 0),
+        (0, String::new(), String::new())
+    );
+    let without_bash = GLOO.replace("/bin/bash", "/no/bash");
+    let (_, told, _) = alone.run(&without_bash, 2, "echo $0", 0);
+    assert_eq!(told, "/bin/sh\n/bin/sh\n");
+}
+
+#[test]
+fn what_cannot_be_started_over_gloo_is_said_before_any_rank_is() {
+    let two = || Gloo::of(&[("127.0.0.1", 1), ("127.0.0.2", 1)]);
+    let without_ssh = two();
+    fs::remove_file(without_ssh.programs.0.path().join("ssh")).unwrap();
+    let no_horovod = two();
+    fs::remove_dir_all(no_horovod.programs.0.path().join("modules")).unwrap();
+    // There may be an ssh of this machine's.
+    let bare = GLOO.replace(
+        "which(\"ssh\")",
+        "which(\"ssh\", path=os.environ[\"PATH\"].split(\":\")[0])",
+    );
+    for (job, launcher, code, why) in [
+        (
+            without_ssh,
+            &*bare,
+            127,
+            "there is no ssh on the PATH of this node",
+        ),
+        (
+            two().with("NO_GLOO", "1"),
+            GLOO,
+            1,
+            "Horovod was built without gloo here",
+        ),
+        (
+            no_horovod,
+            GLOO,
+            1,
+            "has no Horovod that starts ranks over gloo (No module named ",
+        ),
+        (
+            Gloo::of(&[("::1", 1), ("fd00::2", 1)]),
+            GLOO,
+            1,
+            "Horovod's ranks cannot meet over IPv6, and ::1 is a node",
+        ),
+        (
+            Gloo::of(&[("192.0.2.1", 1)]),
+            GLOO,
+            1,
+            "of 192.0.2.1, the address of this node: ",
+        ),
+    ] {
+        let (ended, told, said) = job.run(
+            launcher,
+            2 - usize::from(why.starts_with("of ")),
+            "echo started",
+            0,
+        );
+        assert_eq!((ended, &*told), (code, ""), "{said}");
+        assert!(
+            said.starts_with("batchai: ") && said.contains(why),
+            "{said}"
+        );
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
 }
 
 #[test]
@@ -444,19 +821,36 @@ fn python_is_python3_or_else_what_there_is_of_it() {
         }),
         ..Job::default()
     };
-    let by_mpi = plan_of(1, 0, with_input(mpi)).processes[0].argv[5].clone();
+    let contained = Job {
+        container_settings: Some(v1::ContainerSettings {
+            image_source_registry: Some(v1::ImageSourceRegistry {
+                image: "tensorflow:1.8.0-gpu".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..mpi.clone()
+    };
+    let of_mpi = |job: Job| plan_of(1, 0, with_input(job)).processes[0].argv[5].clone();
+    let in_bash = |line: String| ["/bin/bash".into(), "-c".into(), line].to_vec();
+    let by_mpi = in_bash(of_mpi(mpi));
+    let contained = in_bash(of_mpi(contained));
     let alone = plan_of(1, 0, torch).processes[0].argv.clone();
-    for (there, expected) in [
-        (&["python", "python3"][..], "python3"),
-        (&["python"], "python"),
-        (&[], ""),
+    for (there, expected, in_container) in [
+        (&["python", "python3"][..], "python3", "python"),
+        (&["python"], "python", "python"),
+        (&["python3"], "python3", "python3"),
+        (&[], "", ""),
     ] {
         let programs = Programs(tempfile::tempdir().unwrap());
         for name in there {
             programs.add(name, &format!("echo {name}"));
         }
-        let by_mpi = ["/bin/bash", "-c", &by_mpi].map(str::to_owned);
-        for argv in [&alone, &by_mpi.to_vec()] {
+        for (argv, expected) in [
+            (&alone, expected),
+            (&by_mpi, expected),
+            (&contained, in_container),
+        ] {
             let output = Command::new(&argv[0])
                 .args(&argv[1..])
                 .env_clear()

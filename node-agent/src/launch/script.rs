@@ -1,15 +1,21 @@
 //! PURE. The command line of a python script: interpreter, script and arguments, with the service's variables expanded.
 //!
-//! Where no interpreter is named it is the `python3` on the process's PATH, and `python` where there is none, as in images of Python 2: only the
-//! node knows, and there a shell finds it.
+//! Where no interpreter is named it is the `python3` on the process's PATH, and `python` where there is none: only the node knows, and there a shell
+//! finds it. In a container what mpirun starts has `python` before `python3`: images of Python 2 have their framework in the one, and
+//! the other with something else that needs it.
 
 use std::collections::BTreeMap;
 
 use super::expand::expand;
 use super::{LaunchError, bash};
 
-/// Where none is named: as a word of a shell. It is python3 that is not found where there is neither.
-pub const PYTHON: &str = r#""$(command -v python3 || command -v python || echo python3)""#;
+/// Where none is named: as a word of a shell, on a host or in a container. It is python3 that is not found where there is neither.
+pub fn python(contained: bool) -> &'static str {
+    match contained {
+        false => r#""$(command -v python3 || command -v python || echo python3)""#,
+        true => r#""$(command -v python || command -v python3 || echo python3)""#,
+    }
+}
 
 /// What is started for a script and an interpreter, with these arguments in shell quoting, of a field with this name.
 pub fn argv(
@@ -19,7 +25,7 @@ pub fn argv(
 ) -> Result<Vec<String>, LaunchError> {
     let mut argv = match interpreter {
         "" => [
-            bash(&format!("exec {PYTHON} \"$@\"")),
+            bash(&format!("exec {} \"$@\"", python(false))),
             vec!["python".into()],
         ]
         .concat(),
