@@ -186,7 +186,7 @@ sys.stdout.write(answer.read().decode())
 pub struct Shares(pub Server);
 
 impl Shares {
-    /// With one share, `data`. `None` where it is missing.
+    /// With one share, `data`; the same, where nothing travels that is not sealed, is `sealed`. `None` where it is missing.
     pub fn start() -> Option<Shares> {
         let smbd = PathBuf::from("/usr/sbin/smbd");
         if !smbd.exists() {
@@ -205,7 +205,8 @@ impl Shares {
              disable netbios = yes\ndisable spoolss = yes\nload printers = no\nstate directory = {at}/state\n\
              cache directory = {at}/cache\nprivate dir = {at}/private\nlock directory = {at}/lock\npid directory = {at}/pid\n\
              ncalrpc dir = {at}/rpc\nlog file = {at}/smbd.log\npassdb backend = tdbsam:{at}/private/passdb.tdb\n\
-             username map = {at}/users\n[data]\npath = {at}/share\nread only = no\n"
+             username map = {at}/users\n[data]\npath = {at}/share\nread only = no\n\
+             [sealed]\npath = {at}/share\nread only = no\nsmb encrypt = required\n"
         );
         fs::write(&settings, text).expect("the directory is writable");
         // It has users of this machine only.

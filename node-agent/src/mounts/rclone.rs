@@ -41,6 +41,8 @@ pub struct Point<'a> {
     /// A directory for what is read and written.
     pub cache: &'a Path,
     pub env: &'a BTreeMap<String, String>,
+    /// How long it may not answer.
+    pub patience: Duration,
 }
 
 /// Mounts it. What serves it stays behind as an orphan.
@@ -51,7 +53,7 @@ pub fn mount(remote: &Remote, key: &str, point: &Point<'_>) -> io::Result<()> {
     let server = remote.server();
     let (host, port) = server.ok_or_else(|| io::Error::other("it is nowhere"))?;
     let address = reach(&host, port)?;
-    if let Some(data) = cifs_options(remote, key, address)?
+    if let Some(data) = cifs_options(remote, key, address, point.patience)?
         && let Some(done) = by_kernel(remote, &data, point.path)
     {
         return done;

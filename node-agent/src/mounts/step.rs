@@ -10,6 +10,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use batchai_common::shutdown;
+use batchai_common::time::boot_millis;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, umount2};
@@ -141,6 +142,10 @@ fn begin() -> io::Result<()> {
     if getppid().as_raw() as u32 != parent {
         return Err(io::Error::other("nobody waits for it"));
     }
+    take(step)
+}
+
+fn take(step: Step) -> io::Result<()> {
     match step {
         Step::Make { root, path } => share::make_own(Path::new(&root), Path::new(&path), None),
         Step::Mount {
@@ -183,6 +188,9 @@ fn begin() -> io::Result<()> {
                     place: &place,
                     cache: &cache,
                     env: &env,
+                    patience: Duration::from_millis(
+                        u64::try_from(until - boot_millis()).unwrap_or_default(),
+                    ),
                 };
                 rclone::mount(remote, &key, &point)
             }

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -23,6 +24,8 @@ const SMB_ENCODING: &str =
     "Slash,LtGt,DoubleQuote,Colon,Question,Asterisk,Pipe,BackSlash,Ctl,RightSpace,InvalidUtf8";
 /// A page of the kernel's.
 const DATA_MAX: usize = 4096;
+/// The kernel's own way.
+const ECHO_S_MAX: u64 = 60;
 /// Of what it says.
 const WORDS_MAX: usize = 400;
 /// Settings that begin or end so would be read as something else.
@@ -180,15 +183,22 @@ pub fn arguments(remote: &Remote, point: &Point<'_>) -> Vec<String> {
 }
 
 /// What the kernel needs to know of a share; none of what is no share. It reads `DATA_MAX` bytes of it, and says nothing of more.
-pub fn cifs_options(remote: &Remote, key: &str, address: SocketAddr) -> io::Result<Option<String>> {
+pub fn cifs_options(
+    remote: &Remote,
+    key: &str,
+    address: SocketAddr,
+    patience: Duration,
+) -> io::Result<Option<String>> {
     let Place::Share { .. } = &remote.place else {
         return Ok(None);
     };
     let Remote {
         account, uid, gid, ..
     } = remote;
+    // Who waits for what was written cannot be killed until the kernel gives up a server that is silent: after three times as long.
+    let echo_s = (patience.as_secs() / 3).clamp(1, ECHO_S_MAX);
     let data = format!(
-        "ip={},port={},username={account},uid={uid},gid={gid},forceuid,forcegid,file_mode=0{:o},dir_mode=0{:o},password={}",
+        "ip={},port={},echo_interval={echo_s},username={account},uid={uid},gid={gid},forceuid,forcegid,file_mode=0{:o},dir_mode=0{:o},password={}",
         address.ip(),
         address.port(),
         remote.file_mode,
@@ -317,10 +327,10 @@ mod tests {
     #[test]
     fn a_share_is_told_to_the_kernel_with_whose_it_is() {
         let address = "10.0.0.9:1445".parse().unwrap();
-        let options = |key: &str| cifs_options(&share(), key, address);
+        let options = |key: &str| cifs_options(&share(), key, address, Duration::from_secs(15));
         assert_eq!(
             options("k,1").unwrap().unwrap(),
-            "ip=10.0.0.9,port=1445,username=devstoreaccount1,uid=7,gid=8,forceuid,forcegid,file_mode=0640,dir_mode=0750,password=k,,1"
+            "ip=10.0.0.9,port=1445,echo_interval=5,username=devstoreaccount1,uid=7,gid=8,forceuid,forcegid,file_mode=0640,dir_mode=0750,password=k,,1"
         );
         let long = options(&"k".repeat(DATA_MAX)).unwrap_err().to_string();
         assert!(long.contains("too long"), "{long}");
