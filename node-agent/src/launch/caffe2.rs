@@ -29,7 +29,7 @@ pub fn processes(
         let arguments = ("command_line_args", &*settings.command_line_args);
         Ok(ProcessPlan {
             rank: rank as i32,
-            argv: script::argv(paths, arguments, &env)?,
+            argv: script::argv(context, paths, arguments, &env)?,
             env,
             cwd: context.paths.job_temp.clone(),
             stdout: format!("stdout-{rank}.txt"),

@@ -834,8 +834,13 @@ fn python_is_python3_or_else_what_there_is_of_it() {
     let of_mpi = |job: Job| plan_of(1, 0, with_input(job)).processes[0].argv[5].clone();
     let in_bash = |line: String| ["/bin/bash".into(), "-c".into(), line].to_vec();
     let by_mpi = in_bash(of_mpi(mpi));
+    let alone_contained = Job {
+        container_settings: contained.container_settings.clone(),
+        ..torch.clone()
+    };
     let contained = in_bash(of_mpi(contained));
-    let alone = plan_of(1, 0, torch).processes[0].argv.clone();
+    let [alone, alone_contained] =
+        [torch, alone_contained].map(|job| plan_of(1, 0, job).processes[0].argv.clone());
     for (there, expected, in_container) in [
         (&["python", "python3"][..], "python3", "python"),
         (&["python"], "python", "python"),
@@ -850,6 +855,7 @@ fn python_is_python3_or_else_what_there_is_of_it() {
             (&alone, expected),
             (&by_mpi, expected),
             (&contained, in_container),
+            (&alone_contained, in_container),
         ] {
             let output = Command::new(&argv[0])
                 .args(&argv[1..])

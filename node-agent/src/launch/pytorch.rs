@@ -51,7 +51,7 @@ fn process(
         &*settings.python_interpreter_path,
     );
     let arguments = ("command_line_args", &*settings.command_line_args);
-    let argv = script::argv(paths, arguments, &env)?;
+    let argv = script::argv(context, paths, arguments, &env)?;
     Ok(ProcessPlan {
         rank: rank as i32,
         argv,

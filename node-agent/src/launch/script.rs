@@ -1,13 +1,13 @@
 //! PURE. The command line of a python script: interpreter, script and arguments, with the service's variables expanded.
 //!
 //! Where no interpreter is named it is the `python3` on the process's PATH, and `python` where there is none: only the node knows, and there a shell
-//! finds it. In a container what mpirun starts has `python` before `python3`: images of Python 2 have their framework in the one, and
+//! finds it. In a container `python` is before `python3`: images of Python 2 have their framework in the one, and
 //! the other with something else that needs it.
 
 use std::collections::BTreeMap;
 
 use super::expand::expand;
-use super::{LaunchError, bash};
+use super::{Context, LaunchError, bash};
 
 /// Where none is named: as a word of a shell, on a host or in a container. It is python3 that is not found where there is neither.
 pub fn python(contained: bool) -> &'static str {
@@ -19,13 +19,17 @@ pub fn python(contained: bool) -> &'static str {
 
 /// What is started for a script and an interpreter, with these arguments in shell quoting, of a field with this name.
 pub fn argv(
+    context: &Context<'_>,
     (script, interpreter): (&str, &str),
     (field, arguments): (&str, &str),
     env: &BTreeMap<String, String>,
 ) -> Result<Vec<String>, LaunchError> {
     let mut argv = match interpreter {
         "" => [
-            bash(&format!("exec {} \"$@\"", python(false))),
+            bash(&format!(
+                "exec {} \"$@\"",
+                python(context.job.container_settings.is_some())
+            )),
             vec!["python".into()],
         ]
         .concat(),

@@ -108,7 +108,7 @@ fn process(
     };
     Ok(ProcessPlan {
         rank: task.rank as i32,
-        argv: script::argv(paths, arguments, &env)?,
+        argv: script::argv(context, paths, arguments, &env)?,
         env,
         cwd: context.paths.job_temp.clone(),
         stdout: format!("stdout-{name}.txt"),
