@@ -113,16 +113,18 @@ pub struct Origin {
 /// Of which disks the storage root is made. Their signatures are its own: whatever holds them was made for this record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StorageRecord {
+    /// What the machine is known by, where it says so: a copy of this on another one says nothing of the disks there.
+    pub machine: String,
     pub disks: Vec<DiskRecord>,
     /// The UUIDs of the array, and of the file system.
     pub array: String,
     pub file_system: String,
-    /// The file system is whole. Until then there is nothing on the disks that anybody wants.
+    /// The file system is whole. Until then the agent has put nothing there that anybody wants.
     pub made: bool,
 }
 
 /// A disk, by what does not change when the machine starts again.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct DiskRecord {
     /// Its maker's number; empty where it has none.
     pub id: String,

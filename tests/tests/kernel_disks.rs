@@ -21,14 +21,15 @@ const AT: [&str; 4] = ["-g", "g", "-w", "w"];
 const SERVER: &str = "resourceGroups/g/workspaces/w/fileServers/data";
 /// Neither is large enough for what is made of both, and they differ.
 const MIB: [u64; 2] = [700, 900];
-/// First on the agent's PATH: it ends the agent before or after what it does, where the test says so; or in the middle of the making of an
-/// array, when one of the disks knows of it already.
+/// What the agent takes first: it ends the agent before or after what it does, where the test says so; or in the middle of the making of an
+/// array, when one of the disks knows of it already. After the making of a file system the array is stopped too.
 const WRAPPER: &str = r#"#!/bin/sh
 tool=${0##*/}
 cut() { rm /wrap/$tool.$1 2>/dev/null && kill -9 $PPID && sleep 9; }
 cut before
 /bin/$tool "$@"; code=$?
 case "$1" in --create) if [ -e /wrap/half ]; then /bin/mdadm --stop "$2"; dd if=/dev/zero of=/dev/vdc bs=64k count=1; mv /wrap/half /wrap/mdadm.half; cut half; fi;; esac
+if [ $tool = mkfs.ext4 ] && [ -e /wrap/mkfs.ext4.after ]; then for it; do :; done; sync; /bin/mdadm --stop $it; fi
 cut after
 exit $code
 "#;
@@ -71,7 +72,7 @@ impl World {
         let args = agent_args("/batchai".as_ref(), &endpoint, "a1", "job");
         let args = args[1..].join(" ");
         guest.ok(&format!(
-            "export {name}={token} AGENT_GROUP= PATH=/wrap:$PATH; setsid /sbin/agent {args} --storage-root /srv \
+            "export {name}={token} AGENT_GROUP= BATCHAI_TEST_STORAGE_TOOLS=/wrap; setsid /sbin/agent {args} --storage-root /srv \
              --storage-disk /dev/vdb --storage-disk /dev/vdc &"
         ));
     }

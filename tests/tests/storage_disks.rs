@@ -25,7 +25,7 @@ impl World {
     fn new() -> World {
         let dir = tempfile::Builder::new().prefix("batchai-disks-").tempdir();
         let world = World { dir: dir.unwrap() };
-        // First on the PATH of agents: programs that end whoever has started them, when the test says so.
+        // What agents take first: programs that end whoever has started them, when the test says so.
         fs::create_dir(world.at("wrap")).unwrap();
         for tool in ["mkfs.ext4", "mount"] {
             let path = world.at("wrap").join(tool);
@@ -50,8 +50,6 @@ impl World {
 
     /// Runs an agent until it would join; returns what it said, nothing where it was cut down.
     fn agent(&self, data: &str, disks: &[&str]) -> String {
-        let path = std::env::var("PATH").unwrap();
-        let path = format!("{}:{path}", self.at("wrap").display());
         let mut command = Command::new(under_test());
         command.args(["node-agent", "--coordinator", "https://127.0.0.1:1"]);
         for (option, name) in [
@@ -66,7 +64,7 @@ impl World {
         }
         let output = command
             .args(["--job-user", "self"])
-            .env("PATH", path)
+            .env("BATCHAI_TEST_STORAGE_TOOLS", self.at("wrap"))
             .output()
             .unwrap();
         assert!(!output.status.success(), "nobody let it join");
@@ -137,8 +135,28 @@ fn a_disk_that_holds_anything_is_refused_and_not_touched() {
         return;
     };
     let device = disk.device.clone();
-    let cases: [(&str, &dyn Fn()); 4] = [
+    let unknown = "data of no known kind";
+    let cases: [(&str, &dyn Fn()); 7] = [
         ("ext4, UUID", &|| run("mkfs.ext4", &["-q", "-F", &device])),
+        // Its beginning is lost, and all else is there.
+        (unknown, &|| {
+            run("mkfs.ext4", &["-q", "-F", &device]);
+            write_at(&disk, 0, &[0; 4096]);
+        }),
+        // As what is encrypted looks.
+        (unknown, &|| {
+            // The same each time: by chance some would look like something.
+            let mut word = 1_u64;
+            let words = (0..MIB << 17).flat_map(|_| {
+                word ^= word << 13;
+                word ^= word >> 7;
+                word ^= word << 17;
+                word.to_le_bytes()
+            });
+            let random: Vec<u8> = words.collect();
+            fs::write(&disk.device, random).unwrap();
+        }),
+        (unknown, &|| write_at(&disk, (MIB << 20) as usize - 1, &[1])),
         ("swap, UUID", &|| run("mkswap", &["-q", &device])),
         ("dos", &|| write_at(&disk, 0, &partition_table())),
         ("LVM2_member", &|| write_at(&disk, 512, &lvm_label())),
@@ -154,7 +172,7 @@ fn a_disk_that_holds_anything_is_refused_and_not_touched() {
             let said = w.agent("data", disks);
             let expected = format!("--storage-disk {device}: it is not blank: it holds {held}");
             assert!(said.contains(&expected), "{held}: {said}");
-            assert!(said.contains("wipefs --all"), "{said}");
+            assert!(said.contains("blkdiscard -z"), "{said}");
             assert_eq!(w.record(), Value::Null, "nothing was begun");
         }
         run("sync", &[&disk.device, &blank.device]);
@@ -189,6 +207,10 @@ fn what_is_no_blank_disk_of_its_own_is_refused() {
     let held = held.open(&disk.device).unwrap();
     refused(&[&disk.device], "it is in use");
     drop(held);
+    let locked = fs::File::open(&disk.device).unwrap();
+    let locked = nix::fcntl::Flock::lock(locked, nix::fcntl::FlockArg::LockSharedNonblock);
+    refused(&[&disk.device], "another program has locked it");
+    drop(locked.unwrap());
     fs::write(w.at("srv/lies"), "here").unwrap();
     refused(&[&disk.device], "it is not empty");
     assert_eq!(fs::read_to_string(w.at("srv/lies")).unwrap(), "here");
@@ -212,12 +234,15 @@ fn a_blank_disk_is_made_once_and_an_agent_may_be_cut_down_at_any_step() {
     let begun = w.record();
     assert_eq!(begun["made"], false, "{begun}");
     cut("mkfs.ext4.after");
-    assert_eq!(w.record(), begun);
+    assert_eq!(w.record()["made"], false);
     // Begun, and taken by somebody else meanwhile.
     run("mkswap", &["-q", "-f", &disk.device]);
     let said = w.agent("data", &[&disk.device]);
     assert!(said.contains("it holds") && said.contains("swap"), "{said}");
-    run("wipefs", &["-q", "--all", &disk.device]);
+    fs::write(&disk.device, vec![0; (MIB << 20) as usize]).unwrap();
+    cut("mkfs.ext4.after");
+    what_was_begun_is_not_made_anew_where_it_was_used(&w, &disk, &other);
+    let begun = w.record();
     cut("mount.before");
     let made = w.record();
     assert_eq!(made["made"], true, "{made}");
@@ -232,6 +257,34 @@ fn a_blank_disk_is_made_once_and_an_agent_may_be_cut_down_at_any_step() {
     assert_eq!(w.record(), made);
     assert!(disk.unmount());
     what_was_made_is_never_made_again(&w, &disk, &other);
+}
+
+fn what_was_begun_is_not_made_anew_where_it_was_used(w: &World, disk: &Disk, other: &Disk) {
+    let begun = w.record();
+    let refused = |disks: &[&str], why: &str| {
+        run("sync", &[&disk.device]);
+        let before = disk.bytes();
+        let said = w.agent("data", disks);
+        assert!(said.contains(why) && !said.contains(JOINS), "{why}: {said}");
+        run("sync", &[&disk.device]);
+        assert!(disk.bytes() == before, "{why}");
+    };
+    refused(&[], "is not known to be whole");
+    refused(&[&disk.device, &other.device], "names not just those");
+    let record = w.at("data/storage.json");
+    let mut moved = begun.clone();
+    moved["machine"] = "another".into();
+    fs::write(&record, moved.to_string()).unwrap();
+    refused(&[&disk.device], "was written on another machine");
+    fs::write(&record, begun.to_string()).unwrap();
+    let blank = disk.bytes();
+    let srv = w.at("srv").to_string_lossy().into_owned();
+    run("mount", &[&disk.device, &srv]);
+    fs::write(w.at("srv/lies"), "here").unwrap();
+    assert!(disk.unmount());
+    refused(&[&disk.device], "was mounted since");
+    fs::write(&disk.device, blank).unwrap();
+    assert_eq!(w.record(), begun);
 }
 
 fn what_was_made_is_never_made_again(w: &World, disk: &Disk, other: &Disk) {
@@ -257,10 +310,23 @@ fn what_was_made_is_never_made_again(w: &World, disk: &Disk, other: &Disk) {
         assert!(!w.is_mounted(disk) && !w.is_mounted(other));
     }
     assert!(other.bytes() == blank);
+    let record = w.record();
+    let mut moved = record.clone();
+    moved["machine"] = "another".into();
+    fs::write(w.at("data/storage.json"), moved.to_string()).unwrap();
+    let said = w.again(&[&disk.device], false);
+    assert!(said.contains("was written on another machine"), "{said}");
+    assert!(!w.is_mounted(disk));
+    fs::write(w.at("data/storage.json"), record.to_string()).unwrap();
     // The disk of another agent is not this one's.
     let said = w.agent("data2", &[&disk.device]);
     assert!(
-        said.contains("it holds ext4") && said.contains("label batchai"),
+        said.contains("it holds ext4")
+            && said.contains("label batchai: file servers of another agent"),
+        "{said}"
+    );
+    assert!(
+        !said.contains("wipefs") && said.contains("mount them"),
         "{said}"
     );
     // Whoever mounts it by hand need not name it.

@@ -1,20 +1,21 @@
 //! Makes the storage root of raw disks, and mounts it: several are one array (RAID 0), and ext4 is on that.
 //!
-//! Only a disk is written to that nobody uses and that holds no signature of anything. What is made is known by its UUIDs, which the journal
+//! Only a disk is written to that nobody uses, that holds no signature of anything, and whose beginning and end are zero. What is made is known by its UUIDs, which the journal
 //! has before the first byte is written:
 //!
 //! ```text
 //! no record                  the disks must be blank
-//! made: false                they were. What holds our UUIDs has nothing on it yet and is made anew; anything else is somebody's
+//! made: false                they were. What holds our UUIDs and was never mounted is made anew; anything else is somebody's
 //! made: true                 they are assembled and mounted, and never made again
 //! ```
 //! So an agent may be cut down at any line. What was made and is not all there is not served, and the node goes on; what cannot be made
-//! keeps the agent from starting. Nothing here grows, mends or unmounts anything, and no disk is looked at again while the agent runs.
+//! keeps the agent from starting. Disks are locked (`flock`) from the first look at them until they are mounted, and the file system has the
+//! kernel keep other machines from mounting it too (MMP); but two machines that make something of one blank disk in the same moment are
+//! not kept apart. Nothing here grows, mends or unmounts anything, and no disk is looked at again while the agent runs.
 
 mod disk;
 mod tools;
 
-use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
@@ -28,10 +29,14 @@ use self::tools::{MDADM, MKFS, MOUNT, ToolError, arg};
 use crate::config::Config;
 use crate::journal::{Journal, JournalError, StorageRecord};
 
+/// What a machine is known by: its firmware's word stays when the system is installed anew.
+const MACHINE: [&str; 2] = ["/sys/class/dmi/id/product_uuid", "/etc/machine-id"];
 /// What people see of it.
 const LABEL: &str = "batchai";
 /// Nothing on it is a program of this machine's, nor one of its devices; and what is damaged is not written to.
 const OPTIONS: &str = "nosuid,nodev,errors=remount-ro";
+/// No other machine mounts it while one has it, which looks every 2 s; the wait after a power cut goes by that.
+const EXTENDED: &str = "nodiscard,mmp_update_interval=2";
 /// A fact of a node is not longer.
 const TOLD_BYTES_MAX: usize = 1000;
 
@@ -53,6 +58,26 @@ pub enum StorageError {
         "the storage root was made of {made} disks, and --storage-disk names {given}: it takes all of them, and no other"
     )]
     Count { made: usize, given: usize },
+    #[error(
+        "--storage-disk {}: it holds {content}: what the storage root was made of, and something beside that; it was not touched. Find out \
+         whose that is, and have it removed: wipefs --types", path.display()
+    )]
+    Beside { path: PathBuf, content: String },
+    #[error(
+        "a storage root was begun of {begun} disks, of which some hold a part, and --storage-disk names not just those; nothing was \
+         touched. Give all of them, and no other; or empty those of which nobody wants anything: blkdiscard -z, or dd if=/dev/zero"
+    )]
+    Begun { begun: usize },
+    #[error(
+        "a storage root was begun of {begun} disks, and is not known to be whole. Give them again (--storage-disk) to have it made; or, where \
+         they were mounted by hand or are not wanted, remove storage.json in the --data directory"
+    )]
+    Unfinished { begun: usize },
+    #[error(
+        "storage.json in the --data directory was written on another machine ({theirs}; this one is {ours}), and the disks may be in use \
+         there; they were not touched. Where they are this machine's for good, mount them at the storage root, remove storage.json, and name no disks"
+    )]
+    Machine { theirs: String, ours: String },
     #[error("--storage-root {}: {why}", path.display())]
     Root { path: PathBuf, why: String },
     #[error("the array of the disks: {0}")]
@@ -80,7 +105,11 @@ pub fn prepare(
     };
     let stands = match journal.storage()? {
         Some(known) if known.made => maker.mount_again(&config.storage_disks, &known),
-        _ if config.storage_disks.is_empty() => Ok(()),
+        Some(known) if config.storage_disks.is_empty() => {
+            let begun = known.disks.len();
+            return Err(StorageError::Unfinished { begun });
+        }
+        None if config.storage_disks.is_empty() => Ok(()),
         known => {
             return maker
                 .make(&config.storage_disks, known)
@@ -115,45 +144,116 @@ impl Maker<'_> {
     /// Makes it of disks that are blank, or were when an agent began.
     fn make(&self, given: &[PathBuf], begun: Option<StorageRecord>) -> Result<(), StorageError> {
         self.check_root()?;
-        let disks = self.find(given)?;
-        let (array, file_system) = match &begun {
-            Some(begun) => (begun.array.clone(), begun.file_system.clone()),
-            None => (Uuid::new_v4().to_string(), Uuid::new_v4().to_string()),
-        };
-        let ours = [&*array, &*file_system];
-        for disk in &disks {
-            let known = |begun: &StorageRecord| begun.disks.contains(&disk.record);
-            let is_begun = begun.as_ref().is_some_and(known) && disk.is_of(&ours);
-            if !disk.signatures.is_empty() && !is_begun {
-                return Err(bad(&disk.path, DiskError::Signed(disk.content())));
-            }
-        }
-        for disk in disks.iter().filter(|disk| disk.has(&array)) {
-            self.stop(disk, &ours)?;
+        let mut disks = self.find(given)?;
+        let begun = self.check_blank(&disks, begun)?;
+        if let Some(begun) = &begun {
+            check_machine(begun)?;
+            self.put_away(&disks, begun)?;
         }
         for disk in &disks {
             disk.check_unused().map_err(|why| bad(&disk.path, why))?;
         }
+        let uuid = || Uuid::new_v4().to_string();
+        let (array, file_system) = match begun {
+            Some(begun) => (begun.array, begun.file_system),
+            None => (uuid(), uuid()),
+        };
         let mut record = StorageRecord {
+            machine: machine(),
             disks: disks.iter().map(|disk| disk.record.clone()).collect(),
             array,
             file_system,
             made: false,
         };
         self.journal.keep_storage(&record)?;
-        let device = match &disks[..] {
-            [disk] => disk.path.clone(),
-            disks => self.create(disks, &record.array)?,
-        };
-        let whole = ["-q", "-F", "-m", "0", "-E", "nodiscard", "-L", LABEL, "-U"];
-        let whole = whole.iter().map(OsStr::new);
-        let at = [OsStr::new(&record.file_system), arg(&device)];
-        MKFS.run(&whole.chain(at).collect::<Vec<_>>(), self.unwanted)?;
-        disk::sync(&device).map_err(|error| bad(&device, DiskError::Unusable(error)))?;
+        self.write(&mut disks, &record)?;
+        for disk in &mut disks {
+            let again = disk.look_again(self.unwanted);
+            again.map_err(|why| bad(&disk.path, why))?;
+        }
+        // What will be asked for when the machine starts again.
+        let (device, _) = self.whole(&disks, &record)?;
         record.made = true;
         self.journal.keep_storage(&record)?;
         tracing::info!(root = %self.root.display(), ?record, "made of disks");
         self.mount(&device)
+    }
+
+    /// Fails where anything is on one of the disks that an agent had not begun; returns what it had, where anything of that is there.
+    fn check_blank(
+        &self,
+        disks: &[Disk],
+        begun: Option<StorageRecord>,
+    ) -> Result<Option<StorageRecord>, StorageError> {
+        let is_begun = |disk: &&Disk| {
+            let known = begun.as_ref().filter(|it| it.disks.contains(&disk.record));
+            !disk.signatures.is_empty()
+                && known.is_some_and(|it| disk.is_of(&[&it.array, &it.file_system]))
+        };
+        for disk in disks.iter().filter(|disk| !is_begun(disk)) {
+            disk.check_blank().map_err(|why| bad(&disk.path, why))?;
+        }
+        if !disks.iter().any(|disk| is_begun(&disk)) {
+            return Ok(None);
+        }
+        let Some(begun) = begun else {
+            return Ok(None);
+        };
+        let mut records = [
+            disks.iter().map(|disk| &disk.record).collect::<Vec<_>>(),
+            begun.disks.iter().collect(),
+        ];
+        records.iter_mut().for_each(|records| records.sort());
+        match records[0] == records[1] {
+            true => Ok(Some(begun)),
+            // What is on one may be the half of what somebody uses.
+            false => Err(StorageError::Begun {
+                begun: begun.disks.len(),
+            }),
+        }
+    }
+
+    /// Stops the array of what was begun; fails where anybody has mounted what was begun since.
+    fn put_away(&self, disks: &[Disk], begun: &StorageRecord) -> Result<(), StorageError> {
+        if let [disk] = disks {
+            return check_unmounted(disk, begun);
+        }
+        // Where one does not know of the array, nobody ever had it.
+        if disks.iter().all(|disk| disk.has(&begun.array)) {
+            self.assemble(disks, begun, &["--readonly"])?;
+        }
+        disks.iter().try_for_each(|disk| self.stop(disk, begun))
+    }
+
+    /// Writes what is to be there to disks that are blank or hold what was begun.
+    fn write(&self, disks: &mut [Disk], record: &StorageRecord) -> Result<(), StorageError> {
+        let ours = [&*record.array, &*record.file_system];
+        for disk in disks.iter_mut() {
+            let blank = match disk.signatures.is_empty() {
+                true => Ok(()),
+                false => disk.clear(&ours, self.unwanted),
+            };
+            let blank = blank.and_then(|()| disk.look_again(self.unwanted));
+            let blank = blank.and_then(|()| disk.check_blank());
+            blank.map_err(|why| bad(&disk.path, why))?;
+        }
+        let array = match &*disks {
+            [_] => None,
+            disks => {
+                let array = self.look_at(&self.create(disks, &record.array)?)?;
+                if !array.is_of(&ours) {
+                    return Err(bad(&array.path, array.signed()));
+                }
+                Some(array)
+            }
+        };
+        let whole = array.as_ref().unwrap_or(&disks[0]);
+        let how = ["-q", "-F", "-m", "0", "-O", "mmp", "-E", EXTENDED];
+        let known = ["-L", LABEL, "-U", &record.file_system];
+        let mut args: Vec<_> = how.iter().chain(&known).map(OsStr::new).collect();
+        args.push(arg(&whole.node));
+        MKFS.run(&args, self.unwanted)?;
+        whole.sync().map_err(|why| bad(&whole.path, why))
     }
 
     /// Mounts what was made.
@@ -169,38 +269,45 @@ impl Maker<'_> {
                 given: given.len(),
             });
         }
+        check_machine(record)?;
         let disks = self.find(given)?;
-        let is_whole = count == 1;
-        let uuid = if is_whole {
-            &record.file_system
-        } else {
-            &record.array
-        };
-        let not_ours = |disk: &Disk| StorageError::NotOurs {
-            path: disk.path.clone(),
-            content: disk.content(),
-            count,
-        };
-        if let Some(other) = disks.iter().find(|disk| !disk.has(uuid)) {
-            return Err(not_ours(other));
-        }
-        let device = match is_whole {
-            true => disks[0].path.clone(),
-            false => self.assemble(&disks, record)?,
-        };
-        let whole = self.look_at(&device)?;
-        if !whole.has(&record.file_system) {
-            return Err(not_ours(&whole));
-        }
-        let is_there = self
-            .root
-            .metadata()
-            .map(|found| found.dev() == whole.device);
-        if is_there.unwrap_or(false) {
+        let (device, number) = self.whole(&disks, record)?;
+        let there = self.root.metadata().map(|found| found.dev());
+        if there.is_ok_and(|there| there == number) {
             return Ok(());
         }
         self.check_root()?;
         self.mount(&device)
+    }
+
+    /// The device with the file system that was made, and its number.
+    fn whole(
+        &self,
+        disks: &[Disk],
+        record: &StorageRecord,
+    ) -> Result<(PathBuf, u64), StorageError> {
+        let check = |disk: &Disk, uuid: &str| {
+            let (path, content) = (disk.path.clone(), disk.content());
+            match disk.has_also(uuid) {
+                _ if disk.has(uuid) => Ok(()),
+                true => Err(StorageError::Beside { path, content }),
+                false => Err(StorageError::NotOurs {
+                    path,
+                    content,
+                    count: record.disks.len(),
+                }),
+            }
+        };
+        if let [disk] = disks {
+            check(disk, &record.file_system)?;
+            return Ok((disk.node.clone(), disk.device));
+        }
+        for disk in disks {
+            check(disk, &record.array)?;
+        }
+        let array = self.look_at(&self.assemble(disks, record, &[])?)?;
+        check(&array, &record.file_system)?;
+        Ok((array.node.clone(), array.device))
     }
 
     fn look_at(&self, path: &Path) -> Result<Disk, StorageError> {
@@ -208,11 +315,18 @@ impl Maker<'_> {
     }
 
     fn find(&self, given: &[PathBuf]) -> Result<Vec<Disk>, StorageError> {
-        let mut known = BTreeSet::new();
-        let mut disks = Vec::new();
+        let mut disks: Vec<Disk> = Vec::new();
         for path in given {
+            let number = path.metadata().map(|found| found.rdev()).ok();
+            // None has the number 0, which files have.
+            let is_known = |disk: &Disk| Some(disk.device) == number;
+            if disks.iter().any(is_known) {
+                return Err(bad(path, DiskError::Twice));
+            }
             let disk = self.look_at(path)?;
-            if !known.insert(disk.device) {
+            let id = &disk.record.id;
+            // One disk by two ways to it.
+            if !id.is_empty() && disks.iter().any(|other| other.record.id == *id) {
                 return Err(bad(path, DiskError::Twice));
             }
             disks.push(disk);
@@ -253,16 +367,18 @@ impl Maker<'_> {
         })
     }
 
-    /// Stops what was begun of an array of ours.
-    fn stop(&self, disk: &Disk, ours: &[&str]) -> Result<(), StorageError> {
-        let Some((array, runs)) = disk.array() else {
+    /// Stops what was begun of an array of ours, and what is nothing yet.
+    fn stop(&self, disk: &Disk, begun: &StorageRecord) -> Result<(), StorageError> {
+        let array = disk.array().map_err(|why| bad(&disk.path, why))?;
+        let Some((array, runs)) = array else {
             return Ok(());
         };
         if runs {
             let found = self.look_at(&array)?;
-            if !found.is_of(ours) {
-                return Err(bad(&array, DiskError::Signed(found.content())));
+            if !found.is_of(&[&begun.file_system]) {
+                return Err(bad(&array, found.signed()));
             }
+            check_unmounted(&found, begun)?;
         }
         MDADM.run(&["--stop".as_ref(), arg(&array)], self.unwanted)?;
         Ok(())
@@ -276,30 +392,32 @@ impl Maker<'_> {
         let how = ["--run", "--level=0", "--metadata=1.2", &count, &uuid];
         let mut args = vec![OsStr::new("--create"), OsStr::new(&name)];
         args.extend(how.iter().map(OsStr::new));
-        args.extend(disks.iter().map(|disk| arg(&disk.path)));
+        args.extend(disks.iter().map(|disk| arg(&disk.node)));
         MDADM.run(&args, self.unwanted)?;
         running(disks)
     }
 
     /// The device of the array, which others may have assembled when the machine started.
-    fn assemble(&self, disks: &[Disk], record: &StorageRecord) -> Result<PathBuf, StorageError> {
+    fn assemble(
+        &self,
+        disks: &[Disk],
+        record: &StorageRecord,
+        how: &[&str],
+    ) -> Result<PathBuf, StorageError> {
         if let Ok(device) = running(disks) {
             return Ok(device);
         }
         for disk in disks {
             // Begun, and incomplete.
-            self.stop(disk, &[&record.file_system])?;
+            self.stop(disk, record)?;
         }
         let (name, uuid) = (
             array_name(&record.array),
             format!("--uuid={}", record.array),
         );
-        let mut args = vec![
-            OsStr::new("--assemble"),
-            OsStr::new(&name),
-            OsStr::new(&uuid),
-        ];
-        args.extend(disks.iter().map(|disk| arg(&disk.path)));
+        let named = ["--assemble", &name, &uuid];
+        let mut args: Vec<_> = named.iter().chain(how).map(OsStr::new).collect();
+        args.extend(disks.iter().map(|disk| arg(&disk.node)));
         MDADM.run(&args, self.unwanted)?;
         running(disks)
     }
@@ -321,7 +439,10 @@ fn array_name(uuid: &str) -> String {
 
 /// The one array that all of them are in.
 fn running(disks: &[Disk]) -> Result<PathBuf, StorageError> {
-    let mut arrays: Vec<_> = disks.iter().map(Disk::array).collect();
+    let mut arrays = Vec::new();
+    for disk in disks {
+        arrays.push(disk.array().map_err(|why| bad(&disk.path, why))?);
+    }
     arrays.dedup();
     match &arrays[..] {
         [Some((device, true))] => Ok(device.clone()),
@@ -329,6 +450,35 @@ fn running(disks: &[Disk]) -> Result<PathBuf, StorageError> {
             "it does not run: see /proc/mdstat, and what mdadm --examine says of each disk"
                 .to_owned(),
         )),
+    }
+}
+
+/// Fails where the file system of what was begun was used since.
+fn check_unmounted(disk: &Disk, begun: &StorageRecord) -> Result<(), StorageError> {
+    if !disk.has(&begun.file_system) {
+        return Ok(());
+    }
+    match disk.was_mounted() {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(bad(&disk.path, DiskError::Used)),
+        Err(why) => Err(bad(&disk.path, why)),
+    }
+}
+
+/// What this machine is known by; nothing where nothing says so.
+fn machine() -> String {
+    let said = MACHINE
+        .iter()
+        .filter_map(|path| fs::read_to_string(path).ok());
+    let mut said = said.map(|text| text.trim().to_owned());
+    said.find(|text| !text.is_empty()).unwrap_or_default()
+}
+
+fn check_machine(record: &StorageRecord) -> Result<(), StorageError> {
+    let (theirs, ours) = (record.machine.clone(), machine());
+    match theirs == ours {
+        true => Ok(()),
+        false => Err(StorageError::Machine { theirs, ours }),
     }
 }
 

@@ -18,8 +18,12 @@ const DEATH_MAX: Duration = Duration::from_secs(1);
 const SAID_BYTES_MAX: usize = 64 << 10;
 /// Of an error its end is told.
 const TOLD_CHARS_MAX: usize = 400;
-/// Where they are besides the agent's own PATH, which may be a user's.
-const DIRECTORIES: [&str; 2] = ["/usr/sbin", "/sbin"];
+/// Where they are, before the agent's own PATH, which may be a user's.
+const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+/// Names a directory that comes before all of them: for tests, which end the agent before and after a program.
+const TEST_TOOLS: &str = "BATCHAI_TEST_STORAGE_TOOLS";
+/// Becomes the program, unless the agent, whose number comes first, had ended before the kernel was told to end this with it.
+const WITH_AGENT: &str = r#"[ "$PPID" = "$0" ] && exec "$@""#;
 
 /// A program, and the package that has it on Debian.
 pub struct Tool {
@@ -39,10 +43,12 @@ const fn tool(name: &'static str, package: &'static str, most_s: u64) -> Tool {
 
 pub const MDADM: Tool = tool("mdadm", "mdadm", 60);
 pub const WIPEFS: Tool = tool("wipefs", "util-linux", 60);
-pub const MOUNT: Tool = tool("mount", "mount", 60);
+/// What was not unmounted waits until no other machine can have it mounted: for minutes where the disks were slow.
+pub const MOUNT: Tool = tool("mount", "mount", 900);
 /// A large one has much to write.
 pub const MKFS: Tool = tool("mkfs.ext4", "e2fsprogs", 1800);
 const SETPRIV: Tool = tool("setpriv", "util-linux", 0);
+const SH: Tool = tool("sh", "dash", 0);
 
 /// Why one did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -71,9 +77,14 @@ pub enum ToolError {
 
 impl Tool {
     fn path(&self) -> Result<PathBuf, ToolError> {
+        let first = std::env::var_os(TEST_TOOLS).map(PathBuf::from);
         let path = std::env::var_os("PATH").unwrap_or_default();
         let known = DIRECTORIES.iter().map(PathBuf::from);
-        let mut all = std::env::split_paths(&path).chain(known);
+        let mut all = first
+            .into_iter()
+            .chain(known)
+            .chain(std::env::split_paths(&path))
+            .filter(|dir| dir.is_absolute());
         let found = all.find_map(|dir| Some(dir.join(self.name)).filter(|path| path.is_file()));
         found.ok_or(ToolError::Missing {
             name: self.name,
@@ -93,8 +104,12 @@ impl Tool {
         let mut command = Command::new(SETPRIV.path()?);
         // Whoever begins anew after this process was cut down must not meet what it had begun.
         command.args(["--pdeathsig", "KILL", "--"]);
+        command.arg(SH.path()?).args(["-c", WITH_AGENT]);
+        command.arg(std::process::id().to_string());
         command.arg(self.path()?).args(args);
-        command.env("LC_ALL", "C").stdin(Stdio::null());
+        command.env_clear().env("LC_ALL", "C");
+        command.env("PATH", DIRECTORIES.join(":"));
+        command.stdin(Stdio::null());
         command.stdout(printed.try_clone().map_err(system)?);
         command.stderr(complained.try_clone().map_err(system)?);
         let mut child = command.spawn().map_err(system)?;
