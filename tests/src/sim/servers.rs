@@ -89,6 +89,10 @@ impl Servers {
         let unplaced = all.filter(|server| server.node.is_none());
         self.unplaced
             .extend(unplaced.map(|server| server.spec.uid.clone()));
+        // One that was purged since the backup, and was not served then, is made again: nobody knows of it.
+        for server in state.file_servers.values() {
+            self.purged.remove(&server.spec.uid);
+        }
         self.remember(state);
     }
 
