@@ -83,7 +83,9 @@ pub fn place(
     let last = failed_on(state, job);
     let is_behind = |at: &usize| last.is_some_and(|last| *free.nodes[*at].0 > *last);
     let (behind, before): (Vec<_>, Vec<_>) = free.able(job).partition(is_behind);
-    let chosen: Vec<_> = behind.into_iter().chain(before).take(count).collect();
+    let mut chosen: Vec<_> = behind.into_iter().chain(before).take(count).collect();
+    // Which they are changes, and not the order of those that are the same: what the first one does others may not be able to do.
+    chosen.sort_unstable();
     if count == 0 || chosen.len() < count {
         return None;
     }
