@@ -103,8 +103,10 @@ pub fn place(
         })
         .collect();
     let nodes = nodes?;
-    let taken: BTreeSet<_> = nodes.iter().map(|node| &node.node).collect();
-    free.nodes.retain(|(name, _)| !taken.contains(name));
+    // The last first: the others stay where they were.
+    for at in chosen.into_iter().rev() {
+        free.nodes.remove(at);
+    }
     Some(Place {
         job: job.spec.name.clone(),
         job_revision: job.revision,
